@@ -1,0 +1,53 @@
+"""The feature store: one format for protein alignments, random access to crops, SQL over the records.
+
+Imports nothing of the other rooms. Needs neither Beam nor torch.
+"""
+
+from foldfeed.feature_store.errors import (
+    AlignmentParseError,
+    CommitConflictError,
+    CorruptDataError,
+    FoldfeedError,
+    FormatVersionError,
+    InvalidRecordError,
+    MissingExtraError,
+    NotAStoreError,
+    QueryError,
+    RecordNotFoundError,
+    StorageFullError,
+    StoreError,
+    StoreSettingsError,
+)
+from foldfeed.feature_store.index import CommitResult, LogEntry
+from foldfeed.feature_store.part_reader import Crop
+from foldfeed.feature_store.record import DatabaseUse, MsaRecord, RowProvenance
+from foldfeed.feature_store.settings import StoreSettings
+from foldfeed.feature_store.store import FeatureStore, Record
+from foldfeed.feature_store.writer import WrittenPart, write_part
+
+__all__ = [
+    "AlignmentParseError",
+    "CommitConflictError",
+    "CommitResult",
+    "CorruptDataError",
+    "Crop",
+    "DatabaseUse",
+    "FeatureStore",
+    "FoldfeedError",
+    "FormatVersionError",
+    "InvalidRecordError",
+    "LogEntry",
+    "MissingExtraError",
+    "MsaRecord",
+    "NotAStoreError",
+    "QueryError",
+    "Record",
+    "RecordNotFoundError",
+    "RowProvenance",
+    "StorageFullError",
+    "StoreError",
+    "StoreSettings",
+    "StoreSettingsError",
+    "WrittenPart",
+    "write_part",
+]

@@ -1,0 +1,256 @@
+"""Byte access to the files under a store's root, local or behind any fsspec URL.
+
+Owns: atomic publication of single files and of whole folders, and the translation of "disk full" into
+`StorageFullError`. Does not own: formats, caching, retries. Invariant: a reader that follows a published name
+sees all of the file or none of it. Locally that is a rename after fsync; in an object store a PUT is atomic
+by itself, and a folder becomes visible only when the index names it, so the order of its uploads does not
+matter.
+
+Thread safety: instances hold no mutable state besides fsspec's file system, which is thread safe for the
+calls made here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import shutil
+import tempfile
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import fsspec
+
+from foldfeed.feature_store.errors import StorageFullError
+
+# Names that start so are never part of a store: an interrupted writer may leave them, `gc` may remove them.
+TEMPORARY_PREFIX = ".tmp-"
+
+
+RangeReader: TypeAlias = "Callable[[int, int], bytes]"
+
+
+class Blobs(Protocol):
+    """Files under one root; every path is relative to it and uses ``/``."""
+
+    url: str
+
+    def read(self, path: str) -> bytes:
+        """Returns a whole file; FileNotFoundError when there is none."""
+        ...
+
+    def read_range(self, path: str, start: int, size: int) -> bytes:
+        """Returns up to ``size`` bytes from ``start``; fewer only at the end of the file."""
+        ...
+
+    def open_range(self, path: str) -> RangeReader:
+        """Returns a function ``(start, size) -> bytes`` over one file, for many reads of the same file.
+
+        FileNotFoundError when there is no such file (at once, or at the first read of a remote one).
+        """
+        ...
+
+    def write_atomic(self, path: str, data: bytes) -> None:
+        """Publishes a file whole, replacing one of that name."""
+        ...
+
+    def create_exclusive(self, path: str, data: bytes) -> bool:
+        """Publishes a file unless the name exists; returns whether it did."""
+        ...
+
+    def exists(self, path: str) -> bool:
+        """Returns whether a file or folder of that name exists."""
+        ...
+
+    def list(self, prefix: str) -> list[str]:
+        """Returns the names directly under a folder, sorted; [] when there is no such folder."""
+        ...
+
+    def staging_folder(self) -> contextlib.AbstractContextManager[Path]:
+        """Gives a local folder to fill; it is removed afterwards unless it was published."""
+        ...
+
+    def publish_folder(self, local: Path, path: str) -> None:
+        """Makes a staged folder visible under a name that, if it exists, already holds the same content."""
+        ...
+
+
+def open_blobs(url: str | os.PathLike[str]) -> Blobs:
+    """Returns byte access to a local path, a ``file://`` URL or any other URL that fsspec knows."""
+    text = os.fspath(url)
+    if text.startswith("file://"):
+        text = text[len("file://") :]
+    if "://" in text:
+        return FsspecBlobs(text)
+    return LocalBlobs(Path(text))
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes renames inside a folder durable (POSIX: the folder's own fsync)."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def disk_full_is_typed(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns ENOSPC, EDQUOT and EFBIG from the block into `StorageFullError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StorageFullError(os.fspath(path)) from error
+        raise
+
+
+class _LocalFile:
+    """An open local file; reads carry their own offset, so threads and forks can share the descriptor."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._handle)
+
+    def __call__(self, start: int, size: int) -> bytes:
+        return os.pread(self._handle, size, start)
+
+
+class LocalBlobs:
+    """Files in a local folder (or on a mounted file system)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.url = str(self.root)
+
+    def read(self, path: str) -> bytes:
+        return (self.root / path).read_bytes()
+
+    def read_range(self, path: str, start: int, size: int) -> bytes:
+        with (self.root / path).open("rb") as file:
+            return os.pread(file.fileno(), size, start)
+
+    def open_range(self, path: str) -> RangeReader:
+        return _LocalFile(self.root / path)
+
+    def write_atomic(self, path: str, data: bytes) -> None:
+        target = self.root / path
+        with disk_full_is_typed(target), self._temporary_file(target, data) as temporary:
+            temporary.replace(target)
+            fsync_folder(target.parent)
+
+    def create_exclusive(self, path: str, data: bytes) -> bool:
+        target = self.root / path
+        with disk_full_is_typed(target), self._temporary_file(target, data) as temporary:
+            try:
+                # A hard link fails when the name exists, unlike a rename: of two creators exactly one wins.
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            fsync_folder(target.parent)
+            return True
+
+    def exists(self, path: str) -> bool:
+        return (self.root / path).exists()
+
+    def list(self, prefix: str) -> list[str]:
+        folder = self.root / prefix
+        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+    @contextlib.contextmanager
+    def staging_folder(self) -> Iterator[Path]:
+        # Beside the parts, because a rename is atomic only within one file system.
+        with disk_full_is_typed(self.root):
+            parts = self.root / "parts"
+            parts.mkdir(parents=True, exist_ok=True)
+            folder = parts / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                if folder.exists():
+                    shutil.rmtree(folder)
+
+    def publish_folder(self, local: Path, path: str) -> None:
+        target = self.root / path
+        with disk_full_is_typed(target):
+            for folder, _, names in os.walk(local, topdown=False):
+                for name in names:
+                    with open(os.path.join(folder, name), "rb") as file:
+                        os.fsync(file.fileno())
+                fsync_folder(Path(folder))
+            try:
+                local.rename(target)
+            except OSError as error:
+                # Names are content hashes, so an existing folder of that name holds these very bytes.
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+            fsync_folder(target.parent)
+
+    @contextlib.contextmanager
+    def _temporary_file(self, target: Path, data: bytes) -> Iterator[Path]:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class FsspecBlobs:
+    """Objects behind an fsspec URL (``s3://``, ``gs://``, ``https://``, ...)."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._files, self._root = fsspec.core.url_to_fs(self.url)
+
+    def read(self, path: str) -> bytes:
+        return self._files.cat_file(self._at(path))
+
+    def read_range(self, path: str, start: int, size: int) -> bytes:
+        return self._files.cat_file(self._at(path), start=start, end=start + size)
+
+    def open_range(self, path: str) -> RangeReader:
+        return functools.partial(self.read_range, path)
+
+    def write_atomic(self, path: str, data: bytes) -> None:
+        self._files.pipe_file(self._at(path), data)
+
+    def create_exclusive(self, path: str, data: bytes) -> bool:
+        try:
+            self._files.pipe_file(self._at(path), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def exists(self, path: str) -> bool:
+        return bool(self._files.exists(self._at(path)))
+
+    def list(self, prefix: str) -> list[str]:
+        folder = self._at(prefix)
+        if not self._files.exists(folder):
+            return []
+        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in self._files.ls(folder, detail=False))
+
+    @contextlib.contextmanager
+    def staging_folder(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="foldfeed-") as folder, disk_full_is_typed(folder):
+            yield Path(folder)
+
+    def publish_folder(self, local: Path, path: str) -> None:
+        for file in sorted(local.rglob("*")):
+            if file.is_file():
+                remote = f"{path}/{file.relative_to(local).as_posix()}"
+                self._files.put_file(str(file), self._at(remote))
+
+    def _at(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root

@@ -1,0 +1,184 @@
+"""The error tree of foldfeed: what can go wrong, in terms a user can act on.
+
+    FoldfeedError
+    ├── StoreError                    something about a store on disk or in a bucket
+    │   ├── NotAStoreError            the URL holds no foldfeed store
+    │   ├── StoreSettingsError        the store exists with other settings than those asked for
+    │   ├── FormatVersionError        written by a format this reader does not know
+    │   ├── CorruptDataError          a checksum, a size or an index does not agree
+    │   ├── CommitConflictError       the same record id with other content is already there
+    │   └── StorageFullError          no space left where we must write
+    ├── RecordNotFoundError (KeyError)
+    ├── InvalidRecordError (ValueError)      a record that the format cannot hold
+    ├── AlignmentParseError (ValueError)     A3M or Stockholm text that breaks its own rules
+    ├── QueryError (ValueError)              SQL or column names the index does not understand
+    ├── MissingExtraError (ImportError)      an optional dependency is not installed
+    └── (pipelines.errors, loader.errors, trainer.errors add their own branches)
+
+Every message names the offending value, the rule it breaks and what to do. Errors carry the values as
+fields, so that callers need not parse text. This module imports nothing of ours and owns no behaviour.
+"""
+
+from __future__ import annotations
+
+
+class FoldfeedError(Exception):
+    """Base of every error that foldfeed raises on purpose."""
+
+
+class StoreError(FoldfeedError):
+    """Something is wrong with a store as a whole."""
+
+
+class NotAStoreError(StoreError):
+    """The URL does not hold a foldfeed store.
+
+    Attributes:
+      url: what was opened.
+      reason: what is missing or in the way there.
+    """
+
+    def __init__(self, url: str, reason: str) -> None:
+        self.url = url
+        self.reason = reason
+        super().__init__(
+            f"{url!r} is not a foldfeed store: {reason}. "
+            "Give the folder that `foldfeed build --store` wrote (it holds foldfeed.json, index/ and parts/)."
+        )
+
+
+class StoreSettingsError(StoreError):
+    """A store exists already, with other settings than the ones asked for."""
+
+
+class FormatVersionError(StoreError):
+    """The store's format version is not one that this software reads.
+
+    Attributes:
+      url: the store.
+      found: its version.
+      supported: the versions this software reads.
+    """
+
+    def __init__(self, url: str, found: object, supported: tuple[int, ...]) -> None:
+        self.url = url
+        self.found = found
+        self.supported = supported
+        super().__init__(
+            f"{url!r} has format version {found!r}; this foldfeed reads {list(supported)}. "
+            "Install the foldfeed release that wrote it, or a newer one."
+        )
+
+
+class CorruptDataError(StoreError):
+    """Stored bytes are not what was written.
+
+    Attributes:
+      where: part, array and chunk, or file.
+      reason: which check failed.
+    """
+
+    def __init__(self, where: str, reason: str) -> None:
+        self.where = where
+        self.reason = reason
+        super().__init__(f"corrupt data in {where}: {reason}. Restore that part from a copy or rebuild it.")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.where, self.reason)
+
+
+class CommitConflictError(StoreError):
+    """A commit would give a record id a second meaning."""
+
+
+class StorageFullError(StoreError):
+    """There was no space left to write.
+
+    Attributes:
+      path: the file or folder that was being written.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(
+            f"no space left on the device while writing {path!r}. Nothing of this write is visible in the "
+            "store; free some space and run the same command again."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return type(self), (self.path,)
+
+
+class RecordNotFoundError(FoldfeedError, KeyError):
+    """No record of that id in this version of the store.
+
+    Attributes:
+      record_id: the id asked for.
+      close: up to three ids that look like it.
+    """
+
+    def __init__(self, record_id: str, close: tuple[str, ...] = ()) -> None:
+        self.record_id = record_id
+        self.close = close
+        hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
+        # KeyError prints the repr of its argument; __str__ below keeps the sentence readable.
+        self.message = f"no record {record_id!r} in this store.{hint}"
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
+        return type(self), (self.record_id, self.close)
+
+
+class InvalidRecordError(FoldfeedError, ValueError):
+    """A record that the format cannot hold.
+
+    Attributes:
+      record_id: the record.
+      reason: the rule it breaks.
+    """
+
+    def __init__(self, record_id: str, reason: str) -> None:
+        self.record_id = record_id
+        self.reason = reason
+        super().__init__(f"record {record_id!r} cannot be stored: {reason}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.record_id, self.reason)
+
+
+class AlignmentParseError(FoldfeedError, ValueError):
+    """Alignment text that breaks the rules of its own format.
+
+    Attributes:
+      reason: what is wrong.
+      line: 1-based line number, or None when the whole text is at fault.
+    """
+
+    def __init__(self, reason: str, line: int | None = None) -> None:
+        self.reason = reason
+        self.line = line
+        super().__init__(f"line {line}: {reason}" if line is not None else reason)
+
+    def __reduce__(self) -> tuple[type, tuple[str, int | None]]:
+        return type(self), (self.reason, self.line)
+
+
+class QueryError(FoldfeedError, ValueError):
+    """SQL, a column or a predicate that the index does not understand."""
+
+
+class MissingExtraError(FoldfeedError, ImportError):
+    """A command needs an optional dependency that is not installed.
+
+    Attributes:
+      package: the missing import.
+      extra: the extra of foldfeed that brings it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        self.package = package
+        self.extra = extra
+        super().__init__(f"{package} is not installed; run: pip install 'foldfeed[{extra}]'")

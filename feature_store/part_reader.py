@@ -1,0 +1,196 @@
+"""Reads records out of one part: crops, sidecars, row provenance.
+
+Owns the way from index row and crop to arrays. Does not own the index or versions. Thread safe, because its
+shard readers are; a fork shares the descriptors harmlessly (every read carries its offset).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from foldfeed.feature_store.blobs import Blobs
+from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
+from foldfeed.feature_store.layout import (
+    RecordGrid,
+    RowIndex,
+    grid_of,
+    num_rows_of,
+    plan_crop,
+)
+from foldfeed.feature_store.schema import DELETION_OVERFLOW, GROUP_FILE, array_specs
+from foldfeed.feature_store.settings import SUPPORTED_VERSIONS, StoreSettings
+from foldfeed.feature_store.shard_reader import ShardReader
+from foldfeed.feature_store.writer import PART_ID_HEX
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Crop:
+    """A piece of an alignment, in buffers of its own.
+
+    Attributes:
+      msa: uint8 (rows, residues), codes of `alphabet`.
+      deletions: int32 (rows, residues).
+    """
+
+    msa: NDArray[np.uint8]
+    deletions: NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RecordLocation:
+    """Where a record's entries start in the arrays of its part, and how many there are."""
+
+    depth: int
+    length: int
+    first_tile: int
+    first_row: int
+    first_residue: int
+    first_overflow: int
+    num_overflow: int
+
+
+class PartReader:
+    """One immutable part."""
+
+    def __init__(self, blobs: Blobs, part_id: str) -> None:
+        """Reads the part's metadata.
+
+        Raises:
+          CorruptDataError: it is missing or does not hash to the part's id.
+        """
+        self.part_id = part_id
+        self.path = f"parts/{part_id}"
+        self._blobs = blobs
+        where = f"{self.path}/{GROUP_FILE}"
+        try:
+            data = blobs.read(where)
+        except FileNotFoundError as error:
+            raise CorruptDataError(where, "the file is missing") from error
+        if hashlib.sha256(data).hexdigest()[:PART_ID_HEX] != part_id:
+            raise CorruptDataError(where, "the metadata does not hash to the name of its part")
+        about = json.loads(data)["attributes"]["foldfeed"]
+        if about["version"] not in SUPPORTED_VERSIONS:
+            raise FormatVersionError(where, about["version"], SUPPORTED_VERSIONS)
+        self.settings = StoreSettings(**about["settings"])
+        self.files: dict[str, dict[str, Any]] = about["files"]
+        self.num_records: int = about["num_records"]
+        self.arrays = {
+            name: ShardReader(
+                blobs,
+                self.path,
+                spec,
+                about["lengths"][name],
+                self.files.get(spec.shard_path, {}).get("bytes"),
+            )
+            for name, spec in array_specs(self.settings).items()
+        }
+
+    def index_rows(self) -> list[dict[str, Any]]:
+        """Returns the index row of every record of the part, without the part's id and the job's.
+
+        Raises:
+          CorruptDataError: a chunk is missing or does not match its checksum.
+        """
+        array = self.arrays["record_json"]
+        return [json.loads(line) for line in array.read(0, array.length).tobytes().splitlines()]
+
+    def crop(self, at: RecordLocation, window: tuple[int, int], rows: RowIndex) -> Crop:
+        """Returns a crop of a record.
+
+        Args:
+          at: the record.
+          window: residues ``[start, stop)``, checked by `layout.resolve_residues`.
+          rows: checked by `layout.resolve_rows`.
+        """
+        grid = self._grid(at)
+        boxes = plan_crop(grid, window, rows)
+        shape = (num_rows_of(rows), window[1] - window[0])
+        msa = np.empty(shape, dtype=np.uint8)
+        deletions = np.empty(shape, dtype=np.int32)
+        numbers = [box.tile for box in boxes]
+        for name, out in (("msa", msa), ("deletion", deletions)):
+            for box, (_, tile) in zip(boxes, self.arrays[name].chunks(numbers), strict=True):
+                out[box.out_rows, box.out_cols] = tile[0][box.tile_rows, box.tile_cols]
+        if at.num_overflow:
+            self._restore_overflow(at, grid, window, rows, deletions)
+        return Crop(msa=msa, deletions=deletions)
+
+    def crop_bytes(self, at: RecordLocation, window: tuple[int, int], rows: RowIndex) -> int:
+        """Returns the stored bytes of the tiles that such a crop reads."""
+        numbers = [box.tile for box in plan_crop(self._grid(at), window, rows)]
+        return sum(self.arrays[name].bytes_stored(numbers) for name in ("msa", "deletion"))
+
+    def per_residue(self, name: str, at: RecordLocation) -> np.ndarray:
+        """Returns a per-residue array (``aatype``, ``profile``, ...) of a record."""
+        return self.arrays[name].read(at.first_residue, at.first_residue + at.length)
+
+    def row_table(self, at: RecordLocation, database_names: list[str]) -> pa.Table:
+        """Returns the provenance of every row: rank, database, e_value, bit_score, hit_id, species.
+
+        ``database`` is null for the query row; ``e_value`` and ``bit_score`` are null where the tool gave
+        none.
+        """
+        start, stop = at.first_row, at.first_row + at.depth
+        database = self.arrays["row_database"].read(start, stop)
+        names = [None if code < 0 else database_names[code] for code in database.tolist()]
+        species = [
+            row.tobytes().rstrip(b"\0").decode() for row in self.arrays["row_species"].read(start, stop)
+        ]
+        return pa.table(
+            {
+                "rank": pa.array(np.arange(at.depth, dtype=np.int32)),
+                "database": pa.array(names, type=pa.string()),
+                "e_value": _nullable(self.arrays["row_e_value"].read(start, stop)),
+                "bit_score": _nullable(self.arrays["row_bit_score"].read(start, stop)),
+                "hit_id": pa.array(self._hit_ids(start, stop), type=pa.string()),
+                "species": pa.array(species, type=pa.string()),
+            }
+        )
+
+    def _hit_ids(self, start: int, stop: int) -> list[str]:
+        # The end of the row before the first one is where the first one's text starts.
+        ends = self.arrays["row_hit_id_end"].read(max(0, start - 1), stop)
+        bounds = ends if start else np.concatenate([[0], ends])
+        text = self.arrays["row_hit_id"].read(int(bounds[0]), int(bounds[-1])).tobytes()
+        cuts = (bounds - bounds[0]).tolist()
+        return [text[a:b].decode() for a, b in itertools.pairwise(cuts)]
+
+    def _grid(self, at: RecordLocation) -> RecordGrid:
+        return grid_of(at.first_tile, at.depth, at.length, self.settings)
+
+    def _restore_overflow(
+        self,
+        at: RecordLocation,
+        grid: RecordGrid,
+        window: tuple[int, int],
+        rows: RowIndex,
+        deletions: NDArray[np.int32],
+    ) -> None:
+        """Replaces cells that hold 255 by their exact counts, in place."""
+        out_row, out_col = np.nonzero(deletions == DELETION_OVERFLOW)
+        if out_row.size == 0:
+            return
+        entries = self.arrays["deletion_overflow"].read(
+            at.first_overflow, at.first_overflow + at.num_overflow
+        )
+        row = rows.start + out_row if isinstance(rows, slice) else rows[out_row]
+        col = window[0] + out_col
+        tile = (row // grid.tile_rows) * grid.col_tiles + col // grid.tile_cols
+        cell = (tile * grid.tile_rows + row % grid.tile_rows) * grid.tile_cols + col % grid.tile_cols
+        order = np.argsort(entries[:, 0])
+        found = order[np.searchsorted(entries[order, 0], cell).clip(max=len(order) - 1)]
+        if not np.array_equal(entries[found, 0], cell):
+            raise CorruptDataError(self.path, "a deletion count above 254 has no entry in deletion_overflow")
+        deletions[out_row, out_col] = entries[found, 1]
+
+
+def _nullable(values: np.ndarray) -> pa.Array:
+    return pa.array(values, mask=np.isnan(values))

@@ -1,0 +1,183 @@
+"""Random access to one sharded Zarr v3 array: cached index, one read per run of chunks, verified decode.
+
+zarr-python and TensorStore (without a cache pool) read and decode the shard index again on every partial
+read. Here it is read once, its checksum is verified once, and 16 bytes per chunk stay in memory.
+
+Invariants: every chunk's crc32c is verified on every read, and a decoded chunk has exactly the size the
+  schema
+says, so a flipped or missing byte is an error and never a value. Thread safe: the index is immutable once
+loaded (two threads that race load the same bytes), reads carry their own offsets, decompressors are per
+thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import google_crc32c
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from foldfeed.feature_store.blobs import Blobs, RangeReader
+from foldfeed.feature_store.errors import CorruptDataError
+from foldfeed.feature_store.schema import ArraySpec, fill_chunk
+from foldfeed.feature_store.shard_writer import MISSING
+
+CRC_BYTES = 4
+# Chunks that lie this close together are fetched by one read; the gap is thrown away.
+MAX_GAP_BYTES = 16 << 10
+MAX_READ_BYTES = 32 << 20
+
+_decompressors = threading.local()
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    found = getattr(_decompressors, "value", None)
+    if found is None:
+        found = _decompressors.value = zstandard.ZstdDecompressor()
+    return found
+
+
+class ShardReader:
+    """One array of one part.
+
+    Attributes:
+      spec: the array's schema.
+      length: entries on the first axis.
+    """
+
+    def __init__(
+        self, blobs: Blobs, part_path: str, spec: ArraySpec, length: int, num_bytes: int | None
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+          blobs: the store's files.
+          part_path: folder of the part.
+          spec: the array.
+          length: entries on the first axis, from the part's metadata.
+          num_bytes: size of the shard object from the part's metadata; None when nothing is stored.
+        """
+        self.spec = spec
+        self.length = length
+        self._blobs = blobs
+        self._path = f"{part_path}/{spec.shard_path}"
+        self._num_bytes = num_bytes
+        self._opened: tuple[RangeReader, NDArray[np.uint64]] | None = None
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns entries ``[start, stop)`` of the first axis, a fresh array."""
+        assert 0 <= start <= stop <= self.length, (self._path, start, stop, self.length)
+        out = np.empty((stop - start, *self.spec.chunk[1:]), dtype=self.spec.dtype)
+        size = self.spec.chunk[0]
+        if start == stop:
+            return out
+        chunks = range(start // size, -(-stop // size))
+        for number, values in self.chunks(chunks):
+            top = number * size
+            low, high = max(start, top), min(stop, top + size)
+            out[low - start : high - start] = values[low - top : high - top]
+        return out
+
+    def chunks(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (number, decoded chunk) in the order asked for.
+
+        Args:
+          numbers: chunk numbers; neighbours on disk that are neighbours here share one read.
+        Yields: read-only arrays of the chunk's shape.
+        Raises:
+          CorruptDataError: a checksum, a size or the index does not agree.
+        """
+        if self._num_bytes is None:
+            for number in numbers:
+                yield number, fill_chunk(self.spec)
+            return
+        source, index = self._open()
+        for run in self._runs(index, numbers):
+            yield from self._read_run(source, index, run)
+
+    def bytes_stored(self, numbers: Sequence[int]) -> int:
+        """Returns how many bytes of those chunks lie on disk; reads at most the shard's index."""
+        if self._num_bytes is None:
+            return 0
+        _, index = self._open()
+        sizes = index[np.asarray(numbers, dtype=np.int64), 1]
+        return int(sizes[sizes != MISSING].sum())
+
+    def _open(self) -> tuple[RangeReader, NDArray[np.uint64]]:
+        opened = self._opened
+        if opened is None:
+            assert self._num_bytes is not None
+            try:
+                source = self._blobs.open_range(self._path)
+                index = self._load_index(source, self._num_bytes)
+            except FileNotFoundError as error:
+                raise CorruptDataError(self._path, "the file is missing") from error
+            opened = self._opened = (source, index)
+        return opened
+
+    def _load_index(self, source: RangeReader, num_bytes: int) -> NDArray[np.uint64]:
+        num_chunks = self.spec.num_chunks(self.length)
+        size = 16 * num_chunks + CRC_BYTES
+        data = source(num_bytes - size, size) if num_bytes >= size else b""
+        if len(data) != size:
+            raise CorruptDataError(self._path, f"the shard index is {len(data)} bytes, not {size}")
+        if google_crc32c.value(data[:-CRC_BYTES]) != int.from_bytes(data[-CRC_BYTES:], "little"):
+            raise CorruptDataError(self._path, "the shard index does not match its crc32c")
+        index = np.frombuffer(data[:-CRC_BYTES], dtype="<u8").reshape(num_chunks, 2)
+        stored = index[index[:, 0] != MISSING]
+        if stored.size and int((stored[:, 0] + stored[:, 1]).max()) > num_bytes - size:
+            raise CorruptDataError(self._path, "the shard index points outside the file")
+        return index
+
+    def _runs(self, index: NDArray[np.uint64], numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Yields groups of chunks that one read serves; chunks that are not stored join any group."""
+        run: list[int] = []
+        start = end = -1
+        for number in numbers:
+            offset, size = (int(value) for value in index[number])
+            if offset != MISSING:
+                near = (
+                    end >= 0
+                    and 0 <= offset - end <= MAX_GAP_BYTES
+                    and offset + size - start <= MAX_READ_BYTES
+                )
+                if end >= 0 and not near:
+                    yield run
+                    run = []
+                    end = -1
+                if end < 0:
+                    start = offset
+                end = offset + size
+            run.append(number)
+        if run:
+            yield run
+
+    def _read_run(
+        self, source: RangeReader, index: NDArray[np.uint64], run: list[int]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        entries = [(number, int(index[number, 0]), int(index[number, 1])) for number in run]
+        stored = [(offset, offset + size) for _, offset, size in entries if offset != MISSING]
+        first = stored[0][0] if stored else 0
+        data = memoryview(source(first, stored[-1][1] - first)) if stored else memoryview(b"")
+        for number, offset, size in entries:
+            if offset == MISSING:
+                yield number, fill_chunk(self.spec)
+            else:
+                yield number, self._decode(number, data[offset - first : offset - first + size])
+
+    def _decode(self, number: int, encoded: memoryview) -> np.ndarray:
+        where = f"{self._path}, chunk {number}"
+        body = bytes(encoded[:-CRC_BYTES])
+        if len(body) == 0 or google_crc32c.value(body) != int.from_bytes(encoded[-CRC_BYTES:], "little"):
+            raise CorruptDataError(where, "the chunk does not match its crc32c")
+        want = int(np.prod(self.spec.chunk)) * np.dtype(self.spec.dtype).itemsize
+        if zstandard.frame_content_size(body) != want:
+            raise CorruptDataError(where, f"the chunk does not decode to {want} bytes")
+        try:
+            raw = _decompressor().decompress(body)
+        except zstandard.ZstdError as error:
+            raise CorruptDataError(where, f"zstd: {error}") from error
+        return np.frombuffer(raw, dtype=self.spec.dtype).reshape(self.spec.chunk)

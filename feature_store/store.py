@@ -1,0 +1,347 @@
+"""`FeatureStore`: the front door. Open a store, look records up, ask SQL, read crops, commit parts.
+
+A store object is a snapshot: it shows one version for as long as it lives, whatever others commit meanwhile.
+Thread safe for reading. It may be pickled (a worker process opens the same version again) and it survives a
+fork, because the index is in memory and reads of parts carry their own offsets.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from foldfeed.feature_store import query
+from foldfeed.feature_store.blobs import open_blobs
+from foldfeed.feature_store.errors import NotAStoreError, RecordNotFoundError, StoreSettingsError
+from foldfeed.feature_store.index import CommitResult, Index, LogEntry
+from foldfeed.feature_store.layout import RowIndex, resolve_residues, resolve_rows
+from foldfeed.feature_store.part_reader import Crop, PartReader, RecordLocation
+from foldfeed.feature_store.schema import INDEX_SCHEMA
+from foldfeed.feature_store.settings import SETTINGS_FILE, StoreSettings
+
+
+class FeatureStore:
+    """One version of a store.
+
+    Example:
+      >>> store = FeatureStore.open("demo-output/store")
+      >>> len(store), store.version
+      >>> store.query("select record_id, depth from records order by depth desc limit 3").to_pylist()
+      >>> crop = store["HBB_HUMAN"].crop(residues=slice(0, 64), rows=slice(0, 512))
+
+    Attributes:
+      url: where it lies.
+      settings: chosen when it was created.
+    """
+
+    def __init__(self, url: str, settings: StoreSettings, index: Index) -> None:
+        """Use `open` or `create`."""
+        self.url = url
+        self.settings = settings
+        self._index = index
+        self._blobs = open_blobs(url)
+        self._parts: dict[str, PartReader] = {}
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str], version: int | None = None) -> FeatureStore:
+        """Returns a store at a version, the newest by default.
+
+        Raises:
+          NotAStoreError: nothing there, or something else.
+          FormatVersionError: a format this release does not read.
+          ValueError: there is no such version.
+        """
+        blobs = open_blobs(url)
+        try:
+            data = blobs.read(SETTINGS_FILE)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            reason = f"it has no {SETTINGS_FILE}" if blobs.exists("") else "there is nothing at that path"
+            raise NotAStoreError(blobs.url, reason) from error
+        settings = StoreSettings.from_json(data, blobs.url)
+        return cls(blobs.url, settings, Index.open(blobs.url, version))
+
+    @classmethod
+    def create(cls, url: str | os.PathLike[str], settings: StoreSettings | None = None) -> FeatureStore:
+        """Returns the store at a URL, made new where there is none.
+
+        Args:
+          url: an absent or empty folder, or a store.
+          settings: for a new store, the defaults when None; for one that exists they must be equal.
+        Raises:
+          NotAStoreError: the folder holds something else; it is not touched.
+          StoreSettingsError: the store exists with other settings.
+        """
+        blobs = open_blobs(url)
+        if not blobs.exists(SETTINGS_FILE):
+            _refuse_foreign(blobs.url, blobs.list("") if blobs.exists("") else [], os.path.isfile(blobs.url))
+            blobs.create_exclusive(SETTINGS_FILE, (settings or StoreSettings()).to_json())
+        found = StoreSettings.from_json(blobs.read(SETTINGS_FILE), blobs.url)
+        if settings is not None and found != settings:
+            raise StoreSettingsError(
+                f"{blobs.url!r} exists with {found}, not {settings}; a store keeps the settings it was "
+                "made with, so use them or choose another folder"
+            )
+        return cls(blobs.url, found, Index.create(blobs.url))
+
+    def __reduce__(self) -> tuple[Any, tuple[str, int]]:
+        return FeatureStore.open, (self.url, self.version)
+
+    def __repr__(self) -> str:
+        return f"FeatureStore({self.url!r}, version={self.version}, records={len(self)})"
+
+    @property
+    def version(self) -> int:
+        """The version this object shows."""
+        return self._index.version
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, record_id: object) -> bool:
+        return isinstance(record_id, str) and self._find(record_id) is not None
+
+    def __getitem__(self, record_id: str) -> Record:
+        """Returns a record.
+
+        Raises:
+          RecordNotFoundError: no such id in this version.
+        """
+        position = self._find(record_id)
+        if position is None:
+            raise RecordNotFoundError(record_id, tuple(difflib.get_close_matches(record_id, self.ids, n=3)))
+        return self.at(position)
+
+    def at(self, position: int) -> Record:
+        """Returns the record at a position of the sorted ids.
+
+        Raises:
+          IndexError: position is not in 0..len-1.
+        """
+        if not 0 <= position < len(self):
+            raise IndexError(
+                f"position {position} is outside 0..{len(self) - 1} (the store has {len(self)} records)"
+            )
+        row = {name: column[position].as_py() for name, column in self._columns.items()}
+        return Record(self._part(row["part_id"]), row)
+
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        """All record ids, sorted."""
+        return self._rows["record_id"].to_pylist()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the settings and of what every visible record says.
+
+        Two stores with equal records have equal fingerprints, wherever they lie and however often they were
+        committed to: a loader's position is bound to this and not to a path.
+        """
+        digest = hashlib.sha256(self.settings.to_json())
+        for name, content in zip(self.ids, self._rows["fingerprint"].to_pylist(), strict=True):
+            digest.update(f"{name}\x00{content}\n".encode())
+        return digest.hexdigest()
+
+    def table(self, columns: Sequence[str] | None = None, where: str | None = None) -> pa.Table:
+        """Returns index rows, sorted by record id.
+
+        Args:
+          columns: names of the index; all when None.
+          where: an SQL condition, e.g. ``"depth > 100 and length < 300"``.
+        Raises:
+          QueryError: an unknown column or bad SQL.
+        """
+        return query.table(self._rows, columns, where)
+
+    def query(self, sql: str) -> pa.Table:
+        """Returns the answer to a SQL query over the table ``records`` (DuckDB's dialect), read only.
+
+        Raises:
+          QueryError: DuckDB does not accept it.
+        """
+        return query.sql(self._rows, sql)
+
+    def log(self) -> list[LogEntry]:
+        """Returns the commits up to this version, newest first."""
+        return self._index.log()
+
+    def commit(
+        self,
+        part_ids: Sequence[str],
+        *,
+        job_id: str,
+        message: str = "",
+        on_existing: str = "error",
+    ) -> CommitResult:
+        """Makes the records of parts visible in one transaction and moves this object to the new version.
+
+        Args:
+          part_ids: as `write_part` returned them.
+          job_id: names the job; committing it again adds nothing.
+          message: for the log.
+          on_existing: ``error``, ``replace`` or ``skip`` records whose id is there with other content.
+        Raises:
+          CorruptDataError: a part is missing or damaged; nothing is committed.
+          CommitConflictError: an id would get a second meaning; nothing is committed.
+        """
+        rows: list[dict[str, Any]] = []
+        for part_id in part_ids:
+            rows.extend(
+                row | {"part_id": part_id, "job_id": job_id} for row in self._part(part_id).index_rows()
+            )
+        result = self._index.commit(
+            pa.Table.from_pylist(rows, schema=INDEX_SCHEMA),
+            job_id=job_id,
+            message=message,
+            on_existing=on_existing,
+        )
+        for name in ("ids", "fingerprint", "_rows", "_columns"):
+            self.__dict__.pop(name, None)
+        return result
+
+    @functools.cached_property
+    def _rows(self) -> pa.Table:
+        return self._index.rows()
+
+    @functools.cached_property
+    def _columns(self) -> dict[str, pa.Array]:
+        # One array per column: indexing a chunked column by position costs a search of its chunks every time.
+        return {name: self._rows[name].combine_chunks() for name in self._rows.column_names}
+
+    def _find(self, record_id: str) -> int | None:
+        position = bisect.bisect_left(self.ids, record_id)
+        return position if position < len(self.ids) and self.ids[position] == record_id else None
+
+    def _part(self, part_id: str) -> PartReader:
+        part = self._parts.get(part_id)
+        if part is None:
+            # Two threads may both open it; either copy serves, so no lock is held over the read.
+            part = self._parts.setdefault(part_id, PartReader(self._blobs, part_id))
+        return part
+
+
+class Record:
+    """One record of one version of a store; cheap to make, reads when asked."""
+
+    def __init__(self, part: PartReader, row: dict[str, Any]) -> None:
+        """Use `FeatureStore.__getitem__`."""
+        self._part = part
+        self._row = row
+        self._at = RecordLocation(
+            depth=row["depth"],
+            length=row["length"],
+            first_tile=row["first_tile"],
+            first_row=row["first_row"],
+            first_residue=row["first_residue"],
+            first_overflow=row["first_overflow"],
+            num_overflow=row["num_overflow"],
+        )
+
+    def __repr__(self) -> str:
+        return f"Record({self.record_id!r}, length={self.length}, depth={self.depth})"
+
+    @property
+    def record_id(self) -> str:
+        """Unique in the store."""
+        return self._row["record_id"]
+
+    @property
+    def description(self) -> str:
+        """Free text, usually from the FASTA header."""
+        return self._row["description"]
+
+    @property
+    def sequence(self) -> str:
+        """Upper-case one-letter residues."""
+        return self._row["sequence"]
+
+    @property
+    def length(self) -> int:
+        """Number of residues."""
+        return self._at.length
+
+    @property
+    def depth(self) -> int:
+        """Number of rows of the alignment, the query included."""
+        return self._at.depth
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what the record says."""
+        return self._row["fingerprint"]
+
+    @property
+    def databases(self) -> list[dict[str, Any]]:
+        """What was searched, in merge order: name, digest, tool, tool_version, num_hits, num_rows."""
+        return self._row["databases"]
+
+    @property
+    def extra(self) -> dict[str, str]:
+        """Further facts that the writer recorded."""
+        return json.loads(self._row["extra"])
+
+    def crop(self, residues: slice | None = None, rows: RowIndex | None = None) -> Crop:
+        """Returns a piece of the alignment, reading only the tiles it touches.
+
+        Args:
+          residues: window ``slice(a, b)``, 0 <= a < b <= length; everything when None.
+          rows: ranks, the query is 0: ``slice(a, b)`` or int64 indices in any order; everything when None.
+        Returns: `Crop` of msa uint8 and deletions int32, both (rows, residues), owned by the caller.
+        Raises:
+          IndexError: outside the record. Nothing shrinks silently.
+          CorruptDataError: a tile does not match its checksum.
+        """
+        return self._part.crop(
+            self._at, resolve_residues(residues, self.length), resolve_rows(rows, self.depth)
+        )
+
+    def crop_bytes(self, residues: slice | None = None, rows: RowIndex | None = None) -> int:
+        """Returns the stored bytes of the tiles that `crop` would read for the same arguments."""
+        return self._part.crop_bytes(
+            self._at, resolve_residues(residues, self.length), resolve_rows(rows, self.depth)
+        )
+
+    def msa(self) -> NDArray[np.uint8]:
+        """Returns uint8 (depth, length), rows in rank order, the query first."""
+        return self.crop().msa
+
+    def deletions(self) -> NDArray[np.int32]:
+        """Returns int32 (depth, length): residues inserted immediately left of each column."""
+        return self.crop().deletions
+
+    def aatype(self) -> NDArray[np.uint8]:
+        """Returns uint8 (length,): codes of the query."""
+        return self._part.per_residue("aatype", self._at)
+
+    def profile(self) -> NDArray[np.float32]:
+        """Returns float32 (length, 22): share of each token over all rows."""
+        return self._part.per_residue("profile", self._at)
+
+    def deletion_mean(self) -> NDArray[np.float32]:
+        """Returns float32 (length,): mean deletion count over all rows."""
+        return self._part.per_residue("deletion_mean", self._at)
+
+    def gap_fraction(self) -> NDArray[np.float32]:
+        """Returns float32 (length,): share of rows with a gap."""
+        return self._part.per_residue("gap_fraction", self._at)
+
+    def rows(self) -> pa.Table:
+        """Returns the provenance of every row: rank, database, e_value, bit_score, hit_id, species."""
+        return self._part.row_table(self._at, [entry["name"] for entry in self.databases])
+
+
+def _refuse_foreign(url: str, names: list[str], is_file: bool) -> None:
+    """Raises unless the place is free for a new store."""
+    if is_file:
+        raise NotAStoreError(url, "it is a file")
+    if names:
+        raise NotAStoreError(url, f"the folder exists and holds other things, e.g. {names[0]!r}")

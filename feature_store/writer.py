@@ -1,0 +1,198 @@
+"""Writes whole parts: records in, one immutable content-addressed folder out.
+
+Owns the way from an `MsaRecord` to arrays (tiling, deletion overflow, sidecars, row provenance). Does not own
+visibility: a part means nothing until the index names it (`FeatureStore.commit`).
+
+Invariants: a part's name is the sha256 of its group metadata, which holds the sha256 of every file in it; the
+same records give the same bytes whoever writes them; one record at a time is in memory; a failed write leaves
+no visible name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foldfeed.feature_store import alphabet
+from foldfeed.feature_store.blobs import open_blobs
+from foldfeed.feature_store.errors import InvalidRecordError
+from foldfeed.feature_store.layout import grid_of
+from foldfeed.feature_store.record import SPECIES_BYTES, MsaRecord
+from foldfeed.feature_store.schema import (
+    DELETION_OVERFLOW,
+    GROUP_FILE,
+    array_specs,
+    group_metadata,
+)
+from foldfeed.feature_store.settings import StoreSettings
+from foldfeed.feature_store.shard_writer import ShardWriter
+from foldfeed.feature_store.sidecars import summarise
+
+PART_ID_HEX = 40
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenPart:
+    """What `write_part` made.
+
+    Attributes:
+      part_id: name of the part under ``parts/``; also the hash of its content.
+      num_records: records in it.
+      num_bytes: size of its files.
+    """
+
+    part_id: str
+    num_records: int
+    num_bytes: int
+
+
+def write_part(
+    root_url: str | os.PathLike[str], records: Iterable[MsaRecord], settings: StoreSettings
+) -> WrittenPart:
+    """Writes records as one part of a store and returns its name; nothing refers to it yet.
+
+    Args:
+      root_url: the store, local path or fsspec URL.
+      records: in strictly increasing ``record_id``, so that equal sets give equal bytes; consumed one by one.
+      settings: the store's settings.
+    Raises:
+      InvalidRecordError: a record out of order, or the same id twice; nothing is published.
+      ValueError: no record at all.
+      StorageFullError: no space left; nothing is published.
+    """
+    blobs = open_blobs(root_url)
+    with blobs.staging_folder() as folder:
+        with PartWriter(folder, settings) as writer:
+            for record in records:
+                writer.add(record)
+            part_id, num_bytes = writer.finish()
+        blobs.publish_folder(folder, f"parts/{part_id}")
+    return WrittenPart(part_id=part_id, num_records=writer.num_records, num_bytes=num_bytes)
+
+
+class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
+    """Fills one empty local folder with the files of a part. Belongs to one thread."""
+
+    def __init__(self, folder: Path, settings: StoreSettings) -> None:
+        self.num_records = 0
+        self._folder = folder
+        self._settings = settings
+        self._shards = {name: ShardWriter(folder, spec) for name, spec in array_specs(settings).items()}
+        self._last_id = ""
+
+    def __exit__(self, *exc: object) -> None:
+        for shard in self._shards.values():
+            shard.abort()
+
+    def add(self, record: MsaRecord) -> None:
+        """Appends one record.
+
+        Raises:
+          InvalidRecordError: its id is not greater than the one before.
+        """
+        if self.num_records and record.record_id <= self._last_id:
+            raise InvalidRecordError(
+                record.record_id,
+                f"it comes after {self._last_id!r}; records of a part come in strictly increasing id order",
+            )
+        row = self._index_row(record)
+        self._append_tiles(record, row)
+        self._append_rows(record)
+        row["gap_fraction"] = self._append_sidecars(record)
+        line = json.dumps(row, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+        self._shards["record_json"].append(np.frombuffer(line, dtype=np.uint8))
+        self._last_id = record.record_id
+        self.num_records += 1
+
+    def finish(self) -> tuple[str, int]:
+        """Completes every file; returns the part's id and the bytes written."""
+        if not self.num_records:
+            raise ValueError("a part needs at least one record; an empty job has nothing to write")
+        files: dict[str, dict[str, Any]] = {}
+        for shard in self._shards.values():
+            files.update(shard.close())
+        lengths = {name: shard.length for name, shard in self._shards.items()}
+        group = group_metadata(self._settings, lengths, files, self.num_records)
+        (self._folder / GROUP_FILE).write_bytes(group)
+        part_id = hashlib.sha256(group).hexdigest()[:PART_ID_HEX]
+        return part_id, len(group) + sum(entry["bytes"] for entry in files.values())
+
+    def _index_row(self, record: MsaRecord) -> dict[str, Any]:
+        """Returns the record's index row but for what depends on the part's name and the job."""
+        return {
+            "record_id": record.record_id,
+            "description": record.description,
+            "sequence": record.sequence,
+            "sequence_sha256": hashlib.sha256(record.sequence.encode()).hexdigest(),
+            "length": record.length,
+            "depth": record.depth,
+            "databases": [dataclasses.asdict(use) for use in record.databases],
+            "extra": json.dumps(dict(record.extra), sort_keys=True),
+            "fingerprint": record.fingerprint,
+            "first_tile": self._shards["msa"].length,
+            "first_row": self._shards["row_database"].length,
+            "first_residue": self._shards["aatype"].length,
+            "first_overflow": self._shards["deletion_overflow"].length,
+        }
+
+    def _append_tiles(self, record: MsaRecord, row: dict[str, Any]) -> None:
+        grid = grid_of(row["first_tile"], record.depth, record.length, self._settings)
+        shape = (grid.tile_rows, grid.col_tiles * grid.tile_cols)
+        num_overflow = 0
+        for band in range(grid.row_tiles):
+            rows = slice(band * grid.tile_rows, min(record.depth, (band + 1) * grid.tile_rows))
+            tokens = np.full(shape, alphabet.PADDING, dtype=np.uint8)
+            tokens[: rows.stop - rows.start, : record.length] = record.msa[rows]
+            self._shards["msa"].append(_to_tiles(tokens, grid.tile_cols))
+            exact = np.zeros(shape, dtype=np.int32)
+            exact[: rows.stop - rows.start, : record.length] = record.deletions[rows]
+            tiles = _to_tiles(exact, grid.tile_cols)
+            self._shards["deletion"].append(np.minimum(tiles, DELETION_OVERFLOW).astype(np.uint8))
+            cells = np.flatnonzero(tiles.ravel() >= DELETION_OVERFLOW)
+            counts = tiles.ravel()[cells]
+            # A cell's number counts from the record's own first tile, so a record can move between parts.
+            first_cell = band * grid.col_tiles * grid.tile_rows * grid.tile_cols
+            self._shards["deletion_overflow"].append(
+                np.stack([cells + first_cell, counts], axis=1).astype("<i8")
+            )
+            num_overflow += len(cells)
+        row["num_overflow"] = num_overflow
+
+    def _append_rows(self, record: MsaRecord) -> None:
+        rows = record.rows
+        self._shards["row_database"].append(np.asarray(rows.database, dtype="<i2"))
+        self._shards["row_e_value"].append(np.asarray(rows.e_value, dtype="<f8"))
+        self._shards["row_bit_score"].append(np.asarray(rows.bit_score, dtype="<f4"))
+        self._shards["row_species"].append(_fixed_width(rows.species, SPECIES_BYTES))
+        text = [name.encode() for name in rows.hit_id]
+        ends = np.cumsum([len(name) for name in text], dtype=np.int64) + self._shards["row_hit_id"].length
+        self._shards["row_hit_id_end"].append(ends.astype("<i8"))
+        self._shards["row_hit_id"].append(np.frombuffer(b"".join(text), dtype=np.uint8))
+
+    def _append_sidecars(self, record: MsaRecord) -> float:
+        sidecars = summarise(record.msa, record.deletions)
+        self._shards["aatype"].append(record.msa[0])
+        self._shards["profile"].append(sidecars.profile.astype("<f4"))
+        self._shards["deletion_mean"].append(sidecars.deletion_mean.astype("<f4"))
+        self._shards["gap_fraction"].append(sidecars.gap_fraction.astype("<f4"))
+        return sidecars.mean_gap_fraction
+
+
+def _to_tiles(band: NDArray[Any], tile_cols: int) -> NDArray[Any]:
+    """Returns (tiles, tile_rows, tile_cols) from one band (tile_rows, tiles * tile_cols)."""
+    return band.reshape(band.shape[0], -1, tile_cols).swapaxes(0, 1)
+
+
+def _fixed_width(names: Iterable[str], width: int) -> NDArray[np.uint8]:
+    """Returns uint8 (n, width): ASCII names padded with zero bytes."""
+    padded = b"".join(name.encode().ljust(width, b"\0") for name in names)
+    return np.frombuffer(padded, dtype=np.uint8).reshape(-1, width)
