@@ -36,8 +36,10 @@ def sql(rows: pa.Table, text: str) -> pa.Table:
                 raise QueryError(f"{text!r} is not a query; give one SELECT over the table {TABLE!r}")
             return relation.to_arrow_table()
         except duckdb.Error as error:
+            # DuckDB's first line says what is wrong; the lines after it draw an arrow under the text.
             columns = ", ".join(rows.column_names)
-            raise QueryError(f"{error}\nThe table is {TABLE!r} with columns {columns}.") from error
+            message = str(error).splitlines()[0].rstrip(".")
+            raise QueryError(f"{message}. The table is {TABLE!r} with columns {columns}.") from error
 
 
 def table(rows: pa.Table, columns: Sequence[str] | None, where: str | None) -> pa.Table:

@@ -44,7 +44,8 @@ class ShardWriter:
         self._compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=False)
         self._path = folder / spec.shard_path
         self._path.parent.mkdir(parents=True)
-        self._file = self._path.open("xb")
+        # Unbuffered: a buffer that a full disk refused would fail a second time when the file is closed.
+        self._file = self._path.open("xb", buffering=0)
 
     def append(self, values: np.ndarray) -> None:
         """Adds entries.
@@ -101,6 +102,9 @@ class ShardWriter:
         self._used = 0
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
+        rest = memoryview(data)
+        while rest:
+            # A raw write may stop short when the disk fills up; the next one then says why.
+            rest = rest[self._file.write(rest) :]
         self._digest.update(data)
         self._offset += len(data)

@@ -1,0 +1,299 @@
+"""The command line ``foldfeed``: its root, the commands that look into a store, and the doors for other rooms.
+
+Other rooms add commands through the entry point group ``foldfeed.commands``; nothing of theirs is imported
+until such a command runs, so a person who only queries a store needs neither Beam nor torch.
+
+Exit codes: 0 done, 1 the run failed (any `FoldfeedError`), 2 bad usage. A traceback appears only with
+``--debug``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from foldfeed.feature_store import alphabet
+from foldfeed.feature_store.errors import FoldfeedError
+from foldfeed.feature_store.render import FORMATS, write_table
+from foldfeed.feature_store.store import FeatureStore, Record
+
+COMMANDS_GROUP = "foldfeed.commands"
+WINDOW = re.compile(r"(\d*):(\d*)")
+
+
+class RootGroup(click.Group):
+    """The root: finds commands of other rooms, and turns our errors into one line and exit code 1."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Returns own commands and those of installed rooms."""
+        return sorted({*super().list_commands(ctx), *_entry_points()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Returns a command; loads another room only for its own command."""
+        own = super().get_command(ctx, cmd_name)
+        found = _entry_points().get(cmd_name)
+        return own if own is not None or found is None else found.load()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # The reader of our output left (`| head`); click ends the program quietly.
+            raise
+        except (FoldfeedError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=COMMANDS_GROUP)}
+
+
+@click.group(cls=RootGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.version_option(package_name="foldfeed", prog_name="foldfeed")
+def main(debug: bool) -> None:
+    """Feed protein folding models: build a feature store, look into it, ask it questions.
+
+    \b
+    Examples:
+      foldfeed build --queries q.fasta --database uniref90=uniref90.fasta --store my-store
+      foldfeed query my-store "select record_id, depth from records order by depth desc"
+      foldfeed plot my-store HBB_HUMAN --output coverage.png
+    """
+
+
+@main.command()
+@click.argument("store")
+@click.argument("sql")
+@click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True)
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen."
+)
+@click.option("--version", type=int, help="An older version of the store (see `foldfeed log`).")
+def query(store: str, sql: str, form: str, output: Path | None, version: int | None) -> None:
+    """Answer a SQL question about the records of STORE.
+
+    The table is `records`; `foldfeed show STORE` lists its columns. The dialect is DuckDB's.
+
+    \b
+    Examples:
+      foldfeed query my-store "select count(*), avg(depth) from records"
+      foldfeed query my-store "select record_id, length from records where depth > 100" --format csv
+      foldfeed query my-store "from records" --format parquet --output records.parquet
+    """
+    if form == "parquet" and output is None and sys.stdout.isatty():
+        raise click.UsageError("Parquet is binary; add --output FILE or redirect it.")
+    with working("asking"):
+        answer = open_store(store, version).query(sql)
+    with output_stream(output) as out:
+        write_table(answer, form, out)
+
+
+@main.command()
+@click.argument("store")
+@click.argument("record_id", required=False)
+@click.option("--rows", "num_rows", type=click.IntRange(min=0), default=5, show_default=True)
+@click.option("--version", type=int, help="An older version of the store.")
+def show(store: str, record_id: str | None, num_rows: int, version: int | None) -> None:
+    """Show what STORE holds, or one RECORD of it with its first rows.
+
+    \b
+    Examples:
+      foldfeed show my-store
+      foldfeed show my-store HBB_HUMAN --rows 20
+    """
+    opened = open_store(store, version)
+    if record_id is None:
+        _show_store(opened)
+    else:
+        _show_record(opened[record_id], num_rows)
+
+
+def _show_store(store: FeatureStore) -> None:
+    rows = store.table(["length", "depth"])
+    tokens = sum(a * b for a, b in zip(rows["length"].to_pylist(), rows["depth"].to_pylist(), strict=True))
+    click.echo(f"store        {store.url}")
+    click.echo(f"version      {store.version}")
+    click.echo(f"records      {len(store)}")
+    click.echo(f"tokens       {tokens}")
+    click.echo(f"fingerprint  {store.fingerprint}")
+    click.echo(f"tiles        {store.settings.tile_rows} rows x {store.settings.tile_cols} residues")
+    click.echo("columns of the table `records`:")
+    for field in store.table().schema:
+        click.echo(f"  {field.name:<16} {field.type}")
+
+
+def _show_record(record: Record, num_rows: int) -> None:
+    click.echo(f"record       {record.record_id}")
+    click.echo(f"description  {record.description}")
+    click.echo(f"length       {record.length}")
+    click.echo(f"depth        {record.depth}")
+    for use in record.databases:
+        click.echo(
+            f"database     {use['name']}: {use['num_rows']} rows of {use['num_hits']} hits "
+            f"({use['tool']} {use['tool_version']}, data {use['digest'][:12]})"
+        )
+    click.echo(f"sequence     {record.sequence}")
+    if num_rows:
+        click.echo()
+        write_table(record.rows().slice(0, num_rows), "table", sys.stdout.buffer)
+
+
+@main.command()
+@click.argument("store")
+@click.argument("record_id")
+@click.option("--residues", default=":", help="Window a:b, 0-based, end excluded.", show_default="all")
+@click.option("--rows", default=":", help="Ranks a:b; the query is 0.", show_default="all")
+@click.option("--format", "form", type=click.Choice(("text", "npz")), default="text", show_default=True)
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen."
+)
+def crop(store: str, record_id: str, residues: str, rows: str, form: str, output: Path | None) -> None:
+    """Read a piece of one alignment: only the tiles it touches.
+
+    `text` prints one row per line: rank, aligned residues, hit id. `npz` holds msa (uint8) and deletions
+    (int32).
+
+    \b
+    Examples:
+      foldfeed crop my-store HBB_HUMAN --residues 20:80 --rows 0:10
+      foldfeed crop my-store HBB_HUMAN --format npz --output crop.npz
+    """
+    if form == "npz" and output is None and sys.stdout.isatty():
+        raise click.UsageError("npz is binary; add --output FILE or redirect it.")
+    record = open_store(store)[record_id]
+    window = parse_window("--residues", residues, record.length)
+    ranks = parse_window("--rows", rows, record.depth)
+    with working("reading"):
+        piece = record.crop(residues=window, rows=ranks)
+    with output_stream(output) as out:
+        if form == "npz":
+            np.savez_compressed(out, msa=piece.msa, deletions=piece.deletions)
+        else:
+            names = record.rows()["hit_id"].to_pylist()[ranks]
+            for number, (row, name) in enumerate(zip(piece.msa, names, strict=True), start=ranks.start):
+                out.write(f"{number:>7}  {alphabet.decode(row)}  {name}\n".encode())
+
+
+@main.command()
+@click.argument("store")
+@click.argument("record_id")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Name of the picture, .png or .svg.",
+    show_default="RECORD_ID.png",
+)
+def plot(store: str, record_id: str, output: Path | None) -> None:
+    """Draw coverage and identity of one alignment.
+
+    \b
+    Examples:
+      foldfeed plot my-store HBB_HUMAN
+      foldfeed plot my-store HBB_HUMAN --output coverage.svg
+    """
+    # matplotlib takes most of a second to import; the other commands do not wait for it.
+    from foldfeed.feature_store.plots import CANVASES, plot_coverage
+
+    path = output or Path(re.sub(r"[^A-Za-z0-9_.-]", "_", record_id) + ".png")
+    if path.suffix.lower() not in CANVASES:
+        raise click.BadParameter(f"{path.name!r} must end in {' or '.join(CANVASES)}", param_hint="--output")
+    record = open_store(store)[record_id]
+    with working("drawing"), failing_as_usage(path):
+        plot_coverage(record, path)
+    click.echo(path)
+
+
+@main.command()
+@click.argument("store")
+@click.option("--format", "form", type=click.Choice(FORMATS[:3]), default="table", show_default=True)
+def log(store: str, form: str) -> None:
+    """List the versions of STORE, the newest first.
+
+    \b
+    Example:
+      foldfeed log my-store --format json
+    """
+    entries = open_store(store).log()
+    table = pa.table(
+        {
+            "version": [entry.version for entry in entries],
+            "time": [entry.time.isoformat(timespec="seconds") for entry in entries],
+            "operation": [entry.operation for entry in entries],
+            "records": [entry.num_added for entry in entries],
+            "job_id": [entry.job_id for entry in entries],
+            "message": [entry.message for entry in entries],
+        }
+    )
+    write_table(table, form, sys.stdout.buffer)
+
+
+def open_store(url: str, version: int | None = None) -> FeatureStore:
+    """Returns a store; a version that does not exist is bad usage."""
+    try:
+        return FeatureStore.open(url, version)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--version") from error
+
+
+def parse_window(option: str, text: str, size: int) -> slice:
+    """Returns ``a:b`` as a slice with both ends, checked against a size.
+
+    Raises:
+      click.BadParameter: not of that form, empty, or outside ``0:size``.
+    """
+    match = WINDOW.fullmatch(text)
+    start, stop = (int(match[1] or 0), int(match[2] or size)) if match else (0, 0)
+    if match is None or not 0 <= start < stop <= size:
+        raise click.BadParameter(
+            f"{text!r} is not a window inside 0:{size}; write a:b with a < b", param_hint=option
+        )
+    return slice(start, stop)
+
+
+@contextlib.contextmanager
+def output_stream(path: Path | None) -> Iterator[BinaryIO]:
+    """Gives the file to write to, or the screen."""
+    if path is None:
+        yield sys.stdout.buffer
+    else:
+        with failing_as_usage(path), path.open("wb") as file:
+            yield file
+
+
+@contextlib.contextmanager
+def failing_as_usage(path: Path) -> Iterator[None]:
+    """Turns "cannot open or write that file" into a usage error that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise click.FileError(str(path), hint=error.strerror or str(error)) from error
+
+
+@contextlib.contextmanager
+def working(verb: str) -> Iterator[None]:
+    """Shows a clock on the terminal while a single long call runs; silent when it is not a terminal."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress.add_task(verb, total=None)
+        yield
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The command line as a person uses it: output, exit codes, one-line errors."""
+
+import io
+import json
+import subprocess
+import sys
+
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from foldfeed.feature_store.cli import main
+from foldfeed.feature_store.plots import coverage_image
+
+
+@pytest.fixture
+def run():
+    def call(*args: object):
+        return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
+
+    return call
+
+
+def test_query_in_every_format(run, small_store, tmp_path):
+    sql = "select record_id, depth from records order by depth"
+    lines = run("query", small_store.url, sql).stdout.splitlines()
+    assert [line.split() for line in lines] == [
+        ["record_id", "depth"],
+        ["a1", "1"],
+        ["c3", "37"],
+        ["b2", "700"],
+    ]
+    assert (
+        run("query", small_store.url, sql, "--format", "csv").stdout
+        == "record_id,depth\na1,1\nc3,37\nb2,700\n"
+    )
+    rows = [
+        json.loads(line)
+        for line in run("query", small_store.url, sql, "--format", "json").stdout.splitlines()
+    ]
+    assert rows[2] == {"record_id": "b2", "depth": 700}
+    path = tmp_path / "answer.parquet"
+    assert run("query", small_store.url, sql, "--format", "parquet", "--output", path).exit_code == 0
+    assert pq.read_table(path)["depth"].to_pylist() == [1, 37, 700]
+    assert duckdb.sql(f"select max(depth) from '{path}'").fetchall() == [(700,)]
+
+
+def test_show_store_and_record(run, small_store):
+    assert "records      3" in run("show", small_store.url).stdout
+    out = run("show", small_store.url, "b2", "--rows", 3).stdout
+    assert "depth        700" in out
+    assert small_store["b2"].sequence in out
+    assert out.count("Hit_") == 2
+
+
+def test_crop_prints_and_saves_what_the_api_reads(run, small_store):
+    want = small_store["b2"].crop(residues=slice(60, 70), rows=slice(510, 514))
+    lines = run("crop", small_store.url, "b2", "--residues", "60:70", "--rows", "510:514").stdout.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("    510  ")
+    out = run("crop", small_store.url, "b2", "--residues", "60:70", "--rows", "510:514", "--format", "npz")
+    with np.load(io.BytesIO(out.stdout_bytes)) as saved:
+        np.testing.assert_array_equal(saved["msa"], want.msa)
+        np.testing.assert_array_equal(saved["deletions"], want.deletions)
+
+
+def test_plot_writes_a_picture(run, small_store, tmp_path):
+    for name, magic in (("x.png", b"\x89PNG"), ("x.svg", b"<?xml")):
+        result = run("plot", small_store.url, "b2", "--output", tmp_path / name)
+        assert result.exit_code == 0
+        assert (tmp_path / name).read_bytes().startswith(magic)
+    assert run("plot", small_store.url, "b2", "--output", tmp_path / "x.gif").exit_code == 2
+
+
+def test_the_picture_shows_coverage_and_identity():
+    msa = np.array([[0, 1, 2, 3], [0, 1, 21, 21], [5, 5, 5, 21], [0, 1, 2, 3]], dtype=np.uint8)
+    picture = coverage_image(msa)
+    assert picture.coverage.tolist() == [4, 4, 3, 2]
+    np.testing.assert_array_equal(
+        picture.identity,
+        np.array([[0, 0, 0, np.nan], [0.5, 0.5, np.nan, np.nan], [1, 1, 1, 1], [1, 1, 1, 1]], np.float32),
+    )
+    deep = coverage_image(np.zeros((5000, 3), np.uint8))
+    assert deep.identity.shape == (1200, 3)
+    assert (deep.row_numbers[0], deep.row_numbers[-1], deep.depth) == (0, 4999, 5000)
+
+
+def test_log_lists_versions(run, small_store):
+    rows = [json.loads(line) for line in run("log", small_store.url, "--format", "json").stdout.splitlines()]
+    assert [(row["version"], row["records"], row["message"]) for row in rows] == [(1, 3, "first"), (0, 0, "")]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["show", "STORE", "nobody"], 1, "error: no record 'nobody'"),
+        (["show", "/absent"], 1, "error: '/absent' is not a foldfeed store"),
+        (["query", "STORE", "selec"], 1, "error: Parser Error"),
+        (["query", "STORE"], 2, "Missing argument 'SQL'"),
+        (["crop", "STORE", "b2", "--residues", "5:500"], 2, "not a window inside 0:130"),
+        (["crop", "STORE", "b2", "--rows", "x"], 2, "not a window"),
+        (["show", "STORE", "--version", "9"], 2, "version 9 does not exist"),
+        (["plot", "STORE", "b2", "--output", "/absent/x.png"], 1, "/absent/x.png"),
+        (["nonsense"], 2, "No such command"),
+        (["query", "STORE", "from records", "--output", "/absent/x"], 1, "/absent/x"),
+    ],
+)
+def test_errors_are_short_and_have_the_right_exit_code(run, small_store, args, code, message):
+    result = run(*[small_store.url if arg == "STORE" else arg for arg in args])
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    if code == 1:
+        assert len(result.stderr.splitlines()) <= 2
+
+
+def test_debug_shows_the_traceback():
+    command = [sys.executable, "-m", "foldfeed.feature_store.cli", "--debug", "show", "/absent"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "NotAStoreError" in result.stderr
+
+
+def test_help_has_examples_for_every_command(run):
+    for name in ("query", "show", "crop", "plot", "log"):
+        assert f"foldfeed {name} my-store" in run(name, "--help").stdout
+    assert "foldfeed, version" in run("--version").stdout

@@ -1,0 +1,192 @@
+"""What goes into a store comes out of it, whole and in crops, for any size."""
+
+import dataclasses
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from records import make_record
+
+from foldfeed.feature_store import (
+    FeatureStore,
+    InvalidRecordError,
+    MsaRecord,
+    StoreSettings,
+    alphabet,
+    write_part,
+)
+
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+tiles = st.builds(StoreSettings, tile_rows=st.integers(1, 17), tile_cols=st.integers(1, 17))
+
+
+def build(folder, records, store_settings=None) -> FeatureStore:
+    store = FeatureStore.create(folder, store_settings)
+    part = write_part(store.url, records, store.settings)
+    store.commit([part.part_id], job_id=part.part_id)
+    return store
+
+
+def assert_equal(stored, record: MsaRecord) -> None:
+    np.testing.assert_array_equal(stored.msa(), record.msa)
+    np.testing.assert_array_equal(stored.deletions(), record.deletions)
+    np.testing.assert_array_equal(stored.aatype(), record.msa[0])
+    one_hot = np.eye(alphabet.NUM_TOKENS)[record.msa]
+    np.testing.assert_allclose(stored.profile(), one_hot.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(stored.deletion_mean(), record.deletions.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(stored.gap_fraction(), (record.msa == alphabet.GAP).mean(axis=0), rtol=1e-6)
+    table = stored.rows()
+    assert table["hit_id"].to_pylist() == list(record.rows.hit_id)
+    assert table["species"].to_pylist() == list(record.rows.species)
+    names = [record.databases[code].name if code >= 0 else None for code in record.rows.database]
+    assert table["database"].to_pylist() == names
+    for column, values in (("e_value", record.rows.e_value), ("bit_score", record.rows.bit_score)):
+        want = [None if np.isnan(value) else value for value in values.tolist()]
+        assert table[column].to_pylist() == want
+    assert stored.fingerprint == record.fingerprint
+    assert stored.sequence == record.sequence
+    assert stored.extra == dict(record.extra)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shapes=st.lists(sizes, min_size=1, max_size=4), store_settings=tiles, data=st.data())
+def test_records_and_crops_come_back_exactly(tmp_path_factory, shapes, store_settings, data):
+    folder = tmp_path_factory.mktemp("roundtrip")
+    records = [make_record(f"r{n}", *shape, seed=n) for n, shape in enumerate(shapes)]
+    store = build(folder / "s", records, store_settings)
+    for record in records:
+        assert_equal(store[record.record_id], record)
+        a = data.draw(st.integers(0, record.length - 1))
+        b = data.draw(st.integers(a + 1, record.length))
+        index = data.draw(st.lists(st.integers(0, record.depth - 1), min_size=1, max_size=60))
+        top = data.draw(st.integers(0, record.depth - 1))
+        bottom = data.draw(st.integers(top + 1, record.depth))
+        for rows in (slice(top, bottom), np.array(index)):
+            piece = store[record.record_id].crop(residues=slice(a, b), rows=rows)
+            np.testing.assert_array_equal(piece.msa, record.msa[rows, a:b])
+            np.testing.assert_array_equal(piece.deletions, record.deletions[rows, a:b])
+            assert piece.msa.flags.writeable
+            assert piece.deletions.dtype == np.int32
+    shutil.rmtree(folder)
+
+
+def test_many_records_cross_every_chunk_boundary_of_a_part(tmp_path):
+    """Rows, residues, text and overflow each need more than one inner chunk here."""
+    records = [make_record(f"r{n:02d}", 900, 97, seed=n) for n in range(8)]
+    store = build(tmp_path / "s", records)
+    for record in records:
+        assert_equal(store[record.record_id], record)
+
+
+@pytest.mark.parametrize(
+    ("residues", "rows", "message"),
+    [
+        (slice(0, 131), None, "residues 0:131"),
+        (slice(5, 5), None, "residues 5:5"),
+        (slice(-3, 4), None, "residues -3:4"),
+        (slice(0, 10, 2), None, "step 2"),
+        (None, slice(0, 701), "rows 0:701"),
+        (None, np.array([0, 700]), "row 700"),
+        (None, np.array([-1]), "row -1"),
+        (None, np.array([], dtype=np.int64), "one or more integers"),
+        (None, np.array([True, False]), "one or more integers"),
+    ],
+)
+def test_a_crop_outside_the_record_is_an_error_and_never_shrinks(small_store, residues, rows, message):
+    with pytest.raises(IndexError, match=message):
+        small_store["b2"].crop(residues=residues, rows=rows)
+
+
+def test_equal_records_give_equal_bytes_and_one_part(tmp_path):
+    records = [make_record(f"r{n}", 30 + n, 50) for n in range(3)]
+    parts = [write_part(tmp_path / name, iter(records), StoreSettings()) for name in ("x", "y")]
+    assert parts[0] == parts[1]
+    again = write_part(tmp_path / "x", records, StoreSettings())
+    assert again == parts[0]
+    files = {
+        name: {
+            path.relative_to(tmp_path / name): path.read_bytes()
+            for path in sorted((tmp_path / name).rglob("*"))
+            if path.is_file()
+        }
+        for name in ("x", "y")
+    }
+    assert files["x"] == files["y"]
+    assert {path.parts[:2] for path in files["x"]} == {("parts", parts[0].part_id)}
+
+
+def test_records_of_a_part_come_in_increasing_id_order(tmp_path):
+    with pytest.raises(InvalidRecordError, match="strictly increasing"):
+        write_part(tmp_path, [make_record("b", 1, 5), make_record("a", 1, 5)], StoreSettings())
+    with pytest.raises(InvalidRecordError, match="strictly increasing"):
+        write_part(tmp_path, [make_record("b", 1, 5), make_record("b", 1, 5)], StoreSettings())
+    with pytest.raises(ValueError, match="at least one record"):
+        write_part(tmp_path, [], StoreSettings())
+    assert list((tmp_path / "parts").iterdir()) == []
+
+
+def test_a_producer_that_fails_leaves_nothing_behind(tmp_path):
+    def records():
+        yield make_record("a", 3, 5)
+        raise RuntimeError("the producer broke")
+
+    with pytest.raises(RuntimeError, match="the producer broke"):
+        write_part(tmp_path, records(), StoreSettings())
+    assert list((tmp_path / "parts").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"record_id": "../../etc/passwd"}, "an id is"),
+        ({"record_id": ""}, "an id is"),
+        ({"record_id": "a" * 256}, "an id is"),
+        ({"record_id": "a'b"}, "an id is"),
+        ({"record_id": ".hidden"}, "an id is"),
+        ({"sequence": ""}, "0 residues"),
+        ({"msa": np.full((4, 6), 22, np.uint8)}, "holds code 22"),
+        ({"msa": np.zeros((4, 5), np.uint8)}, "must both be"),
+        ({"msa": np.zeros((4, 6), np.int8)}, "must be uint8"),
+        ({"deletions": np.full((4, 6), -1, np.int32)}, "never negative"),
+        ({"sequence": "AAAAAW"}, "not the query"),
+        ({"databases": ()}, "rows.database"),
+    ],
+)
+def test_a_record_the_format_cannot_hold_is_refused_with_the_rule(change, message):
+    good = make_record("good", 4, 6)
+    with pytest.raises(InvalidRecordError, match=message):
+        dataclasses.replace(good, **change)
+
+
+def test_threads_may_read_one_store_together(small_store):
+    want = {name: small_store[name].msa() for name in small_store.ids}
+    problems = []
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(40):
+            name = str(rng.choice(small_store.ids))
+            a = int(rng.integers(0, want[name].shape[1]))
+            rows = rng.integers(0, want[name].shape[0], 20)
+            piece = small_store[name].crop(residues=slice(a, want[name].shape[1]), rows=rows)
+            if not np.array_equal(piece.msa, want[name][rows, a:]):
+                problems.append((name, a))
+
+    fresh = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
+    for thread in fresh:
+        thread.start()
+    for thread in fresh:
+        thread.join()
+    assert problems == []
+
+
+def test_a_crop_reads_only_the_tiles_it_touches(small_store):
+    record = small_store["b2"]
+    whole = record.crop_bytes()
+    corner = record.crop_bytes(residues=slice(0, 64), rows=slice(0, 512))
+    assert 0 < corner < whole / 2
+    # 700 x 130 in tiles of 512 x 64 is 2 x 3 tiles; rows 511 and 512 lie in two of them.
+    assert record.crop_bytes(residues=slice(63, 65), rows=slice(511, 513)) > corner
