@@ -1,0 +1,92 @@
+"""A second reader of the store, written from FORMAT.md alone: zarr-python and pyarrow, nothing of foldfeed.
+
+It reads everything, slowly and plainly. It exists so that the format's text and the format's code cannot
+drift apart.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import zarr
+
+
+class ConformanceReader:
+    def __init__(self, url: str) -> None:
+        self.root = Path(url)
+        about = json.loads((self.root / "foldfeed.json").read_text())
+        assert (about["format"], about["version"]) == ("foldfeed", 1)
+        assert about["settings"]["row_order"] == "rank"
+        self.tile_rows = about["settings"]["tile_rows"]
+        self.tile_cols = about["settings"]["tile_cols"]
+        self.rows = {
+            row["record_id"]: row for path in self._live_files() for row in pq.read_table(path).to_pylist()
+        }
+
+    def _live_files(self) -> list[Path]:
+        """Replays the Delta log: files that were added and not removed."""
+        live = {}
+        for log in sorted((self.root / "index" / "_delta_log").glob("*.json")):
+            for line in log.read_text().splitlines():
+                action = json.loads(line)
+                if "add" in action:
+                    live[action["add"]["path"]] = self.root / "index" / action["add"]["path"]
+                elif "remove" in action:
+                    live.pop(action["remove"]["path"], None)
+        return list(live.values())
+
+    def part(self, part_id: str) -> zarr.Group:
+        folder = self.root / "parts" / part_id
+        group = (folder / "zarr.json").read_bytes()
+        assert hashlib.sha256(group).hexdigest()[:40] == part_id
+        for path, entry in json.loads(group)["attributes"]["foldfeed"]["files"].items():
+            data = (folder / path).read_bytes()
+            assert len(data) == entry["bytes"]
+            assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+        return zarr.open_group(str(folder), mode="r")
+
+    def alignment(self, record_id: str) -> tuple[np.ndarray, np.ndarray]:
+        row = self.rows[record_id]
+        group = self.part(row["part_id"])
+        depth, length, first = row["depth"], row["length"], row["first_tile"]
+        bands, across = -(-depth // self.tile_rows), -(-length // self.tile_cols)
+        msa = np.zeros((depth, length), np.uint8)
+        deletions = np.zeros((depth, length), np.int32)
+        for name, out in (("msa", msa), ("deletion", deletions)):
+            tiles = group[name][first : first + bands * across]
+            tiles = tiles.reshape(bands, across, self.tile_rows, self.tile_cols)
+            whole = tiles.transpose(0, 2, 1, 3).reshape(bands * self.tile_rows, across * self.tile_cols)
+            out[:] = whole[:depth, :length]
+            assert (whole[depth:] == (255 if name == "msa" else 0)).all()
+            assert (whole[:, length:] == (255 if name == "msa" else 0)).all()
+        start = row["first_overflow"]
+        entries = group["deletion_overflow"][start : start + row["num_overflow"]]
+        assert (np.diff(entries[:, 0]) > 0).all()
+        for cell, count in entries.tolist():
+            tile, position = divmod(cell, self.tile_rows * self.tile_cols)
+            band, col_tile = divmod(tile, across)
+            in_row, in_col = divmod(position, self.tile_cols)
+            place = band * self.tile_rows + in_row, col_tile * self.tile_cols + in_col
+            assert deletions[place] == 255
+            deletions[place] = count
+        return msa, deletions
+
+    def fingerprint(self, record_id: str) -> str:
+        row = self.rows[record_id]
+        group = self.part(row["part_id"])
+        msa, deletions = self.alignment(record_id)
+        ends = group["row_hit_id_end"][:]
+        text = group["row_hit_id"][:].tobytes()
+        lines = slice(row["first_row"], row["first_row"] + row["depth"])
+        hit_ids = [text[int(ends[i - 1]) if i else 0 : int(ends[i])] for i in range(lines.start, lines.stop)]
+        species = [name.tobytes().rstrip(b"\0") for name in group["row_species"][lines]]
+        head = {name: row[name] for name in ("databases", "depth", "description", "record_id", "sequence")}
+        head["extra"] = json.loads(row["extra"])
+        digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
+        digest.update(msa.tobytes() + deletions.tobytes())
+        for name in ("row_database", "row_e_value", "row_bit_score"):
+            digest.update(group[name][lines].tobytes())
+        digest.update(b"\0".join(hit_ids) + b"\0".join(species))
+        return digest.hexdigest()
