@@ -1,0 +1,53 @@
+# The commands of foldfeed. `make demo` and `make test` set up everything they need by themselves.
+#
+#   make demo     search real proteins, build a store, ask it, draw it, train on it (10 minutes at most)
+#   make test     all tests
+#   make check    format, lint, types, wheel, tests: what CI runs
+#   make bench    benchmarks; one JSON row each
+#   make clean    remove the demo's output and the environment
+
+VENV ?= .venv
+DEMO ?= demo-output
+BIN := $(VENV)/bin
+PY_FILES := $(shell find feature_store loader pipelines trainer -name '*.py' | LC_ALL=C sort)
+# The environment is made again when a file comes or goes or a dependency changes; edits need nothing.
+STAMP := $(VENV)/.ready-$(shell (echo "$(PY_FILES)"; cat pyproject.toml constraints.txt deploy/setup.sh) | cksum | cut -d' ' -f1)
+
+# Where HMMER's tutorial lies: unpacked beside the environment where the system leaves documentation out.
+EXAMPLES = $$([ -d "$(VENV)/examples/tutorial" ] && echo "$(abspath $(VENV))/examples" || echo "$${FOLDFEED_EXAMPLES:-/usr/share/doc/hmmer/examples}")
+
+.PHONY: demo test check lint format types wheel bench clean setup
+
+setup: $(STAMP)
+
+$(STAMP): 
+	@bash deploy/setup.sh "$(VENV)"
+	@rm -f $(VENV)/.ready-* && touch $@
+
+demo: setup
+	@FOLDFEED_EXAMPLES="$(EXAMPLES)" $(BIN)/python deploy/demo/run_demo.py --output "$(DEMO)"
+
+test: setup
+	FOLDFEED_EXAMPLES="$(EXAMPLES)" $(BIN)/python -m pytest
+
+check: lint types wheel test
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: setup
+	$(BIN)/mypy -p foldfeed.feature_store -p foldfeed.loader -p foldfeed.pipelines -p foldfeed.trainer
+
+wheel: setup
+	@bash deploy/check_wheel.sh "$(VENV)"
+
+bench: setup
+	@for script in bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean:
+	rm -rf "$(VENV)" "$(DEMO)" build dist foldfeed.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

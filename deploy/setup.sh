@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Makes the environment that `make demo` and `make test` run in: a virtual environment with foldfeed and its
+# extras, and the search tools. Installs system packages only as root (or with a sudo that asks nothing) and only
+# when they are missing; otherwise it says exactly what to install.
+set -euo pipefail
+venv=${1:?usage: setup.sh VENV}
+cd "$(dirname "$0")/.."
+
+say() { printf 'setup: %s\n' "$*"; }
+stop() {
+    printf 'setup: %s\n' "$@" >&2
+    exit 1
+}
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
+}
+
+can_install() {
+    command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }
+}
+
+apt_updated=no
+apt_install() {
+    if [ "$apt_updated" = no ]; then
+        as_root apt-get update -qq
+        apt_updated=yes
+    fi
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+find_python() {
+    local name
+    for name in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
+        if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+}
+
+python=$(find_python)
+[ -n "$python" ] || stop "no Python 3.11, 3.12 or 3.13 found; install one, or name it: make PYTHON=/path/to/python demo"
+
+if [ ! -x "$venv/bin/pip" ]; then
+    say "making $venv with $("$python" --version)"
+    if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+        # Debian ships Python without them.
+        package=$("$python" -c 'import sys; print(f"python3.{sys.version_info[1]}-venv")')
+        can_install || stop "Python's venv module is missing; install it: apt-get install $package"
+        apt_install "$package"
+    fi
+    "$python" -m venv "$venv"
+fi
+
+say "installing foldfeed and its extras into $venv (the first time this downloads a few GB: torch, Beam)"
+"$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt \
+    --config-settings editable_mode=strict -e '.[pipelines,train,dev]'
+
+missing=()
+command -v jackhmmer >/dev/null || missing+=(hmmer)
+{ command -v hhblits && command -v ffindex_build; } >/dev/null || missing+=(hhsuite)
+examples=${FOLDFEED_EXAMPLES:-/usr/share/doc/hmmer/examples}
+[ -e "$examples/tutorial/globins45.fa" ] || [ -e "$venv/examples/tutorial/globins45.fa" ] || missing+=(hmmer-examples)
+if [ ${#missing[@]} -gt 0 ]; then
+    can_install || stop "missing: ${missing[*]}. Install them as root: apt-get install --no-install-recommends ${missing[*]}" \
+        "(or put HMMER 3.3+, HH-suite 3.3+ on PATH and set FOLDFEED_EXAMPLES to the folder of HMMER's tutorial)"
+    say "installing ${missing[*]}"
+    apt_install "${missing[@]}"
+fi
+if [ ! -e "$examples/tutorial/globins45.fa" ] && [ ! -e "$venv/examples/tutorial/globins45.fa" ]; then
+    # Container images of Debian leave /usr/share/doc out of every package; unpack this one by hand.
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+    (cd "$folder" && apt-get download -qq hmmer-examples)
+    dpkg-deb -x "$folder"/hmmer-examples_*.deb "$folder/x"
+    mkdir -p "$venv/examples"
+    cp -r "$folder/x/usr/share/doc/hmmer/examples/." "$venv/examples/"
+fi
+say "ready"
