@@ -1,0 +1,43 @@
+"""What a loader hands over: one rank's part of a step, as virtual shards.
+
+Values only. The tensors belong to the consumer: nothing writes to them later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ShardBatch:
+    """One virtual shard of a step.
+
+    Attributes:
+      v: its number, 0..virtual_shards-1.
+      samples: global sample numbers, one per leading index of the features.
+      features: tensors with a leading sample axis, see `foldfeed.loader.featurise.featurise`.
+    """
+
+    v: int
+    samples: list[int]
+    features: dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepBatch:
+    """One rank's part of a step.
+
+    Attributes:
+      step: its number, from 0.
+      shards: this rank's virtual shards, ascending.
+    """
+
+    step: int
+    shards: list[ShardBatch]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of this rank in this step."""
+        return sum(len(shard.samples) for shard in self.shards)

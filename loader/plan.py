@@ -1,0 +1,226 @@
+"""What a sample reads and how it is drawn, decided before any I/O.
+
+A plan needs the length and depth of a record and nothing of its content, so its cost is known before a byte
+is read: which rows, which residues, which of the rows are cluster centres and extra rows, and at which
+positions of the centres something is masked. Both recipes draw the same crop, rows and masked positions; see
+`foldfeed.loader.recipe` for where they part.
+
+Does not own reading (fetch) or arithmetic on residues (featurise). Pure functions: a plan is f(recipe, seed,
+address, length, depth), equal in any thread and on any machine.
+
+Shape legend: N rows of the record, S rows that survive block deletion, C centres, E extra rows, L residues of
+the record, W residues read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foldfeed.feature_store import alphabet
+from foldfeed.loader.counter_rng import Purpose, Stream, stream
+from foldfeed.loader.order import SampleAddress
+from foldfeed.loader.recipe import AF2, Recipe
+
+NUM_AMINO_ACIDS = 20
+# What happens to a position of a cluster centre. 0..19: becomes that residue; `alphabet.MASK` (22): becomes
+# the mask token; and the three below. Anything but NOT_MASKED counts in the loss.
+SAME = 24
+FROM_PROFILE = 25
+NOT_MASKED = 255
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MaskDraw:
+    """Which positions of the centres are masked, and by what.
+
+    Attributes:
+      action: uint8 (C, W), see `NOT_MASKED`.
+      profile_at: int64 (k,), flat positions in ``action`` whose residue comes from the column's profile.
+      profile_u: float64 (k,), uniform in [0, 1), to be looked up in the column's cumulative profile.
+    """
+
+    action: NDArray[np.uint8]
+    profile_at: NDArray[np.int64]
+    profile_u: NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SamplePlan:
+    """One sample, drawn but not read.
+
+    Attributes:
+      address: which sample of which record.
+      length: L.
+      depth: N.
+      crop: residues ``[start, stop)`` of the sample.
+      columns: residues ``[start, stop)`` to read, W of them; contains the crop.
+      rows: int64 (n,), ranks to read, ascending.
+      centres: int64 (C,), ranks of the cluster centres in their order; the first is 0, the query.
+      extras: int64 (E,), ranks of the extra rows in their order.
+      masking: for the columns read.
+    """
+
+    address: SampleAddress
+    length: int
+    depth: int
+    crop: tuple[int, int]
+    columns: tuple[int, int]
+    rows: NDArray[np.int64]
+    centres: NDArray[np.int64]
+    extras: NDArray[np.int64]
+    masking: MaskDraw
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of the alignment that this sample reads: its cost, known before reading."""
+        return len(self.rows) * (self.columns[1] - self.columns[0])
+
+    @property
+    def crop_in_columns(self) -> tuple[int, int]:
+        """The crop, counted from the first column read."""
+        return self.crop[0] - self.columns[0], self.crop[1] - self.columns[0]
+
+
+def make_plan(recipe: Recipe, seed: int, address: SampleAddress, length: int, depth: int) -> SamplePlan:
+    """Returns the plan of a sample.
+
+    Args:
+      recipe: how.
+      seed: of the run.
+      address: which sample.
+      length: residues of its record, at least 1.
+      depth: rows of its record, at least 1.
+    """
+    survivors, centres, extras = draw_rows(recipe, seed, address.sample, depth)
+    crop = draw_crop(recipe, stream(seed, address.sample, Purpose.CROP), length)
+    if recipe.name == AF2:
+        columns, rows = (0, length), survivors
+    else:
+        columns, rows = crop, np.sort(np.concatenate([centres, extras]))
+    masking = draw_masking(
+        recipe, stream(seed, address.sample, Purpose.MASKING), len(centres), length, columns
+    )
+    return SamplePlan(
+        address=address,
+        length=length,
+        depth=depth,
+        crop=crop,
+        columns=columns,
+        rows=rows,
+        centres=centres,
+        extras=extras,
+        masking=masking,
+    )
+
+
+def draw_rows(
+    recipe: Recipe, seed: int, sample: int, depth: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Returns (surviving rows, cluster centres, extra rows), as ranks.
+
+    The query is always the first centre; the other centres and the extra rows are the head of one random
+    order of the surviving rows. AlphaFold 2 shuffles the rows that are left a second time before it takes the
+    extra rows, which changes nothing about their distribution.
+
+    Returns: int64 (S,) ascending, int64 (C,), int64 (E,); centres and extras are disjoint parts of the first.
+    """
+    survivors = np.arange(depth, dtype=np.int64)
+    if recipe.block_delete:
+        survivors = delete_blocks(recipe, stream(seed, sample, Purpose.BLOCK_DELETE), depth)
+    hits = survivors[1:]
+    hits = hits[stream(seed, sample, Purpose.ROWS).order(len(hits))]
+    centres = np.concatenate([survivors[:1], hits[: recipe.num_clusters - 1]])
+    extras = hits[recipe.num_clusters - 1 :][: recipe.num_extra]
+    return survivors, centres, extras
+
+
+def delete_blocks(recipe: Recipe, random: Stream, depth: int) -> NDArray[np.int64]:
+    """Returns the rows that survive block deletion.
+
+    ``num_blocks`` blocks of floor(block_fraction * depth) rows start at rows uniform in ``range(depth)`` and
+    end at the last row; they may overlap. The query stays. With 5 blocks of 0.3 about 26.5 % of many rows
+    survive, as contiguous runs of rank.
+
+    Args:
+      recipe: its block values.
+      random: the stream of this choice.
+      depth: N, at least 1.
+    Returns: int64 (S,), ascending, 0 first.
+    Source: Jumper et al. 2021, supplementary algorithm 1; AlphaFold 2 ``block_delete_msa``.
+    """
+    # In float32, as AlphaFold 2 computes it: floor(0.3 * 10) is 3 either way, other fractions may round
+    # apart.
+    block_rows = int(np.floor(np.float32(depth) * np.float32(recipe.block_fraction)))
+    starts = random.integers(depth, recipe.num_blocks)
+    # +1 where a block starts and -1 behind its end: the running sum is how many blocks cover a row.
+    edges = np.zeros(depth + 1, dtype=np.int64)
+    np.add.at(edges, starts, 1)
+    np.add.at(edges, np.minimum(starts + block_rows, depth), -1)
+    kept = np.cumsum(edges[:-1]) == 0
+    kept[0] = True
+    return np.flatnonzero(kept)
+
+
+def draw_crop(recipe: Recipe, random: Stream, length: int) -> tuple[int, int]:
+    """Returns the crop window ``[start, stop)`` of a record; all of it when it is no longer than the crop.
+
+    AlphaFold 2 has two rules, with n = length - crop. Where its structure loss is clamped (90 % of samples):
+    start uniform in 0..n. Where it is not: x uniform in 0..n, then start uniform in 0..n-x, which prefers the
+    N-terminus. Its published code uses the first one for all. ``unclamped_fraction`` of the samples use the
+    second.
+
+    Source: Jumper et al. 2021, supplementary section 1.2.8; AlphaFold 2 ``random_crop_to_size``.
+    """
+    size = min(length, recipe.crop_residues)
+    last_start = length - size
+    chance, shift, start = random.words(3)
+    if int(chance >> np.uint64(32)) < round(recipe.unclamped_fraction * 2**32):
+        last_start -= _scale(shift, last_start + 1)
+    first = _scale(start, last_start + 1)
+    return first, first + size
+
+
+def draw_masking(
+    recipe: Recipe, random: Stream, num_centres: int, length: int, columns: tuple[int, int]
+) -> MaskDraw:
+    """Returns what is masked in the centres, for the columns read.
+
+    One word is drawn for every (centre, residue) of the whole record: its high half decides whether the
+    position is masked, its low half by what. The columns are cut out afterwards, so the draw at a position
+    does not depend on how much of the record a recipe reads.
+
+    Args:
+      recipe: its fractions.
+      random: the stream of this choice.
+      num_centres: C.
+      length: L.
+      columns: residues ``[start, stop)`` to return.
+    Source: AlphaFold 2 ``make_masked_msa``. Its 1e-10 added to every probability is left out.
+    """
+    words = random.words(num_centres * length).reshape(num_centres, length)[:, columns[0] : columns[1]]
+    threshold = np.uint64(round(recipe.masked_fraction * 2**32))
+    masked = np.flatnonzero((words >> np.uint64(32)) < threshold)
+    # u is cut at the bounds of the four ways; within a way what is left of u serves as a fresh uniform
+    # number.
+    u = (words.ravel()[masked] & np.uint64(0xFFFFFFFF)).astype(np.float64) * 2.0**-32
+    to_profile = recipe.uniform_prob + recipe.profile_prob
+    chosen = np.full(masked.shape, alphabet.MASK, dtype=np.uint8)
+    chosen[u < to_profile + recipe.same_prob] = SAME
+    chosen[u < to_profile] = FROM_PROFILE
+    uniform = u < recipe.uniform_prob
+    if uniform.any():
+        residue = (u[uniform] * (NUM_AMINO_ACIDS / recipe.uniform_prob)).astype(np.uint8)
+        chosen[uniform] = np.minimum(residue, NUM_AMINO_ACIDS - 1)
+    action = np.full(words.shape, NOT_MASKED, dtype=np.uint8)
+    action.reshape(-1)[masked] = chosen
+    from_profile = chosen == FROM_PROFILE
+    rest = (u[from_profile] - recipe.uniform_prob) / max(recipe.profile_prob, 2.0**-32)
+    return MaskDraw(action=action, profile_at=masked[from_profile], profile_u=rest.clip(0.0, 1.0 - 2.0**-53))
+
+
+def _scale(word: np.uint64, bound: int) -> int:
+    """Returns a word scaled to ``range(bound)``."""
+    return ((int(word) >> 32) * bound) >> 32

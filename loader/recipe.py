@@ -1,0 +1,129 @@
+"""`Recipe`: everything about how a record becomes a sample that is not chance.
+
+Two recipes are named. Both draw the same crop, the same rows and the same masked positions for a sample; they
+differ in what they read to form clusters, and so in ``msa_feat`` channels 25..48 (cluster profile and cluster
+deletion mean) and in nothing else:
+
+  ``af2``         reads all columns of all rows that survive block deletion; every surviving row that is no
+                  cluster centre joins the centre it agrees with over the full length; the crop comes last.
+                  Equal to AlphaFold 2's own transforms for equal draws.
+  ``crop_first``  reads the crop's columns of the centres and of the extra rows only; those extra rows join
+                  the centre they agree with inside the crop. So (1) agreement is counted over fewer columns,
+                  and (2) clusters are formed from at most ``num_extra`` rows instead of all survivors.
+
+The two are equal when the crop covers the record and no more rows survive than centres and extra rows take
+(a test). How much they differ elsewhere is measured by ``bench/recipe_difference.py``.
+
+Owns validity and the digest that binds a saved position to a recipe; knows nothing of stores or tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from foldfeed.loader.errors import LoaderConfigError
+
+AF2 = "af2"
+CROP_FIRST = "crop_first"
+NAMES = (AF2, CROP_FIRST)
+# Raised whenever equal recipes would give other samples than before, so that old positions are refused.
+TRANSFORMS_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a record becomes a sample. Defaults are AlphaFold 2's initial training stage.
+
+    Attributes:
+      name: ``af2`` or ``crop_first``, see the module.
+      crop_residues: length of the crop, R.
+      num_clusters: rows that become cluster centres, the query among them, C.
+      num_extra: further rows given to the extra-MSA stack, E; 0 for none.
+      masked_fraction: chance of a position of a centre to be masked and predicted.
+      uniform_prob: chance of a masked position to become any of the 20 residues, evenly.
+      profile_prob: ... to be drawn from the alignment's profile at that column.
+      same_prob: ... to stay as it is. What remains of 1 becomes the mask token.
+      block_delete: delete blocks of rows first (AlphaFold 2, supplementary algorithm 1).
+      num_blocks: blocks deleted; they may overlap.
+      block_fraction: rows of a block, as a share of the depth.
+      unclamped_fraction: share of samples whose crop starts by the rule that AlphaFold 2 uses where its
+        structure loss is not clamped (biased to the N-terminus), see `foldfeed.loader.plan.draw_crop`. It
+        uses 0.1 there; without that loss there is no reason for it, so the default is 0.
+    """
+
+    name: str = AF2
+    crop_residues: int = 256
+    num_clusters: int = 128
+    num_extra: int = 1024
+    masked_fraction: float = 0.15
+    uniform_prob: float = 0.1
+    profile_prob: float = 0.1
+    same_prob: float = 0.1
+    block_delete: bool = True
+    num_blocks: int = 5
+    block_fraction: float = 0.3
+    unclamped_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise LoaderConfigError("name", self.name, f"is no recipe; choose one of {list(NAMES)}")
+        for field, minimum in (
+            ("crop_residues", 1),
+            ("num_clusters", 1),
+            ("num_extra", 0),
+            ("num_blocks", 0),
+        ):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise LoaderConfigError(field, value, f"must be an integer of at least {minimum}")
+        if not isinstance(self.block_delete, bool):
+            raise LoaderConfigError("block_delete", self.block_delete, "must be True or False")
+        for field in _FRACTIONS:
+            value = getattr(self, field)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value <= 1.0:
+                raise LoaderConfigError(field, value, "must be a number from 0 to 1")
+        if self.mask_prob < -1e-9:
+            raise LoaderConfigError(
+                "uniform_prob + profile_prob + same_prob",
+                self.uniform_prob + self.profile_prob + self.same_prob,
+                "must not exceed 1; what remains becomes the mask token",
+            )
+
+    @classmethod
+    def named(cls, name: str, **overrides: Any) -> Recipe:
+        """Returns a named recipe with some values replaced: ``Recipe.named("crop_first", crop_residues=64)``.
+
+        Raises:
+          LoaderConfigError: an unknown name, an unknown value, or one that cannot work.
+        """
+        known = {field.name for field in dataclasses.fields(cls)} - {"name"}
+        for field, value in overrides.items():
+            if field not in known:
+                raise LoaderConfigError(field, value, f"a recipe has no such value; it has {sorted(known)}")
+        return cls(name=name, **overrides)
+
+    @property
+    def mask_prob(self) -> float:
+        """Chance of a masked position to become the mask token."""
+        return 1.0 - self.uniform_prob - self.profile_prob - self.same_prob
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of all values and of the version of the transforms; equal recipes, equal digests."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {field: float(values[field]) for field in _FRACTIONS}
+        document = json.dumps([TRANSFORMS_VERSION, values], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(document.encode()).hexdigest()
+
+
+_FRACTIONS = (
+    "masked_fraction",
+    "uniform_prob",
+    "profile_prob",
+    "same_prob",
+    "block_fraction",
+    "unclamped_fraction",
+)
