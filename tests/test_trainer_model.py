@@ -1,0 +1,151 @@
+"""The reference model: shapes, masks, gradients, and the loss against a loop in plain Python."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from trainer_ranks import synthetic_sample
+
+from foldfeed.trainer.config import DataConfig, ModelConfig
+from foldfeed.trainer.model import CompactEvoformer, masked_msa_loss
+
+DATA = DataConfig(store="none", crop_residues=13, num_clusters=5, num_extra=9)
+CONFIG = ModelConfig(c_m=12, c_z=8, c_e=8, num_blocks=2, num_heads=2, c_opm=3, c_tri=5, max_relative=4)
+Features = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def model() -> CompactEvoformer:
+    torch.manual_seed(1)
+    return CompactEvoformer(CONFIG).eval()
+
+
+def features(samples: tuple[int, ...] = (1, 5)) -> Features:
+    made = [synthetic_sample(2, g, DATA) for g in samples]
+    return {name: torch.stack([sample[name] for sample in made]) for name in made[0]}
+
+
+def test_logits_have_the_shape_of_the_clustered_msa(model: CompactEvoformer) -> None:
+    assert model(features()).shape == (2, 5, 13, 23)
+    assert model(features((3,))).shape == (1, 5, 13, 23)
+
+
+def with_garbage_in_padding(given: Features) -> Features:
+    """Replaces everything under a zero mask by other, legal values."""
+    draw = torch.Generator().manual_seed(9)
+    seq, msa, extra = given["seq_mask"] > 0, given["msa_mask"] > 0, given["extra_msa_mask"] > 0
+    noisy = dict(given)
+
+    def fill(name: str, mask: torch.Tensor, high: int = 0) -> None:
+        shape = given[name].shape
+        garbage = (
+            torch.randint(0, high, shape, generator=draw) if high else 50 * torch.rand(shape, generator=draw)
+        )
+        noisy[name] = torch.where(mask if mask.dim() == len(shape) else mask[..., None], given[name], garbage)
+
+    fill("target_feat", seq)
+    fill("residue_index", seq, 90)
+    fill("msa_feat", msa)
+    fill("extra_msa", extra, 23)
+    fill("extra_has_deletion", extra)
+    fill("extra_deletion_value", extra)
+    fill("true_msa", msa, 23)
+    return noisy
+
+
+def test_values_under_a_zero_mask_change_nothing(model: CompactEvoformer) -> None:
+    given = features()
+    assert (given["seq_mask"] == 0).any()
+    assert (given["msa_mask"].amax(-1) == 0).any(), "the data must have padded rows"
+    noisy = with_garbage_in_padding(given)
+    keep = given["msa_mask"] > 0
+    assert torch.equal(model(given)[keep], model(noisy)[keep])
+    clean, dirty = masked_msa_loss(model(given), given), masked_msa_loss(model(noisy), noisy)
+    assert torch.equal(clean.total, dirty.total)
+    clean.total.backward()
+    gradients = [param.grad.clone() for param in model.parameters()]
+    model.zero_grad()
+    dirty.total.backward()
+    for gradient, param in zip(gradients, model.parameters(), strict=True):
+        assert torch.allclose(gradient, param.grad, atol=1e-7)
+
+
+def test_more_padding_changes_nothing(model: CompactEvoformer) -> None:
+    given = features()
+
+    def pad(tensor: torch.Tensor, name: str) -> torch.Tensor:
+        residue_axis = {"target_feat": 1, "residue_index": 1, "aatype": 1, "seq_mask": 1}.get(name, 2)
+        grown = list(tensor.shape)
+        grown[residue_axis] += 3
+        if residue_axis == 2:
+            grown[1] += 2
+        larger = tensor.new_zeros(grown)
+        larger[tuple(slice(0, size) for size in tensor.shape)] = tensor
+        return larger
+
+    padded = {name: pad(tensor, name) for name, tensor in given.items()}
+    small, large = model(given), model(padded)
+    keep = given["msa_mask"] > 0
+    assert torch.allclose(small[keep], large[:, :5, :13][keep], atol=2e-5)
+    assert torch.allclose(
+        masked_msa_loss(small, given).total, masked_msa_loss(large, padded).total, atol=1e-5
+    )
+
+
+def test_every_parameter_gets_a_gradient(model: CompactEvoformer) -> None:
+    given = features()
+    masked_msa_loss(model(given), given).total.backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize("name", ["extra_msa", "extra_has_deletion", "extra_deletion_value", "residue_index"])
+def test_the_model_reads_every_feature(model: CompactEvoformer, name: str) -> None:
+    given = features()
+    changed = dict(given)
+    if name == "residue_index":
+        changed[name] = given[name] * 2
+    else:
+        changed[name] = ((given[name] + 1) * given["extra_msa_mask"]).to(given[name].dtype)
+    assert not torch.equal(model(given), model(changed))
+
+
+def test_samples_of_a_batch_do_not_mix(model: CompactEvoformer) -> None:
+    both, alone = model(features((1, 5))), model(features((5,)))
+    assert torch.allclose(both[1], alone[0], atol=1e-5)
+
+
+def test_the_loss_is_a_mean_per_sample_summed_over_counted_samples(model: CompactEvoformer) -> None:
+    given = features((1, 2, 5))
+    given["bert_mask"][1] = 0.0
+    logits = model(given)
+    loss = masked_msa_loss(logits, given)
+    expected = []
+    for sample in (0, 2):
+        values = [
+            -torch.log_softmax(logits[sample, row, res], -1)[given["true_msa"][sample, row, res]].item()
+            for row in range(5)
+            for res in range(13)
+            if given["bert_mask"][sample, row, res]
+        ]
+        expected.append(sum(values) / len(values))
+    assert loss.num_samples.item() == 2
+    assert loss.total.item() == pytest.approx(sum(expected), rel=1e-5)
+    assert loss.per_sample.tolist() == pytest.approx([expected[0], 0.0, expected[1]], rel=1e-5)
+
+
+def test_dropout_is_on_in_training_only_and_follows_the_seed(model: CompactEvoformer) -> None:
+    given = features()
+    assert torch.equal(model(given), model(given))
+    model.train()
+    torch.manual_seed(4)
+    first = model(given)
+    second = model(given)
+    torch.manual_seed(4)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, model(given))

@@ -1,0 +1,92 @@
+"""foldfeed.trainer: a lean data-parallel trainer whose weights do not depend on the number of ranks.
+
+    torchrun --nproc-per-node 4 -m foldfeed.trainer --store URL --output runs/a
+
+Read in this order: loop.py (the step), reducer.py and dyadic.py (how gradients are summed), snapshot.py and
+resume.py (how a run survives), model.py (what is trained). Names are imported on first use, so that the
+command line can print its help without waiting for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foldfeed.trainer.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SnapshotConfig
+    from foldfeed.trainer.errors import (
+        CommunicationError,
+        DependencyError,
+        GradientError,
+        InvalidSnapshotError,
+        NoValidSnapshotError,
+        PeerError,
+        ReplicaMismatchError,
+        SnapshotError,
+        SnapshotMismatchError,
+        TrainerConfigError,
+        TrainerError,
+    )
+    from foldfeed.trainer.flat import FlatParameters
+    from foldfeed.trainer.launch import run
+    from foldfeed.trainer.loop import Outcome, Trainer
+    from foldfeed.trainer.model import CompactEvoformer, masked_msa_loss
+    from foldfeed.trainer.reducer import TreeReducer
+
+_HOMES = {
+    "CommunicationError": "errors",
+    "CompactEvoformer": "model",
+    "DataConfig": "config",
+    "DependencyError": "errors",
+    "FlatParameters": "flat",
+    "GradientError": "errors",
+    "InvalidSnapshotError": "errors",
+    "ModelConfig": "config",
+    "NoValidSnapshotError": "errors",
+    "OptimizerConfig": "config",
+    "Outcome": "loop",
+    "PeerError": "errors",
+    "ReplicaMismatchError": "errors",
+    "RunConfig": "config",
+    "SnapshotConfig": "config",
+    "SnapshotError": "errors",
+    "SnapshotMismatchError": "errors",
+    "Trainer": "loop",
+    "TrainerConfigError": "errors",
+    "TrainerError": "errors",
+    "TreeReducer": "reducer",
+    "masked_msa_loss": "model",
+    "run": "launch",
+}
+
+__all__ = [
+    "CommunicationError",
+    "CompactEvoformer",
+    "DataConfig",
+    "DependencyError",
+    "FlatParameters",
+    "GradientError",
+    "InvalidSnapshotError",
+    "ModelConfig",
+    "NoValidSnapshotError",
+    "OptimizerConfig",
+    "Outcome",
+    "PeerError",
+    "ReplicaMismatchError",
+    "RunConfig",
+    "SnapshotConfig",
+    "SnapshotError",
+    "SnapshotMismatchError",
+    "Trainer",
+    "TrainerConfigError",
+    "TrainerError",
+    "TreeReducer",
+    "masked_msa_loss",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"foldfeed.trainer.{_HOMES[name]}"), name)

@@ -1,0 +1,89 @@
+"""The bucket plan: which run of the flat gradient buffer is exchanged as one message.
+
+The plan is a function of the parameter sizes and two byte limits. It does not depend on the world size, on
+timing, or on the order in which gradients became ready in some first step, so it never changes during a run
+and a restart makes the same one. Buckets follow the flat buffer's order (reverse registration), which is
+about the order in which backward finishes them; the last bucket is kept small, because its exchange starts
+when backward has ended and nothing hides it.
+
+Source: the mechanism of Megatron-core's static reversed buckets; DDP's first-step rebuild is what it avoids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+MIN_AUTO_BYTES = 64 * 1024
+MAX_AUTO_BYTES = 16 * 1024 * 1024
+# Enough buckets for most of the exchange to start before backward ends, few enough for latency not to count.
+AUTO_BUCKETS = 8
+# The exposed tail, as a share of a full bucket.
+TAIL_SHARE = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Bucket:
+    """A contiguous run of parameters in the flat buffer.
+
+    Attributes:
+      index: position in the exchange order.
+      start: first element in the flat buffer.
+      stop: one past the last element.
+      segments: positions of its parameters in the frozen parameter order.
+    """
+
+    index: int
+    start: int
+    stop: int
+    segments: range
+
+    @property
+    def numel(self) -> int:
+        """Elements in this bucket."""
+        return self.stop - self.start
+
+
+def auto_bucket_bytes(total_bytes: int) -> int:
+    """Returns a bucket limit that gives about `AUTO_BUCKETS` buckets, within sane message sizes."""
+    return min(MAX_AUTO_BYTES, max(MIN_AUTO_BYTES, total_bytes // AUTO_BUCKETS))
+
+
+def plan_buckets(sizes: Sequence[int], *, bucket_bytes: int, element_bytes: int = 4) -> list[Bucket]:
+    """Returns buckets that cover every segment once, in order.
+
+    A bucket holds at most ``bucket_bytes``, the last one at most a quarter of that, unless a single segment
+    is larger. Segments of 10, 10, 10, 2 and 1 elements with 80-byte buckets:
+    the tail takes 2 and 1 together (12 bytes <= 20), so the result is [10, 10], [10], [2, 1].
+
+    Args:
+      sizes: elements of each segment in flat-buffer order, padding included.
+      bucket_bytes: limit of a bucket.
+      element_bytes: bytes of one element.
+    """
+    if not sizes:
+        return []
+    limit = max(1, bucket_bytes // element_bytes)
+    tail_start = len(sizes) - 1
+    tail_numel = sizes[-1]
+    while tail_start > 0 and tail_numel + sizes[tail_start - 1] <= limit // TAIL_SHARE:
+        tail_start -= 1
+        tail_numel += sizes[tail_start]
+
+    runs: list[range] = []
+    first, numel = 0, 0
+    for position in range(tail_start):
+        if numel and numel + sizes[position] > limit:
+            runs.append(range(first, position))
+            first, numel = position, 0
+        numel += sizes[position]
+    if tail_start > first:
+        runs.append(range(first, tail_start))
+    runs.append(range(tail_start, len(sizes)))
+
+    buckets, offset = [], 0
+    for index, run in enumerate(runs):
+        stop = offset + sum(sizes[position] for position in run)
+        buckets.append(Bucket(index=index, start=offset, stop=stop, segments=run))
+        offset = stop
+    return buckets

@@ -1,0 +1,167 @@
+"""The command line: ``torchrun -m foldfeed.trainer`` or ``python -m foldfeed.trainer``.
+
+It fills one `RunConfig` and calls `run`. Exit codes: 0 done (or stopped by SIGTERM after a snapshot),
+2 wrong usage, 1 a run that failed. Errors take one or two lines; ``--debug`` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from foldfeed.feature_store.errors import FoldfeedError
+from foldfeed.trainer.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SnapshotConfig
+from foldfeed.trainer.errors import TrainerConfigError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+EPILOG = """\b
+Examples:
+  One process, a small model on the CPU:
+    python -m foldfeed.trainer --store demo/store --output runs/a --steps 50 --crop-residues 64
+  Four ranks on one machine; a killed rank is restarted and continues from the last snapshot:
+    torchrun --nproc-per-node 4 --max-restarts 3 -m foldfeed.trainer --store demo/store --output runs/b
+  Continue the same run on two ranks (weights stay equal to the bit):
+    torchrun --nproc-per-node 2 -m foldfeed.trainer --store demo/store --output runs/b --steps 200
+"""
+
+
+def _options_of(config: type, names: Sequence[str], renamed: dict[str, str] | None = None) -> Any:
+    """Returns a decorator that adds one option per field, with the field's default and type.
+
+    Help comes from the ``Attributes:`` section of the config's docstring, so it is written once.
+    """
+    texts = _attribute_texts(config)
+    fields = {field.name: field for field in dataclasses.fields(config)}
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(names):
+            option = (renamed or {}).get(name, name).replace("_", "-")
+            default = fields[name].default
+            kind: Any = type(default)
+            flag = f"--{option}/--no-{option}" if kind is bool else f"--{option}"
+            command = click.option(
+                flag, name, default=default, type=kind, show_default=True, help=texts[name]
+            )(command)
+        return command
+
+    return decorate
+
+
+def _attribute_texts(config: type) -> dict[str, str]:
+    """Returns the description of each attribute from a Google-style docstring."""
+    section = (config.__doc__ or "").split("Attributes:")[1]
+    texts: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if line.startswith("      ") and not line.startswith("       ") and ":" in line:
+            name, text = line.strip().split(":", 1)
+            texts[name] = text.strip()
+        elif line.strip() and name:
+            texts[name] += " " + line.strip()
+    return {name: text.replace("``", "") for name, text in texts.items()}
+
+
+MODEL = [field.name for field in dataclasses.fields(ModelConfig)]
+OPTIMIZER = [field.name for field in dataclasses.fields(OptimizerConfig)]
+DATA = [field.name for field in dataclasses.fields(DataConfig) if field.name not in ("store", "recipe")]
+SNAPSHOTS = {"every": "snapshot_every", "keep": "keep_snapshots", "resume": "resume"}
+RUN = ["threads", "deterministic", "timeout_s", "log_every", "tensorboard"]
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("foldfeed")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown (not installed)"
+
+
+@click.command(
+    name="foldfeed.trainer",
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.option("--store", required=True, help="Folder or URL of the feature store to train from.")
+@click.option("--output", required=True, help="Folder of this run, seen by all ranks.")
+@click.option("--recipe", default="af2", show_default=True, help="Recipe of the loader: af2 or crop_first.")
+@click.option(
+    "--steps", default=100, show_default=True, help="Total steps of the run, resumed ones included."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of weights, data order, crops and dropout.")
+@_options_of(DataConfig, DATA)
+@_options_of(OptimizerConfig, OPTIMIZER)
+@_options_of(SnapshotConfig, list(SNAPSHOTS), SNAPSHOTS)
+@click.option(
+    "--reducer",
+    default="tree",
+    type=click.Choice(["tree", "ddp"]),
+    show_default=True,
+    help="Gradient reducer.",
+)
+@click.option("--bucket-mb", default=0.0, show_default=True, help="Limit of a gradient bucket; 0: automatic.")
+@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), show_default=True)
+@_options_of(RunConfig, RUN)
+@_options_of(ModelConfig, MODEL)
+@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+@click.version_option(_version(), prog_name="foldfeed.trainer")
+def command(**options: Any) -> RunConfig:
+    """Train the compact Evoformer on random crops of a feature store.
+
+    Runs are exact: the same settings give the same weights, bit for bit, on 1 to V ranks, after kills and
+    restarts. Start it again with the same --output to continue; SIGTERM stops it after the next step, with
+    a snapshot and exit code 0.
+    """
+    return make_config(options)
+
+
+def make_config(options: dict[str, Any]) -> RunConfig:
+    """Returns the run's settings from the flat options of the command line.
+
+    Raises:
+      TrainerConfigError: a value breaks a rule.
+    """
+
+    def pick(names: Sequence[str]) -> dict[str, Any]:
+        return {name: options[name] for name in names}
+
+    return RunConfig(
+        data=DataConfig(**pick(["store", "recipe", *DATA])),
+        model=ModelConfig(**pick(MODEL)),
+        optimizer=OptimizerConfig(**pick(OPTIMIZER)),
+        snapshots=SnapshotConfig(**pick(list(SNAPSHOTS))),
+        **pick(["output", "steps", "seed", "reducer", "bucket_mb", "device", *RUN]),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        config = command.main(args=given, prog_name="python -m foldfeed.trainer", standalone_mode=False)
+        if not isinstance(config, RunConfig):
+            return 0  # --help or --version
+        # Lazy: help and usage errors should not wait for torch.
+        from foldfeed.trainer.launch import run
+
+        run(config)
+    except click.ClickException as error:
+        _complain(f"{error.format_message()} (--help lists the options)")
+        return 2
+    except (FoldfeedError, KeyboardInterrupt, click.Abort) as error:
+        if "--debug" in given:
+            traceback.print_exc()
+        _complain(str(error) or "interrupted")
+        return 2 if isinstance(error, TrainerConfigError) else 1
+    return 0
+
+
+def _complain(text: str) -> None:
+    rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
+    print(f"error{rank}: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,289 @@
+"""What a run is: frozen settings, checked when they are made, dumped as JSON into the run's folder.
+
+Settings fall in two kinds. Those that decide the numbers (model, optimizer, data, seed, shards, buckets)
+make up the run's identity, the *config digest*: a snapshot continues only under an equal digest. The others
+(how many steps, where to write, how often, which device) may change between restarts.
+
+Does not own: the rest of a recipe (loader), the layers (model.py), the command line (cli.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from foldfeed.trainer.errors import TrainerConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise TrainerConfigError(message)
+
+
+def _require_positive(owner: object, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(value > 0, f"{name} is {value}; it must be greater than 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Sizes of the compact Evoformer; the defaults train on a laptop's CPU.
+
+    AlphaFold 2's own sizes are c_m 256, c_z 128, c_e 64, 48 blocks, 4 extra blocks, 8 and 4 heads.
+
+    Attributes:
+      c_m: channels of the MSA representation.
+      c_z: channels of the pair representation.
+      c_e: channels of the extra MSA representation.
+      num_blocks: Evoformer blocks.
+      num_extra_blocks: blocks of the extra MSA stack.
+      num_heads: attention heads; c_m and c_e divide by it.
+      c_opm: hidden channels of the outer product mean.
+      c_tri: hidden channels of the triangle multiplications.
+      transition_factor: widening of the transitions.
+      dropout_msa: row-wise dropout of the MSA row attention.
+      dropout_pair: row- or column-wise dropout of the triangle updates.
+      max_relative: relative positions are clipped to +- this many residues.
+    """
+
+    c_m: int = 32
+    c_z: int = 16
+    c_e: int = 16
+    num_blocks: int = 2
+    num_extra_blocks: int = 1
+    num_heads: int = 4
+    c_opm: int = 8
+    c_tri: int = 16
+    transition_factor: int = 2
+    dropout_msa: float = 0.15
+    dropout_pair: float = 0.25
+    max_relative: int = 32
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            (
+                "c_m",
+                "c_z",
+                "c_e",
+                "num_blocks",
+                "num_heads",
+                "c_opm",
+                "c_tri",
+                "transition_factor",
+                "max_relative",
+            ),
+        )
+        _require(
+            self.num_extra_blocks >= 1, f"num_extra_blocks is {self.num_extra_blocks}; it must be at least 1."
+        )
+        for name in ("c_m", "c_e"):
+            value = getattr(self, name)
+            _require(
+                value % self.num_heads == 0, f"{name} {value} does not divide by num_heads {self.num_heads}."
+            )
+        for name in ("dropout_msa", "dropout_pair"):
+            value = getattr(self, name)
+            _require(0.0 <= value < 1.0, f"{name} is {value}; it must be in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW with clipping and warmup.
+
+    Attributes:
+      lr: learning rate after warmup.
+      warmup_steps: linear from lr / warmup_steps; 0 for none.
+      max_norm: clip the mean gradient's norm to this; 0 for no clipping.
+      beta1: decay of the first moment.
+      beta2: decay of the second moment.
+      eps: AdamW's epsilon.
+      weight_decay: decoupled weight decay.
+    """
+
+    lr: float = 1e-3
+    warmup_steps: int = 10
+    max_norm: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, ("lr", "eps"))
+        for name in ("warmup_steps", "max_norm", "weight_decay"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}; it must not be negative.")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0.0 <= value < 1.0, f"{name} is {value}; it must be in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which samples, and how many per step.
+
+    Attributes:
+      store: URL of the feature store.
+      recipe: name of the loader's recipe.
+      crop_residues: residues of a crop.
+      num_clusters: clustered MSA rows.
+      num_extra: extra MSA rows.
+      global_batch: samples per step, over all ranks.
+      virtual_shards: V, the unit of work and of the summation order; 0 for one per sample.
+      loader_threads: threads that prepare samples (no effect on the numbers).
+      prefetch_steps: steps prepared ahead (no effect on the numbers).
+    """
+
+    store: str
+    recipe: str = "af2"
+    crop_residues: int = 256
+    num_clusters: int = 128
+    num_extra: int = 1024
+    global_batch: int = 8
+    virtual_shards: int = 0
+    loader_threads: int = 2
+    prefetch_steps: int = 2
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.store), "store is empty; give the folder or URL that `foldfeed build --store` wrote."
+        )
+        _require_positive(
+            self,
+            (
+                "crop_residues",
+                "num_clusters",
+                "num_extra",
+                "global_batch",
+                "loader_threads",
+                "prefetch_steps",
+            ),
+        )
+        _require(
+            self.virtual_shards >= 0, f"virtual_shards is {self.virtual_shards}; it must not be negative."
+        )
+        _require(
+            self.global_batch % self.num_shards == 0,
+            f"global_batch {self.global_batch} does not divide by virtual_shards {self.num_shards}; "
+            "every virtual shard holds equally many samples.",
+        )
+
+    @property
+    def num_shards(self) -> int:
+        """V with the default resolved."""
+        return self.virtual_shards or self.global_batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotConfig:
+    """Where and when the state is written.
+
+    Attributes:
+      every: steps between snapshots; 0 for only the last one.
+      keep: newest generations to keep.
+      resume: ``auto`` (newest valid one in the output folder), ``none``, or a snapshot's folder.
+    """
+
+    every: int = 10
+    keep: int = 2
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.every >= 0, f"snapshot_every is {self.every}; it must not be negative (0: only at the end)."
+        )
+        _require(self.keep >= 1, f"keep_snapshots is {self.keep}; keep at least 1.")
+        _require(bool(self.resume), "resume is empty; give auto, none or the folder of a snapshot.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One training run.
+
+    Attributes:
+      output: local folder (seen by all ranks) for snapshots, metrics and the resolved settings.
+      steps: total steps of the run, resumed ones included.
+      seed: of weights, data order, crops and dropout.
+      data: samples.
+      model: sizes.
+      optimizer: AdamW.
+      snapshots: where and when the state is written.
+      reducer: ``tree`` (ours) or ``ddp`` (torch's, as a control).
+      bucket_mb: limit of a gradient bucket; 0 chooses one from the model's size.
+      device: ``auto``, ``cpu`` or ``cuda``.
+      threads: torch's threads per rank; more than one may change the order of sums inside a kernel.
+      deterministic: use deterministic kernels, and refuse to continue where bits could differ.
+      timeout_s: a collective that waits longer fails the run.
+      log_every: steps between console lines.
+      tensorboard: write TensorBoard scalars.
+    """
+
+    output: str
+    steps: int = 100
+    seed: int = 0
+    data: DataConfig
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    snapshots: SnapshotConfig = dataclasses.field(default_factory=SnapshotConfig)
+    reducer: Literal["tree", "ddp"] = "tree"
+    bucket_mb: float = 0.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 1
+    deterministic: bool = True
+    timeout_s: float = 120.0
+    log_every: int = 1
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _require(bool(self.output), "output is empty; give a folder for snapshots and metrics.")
+        _require(
+            "://" not in self.output,
+            f"output {self.output!r} is a URL; snapshots need rename and fsync, give a mounted folder.",
+        )
+        _require_positive(self, ("steps", "threads", "timeout_s", "log_every"))
+        _require(
+            self.bucket_mb >= 0, f"bucket_mb is {self.bucket_mb}; it must not be negative (0: automatic)."
+        )
+        _require(self.reducer in ("tree", "ddp"), f"reducer is {self.reducer!r}; choose tree or ddp.")
+        _require(
+            self.device in ("auto", "cpu", "cuda"), f"device is {self.device!r}; choose auto, cpu or cuda."
+        )
+
+    def check_world(self, world: int) -> None:
+        """Checks that every rank gets work.
+
+        Raises:
+          TrainerConfigError: more ranks than virtual shards.
+        """
+        shards = self.data.num_shards
+        _require(
+            world <= shards,
+            f"{world} ranks share {shards} virtual shards; every rank needs one. "
+            f"Start at most {shards} ranks or raise --virtual-shards (and --global-batch).",
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the settings that decide the numbers, as JSON-able values."""
+        whole = dataclasses.asdict(self)
+        data = {
+            k: v for k, v in whole["data"].items() if k not in ("store", "loader_threads", "prefetch_steps")
+        }
+        data["virtual_shards"] = self.data.num_shards
+        return {
+            "seed": self.seed,
+            "data": data,
+            "model": whole["model"],
+            "optimizer": whole["optimizer"],
+            "reducer": self.reducer,
+            "bucket_mb": self.bucket_mb,
+        }
+
+    def digest(self) -> str:
+        """Returns the digest of `identity`; the store is bound by its fingerprint, not by its URL."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,45 @@
+"""Opens the loader for one rank: the only place where the trainer meets store and loader.
+
+Does not own: what a sample is or in which order samples come (loader).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from foldfeed.loader import CropLoader, FeatureStore, Recipe
+from foldfeed.trainer.config import DataConfig
+from foldfeed.trainer.ranks import Ranks
+
+
+@contextlib.contextmanager
+def open_loader(config: DataConfig, seed: int, ranks: Ranks) -> Iterator[tuple[CropLoader, str]]:
+    """Opens the store and the loader of this rank; closes the loader's threads at the end.
+
+    Returns: the loader and the store's fingerprint.
+    Raises:
+      NotAStoreError: the URL holds no store.
+      FoldfeedError: the loader's own errors, for a recipe or a store it cannot use.
+    """
+    store = FeatureStore.open(config.store)
+    recipe = Recipe.named(
+        config.recipe,
+        crop_residues=config.crop_residues,
+        num_clusters=config.num_clusters,
+        num_extra=config.num_extra,
+    )
+    loader = CropLoader(
+        store,
+        recipe,
+        seed=seed,
+        global_batch=config.global_batch,
+        virtual_shards=config.num_shards,
+        rank=ranks.rank,
+        world=ranks.world,
+        device=str(ranks.device),
+        num_threads=config.loader_threads,
+        prefetch_steps=config.prefetch_steps,
+    )
+    with loader:
+        yield loader, store.fingerprint

@@ -1,0 +1,112 @@
+"""Virtual shards and the one fixed tree that sums them: pure index arithmetic.
+
+A step's batch is cut into V virtual shards; W <= V ranks share them. Sums in floating point depend on the
+order of the additions, so the order is fixed once, by V alone: a binary tree over the shard numbers, padded
+to the next power of two, absent leaves skipped. A rank's shards are contiguous; it can finish every subtree
+that lies wholly inside its range (the maximal aligned blocks, at most 2*log2(V) of them), and whoever holds
+all blocks finishes the rest of the tree. Which rank did which addition then changes nothing.
+
+    V = 8, W = 3: rank 0 owns 0..1, rank 1 owns 2..4, rank 2 owns 5..7
+    blocks: rank 0: (0,2)   rank 1: (2,2) (4,1)   rank 2: (5,1) (6,2)
+    tree:   ((0,2)+(2,2)) + (((4,1)+(5,1)) + (6,2))
+
+Invariant: `tree_sum` over any rank split performs the same additions with the same operands. This module
+knows nothing of torch or communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class Block(NamedTuple):
+    """An aligned run of virtual shards: ``size`` is a power of two that divides ``start``."""
+
+    start: int
+    size: int
+
+
+def owned_shards(num_shards: int, world: int, rank: int) -> range:
+    """Returns the virtual shards of one rank: contiguous, covering, sizes differing by at most one."""
+    return range(num_shards * rank // world, num_shards * (rank + 1) // world)
+
+
+def aligned_blocks(start: int, stop: int) -> list[Block]:
+    """Returns the fewest aligned power-of-two blocks that cover ``[start, stop)``, in order.
+
+    ``aligned_blocks(2, 5)`` is ``[(2, 2), (4, 1)]``.
+    """
+    blocks = []
+    while start < stop:
+        size = 1
+        while start % (2 * size) == 0 and start + 2 * size <= stop:
+            size *= 2
+        blocks.append(Block(start, size))
+        start += size
+    return blocks
+
+
+def blocks_of_ranks(num_shards: int, world: int) -> list[list[Block]]:
+    """Returns, for each rank, the blocks it can finish alone."""
+    owned = [owned_shards(num_shards, world, rank) for rank in range(world)]
+    return [aligned_blocks(shards.start, shards.stop) for shards in owned]
+
+
+def merge_chain(stack: Sequence[Block], leaf: int) -> tuple[int, Block]:
+    """Returns how many blocks on top of ``stack`` merge when shard ``leaf`` is finished, and the result.
+
+    This is a binary counter: with blocks (0,4) (4,2) (6,1) finished, shard 7 merges with all three and
+    leaves (0,8); shard 4 after (2,2) merges with none.
+    """
+    block = Block(leaf, 1)
+    merged = 0
+    for below in reversed(stack):
+        # Siblings only: equal sizes, and the pair's parent is aligned.
+        if (
+            below.size != block.size
+            or below.start + below.size != block.start
+            or below.start % (2 * below.size)
+        ):
+            break
+        block = Block(below.start, 2 * block.size)
+        merged += 1
+    return merged, block
+
+
+def tree_sum(blocks: Mapping[Block, T], num_shards: int, add: Callable[[T, T], T]) -> T:
+    """Returns the sum of all shards in the fixed tree's order.
+
+    Args:
+      blocks: finished blocks that together cover ``range(num_shards)`` exactly once.
+      num_shards: V, at least 1.
+      add: sums a left and a right subtree; it may reuse the left operand.
+    Raises:
+      ValueError: the blocks leave a shard out.
+    """
+    size = 1
+    while size < num_shards:
+        size *= 2
+
+    def node(block: Block) -> T | None:
+        if block in blocks:
+            return blocks[block]
+        if block.start >= num_shards:
+            return None
+        if block.size == 1:
+            raise ValueError(
+                f"virtual shard {block.start} of {num_shards} is in none of the blocks {list(blocks)}"
+            )
+        half = block.size // 2
+        left = node(Block(block.start, half))
+        right = node(Block(block.start + half, half))
+        if right is None:
+            return left
+        assert left is not None, "a right subtree without its left one"
+        return add(left, right)
+
+    total = node(Block(0, size))
+    assert total is not None
+    return total

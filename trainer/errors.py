@@ -1,0 +1,189 @@
+"""What can go wrong in a training run, in terms a user can act on.
+
+    FoldfeedError
+    └── TrainerError
+        ├── TrainerConfigError (ValueError)   an option, or a combination, that cannot work
+        ├── GradientError                     a gradient that the flat buffers cannot take
+        ├── CommunicationError                a collective failed: a rank died or stalled
+        ├── PeerError                         another rank failed at something it does for all
+        ├── ReplicaMismatchError              ranks that must hold equal bits do not
+        ├── SnapshotError                     something about snapshots on disk
+        │   ├── InvalidSnapshotError          one generation does not validate (a rank may fall back)
+        │   ├── NoValidSnapshotError          there are snapshots, and none validates
+        │   └── SnapshotMismatchError         a sound snapshot, of another run, layout or environment
+        └── DependencyError (ImportError)     an optional package is not installed
+
+Every error carries its values as fields and pickles, because ranks hand them to each other's reports. This
+module owns no behaviour and imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from foldfeed.feature_store.errors import FoldfeedError
+
+
+class TrainerError(FoldfeedError):
+    """Base of the errors of a training run."""
+
+
+class TrainerConfigError(TrainerError, ValueError):
+    """An option, or a combination of options, that cannot work."""
+
+
+class GradientError(TrainerError):
+    """A gradient that the flat buffers cannot take.
+
+    Attributes:
+      parameter: its name in the model.
+      reason: what is wrong with it.
+    """
+
+    def __init__(self, parameter: str, reason: str) -> None:
+        self.parameter = parameter
+        self.reason = reason
+        super().__init__(f"gradient of {parameter!r}: {reason}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.parameter, self.reason)
+
+
+class CommunicationError(TrainerError):
+    """A collective failed; the step was not applied on this rank.
+
+    Attributes:
+      rank: who reports it.
+      phase: what was being exchanged.
+      reason: the backend's words.
+    """
+
+    def __init__(self, rank: int, phase: str, reason: str) -> None:
+        self.rank = rank
+        self.phase = phase
+        self.reason = reason
+        super().__init__(
+            f"rank {rank} lost its peers during {phase}: {reason} "
+            "Look for the first rank that failed; a restart continues from the last snapshot."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
+        return type(self), (self.rank, self.phase, self.reason)
+
+
+class PeerError(TrainerError):
+    """Another rank failed at something it does for all of them; that rank reports the error itself.
+
+    Attributes:
+      rank: who failed.
+      phase: at what.
+      reason: the first line of its error.
+    """
+
+    def __init__(self, rank: int, phase: str, reason: str) -> None:
+        self.rank = rank
+        self.phase = phase
+        self.reason = reason
+        super().__init__(f"rank {rank} failed at {phase}: {reason}")
+
+    def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
+        return type(self), (self.rank, self.phase, self.reason)
+
+
+class ReplicaMismatchError(TrainerError):
+    """Ranks that must hold equal bits do not.
+
+    Attributes:
+      what: which state was compared, and when.
+      digests: one hex digest per rank, in rank order.
+      odd_ranks: the ranks outside the majority; all of them when there is none.
+    """
+
+    def __init__(self, what: str, digests: Sequence[str], odd_ranks: Sequence[int]) -> None:
+        self.what = what
+        self.digests = tuple(digests)
+        self.odd_ranks = tuple(odd_ranks)
+        who = f"rank {odd_ranks[0]} differs" if len(odd_ranks) == 1 else f"ranks {list(odd_ranks)} differ"
+        super().__init__(
+            f"{who} in {what} (digests by rank: {', '.join(digests)}). Nothing was written from this state; "
+            "restart from the last snapshot and suspect that rank's memory, device or software."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...], tuple[int, ...]]]:
+        return type(self), (self.what, self.digests, self.odd_ranks)
+
+
+class SnapshotError(TrainerError):
+    """Something is wrong with snapshots on disk."""
+
+
+class InvalidSnapshotError(SnapshotError):
+    """One generation does not validate.
+
+    Attributes:
+      path: its folder.
+      reason: the check that failed.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"snapshot {path} is not valid: {reason}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.path, self.reason)
+
+
+class NoValidSnapshotError(SnapshotError):
+    """There are snapshots, and none validates on every rank.
+
+    Attributes:
+      folder: where they lie.
+      reasons: one line per generation, newest first.
+    """
+
+    def __init__(self, folder: str, reasons: Sequence[str]) -> None:
+        self.folder = folder
+        self.reasons = tuple(reasons)
+        super().__init__(
+            f"no snapshot in {folder} is valid on every rank ({'; '.join(reasons)}). "
+            "Restore one from a copy, or start over with another --output."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
+        return type(self), (self.folder, self.reasons)
+
+
+class SnapshotMismatchError(SnapshotError):
+    """A sound snapshot that does not belong to this run, this parameter layout or this environment.
+
+    Attributes:
+      path: its folder.
+      differences: what differs, one phrase each, snapshot's value first.
+    """
+
+    def __init__(self, path: str, differences: Sequence[str], fix: str) -> None:
+        self.path = path
+        self.differences = tuple(differences)
+        self.fix = fix
+        super().__init__(f"{path} cannot be continued by this run: {'; '.join(differences)}. {fix}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...], str]]:
+        return type(self), (self.path, self.differences, self.fix)
+
+
+class DependencyError(TrainerError, ImportError):
+    """An optional package is not installed.
+
+    Attributes:
+      package: the missing import.
+      fix: what to install, or which option does without it.
+    """
+
+    def __init__(self, package: str, fix: str) -> None:
+        self.package = package
+        self.fix = fix
+        super().__init__(f"{package} is not installed; {fix}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.package, self.fix)

@@ -1,0 +1,147 @@
+"""Moves one bucket between ranks and sums it in the fixed tree: the transport under the reducer.
+
+Per bucket, two phases on two process groups:
+  1. all-to-all: every rank sends chunk c of each block it finished (dyadic.py) to rank c, which then holds
+     all blocks of its chunk and adds them in the tree's order, in fp32;
+  2. all-gather: the finished chunks go to everyone.
+When each rank owns one aligned block this moves 2(W-1)/W of the bucket, the bytes of a ring all-reduce.
+
+Phase 2 of a bucket runs while phase 1 of the next is under way. One thread (the caller's) issues all
+collectives, in bucket order, on every rank: A2A(0), AG(0), A2A(1), AG(1), ... so no two ranks can wait for
+each other's other phase, and NCCL sees one issue order for both communicators.
+
+Owns: the message buffers, sized for the largest bucket and reused. Does not own: when a bucket is ready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from foldfeed.trainer.buckets import Bucket
+from foldfeed.trainer.dyadic import Block, blocks_of_ranks, tree_sum
+from foldfeed.trainer.ranks import Ranks
+
+
+class Exchange:
+    """Two-phase exchange of buckets, in order, from one thread."""
+
+    def __init__(self, ranks: Ranks, num_shards: int, max_numel: int, output: torch.Tensor) -> None:
+        """Allocates message buffers.
+
+        Args:
+          ranks: the groups.
+          num_shards: V.
+          max_numel: elements of the largest bucket.
+          output: fp32 (flat numel,), receives the summed buckets.
+        """
+        self._ranks = ranks
+        self._num_shards = num_shards
+        self._blocks = blocks_of_ranks(num_shards, ranks.world)
+        self._all_blocks = [block for blocks in self._blocks for block in blocks]
+        self._output = output
+        world, chunk = ranks.world, -(-max_numel // ranks.world)
+        mine = len(self._blocks[ranks.rank])
+        self._send = torch.zeros(world * mine * chunk, dtype=torch.float32, device=output.device)
+        # A single process sums what it packed; nothing is received.
+        received = len(self._all_blocks) * chunk if world > 1 else 0
+        self._recv = torch.zeros(received, dtype=torch.float32, device=output.device)
+        self._chunk = torch.zeros(chunk, dtype=torch.float32, device=output.device)
+        self._gathered = torch.zeros(world * chunk, dtype=torch.float32, device=output.device)
+        self._in_flight: tuple[Any, Bucket] | None = None
+
+    def reduce(self, bucket: Bucket, blocks: Sequence[torch.Tensor]) -> None:
+        """Exchanges one bucket; its sum is in the output after `drain` or the next `reduce`.
+
+        Args:
+          bucket: which elements.
+          blocks: fp32 (bucket.numel,) each, this rank's finished blocks in order.
+        Raises:
+          CommunicationError: a peer died or stalled.
+        """
+        world = self._ranks.world
+        chunk = -(-bucket.numel // world)
+        rows = self._pack(blocks, chunk)
+        if world > 1:
+            rows = self._scatter(bucket, chunk)
+        self.drain()
+        summed = tree_sum(dict(zip(self._all_blocks, rows, strict=True)), self._num_shards, _add)
+        if world == 1:
+            self._output[bucket.start : bucket.stop].copy_(summed)
+            return
+        self._chunk[:chunk].copy_(summed)
+        with self._ranks.guard(f"the all-gather of gradient bucket {bucket.index}"):
+            work = dist.all_gather_into_tensor(
+                self._gathered[: world * chunk], self._chunk[:chunk], group=self._ranks.gather, async_op=True
+            )
+        self._in_flight = (work, bucket)
+
+    def drain(self) -> None:
+        """Finishes the all-gather that is under way, if any."""
+        if self._in_flight is None:
+            return
+        work, bucket = self._in_flight
+        self._in_flight = None
+        with self._ranks.guard(f"the all-gather of gradient bucket {bucket.index}"):
+            work.wait()
+        # The last chunks may be padding: world * chunk >= numel.
+        self._output[bucket.start : bucket.stop].copy_(self._gathered[: bucket.numel])
+
+    def _pack(self, blocks: Sequence[torch.Tensor], chunk: int) -> Sequence[torch.Tensor]:
+        """Lays blocks out as (destination, block, chunk), zero padded; returns the first destination's."""
+        world = self._ranks.world
+        packed = self._send[: world * len(blocks) * chunk].view(world, len(blocks), chunk)
+        for position, block in enumerate(blocks):
+            full, rest = divmod(block.numel(), chunk)
+            packed[:full, position].copy_(block[: full * chunk].view(full, chunk))
+            if full < world:
+                packed[full:, position].zero_()
+                packed[full, position, :rest].copy_(block[full * chunk :])
+        return packed[0].unbind(0)
+
+    def _scatter(self, bucket: Bucket, chunk: int) -> Sequence[torch.Tensor]:
+        """Runs the all-to-all; returns every rank's blocks of this rank's chunk, in shard order."""
+        world, counts = self._ranks.world, [len(blocks) for blocks in self._blocks]
+        mine = counts[self._ranks.rank]
+        received = self._recv[: sum(counts) * chunk]
+        with self._ranks.guard(f"the all-to-all of gradient bucket {bucket.index}"):
+            work = dist.all_to_all_single(
+                received,
+                self._send[: world * mine * chunk],
+                output_split_sizes=[count * chunk for count in counts],
+                input_split_sizes=[mine * chunk] * world,
+                group=self._ranks.scatter,
+                async_op=True,
+            )
+            assert work is not None, "async_op returns a handle"
+            work.wait()
+        return received.view(sum(counts), chunk).unbind(0)
+
+
+def _add(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    # In place: a row is an operand once. IEEE addition of two values does not depend on where they lie.
+    return left.add_(right)
+
+
+def finish_blocks(
+    stack: Sequence[tuple[Block, torch.Tensor]], leaf: torch.Tensor, num_merged: int, scratch: torch.Tensor
+) -> list[torch.Tensor]:
+    """Returns this rank's finished blocks of one bucket; neither stack nor leaf is written.
+
+    The last virtual shard's gradient is still in ``leaf``: it merges with the top ``num_merged`` blocks
+    here, out of place, so that a bucket can be exchanged again if a late gradient changes the leaf.
+
+    Args:
+      stack: finished blocks with their values restricted to the bucket, bottom first.
+      leaf: the last shard's gradient restricted to the bucket.
+      num_merged: from `dyadic.merge_chain`.
+      scratch: at least as long as the leaf.
+    """
+    kept = len(stack) - num_merged
+    last = leaf
+    for _, below in reversed(stack[kept:]):
+        last = torch.add(below, last, out=scratch[: leaf.numel()])
+    return [values for _, values in stack[:kept]] + [last]

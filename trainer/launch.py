@@ -1,0 +1,252 @@
+"""One training run on one rank: environment, folder, resume, loop, result.
+
+    OUTPUT/run.json         run id, digests and the resolved settings of the last start
+    OUTPUT/snapshots/       generations (snapshot.py)
+    OUTPUT/metrics.jsonl    one line per step;  OUTPUT/tb/  TensorBoard
+    OUTPUT/result.json      only when the last step is done: weights digest, steps, digests
+
+A folder belongs to one run. Starting again in it continues that run (``--resume auto``), also with another
+number of ranks; other settings are refused. SIGTERM asks for a stop at the next commit point: a snapshot is
+written and the exit code is 0.
+
+Does not own: the step (loop.py), texts for the terminal beyond a few lines, exit codes (cli.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foldfeed.trainer.config import RunConfig
+from foldfeed.trainer.data import open_loader
+from foldfeed.trainer.errors import SnapshotMismatchError, TrainerConfigError, TrainerError
+from foldfeed.trainer.loop import BatchSource, Outcome, Trainer
+from foldfeed.trainer.metrics import Metrics
+from foldfeed.trainer.ranks import Ranks, joined, pick_device, world_from_environment
+from foldfeed.trainer.resume import check_belongs, environment, named_generation, newest_valid
+from foldfeed.trainer.snapshot import SnapshotFolder
+
+RUN_FILE = "run.json"
+RESULT_FILE = "result.json"
+SNAPSHOTS = "snapshots"
+
+
+def run(config: RunConfig) -> Outcome:
+    """Trains on this rank; call it once per process that torchrun started (or once, without torchrun).
+
+    Raises:
+      TrainerConfigError: the settings and the world do not fit.
+      TrainerError: the run failed; the other ranks fail too.
+    """
+    rank, world, local_rank = world_from_environment()
+    config.check_world(world)
+    prepare_numerics(config)
+    device = pick_device(config.device, local_rank)
+    with (
+        joined(
+            rank=rank,
+            world=world,
+            device=device,
+            timeout_s=config.timeout_s,
+            always=config.reducer == "ddp",
+        ) as ranks,
+        open_loader(config.data, config.seed, ranks) as (loader, fingerprint),
+    ):
+        return train(config, ranks, loader, fingerprint)
+
+
+def prepare_numerics(config: RunConfig) -> None:
+    """Fixes what would otherwise change sums from run to run: threads, kernels."""
+    torch.set_num_threads(config.threads)
+    if config.deterministic:
+        # cuBLAS reads this when it is first used; without it its workspaces make sums irreproducible.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def train(config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str) -> Outcome:
+    """Runs (or continues) the run in ``config.output`` over any source of batches.
+
+    Args:
+      config: settings.
+      ranks: the joined groups.
+      source: a loader, or anything that yields the same steps.
+      fingerprint: identity of the data behind the source.
+    """
+    numerics = environment(ranks.device, torch.get_num_threads(), config.deterministic)
+    ranks.require_equal(json.dumps([config.digest(), fingerprint]).encode(), "settings and store")
+    if config.deterministic:
+        _require_one_environment(numerics, ranks)
+    output = Path(config.output)
+    metrics = Metrics(
+        output, active=ranks.is_first, tensorboard=config.tensorboard, log_every=config.log_every
+    )
+    trainer = Trainer(config, ranks, source, metrics)
+    try:
+        header = {
+            "run_id": "",
+            "config_digest": config.digest(),
+            "identity": config.identity(),
+            "layout_hash": trainer.flat.layout_hash,
+            "store_fingerprint": fingerprint,
+            "environment": numerics,
+        }
+        header["run_id"] = ranks.first_does(
+            lambda: _claim(output, config, header), "opening the run's folder"
+        )
+        folder = SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep)
+        _continue(trainer, folder, header)
+        metrics.start(trainer.step)
+        _describe(trainer, header)
+        with _stop_on_sigterm(trainer):
+            outcome = trainer.run(folder, header)
+        ranks.first_does(lambda: _conclude(output, header, outcome), "writing the result")
+        _report(metrics, outcome)
+    except BaseException:
+        trainer.reducer.close(wait=False)
+        metrics.close()
+        raise
+    trainer.reducer.close()
+    metrics.close()
+    return outcome
+
+
+def _require_one_environment(numerics: dict[str, Any], ranks: Ranks) -> None:
+    found = ranks.gather_json(numerics, "the comparison of environments")
+    odd = [rank for rank, other in enumerate(found) if other != found[0]]
+    if odd:
+        raise TrainerConfigError(
+            f"rank {odd[0]} computes with {found[odd[0]]}, rank 0 with {found[0]}; equal bits need equal "
+            "software and processors. Use one kind of node, or --no-deterministic."
+        )
+
+
+def _claim(output: Path, config: RunConfig, header: dict[str, Any]) -> str:
+    """Makes the folder this run's, or checks that it is; returns the run id. First rank only."""
+    path = output / RUN_FILE
+    run_id = secrets.token_hex(8)
+    bound = ("config_digest", "layout_hash", "store_fingerprint")
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        run_id = found["run_id"]
+        differences = [
+            f"{name} {found[name]} there, {header[name]} now" for name in bound if found[name] != header[name]
+        ]
+        if differences:
+            raise SnapshotMismatchError(
+                str(output),
+                differences + _changed_settings(found["identity"], config.identity()),
+                "Use the settings of the run that lives there, or another --output.",
+            )
+    elif (output / SNAPSHOTS).exists():
+        raise TrainerError(
+            f"{output} holds snapshots but no {RUN_FILE}: not a run's folder. Use another --output."
+        )
+    record = {
+        "run_id": run_id,
+        **{name: header[name] for name in (*bound, "identity", "environment")},
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "config": dataclasses.asdict(config),
+    }
+    SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep).sweep()
+    _write_json(path, record)
+    return run_id
+
+
+def _changed_settings(found: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    changed = []
+    for name, value in now.items():
+        other = found.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            changed += _changed_settings(other, value, f"{prefix}{name}.")
+        elif other != value:
+            changed.append(f"{prefix}{name} {other!r} there, {value!r} now")
+    return changed
+
+
+def _continue(trainer: Trainer, folder: SnapshotFolder, header: dict[str, Any]) -> None:
+    """Restores the newest valid snapshot, or the named one, if there is any."""
+    config, ranks, say = trainer.config, trainer.ranks, trainer.metrics.say
+    resume = config.snapshots.resume
+    # A restart by torchrun continues what this launch began, whatever it was told to start from.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if resume not in ("auto", "none") and not restarted:
+        generation = named_generation(Path(resume), ranks)
+        # The user names it on purpose, so another run's id is fine; everything else must agree.
+        expected = {name: value for name, value in header.items() if name not in ("run_id", "environment")}
+    else:
+        if resume == "none" and not restarted and folder.steps():
+            raise TrainerConfigError(
+                f"--resume none, but {folder.path} holds snapshots. Use another --output, or remove them."
+            )
+        found = newest_valid(folder, ranks, say)
+        if found is None:
+            return
+        generation = found
+        expected = {name: value for name, value in header.items() if name != "environment"}
+    check_belongs(generation, expected, header["environment"], strict=config.deterministic, report=say)
+    trainer.restore(generation)
+    say(f"resumed: step {trainer.step}  {generation.path}  (made by {generation.manifest['world']} ranks)")
+
+
+def _describe(trainer: Trainer, header: dict[str, Any]) -> None:
+    config, ranks = trainer.config, trainer.ranks
+    sizes = [4 * bucket.numel for bucket in trainer.buckets]
+    trainer.metrics.say(
+        f"run {header['run_id']}: {ranks.world} x {ranks.device.type}, "
+        f"{sum(s.numel for s in trainer.flat.segments):,} parameters in {len(sizes)} buckets "
+        f"(largest {max(sizes) / 2**20:.2f} MiB), reducer {config.reducer}, "
+        f"{config.data.global_batch} samples in {config.data.num_shards} virtual shards per step"
+    )
+
+
+def _conclude(output: Path, header: dict[str, Any], outcome: Outcome) -> None:
+    """Writes the result of a finished run; a stopped one has none. First rank only."""
+    if outcome.stopped:
+        return
+    names = ("run_id", "config_digest", "store_fingerprint", "environment")
+    result = {
+        **{name: header[name] for name in names},
+        "steps": outcome.step,
+        "num_skipped": outcome.num_skipped,
+        "weights_digest": outcome.weights_digest,
+    }
+    _write_json(output / RESULT_FILE, result)
+
+
+def _report(metrics: Metrics, outcome: Outcome) -> None:
+    if outcome.stopped:
+        metrics.say(f"stopped by SIGTERM after step {outcome.step}; the same command continues")
+    metrics.say(f"weights_digest: {outcome.weights_digest}  step: {outcome.step}")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm(trainer: Trainer) -> Iterator[None]:
+    """Turns the first SIGTERM into a request to stop; a second one ends the process as usual."""
+
+    def on_signal(number: int, _: object) -> None:
+        trainer.stop_requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+    previous = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

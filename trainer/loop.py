@@ -1,0 +1,337 @@
+"""The training loop: one step from top to bottom, the commit point, and what is saved there.
+
+    batch -> virtual shards: forward, backward (buckets leave while it runs)
+          -> commit point: all buckets, then scalars and flags
+          -> optimizer (or a skip that all ranks decide alike)
+          -> metrics, snapshot
+
+Invariant: nothing is applied before every bucket of the step has arrived on this rank, and a snapshot is
+taken only between steps, so it is labelled with a number of completed steps and nothing is half done.
+Does not own: process groups, signals, exit codes (launch.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import google_crc32c
+import torch
+from torch import nn
+
+from foldfeed.trainer.buckets import auto_bucket_bytes, plan_buckets
+from foldfeed.trainer.config import RunConfig
+from foldfeed.trainer.ddp import DdpReducer
+from foldfeed.trainer.flat import FlatParameters
+from foldfeed.trainer.metrics import Metrics, memory_scalars
+from foldfeed.trainer.model import CompactEvoformer, masked_msa_loss
+from foldfeed.trainer.optimizer import FlatAdamW, Update
+from foldfeed.trainer.ranks import Ranks
+from foldfeed.trainer.reducer import Reducer, TreeReducer
+from foldfeed.trainer.rng import seed_initial_weights, seed_shard
+from foldfeed.trainer.snapshot import BUFFERS, Generation, SnapshotFolder, checksum
+
+
+class ShardLike(Protocol):
+    """One virtual shard of a step, as the loader makes it."""
+
+    @property
+    def v(self) -> int:
+        """Its number, 0 .. V-1."""
+        ...
+
+    @property
+    def features(self) -> Mapping[str, torch.Tensor]:
+        """Tensors with a leading sample axis."""
+        ...
+
+
+class StepLike(Protocol):
+    """This rank's part of a step."""
+
+    @property
+    def step(self) -> int:
+        """Number of the step, from 0."""
+        ...
+
+    @property
+    def shards(self) -> Sequence[ShardLike]:
+        """This rank's virtual shards, ascending."""
+        ...
+
+
+class BatchSource(Protocol):
+    """What the loop needs of a loader."""
+
+    def __iter__(self) -> Iterator[StepLike]:
+        """Returns an endless iterator of steps."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns JSON-able state: the next step to be consumed and what it depends on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a state; raises when it belongs to other data."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """What all ranks agree on at the commit point.
+
+    Attributes:
+      mean_loss: over the counted samples, summed in shard order (equal bits for every world size).
+      max_loss: of a sample.
+      num_samples: counted samples.
+      stop: some rank was asked to stop.
+      data_s: the longest wait for data.
+      bad_shards: virtual shards whose loss is not finite.
+    """
+
+    mean_loss: float
+    max_loss: float
+    num_samples: float
+    stop: bool
+    data_s: float
+    bad_shards: list[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      step: completed steps.
+      stopped: True when a signal ended it before its last step.
+      weights_digest: sha256 (hex) of the flat parameters.
+      num_skipped: steps that were skipped.
+    """
+
+    step: int
+    stopped: bool
+    weights_digest: str
+    num_skipped: int
+
+
+class Trainer:
+    """Model, flat buffers, reducer and optimizer of one rank.
+
+    Attributes:
+      model: the plain model (also inside DDP's wrapper).
+      flat: its buffers.
+      step: completed steps.
+      num_skipped: steps skipped so far.
+      stop_requested: set it (from a signal handler) to stop at the next commit point.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks, source: BatchSource, metrics: Metrics) -> None:
+        """Builds the model with weights that depend on the seed alone.
+
+        Raises:
+          TrainerConfigError: more ranks than virtual shards.
+          ReplicaMismatchError: the ranks built different layouts or weights.
+        """
+        config.check_world(ranks.world)
+        self.config = config
+        self.ranks = ranks
+        self.source = source
+        self.metrics = metrics
+        self.step = 0
+        self.num_skipped = 0
+        self.stop_requested = False
+        seed_initial_weights(config.seed)
+        self.model = CompactEvoformer(config.model)
+        self.flat = FlatParameters(self.model, ranks.device)
+        total = 4 * self.flat.numel
+        bucket_bytes = int(config.bucket_mb * 2**20) or auto_bucket_bytes(total)
+        self.buckets = plan_buckets(
+            [segment.padded for segment in self.flat.segments], bucket_bytes=bucket_bytes
+        )
+        self.optimizer = FlatAdamW(self.flat.params, self.buckets, config.optimizer)
+        ranks.require_equal(self.flat.layout_hash.encode(), "the parameter layout at the start")
+        ranks.require_equal(self._digests()[1], "the initial weights")
+        self.reducer = self._make_reducer(bucket_bytes)
+        self._forward: nn.Module = self.reducer.wrap(self.model)
+
+    def _make_reducer(self, bucket_bytes: int) -> Reducer:
+        num_shards = self.config.data.num_shards
+        if self.config.reducer == "ddp":
+            return DdpReducer(self.flat, self.ranks, num_shards, bucket_bytes)
+        return TreeReducer(self.flat, self.buckets, self.ranks, num_shards)
+
+    def run(self, folder: SnapshotFolder, header: Mapping[str, Any]) -> Outcome:
+        """Trains up to the configured number of steps, or until asked to stop.
+
+        Args:
+          folder: where snapshots go.
+          header: manifest entries of this run (run id, digests, environment).
+        """
+        every = self.config.snapshots.every
+        saved = self.step
+        stopped = False
+        steps = iter(self.source)
+        stall_ms = 0.0
+        while self.step < self.config.steps and not stopped:
+            started = time.perf_counter()
+            batch = next(steps)
+            commit, update = self.train_step(batch, time.perf_counter() - started)
+            self._log(commit, update, time.perf_counter() - started, stall_ms)
+            stopped = commit.stop
+            stall_ms = 0.0
+            if stopped or (every and self.step % every == 0):
+                stall_ms = 1e3 * self.save(folder, header)
+                saved = self.step
+        if saved != self.step:
+            self.save(folder, header)
+        digest = self.weights_digest()
+        self.ranks.require_equal(bytes.fromhex(digest), f"the final weights of step {self.step}")
+        finished = self.step >= self.config.steps
+        return Outcome(
+            step=self.step, stopped=not finished, weights_digest=digest, num_skipped=self.num_skipped
+        )
+
+    def train_step(self, batch: StepLike, data_s: float) -> tuple[Commit, Update]:
+        """Runs one step: shards, commit point, optimizer.
+
+        Args:
+          batch: this rank's virtual shards of the step.
+          data_s: seconds this rank waited for it.
+        """
+        assert batch.step == self.step, f"the loader gave step {batch.step}, the model is at {self.step}"
+        num_shards = self.config.data.num_shards
+        losses, counts, worst = ([0.0] * num_shards for _ in range(3))
+
+        self.reducer.begin()
+        for shard in batch.shards:
+            with self.reducer.shard(shard.v):
+                seed_shard(self.config.seed, batch.step, shard.v)
+                loss = masked_msa_loss(self._forward(shard.features), shard.features)
+                loss.total.backward()
+            losses[shard.v] = loss.total.item()
+            counts[shard.v] = loss.num_samples.item()
+            worst[shard.v] = loss.per_sample.max().item()
+
+        rows = self.reducer.finish([float(self.stop_requested), data_s, *losses, *counts, *worst])
+        commit = combine(rows, num_shards)
+
+        update = self.optimizer.step(self.reducer.gradient, commit.num_samples, batch.step)
+        self.step += 1
+        self.num_skipped += update.skipped
+        if update.skipped:
+            self._explain_skip(commit)
+        return commit, update
+
+    def _explain_skip(self, commit: Commit) -> None:
+        if commit.num_samples == 0:
+            why = "no sample has a masked position"
+        elif commit.bad_shards:
+            why = f"the loss of virtual shards {commit.bad_shards} is not finite"
+        else:
+            why = "the gradient is not finite although every loss is"
+        self.metrics.say(f"step {self.step} skipped on all ranks: {why}")
+
+    def _log(self, commit: Commit, update: Update, seconds: float, stall_ms: float) -> None:
+        samples = self.config.data.global_batch
+        exposed, total = self.reducer.times["exposed"], self.reducer.times["total"]
+        scalars = {
+            "loss_metrics/global_avg_loss": commit.mean_loss,
+            "loss_metrics/global_max_loss": commit.max_loss,
+            "grad_norm": update.norm,
+            "lr": update.learning_rate,
+            "throughput(samples/s)": samples / seconds,
+            "throughput(residues/s)": samples * self.config.data.crop_residues / seconds,
+            "time_metrics/end_to_end(s)": seconds,
+            "time_metrics/data_loading(s)": commit.data_s,
+            "time_metrics/data_loading(%)": 100.0 * min(1.0, commit.data_s / seconds),
+            "comm/exposed_ms": 1e3 * exposed,
+            "comm/total_ms": 1e3 * total,
+            "comm/hidden_pct": 100.0 * max(0.0, 1.0 - exposed / total) if total else 0.0,
+            "ckpt/stall_ms": stall_ms,
+            "ft/world_size": float(self.ranks.world),
+            "train/skipped": float(update.skipped),
+            "train/num_skipped": float(self.num_skipped),
+            **memory_scalars(self.ranks.device),
+        }
+        self.metrics.log(self.step, scalars)
+
+    def _host_buffers(self) -> dict[str, torch.Tensor]:
+        tensors = (self.flat.params, self.optimizer.exp_avg, self.optimizer.exp_avg_sq)
+        return {name: tensor.cpu() for name, tensor in zip(BUFFERS, tensors, strict=True)}
+
+    def _digests(self) -> tuple[dict[str, int], bytes]:
+        """Returns the crc32c of each buffer in memory, and 8 bytes: of the parameters, of the moments."""
+        checksums = {name: checksum(buffer) for name, buffer in self._host_buffers().items()}
+        params, *moments = (checksums[name].to_bytes(4, "little") for name in BUFFERS)
+        return checksums, params + google_crc32c.value(b"".join(moments)).to_bytes(4, "little")
+
+    def save(self, folder: SnapshotFolder, header: Mapping[str, Any]) -> float:
+        """Writes a snapshot from the first rank, after all ranks showed equal state. Returns seconds.
+
+        Raises:
+          ReplicaMismatchError: a rank's parameters or moments differ; nothing is written.
+          StorageFullError: on the first rank; the others learn that it failed.
+        """
+        started = time.perf_counter()
+        checksums, digest = self._digests()
+        self.ranks.require_equal(digest, f"parameters and moments after step {self.step}")
+
+        def write() -> str:
+            manifest = {
+                **header,
+                "step": self.step,
+                "num_updates": self.optimizer.num_updates,
+                "num_skipped": self.num_skipped,
+                "world": self.ranks.world,
+                "loader": self.source.state_dict(),
+                "replica_digest": digest.hex(),
+            }
+            return str(folder.write(manifest, self._host_buffers(), checksums))
+
+        path = self.ranks.first_does(write, "the snapshot")
+        self.metrics.say(f"snapshot: step {self.step}  {path}")
+        return time.perf_counter() - started
+
+    def restore(self, generation: Generation) -> None:
+        """Continues from a validated generation; the next step is its ``step``."""
+        self.flat.params.copy_(generation.buffers["params"])
+        self.optimizer.exp_avg.copy_(generation.buffers["exp_avg"])
+        self.optimizer.exp_avg_sq.copy_(generation.buffers["exp_avg_sq"])
+        self.optimizer.num_updates = int(generation.manifest["num_updates"])
+        self.num_skipped = int(generation.manifest["num_skipped"])
+        self.step = generation.step
+        self.source.load_state_dict(generation.manifest["loader"])
+
+    def weights_digest(self) -> str:
+        """Returns the sha256 (hex) of the flat parameters."""
+        return hashlib.sha256(self.flat.params.cpu().numpy().data.cast("B")).hexdigest()
+
+
+def combine(rows: Sequence[Sequence[float]], num_shards: int) -> Commit:
+    """Returns what the ranks' scalars say together; each shard's entries are zero except on its owner.
+
+    Args:
+      rows: per rank [stop, data_s, V losses, V counts, V largest losses].
+      num_shards: V.
+    """
+
+    def shards(part: int) -> list[float]:
+        start = 2 + part * num_shards
+        return [sum(row[start + shard] for row in rows) for shard in range(num_shards)]
+
+    losses, counts, worst = shards(0), shards(1), shards(2)
+    num_samples = sum(counts)
+    # NaN must win: max() of a list with NaN depends on the order.
+    finite = all(math.isfinite(value) for value in worst)
+    return Commit(
+        mean_loss=sum(losses) / num_samples if num_samples else 0.0,
+        max_loss=max(worst) if finite else math.nan,
+        num_samples=num_samples,
+        stop=any(row[0] for row in rows),
+        data_s=max(row[1] for row in rows),
+        bad_shards=[shard for shard, loss in enumerate(losses) if not math.isfinite(loss)],
+    )

@@ -1,0 +1,136 @@
+"""What a run reports: TensorBoard scalars, one JSON line per step, one console line per step.
+
+Scalar names are torchtitan's where it has one (``loss_metrics/global_avg_loss``, ``time_metrics/...``), so
+that existing dashboards work. Only the first rank writes. A resumed run drops the lines and scalars of the
+steps it is about to repeat, so every step appears once.
+
+Does not own: what the numbers mean (loop.py fills them in). TensorBoard is imported only when it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foldfeed.trainer.errors import DependencyError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Writes the metrics of one rank; silent on all ranks but the first."""
+
+    def __init__(self, folder: Path, *, active: bool, tensorboard: bool, log_every: int) -> None:
+        """Keeps the settings; `start` opens the files.
+
+        Raises:
+          DependencyError: TensorBoard was asked for and is not installed.
+        """
+        self._folder = folder
+        self._active = active
+        self._log_every = log_every
+        self._file: Any = None
+        self._writer: Any = None
+        self._writer_class = _summary_writer() if active and tensorboard else None
+
+    def start(self, step: int) -> None:
+        """Opens the files to go on after ``step`` completed steps."""
+        if not self._active:
+            return
+        path = self._folder / METRICS_FILE
+        _drop_after(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        if self._writer_class is not None:
+            self._writer = self._writer_class(str(self._folder / "tb"), purge_step=step + 1)
+
+    def say(self, line: str) -> None:
+        """Prints a line on the first rank."""
+        if self._active:
+            print(line, flush=True)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one step's scalars everywhere.
+
+        Args:
+          step: completed steps, 1 after the first.
+          scalars: by name; must hold the console line's fields.
+        """
+        if not self._active:
+            return
+        # JSON has no NaN: a skipped step's loss and norm are null.
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
+        if step % self._log_every == 0 or step == 1:
+            self.say(console_line(step, scalars))
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def console_line(step: int, scalars: Mapping[str, float]) -> str:
+    """Returns the line of a step, in torchtitan's manner."""
+    skipped = "  SKIPPED (gradient not finite)" if scalars["train/skipped"] else ""
+    return (
+        f"step: {step:3d}  loss: {scalars['loss_metrics/global_avg_loss']:.4f}"
+        f"  grad_norm: {scalars['grad_norm']:.4f}"
+        f"  lr: {scalars['lr']:.2e}"
+        f"  residues/s: {scalars['throughput(residues/s)']:,.0f}"
+        f"  data: {scalars['time_metrics/data_loading(%)']:.1f}%"
+        f"  comm exposed: {scalars['comm/exposed_ms']:.0f} ms{skipped}"
+    )
+
+
+def memory_scalars(device: torch.device) -> dict[str, float]:
+    """Returns peak memory: the allocator's on CUDA, the resident set's on the CPU."""
+    gib = 2.0**30
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        return {
+            "memory/max_active(GiB)": stats.get("active_bytes.all.peak", 0) / gib,
+            "memory/max_reserved(GiB)": stats.get("reserved_bytes.all.peak", 0) / gib,
+            "memory/num_alloc_retries": float(stats.get("num_alloc_retries", 0)),
+            "memory/num_ooms": float(stats.get("num_ooms", 0)),
+        }
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"memory/max_rss(GiB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / gib}
+
+
+def _summary_writer() -> Any:
+    try:
+        # Lazy: tensorboard is optional and slow to import.
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise DependencyError(
+            "tensorboard", "run: pip install 'foldfeed[train]', or train with --no-tensorboard."
+        ) from error
+    return SummaryWriter
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Removes the lines of steps after ``step`` (and a torn last line) from a metrics file."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

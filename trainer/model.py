@@ -1,0 +1,123 @@
+"""The reference model: a compact Evoformer with a masked-MSA head.
+
+It learns to fill in the MSA positions that the loader masked (BERT's task over alignments), which exercises
+every feature of a batch: the clustered MSA, the extra MSA, the target sequence and all masks.
+
+Shape suffixes
+    b  samples          s  clustered rows   e  extra rows        r, i, j  residues
+    m  MSA channels     z  pair channels    t  the 23 MSA tokens (20 residues, X, gap, mask)
+
+Source: AlphaFold 2 supplementary information, algorithms 3 (input embedder), 4 (relative positions), 6 and 18
+(stacks), section 1.9.9 (masked MSA). Left out: templates, recycling, triangle attention, structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from foldfeed.trainer.config import ModelConfig
+from foldfeed.trainer.evoformer import EvoformerBlock
+
+NUM_TOKENS = 23
+TARGET_CHANNELS = 22
+MSA_CHANNELS = 49
+# One-hot token, has_deletion, deletion_value (SI table 1).
+EXTRA_CHANNELS = NUM_TOKENS + 2
+
+
+class Loss(NamedTuple):
+    """What one virtual shard adds to the step.
+
+    Attributes:
+      total: scalar, the sum over counted samples of each sample's mean cross-entropy; call backward on it.
+      num_samples: scalar, how many samples were counted (those with a masked position).
+      per_sample: (b,), detached, 0 where a sample was not counted.
+    """
+
+    total: torch.Tensor
+    num_samples: torch.Tensor
+    per_sample: torch.Tensor
+
+
+class InputEmbedder(nn.Module):
+    """First MSA and pair representations (algorithms 3 and 4)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.max_relative = config.max_relative
+        self.left = nn.Linear(TARGET_CHANNELS, config.c_z)
+        self.right = nn.Linear(TARGET_CHANNELS, config.c_z)
+        self.relative = nn.Embedding(2 * config.max_relative + 1, config.c_z)
+        self.target = nn.Linear(TARGET_CHANNELS, config.c_m)
+        self.msa = nn.Linear(MSA_CHANNELS, config.c_m)
+
+    def forward(self, features: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (msa (b, s, r, m), pair (b, i, j, z))."""
+        target = features["target_feat"]
+        index = features["residue_index"]
+        offset_bij = (index[:, :, None] - index[:, None, :]).clamp(-self.max_relative, self.max_relative)
+        pair = self.left(target)[:, :, None] + self.right(target)[:, None, :]
+        pair = pair + self.relative(offset_bij + self.max_relative)
+        msa = self.msa(features["msa_feat"]) + self.target(target)[:, None]
+        return msa, pair
+
+
+class CompactEvoformer(nn.Module):
+    """Input embedder, extra MSA stack, Evoformer stack, masked-MSA head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedder = InputEmbedder(config)
+        self.extra_msa = nn.Linear(EXTRA_CHANNELS, config.c_e)
+        self.extra_blocks = nn.ModuleList(
+            EvoformerBlock(config, extra=True) for _ in range(config.num_extra_blocks)
+        )
+        self.blocks = nn.ModuleList(EvoformerBlock(config, extra=False) for _ in range(config.num_blocks))
+        self.head_norm = nn.LayerNorm(config.c_m)
+        self.head = nn.Linear(config.c_m, NUM_TOKENS)
+
+    def forward(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Returns logits (b, s, r, t) of the clustered MSA.
+
+        Args:
+          features: one batch of the loader; leading axis b, fixed shapes, zero padded, with masks.
+        """
+        msa, pair = self.embedder(features)
+        mask_bij = features["seq_mask"][:, :, None] * features["seq_mask"][:, None, :]
+        extra = self._embed_extra(features)
+        for block in self.extra_blocks:
+            # The last extra block's MSA output is not used; its pair output is what it leaves behind.
+            extra, pair = block(extra, pair, features["extra_msa_mask"], mask_bij)
+        for block in self.blocks:
+            msa, pair = block(msa, pair, features["msa_mask"], mask_bij)
+        logits: torch.Tensor = self.head(self.head_norm(msa))
+        return logits
+
+    def _embed_extra(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        one_hot = nn.functional.one_hot(features["extra_msa"], NUM_TOKENS).to(torch.float32)
+        deletions = torch.stack((features["extra_has_deletion"], features["extra_deletion_value"]), dim=-1)
+        embedded: torch.Tensor = self.extra_msa(torch.cat((one_hot, deletions), dim=-1))
+        return embedded
+
+
+def masked_msa_loss(logits_bsrt: torch.Tensor, features: Mapping[str, torch.Tensor]) -> Loss:
+    """Returns the cross-entropy of the masked positions: a mean per sample, summed over samples.
+
+    A sample without a masked position is not counted, so that a step's mean does not move with padding.
+
+    Args:
+      logits_bsrt: (b, s, r, 23).
+      features: ``true_msa`` int64 (b, s, r) and ``bert_mask`` float (b, s, r).
+    """
+    counted_bsr = features["bert_mask"] * features["msa_mask"]
+    flat = logits_bsrt.flatten(0, 2)
+    cross_entropy = nn.functional.cross_entropy(flat, features["true_msa"].flatten(), reduction="none")
+    # `where`, not a product: a position outside the mask may hold an infinity.
+    kept = torch.where(counted_bsr > 0, cross_entropy.view(counted_bsr.shape), torch.zeros_like(counted_bsr))
+    positions = counted_bsr.sum((1, 2))
+    per_sample = kept.sum((1, 2)) / positions.clamp(min=1.0)
+    return Loss(per_sample.sum(), (positions > 0).sum(), per_sample.detach())

@@ -1,0 +1,234 @@
+"""The process groups of a run and the small collectives on them.
+
+A run has up to three groups: ``scatter`` and ``gather`` carry gradients (one communicator per phase of the
+reducer, so that neither phase's messages can be mistaken for the other's), ``control`` carries a few bytes
+over gloo on the CPU even when gradients use NCCL. A single process has none and every collective is local.
+
+Does not own: when ranks are started or restarted; torchrun does.
+Invariant: every rank calls the collectives of one group in the same order. Nothing here pickles: ranks
+exchange bytes, JSON and float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from foldfeed.trainer.errors import (
+    CommunicationError,
+    PeerError,
+    ReplicaMismatchError,
+    TrainerConfigError,
+)
+
+Group = dist.ProcessGroup | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """This process among its peers.
+
+    Attributes:
+      rank: 0 .. world-1.
+      world: number of processes.
+      device: where this rank's tensors live.
+      scatter: group of the reducer's first phase; None in a single process.
+      gather: group of the reducer's second phase.
+      control: gloo group for scalars and digests.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    scatter: Group = None
+    gather: Group = None
+    control: Group = None
+
+    @property
+    def is_first(self) -> bool:
+        """True on the rank that prints and writes."""
+        return self.rank == 0
+
+    def gather_bytes(self, payload: bytes, phase: str) -> list[bytes]:
+        """Returns every rank's payload (any sizes), in rank order, on every rank.
+
+        Raises:
+          CommunicationError: a peer died or the group's timeout passed.
+        """
+        if self.world == 1:
+            return [payload]
+        with self.guard(phase):
+            size = torch.tensor([len(payload)], dtype=torch.int64)
+            sizes = torch.empty(self.world, dtype=torch.int64)
+            dist.all_gather_into_tensor(sizes, size, group=self.control)
+            width = max(1, int(sizes.max()))
+            mine = torch.frombuffer(bytearray(payload.ljust(width, b"\0")), dtype=torch.uint8)
+            everyone = torch.empty(self.world * width, dtype=torch.uint8)
+            dist.all_gather_into_tensor(everyone, mine, group=self.control)
+        rows = everyone.view(self.world, width)
+        return [rows[rank, : int(sizes[rank])].numpy().tobytes() for rank in range(self.world)]
+
+    def gather_json(self, value: Any, phase: str) -> list[Any]:
+        """Returns every rank's JSON-able value, in rank order, on every rank."""
+        return [json.loads(raw) for raw in self.gather_bytes(json.dumps(value).encode(), phase)]
+
+    def gather_floats(self, values: Sequence[float], phase: str) -> list[list[float]]:
+        """Returns every rank's values (equal lengths) as float64, exactly, in rank order."""
+        if self.world == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64)
+        everyone = torch.empty(self.world * len(values), dtype=torch.float64)
+        with self.guard(phase):
+            dist.all_gather_into_tensor(everyone, mine, group=self.control)
+        rows: list[list[float]] = everyone.view(self.world, len(values)).tolist()
+        return rows
+
+    def first_does(self, work: Callable[[], Any], phase: str) -> Any:
+        """Runs ``work`` on the first rank only and returns its JSON-able result on every rank.
+
+        Raises:
+          PeerError: on the other ranks, when it failed on the first; that one raises the error itself.
+        """
+        failure: BaseException | None = None
+        answer: dict[str, Any] = {}
+        if self.is_first:
+            try:
+                answer = {"result": work()}
+            except Exception as error:  # noqa: BLE001 - re-raised below, once the others know
+                failure, answer = error, {"error": _first_line(error)}
+        answer = self.gather_json(answer, phase)[0]
+        if failure is not None:
+            raise failure
+        if "error" in answer:
+            raise PeerError(0, phase, answer["error"])
+        return answer["result"]
+
+    def require_equal(self, digest: bytes, what: str) -> None:
+        """Compares a short digest across ranks.
+
+        Raises:
+          ReplicaMismatchError: on every rank, naming the odd ones, when the digests are not all equal.
+        """
+        digests = self.gather_bytes(digest, f"the comparison of {what}")
+        if len(set(digests)) > 1:
+            raise ReplicaMismatchError(what, [d.hex() for d in digests], odd_ranks(digests))
+
+    @contextlib.contextmanager
+    def guard(self, phase: str) -> Iterator[None]:
+        """Turns a backend's failure into a `CommunicationError` that names the phase."""
+        try:
+            yield
+        except RuntimeError as error:
+            # torch raises DistBackendError, DistNetworkError and plain RuntimeError, all RuntimeErrors.
+            raise CommunicationError(self.rank, phase, _first_line(error)) from error
+
+
+def odd_ranks(digests: Sequence[bytes]) -> list[int]:
+    """Returns the ranks outside the strict majority, or all ranks when no digest has one."""
+    majority = max(set(digests), key=digests.count)
+    if 2 * digests.count(majority) <= len(digests):
+        return list(range(len(digests)))
+    return [rank for rank, digest in enumerate(digests) if digest != majority]
+
+
+# gloo wraps its reason in the source line before it and advice after it.
+_GLOO_NOISE = re.compile(r"^\[[^\]]*\.(cc|cpp|h):\d+\]\s*| This is typically caused by.*$")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return _GLOO_NOISE.sub("", text[0]) if text else type(error).__name__
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """Returns (rank, world, local rank) as torchrun sets them; (0, 1, 0) without it.
+
+    Raises:
+      TrainerConfigError: only some of torchrun's variables are set.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if not found:
+        return 0, 1, 0
+    if len(found) < len(names):
+        missing = ", ".join(name for name in names if name not in found)
+        raise TrainerConfigError(
+            f"{', '.join(found)} set but not {missing}: start ranks with torchrun, or unset them."
+        )
+    return int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"])
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """Returns the device of this rank.
+
+    Raises:
+      TrainerConfigError: ``cuda`` was asked for and this rank has no device.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and available == 0):
+        return torch.device("cpu")
+    if local_rank >= available:
+        raise TrainerConfigError(
+            f"--device {name}: local rank {local_rank} has no CUDA device ({available} visible). "
+            "Start fewer ranks per node, or use --device cpu."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _new_group(backend: str, timeout: datetime.timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(backend=backend, timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup), "a group of all ranks includes this one"
+    return group
+
+
+@contextlib.contextmanager
+def joined(
+    *, rank: int, world: int, device: torch.device, timeout_s: float, always: bool = False
+) -> Iterator[Ranks]:
+    """Joins the run's process groups and leaves them at the end of a run that went well.
+
+    After an exception the groups are left alone: destroying a group whose peers are gone can wait for the
+    whole timeout, and the process is about to exit, which closes its sockets and tells the others.
+
+    Args:
+      rank: this process.
+      world: number of processes; the addresses come from torchrun's environment.
+      device: gloo carries gradients on the CPU, NCCL on CUDA.
+      timeout_s: after which a collective that waits for a stalled peer fails.
+      always: make a group for a single process too (torch's DDP wants one).
+    Raises:
+      CommunicationError: not all ranks came.
+    """
+    if world == 1 and not always:
+        yield Ranks(rank=0, world=1, device=device)
+        return
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        if world == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+        ranks = Ranks(
+            rank=rank,
+            world=world,
+            device=device,
+            scatter=_new_group(backend, timeout),
+            gather=_new_group(backend, timeout),
+            control=_new_group("gloo", timeout),
+        )
+    except RuntimeError as error:
+        raise CommunicationError(rank, "the start", _first_line(error)) from error
+    yield ranks
+    dist.destroy_process_group()

@@ -1,0 +1,293 @@
+"""The bucketed reducer: gradients of all virtual shards, summed in one fixed tree, hidden behind backward.
+
+Each rank runs its virtual shards one after another. After each but the last, the flat gradient is folded
+into the rank's stack of finished blocks (dyadic.py). During the last shard's backward, a hook on every
+parameter counts its bucket down; a complete bucket whose predecessors are launched goes to the
+communication thread at once, so the exchange runs while backward goes on.
+
+`finish` is the commit point: all buckets, then one small message of scalars and flags. It returns only when
+every bucket's sum has arrived, and raises whatever the hooks or the thread met.
+
+A gradient that is produced again after its bucket left (several backward calls in one shard, reentrant
+checkpointing) makes the bucket *late*: the flags tell all ranks, the bucket is exchanged again at the commit
+point, and from then on it waits for it. Parameters without a gradient count as zeros.
+
+Invariants: launch order is bucket order on every rank, whatever order backward produced; the sums have equal
+bits for every world size; buffers are only touched by the thread between launch and `finish`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from foldfeed.trainer.buckets import Bucket
+from foldfeed.trainer.dyadic import Block, merge_chain, owned_shards
+from foldfeed.trainer.exchange import Exchange, finish_blocks
+from foldfeed.trainer.flat import FlatParameters
+from foldfeed.trainer.ranks import Ranks
+
+
+class Reducer(Protocol):
+    """What the training step needs of a reducer.
+
+    Attributes:
+      gradient: fp32 (flat numel,), after `finish` the sum over all virtual shards, undivided.
+      times: seconds of the last step: ``exposed`` (waiting in `finish`), ``total`` (all communication).
+    """
+
+    gradient: torch.Tensor
+    times: dict[str, float]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Returns the module to call in the forward pass."""
+        ...
+
+    def begin(self) -> None:
+        """Starts a step: gradients are zero."""
+        ...
+
+    def shard(self, number: int) -> contextlib.AbstractContextManager[None]:
+        """Surrounds forward and backward of one of this rank's virtual shards, in order."""
+        ...
+
+    def finish(self, scalars: Sequence[float]) -> list[list[float]]:
+        """The commit point: returns every rank's scalars once every bucket has arrived."""
+        ...
+
+    def close(self, *, wait: bool = True) -> None:
+        """Ends threads and removes hooks."""
+        ...
+
+
+class TreeReducer:
+    """Sums gradients bit-identically for every world size; see the module docstring."""
+
+    def __init__(
+        self,
+        flat: FlatParameters,
+        buckets: Sequence[Bucket],
+        ranks: Ranks,
+        num_shards: int,
+        on_event: Callable[[str, int], None] | None = None,
+    ) -> None:
+        """Registers the hooks and starts the communication thread.
+
+        Args:
+          flat: the model's flat buffers.
+          buckets: the plan, equal on all ranks.
+          ranks: the groups.
+          num_shards: V, at least the world size.
+          on_event: called with ``launch``, ``exchange``, ``arrived`` or ``backward_end`` and the bucket (or
+            -1), from the thread where it happens; for tests and tracing.
+        """
+        self.gradient = torch.zeros_like(flat.params)
+        self.times: dict[str, float] = {"exposed": 0.0, "total": 0.0}
+        self._flat = flat
+        self._ranks = ranks
+        self._buckets = list(buckets)
+        self._owned = owned_shards(num_shards, ranks.world, ranks.rank)
+        self._event = on_event or (lambda name, bucket: None)
+        largest = max(bucket.numel for bucket in buckets)
+        self._exchange = Exchange(ranks, num_shards, largest, self.gradient)
+        self._scratch = torch.zeros(largest, dtype=torch.float32, device=flat.params.device)
+        self._bucket_of = [bucket.index for bucket in buckets for _ in bucket.segments]
+        self._deferred: set[int] = set()
+        self._pool: list[torch.Tensor] = []
+        self._stack: list[tuple[Block, torch.Tensor]] = []
+        self._lock = threading.Lock()
+        self._side = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
+        self._streams: list[set[Any]] = [set() for _ in buckets]
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="foldfeed-reducer")
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(self._hook(position))
+            for position, param in enumerate(flat.parameters)
+        ]
+        self._reset()
+
+    def _reset(self) -> None:
+        self._armed = False
+        self._error: BaseException | None = None
+        self._futures: list[Future[float]] = []
+        self._next = 0
+        self._num_merged = 0
+        self._late: set[int] = set()
+        self._pending = [set(bucket.segments) for bucket in self._buckets]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Returns the model itself: hooks on its parameters are all this reducer needs."""
+        return model
+
+    def begin(self) -> None:
+        """Zeroes the gradient and forgets the previous step's blocks."""
+        while self._stack:
+            self._pool.append(self._stack.pop()[1])
+        self._reset()
+        self._flat.zero_gradients()
+
+    @contextlib.contextmanager
+    def shard(self, number: int) -> Iterator[None]:
+        """Surrounds forward and backward of virtual shard ``number``.
+
+        Raises:
+          AssertionError: the number is not the next of this rank's shards.
+        """
+        done = self._stack[-1][0].start + self._stack[-1][0].size if self._stack else self._owned.start
+        assert number == done, f"virtual shard {number} out of turn, expected {done} of {self._owned}"
+        last = number == self._owned.stop - 1
+        if last:
+            self._num_merged, _ = merge_chain([block for block, _ in self._stack], number)
+            self._armed = True
+        yield
+        self._armed = False
+        if last:
+            self._event("backward_end", -1)
+        else:
+            self._fold(number)
+
+    def _fold(self, number: int) -> None:
+        """Merges the finished shard into the stack, a binary counter of blocks, and zeroes the gradient."""
+        num_merged, block = merge_chain([below for below, _ in self._stack], number)
+        values = self._flat.grads
+        for _ in range(num_merged):
+            below = self._stack.pop()[1]
+            below.add_(values)
+            if values is not self._flat.grads:
+                self._pool.append(values)
+            values = below
+        if values is self._flat.grads:
+            values = self._pool.pop() if self._pool else torch.empty_like(values)
+            values.copy_(self._flat.grads)
+        self._stack.append((block, values))
+        self._flat.zero_gradients()
+
+    def _hook(self, position: int) -> Callable[[torch.Tensor], None]:
+        def on_gradient(_: torch.Tensor) -> None:
+            # Runs inside autograd: an exception must not unwind through it, `finish` raises it.
+            try:
+                self._flat.check_gradient(position)
+                if self._armed:
+                    self._count_down(position)
+            except BaseException as error:  # noqa: BLE001 - kept whole, re-raised by finish()
+                self._error = self._error or error
+
+        return on_gradient
+
+    def _count_down(self, position: int) -> None:
+        index = self._bucket_of[position]
+        with self._lock:
+            if self._side is not None:
+                # Autograd runs an operation on its forward's stream: wait for each stream that wrote here.
+                self._streams[index].add(torch.cuda.current_stream(self._ranks.device))
+            if index < self._next:
+                self._late.add(index)
+                return
+            self._pending[index].discard(position)
+            while self._next < len(self._buckets) and self._is_ready(self._next):
+                self._launch(self._next)
+                self._next += 1
+
+    def _is_ready(self, index: int) -> bool:
+        return not self._pending[index] and index not in self._deferred and self._error is None
+
+    def _launch(self, index: int) -> None:
+        self._event("launch", index)
+        events = [stream.record_event() for stream in self._streams[index]]
+        if self._side is not None:
+            # Folded blocks and zeroed gradients come from the stream of the training loop.
+            events.append(torch.cuda.current_stream(self._ranks.device).record_event())
+        self._streams[index].clear()
+        self._futures.append(self._thread.submit(self._run, self._buckets[index], events))
+
+    def _run(self, bucket: Bucket, events: Sequence[Any]) -> float:
+        """Exchanges one bucket; runs in the communication thread. Returns the seconds it took."""
+        if self._error is not None:
+            return 0.0
+        started = time.perf_counter()
+        self._event("exchange", bucket.index)
+        try:
+            with self._on_side_stream(events):
+                span = slice(bucket.start, bucket.stop)
+                stack = [(block, values[span]) for block, values in self._stack]
+                blocks = finish_blocks(stack, self._flat.grads[span], self._num_merged, self._scratch)
+                self._exchange.reduce(bucket, blocks)
+        except BaseException as error:  # noqa: BLE001 - kept whole, re-raised by finish()
+            self._error = self._error or error
+        self._event("arrived", bucket.index)
+        return time.perf_counter() - started
+
+    def _drain(self) -> float:
+        started = time.perf_counter()
+        if self._error is None:
+            try:
+                with self._on_side_stream(()):
+                    self._exchange.drain()
+            except BaseException as error:  # noqa: BLE001 - kept whole, re-raised by finish()
+                self._error = self._error or error
+        return time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def _on_side_stream(self, events: Sequence[Any]) -> Iterator[None]:
+        if self._side is None:
+            yield
+            return
+        with torch.cuda.stream(self._side):
+            for event in events:
+                self._side.wait_event(event)
+            yield
+
+    def finish(self, scalars: Sequence[float]) -> list[list[float]]:
+        """Waits for all buckets, then exchanges scalars; the step may be applied when this returns.
+
+        Args:
+          scalars: this rank's values, equally many on every rank.
+        Returns: one list per rank, in rank order.
+        Raises:
+          GradientError: a gradient view was replaced.
+          CommunicationError: a peer died or stalled.
+        """
+        started = time.perf_counter()
+        self._collect(range(self._next, len(self._buckets)))
+        for position in range(len(self._flat.parameters)):
+            self._flat.check_gradient(position)
+        flags = [float(index in self._late) for index in range(len(self._buckets))]
+        rows = self._ranks.gather_floats([*flags, *scalars], "the commit of a step")
+        late = [index for index in range(len(flags)) if any(row[index] for row in rows)]
+        if late:
+            # Every rank reaches the same list, so the order of collectives stays the same everywhere.
+            self._deferred.update(late)
+            self._collect(late)
+        self.times["exposed"] = time.perf_counter() - started
+        return [row[len(flags) :] for row in rows]
+
+    def _collect(self, indices: Sequence[int]) -> None:
+        """Launches the given buckets, waits for everything launched so far and raises what went wrong."""
+        if self._error is None:
+            for index in indices:
+                self._launch(index)
+            self._next = len(self._buckets)
+            self._futures.append(self._thread.submit(self._drain))
+        seconds = [future.result() for future in self._futures]
+        self._futures = []
+        if self._error is not None:
+            raise self._error
+        if self._side is not None:
+            torch.cuda.current_stream(self._ranks.device).wait_stream(self._side)
+        self.times["total"] = sum(seconds)
+
+    def close(self, *, wait: bool = True) -> None:
+        """Removes the hooks and ends the communication thread.
+
+        Args:
+          wait: False after a failure, when the thread may be stuck in a collective whose peers are gone.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self._thread.shutdown(wait=wait, cancel_futures=True)

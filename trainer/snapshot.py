@@ -1,0 +1,239 @@
+"""One snapshot on disk: raw bytes, checksums taken at the source, one manifest. No collective happens here.
+
+    OUTPUT/snapshots/step-00000010/
+        params.f32  exp_avg.f32  exp_avg_sq.f32     little-endian float32, the flat buffers
+        manifest.json                               what they are, their crc32c, the loader's state
+
+Checksums are computed from the buffers in memory, before anything is copied or written, so a replica that
+went bad on its way to the disk cannot validate. A generation is written in a temporary folder, every file
+and the folder are fsynced, and one rename publishes it; a reader sees all of it or nothing. Loading checks
+the manifest's own checksum, every size and every crc32c. Nothing is ever unpickled.
+
+Invariant: a folder named ``step-*`` was complete when it was published. Only one process (rank 0) writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import torch
+
+from foldfeed.feature_store.errors import StorageFullError
+from foldfeed.trainer.errors import InvalidSnapshotError, SnapshotError
+
+FORMAT = 1
+BUFFERS = ("params", "exp_avg", "exp_avg_sq")
+MANIFEST = "manifest.json"
+GENERATION = re.compile(r"step-(\d{8,})")
+# Bounds the copies that crc32c and write need.
+CHUNK_BYTES = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """A validated snapshot in memory.
+
+    Attributes:
+      path: its folder.
+      manifest: the parsed manifest.
+      buffers: fp32 (numel,) on the CPU, by name.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+    buffers: Mapping[str, torch.Tensor]
+
+    @property
+    def step(self) -> int:
+        """Steps completed when it was taken."""
+        return int(self.manifest["step"])
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Returns the crc32c of a contiguous CPU tensor's bytes."""
+    crc = 0
+    for chunk in _chunks(tensor):
+        crc = google_crc32c.extend(crc, bytes(chunk))
+    return crc
+
+
+def _chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
+    view = tensor.detach().contiguous().numpy().data.cast("B")
+    for start in range(0, len(view), CHUNK_BYTES):
+        yield view[start : start + CHUNK_BYTES]
+
+
+def _seal(manifest: Mapping[str, Any]) -> bytes:
+    """Returns the manifest as text that carries its own crc32c."""
+    body = {name: value for name, value in manifest.items() if name != "crc32c"}
+    body["crc32c"] = _manifest_checksum(body)
+    return json.dumps(body, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _manifest_checksum(body: Mapping[str, Any]) -> str:
+    return f"{google_crc32c.value(json.dumps(body, sort_keys=True).encode()):08x}"
+
+
+class SnapshotFolder:
+    """The generations of one run.
+
+    Attributes:
+      path: the folder that holds them; need not exist yet.
+      keep: how many newest generations stay after a write.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the published generations, oldest first; they may still be corrupt."""
+        if not self.path.is_dir():
+            return []
+        found = (GENERATION.fullmatch(entry.name) for entry in self.path.iterdir())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def generation_path(self, step: int) -> Path:
+        """Returns the folder of a step's generation."""
+        return self.path / f"step-{step:08d}"
+
+    def write(
+        self, manifest: Mapping[str, Any], buffers: Mapping[str, torch.Tensor], checksums: Mapping[str, int]
+    ) -> Path:
+        """Writes and publishes one generation, then removes all but the newest `keep`.
+
+        Args:
+          manifest: JSON-able; must have ``step``. Format, sizes and checksums are added here.
+          buffers: contiguous fp32 CPU tensors by name.
+          checksums: crc32c of each, computed by the owner of the memory.
+        Returns: the published folder.
+        Raises:
+          StorageFullError: no space left; nothing is published.
+        """
+        target = self.generation_path(manifest["step"])
+        whole = {
+            **manifest,
+            "format": FORMAT,
+            "byteorder": "little",
+            "buffers": {
+                name: {"file": f"{name}.f32", "numel": buffer.numel(), "crc32c": f"{checksums[name]:08x}"}
+                for name, buffer in buffers.items()
+            },
+        }
+        temporary = self.path / f".writing-{target.name}-{os.getpid()}"
+        with _clean_on_failure(temporary):
+            temporary.mkdir(parents=True)
+            for name, buffer in buffers.items():
+                _write_durably(temporary / f"{name}.f32", _chunks(buffer))
+            _write_durably(temporary / MANIFEST, [memoryview(_seal(whole))])
+            _sync_folder(temporary)
+            self._retire(target)
+            temporary.rename(target)
+            _sync_folder(self.path)
+        for step in self.steps()[: -self.keep]:
+            self._retire(self.generation_path(step))
+        return target
+
+    def _retire(self, path: Path) -> None:
+        # Renamed first: a generation that is half deleted must not look like a published one.
+        if path.exists():
+            doomed = self.path / f".removing-{path.name}-{os.getpid()}"
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+    def sweep(self) -> None:
+        """Removes what an interrupted write or removal left behind; only the writer calls it, at start."""
+        if self.path.is_dir():
+            for entry in self.path.iterdir():
+                if entry.name.startswith((".writing-", ".removing-")):
+                    shutil.rmtree(entry)
+
+
+def read_generation(path: Path) -> Generation:
+    """Reads and validates one generation.
+
+    Raises:
+      InvalidSnapshotError: anything is missing, too short or too long, or fails its checksum.
+    """
+    try:
+        manifest = _read_manifest(path)
+        buffers = {name: _read_buffer(path, name, manifest["buffers"][name]) for name in BUFFERS}
+    except OSError as error:
+        raise InvalidSnapshotError(str(path), f"cannot be read: {error.strerror or error}") from error
+    return Generation(path=path, manifest=manifest, buffers=buffers)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    raw = (path / MANIFEST).read_bytes()
+    try:
+        manifest = json.loads(raw)
+        body = {name: value for name, value in manifest.items() if name != "crc32c"}
+        sealed = manifest["crc32c"]
+    except (ValueError, AttributeError, KeyError) as error:
+        raise InvalidSnapshotError(str(path), f"{MANIFEST} is not a sealed JSON object") from error
+    if sealed != _manifest_checksum(body):
+        raise InvalidSnapshotError(str(path), f"{MANIFEST} fails its own crc32c")
+    if manifest["format"] != FORMAT:
+        raise InvalidSnapshotError(
+            str(path),
+            f"format {manifest['format']!r}, this foldfeed reads {FORMAT}; use the release that wrote it",
+        )
+    return dict(manifest)
+
+
+def _read_buffer(path: Path, name: str, entry: Mapping[str, Any]) -> torch.Tensor:
+    file = path / f"{name}.f32"
+    expected = 4 * int(entry["numel"])
+    size = file.stat().st_size
+    if size != expected:
+        raise InvalidSnapshotError(str(path), f"{file.name} has {size} bytes, the manifest says {expected}")
+    buffer = torch.empty(int(entry["numel"]), dtype=torch.float32)
+    with file.open("rb") as stream:
+        for chunk in _chunks(buffer):
+            if stream.readinto(chunk) != len(chunk):
+                raise InvalidSnapshotError(str(path), f"{file.name} ended early")
+    if f"{checksum(buffer):08x}" != entry["crc32c"]:
+        raise InvalidSnapshotError(str(path), f"{file.name} fails its crc32c")
+    return buffer
+
+
+def _write_durably(path: Path, chunks: Any) -> None:
+    with path.open("wb") as stream:
+        for chunk in chunks:
+            stream.write(chunk)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _clean_on_failure(temporary: Path) -> Iterator[None]:
+    """Removes the unfinished folder and names a full disk."""
+    assert sys.byteorder == "little", "snapshots are written in native order, which must be little-endian"
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFullError(str(temporary.parent)) from error
+        raise SnapshotError(
+            f"cannot write a snapshot in {temporary.parent}: {error.strerror or error}."
+        ) from error
