@@ -1,0 +1,152 @@
+"""The command ``foldfeed build``: options in, `BuildConfig` filled, report printed.
+
+Owns words and exit codes. Does not own the build (`foldfeed.pipelines.job`). Importing this module must not
+import Beam, so that ``foldfeed --help`` is quick and works without it.
+"""
+
+from __future__ import annotations
+
+import click
+
+from foldfeed.pipelines.databases import DatabaseSpec
+from foldfeed.pipelines.errors import ConfigError, EngineError
+from foldfeed.pipelines.job import (
+    DEFAULT_MAX_RESIDUES,
+    DEFAULT_TIMEOUT_S,
+    BuildConfig,
+    BuildReport,
+    run_build,
+)
+
+# Dead letters printed on the terminal; the file holds all of them.
+MAX_SHOWN_LETTERS = 20
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--queries", multiple=True, required=True, metavar="FASTA", help="Query file; may be repeated.")
+@click.option(
+    "--database",
+    "databases",
+    multiple=True,
+    required=True,
+    metavar="NAME=PATH[:TOOL]",
+    help="What to search: a FASTA file (jackhmmer) or an HH-suite prefix (hhblits); may be repeated.",
+)
+@click.option("--store", required=True, metavar="URL", help="Feature store to add to; made when absent.")
+@click.option(
+    "--results", metavar="URL", help="Where search results are kept and reused. [default: STORE.results]"
+)
+@click.option(
+    "--max-hits",
+    multiple=True,
+    metavar="NAME=N",
+    help="Most rows of a database, the query counted. [default: uniref90=10000, mgnify=501, others all]",
+)
+@click.option("--cpus-per-search", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
+@click.option(
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Searches at a time. [default: CPUs / cpus]"
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=DEFAULT_TIMEOUT_S,
+    show_default=True,
+    metavar="S",
+    help="Longest time of one search, in seconds.",
+)
+@click.option(
+    "--max-residues",
+    type=click.IntRange(min=1),
+    default=DEFAULT_MAX_RESIDUES,
+    show_default=True,
+    metavar="N",
+    help="Longer queries become dead letters.",
+)
+@click.option(
+    "--parts", type=click.IntRange(min=1), metavar="N", help="Parts to write. [default: by number of queries]"
+)
+@click.option("--runner", default="FnApiRunner", show_default=True, help="Beam runner.")
+@click.option("--fail-on-dead-letters", is_flag=True, help="Exit with 1 if any record could not be built.")
+@click.argument("beam_options", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def build(
+    ctx: click.Context,
+    queries: tuple[str, ...],
+    databases: tuple[str, ...],
+    store: str,
+    results: str | None,
+    max_hits: tuple[str, ...],
+    cpus_per_search: int,
+    workers: int | None,
+    timeout: float,
+    max_residues: int,
+    parts: int | None,
+    runner: str,
+    fail_on_dead_letters: bool,
+    beam_options: tuple[str, ...],
+) -> None:
+    """Search protein sequences and put their alignments into a feature store.
+
+    Records that cannot be built (a bad sequence, a search that fails) are listed with the reason and do not
+    stop the others. Run the same command again to go on after a failure: finished searches are reused.
+    Options for Beam go behind `--`.
+
+    \b
+    Examples:
+      foldfeed build --queries q.fasta --database uniref90=uniref90.fasta --store my-store
+      foldfeed build --queries a.fa.gz --queries b.fa --store my-store \\
+          --database uniref90=/db/uniref90.fasta --database mgnify=/db/mgnify.fasta \\
+          --database uniref30=/db/UniRef30_2023_02:hhblits --cpus-per-search 2
+      foldfeed build --queries gs://b/q.fa --database uniref90=/db/u.fasta --store gs://b/store \\
+          --runner FlinkRunner -- --flink_master=host:8081 --environment_type=EXTERNAL
+    """
+    try:
+        config = BuildConfig(
+            queries=queries,
+            databases=tuple(DatabaseSpec.parse(text) for text in databases),
+            store=store,
+            results=results,
+            max_hits=dict(_parse_max_hits(text) for text in max_hits),
+            cpus_per_search=cpus_per_search,
+            workers=workers,
+            timeout_s=timeout,
+            max_residues=max_residues,
+            parts=parts,
+            runner=runner,
+            beam_options=beam_options,
+        )
+        report = run_build(config, say=_say)
+    except (ConfigError, EngineError) as error:
+        raise click.UsageError(str(error), ctx) from error
+    _print_report(report)
+    if report.dead_letters and fail_on_dead_letters:
+        ctx.exit(1)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _parse_max_hits(text: str) -> tuple[str, int]:
+    name, _, number = text.partition("=")
+    if not name or not number.isdecimal() or int(number) < 1:
+        raise ConfigError(f"--max-hits {text!r} must be NAME=N with N at least 1, e.g. uniref90=10000")
+    return name, int(number)
+
+
+def _print_report(report: BuildReport) -> None:
+    click.echo(
+        f"{report.store}: version {report.version}, {report.num_records} records built in "
+        f"{report.seconds:.1f} s ({report.num_added} added, {report.num_unchanged} unchanged)"
+    )
+    click.echo(
+        f"searches: {report.num_searched} done, {report.num_reused} reused, {report.num_failed} failed "
+        f"(kept in {report.results})"
+    )
+    if not report.dead_letters:
+        return
+    click.echo(f"dead letters: {len(report.dead_letters)} (listed in {report.dead_letters_path})")
+    for letter in report.dead_letters[:MAX_SHOWN_LETTERS]:
+        click.echo(f"  {letter}")
+    if len(report.dead_letters) > MAX_SHOWN_LETTERS:
+        click.echo(f"  ... and {len(report.dead_letters) - MAX_SHOWN_LETTERS} more")

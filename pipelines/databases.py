@@ -1,0 +1,214 @@
+"""Search databases as the user names them, checked on disk and known by a digest of their content.
+
+Owns the text form ``NAME=PATH[:TOOL]``, AlphaFold 2's order and caps for the names it knows, the checks
+before a run and the digest. Does not own searching. Invariant: two databases with equal digests hold equal
+data (up to the sampling described at `file_sha256`), so a stored result of one is a result of the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from foldfeed.feature_store.blobs import Blobs
+from foldfeed.pipelines import hhblits, jackhmmer
+from foldfeed.pipelines.errors import ConfigError, DatabaseError
+
+TOOLS = (jackhmmer.NAME, hhblits.NAME)
+
+# Place of a known name in the merged alignment; others come after these, in the order given.
+# Source: AlphaFold 2 ``data/pipeline.py``: make_msa_features((uniref90_msa, bfd_msa, mgnify_msa)).
+MERGE_RANK = {
+    "uniref90": 0,
+    **dict.fromkeys(("bfd", "small_bfd", "reduced_bfd", "uniclust30", "uniref30"), 1),
+    **dict.fromkeys(("bfd_uniclust", "bfd_uniclust30", "bfd_uniref", "bfd_uniref30"), 1),
+    "mgnify": 2,
+}
+
+# Most rows taken from a tool's alignment, the query counted.
+# Source: AlphaFold 2 ``DataPipeline(uniref_max_hits=10000, mgnify_max_hits=501)``.
+MAX_HITS = {"uniref90": 10_000, "mgnify": 501}
+
+# Files above this size are sampled, not read whole.
+WHOLE_FILE_BYTES = 4 << 30
+NUM_SAMPLES = 1024
+SAMPLE_BYTES = 1 << 20
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_HH_PARTS = ("a3m", "hhm", "cs219")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DatabaseSpec:
+    """A database as the user wrote it.
+
+    Attributes:
+      name: e.g. ``uniref90``; decides the place in the merged alignment and the default cap.
+      paths: a FASTA file for jackhmmer; one or more HH-suite prefixes for hhblits.
+      tool: ``jackhmmer`` or ``hhblits``.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    tool: str
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"database name {self.name!r} must be 1 to 64 of A-Z a-z 0-9 _ . - and start with a letter, "
+                "a digit or _"
+            )
+        if self.tool not in TOOLS:
+            raise ConfigError(f"database {self.name!r}: tool {self.tool!r} is not one of {', '.join(TOOLS)}")
+        if not self.paths or not all(self.paths):
+            raise ConfigError(f"database {self.name!r}: the path is empty; write NAME=PATH[:TOOL]")
+        if self.tool == jackhmmer.NAME and len(self.paths) != 1:
+            raise ConfigError(
+                f"database {self.name!r}: jackhmmer searches one file, not {len(self.paths)}; "
+                "give each its own name"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> DatabaseSpec:
+        """Returns the database that ``NAME=PATH[:TOOL]`` names.
+
+        Without a tool it is hhblits where ``PATH_a3m.ffdata`` exists, else jackhmmer. For hhblits, PATH may
+        be several prefixes with commas between them: AlphaFold 2 searches BFD and UniRef30 in one run.
+
+        Raises:
+          ConfigError: the text has no such form.
+        """
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"database {text!r} must be NAME=PATH[:TOOL], e.g. uniref90=/data/uniref90.fasta"
+            )
+        stem, colon, tool = path.rpartition(":")
+        if colon and tool in TOOLS:
+            path = stem
+        elif os.path.exists(f"{path.split(',')[0]}_a3m.ffdata"):
+            tool = hhblits.NAME
+        else:
+            tool = jackhmmer.NAME
+        paths = tuple(path.split(",")) if tool == hhblits.NAME else (path,)
+        return cls(name=name, paths=tuple(os.path.abspath(part) if part else "" for part in paths), tool=tool)
+
+    @property
+    def merge_rank(self) -> int:
+        """Place in the merged alignment; databases of equal rank keep the order given."""
+        return MERGE_RANK.get(self.name.lower(), max(MERGE_RANK.values()) + 1)
+
+    @property
+    def default_max_hits(self) -> int | None:
+        """AlphaFold 2's cap for this name, the query counted; None where it has none."""
+        return MAX_HITS.get(self.name.lower())
+
+    def files(self) -> tuple[str, ...]:
+        """Returns the files of the database, after checking that a tool could open them.
+
+        Raises:
+          DatabaseError: missing, empty or of another kind.
+        """
+        if self.tool == jackhmmer.NAME:
+            _check_fasta(self.name, self.paths[0])
+            return self.paths
+        return tuple(file for prefix in self.paths for file in _hh_files(self.name, prefix))
+
+
+def in_merge_order(specs: Sequence[DatabaseSpec]) -> tuple[DatabaseSpec, ...]:
+    """Returns databases in the order in which their rows enter the merged alignment."""
+    return tuple(sorted(specs, key=lambda spec: spec.merge_rank))
+
+
+def _require_file(name: str, path: str) -> None:
+    if not os.path.exists(path):
+        raise DatabaseError(name, path, "no such file; give --database NAME=PATH with an existing database")
+    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+        raise DatabaseError(name, path, "it is not a readable file")
+
+
+def _check_fasta(name: str, path: str) -> None:
+    _require_file(name, path)
+    with open(path, "rb") as file:
+        head = file.read(4096).lstrip()
+    if not head:
+        raise DatabaseError(name, path, "the file is empty")
+    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+        raise DatabaseError(
+            name, path, "the file is compressed; jackhmmer reads plain FASTA, so decompress it"
+        )
+    if not head.startswith(b">"):
+        raise DatabaseError(name, path, "it does not start with '>', so it is no FASTA file")
+
+
+def _hh_files(name: str, prefix: str) -> list[str]:
+    required = [f"{prefix}_{part}.{kind}" for part in ("a3m", "cs219") for kind in ("ffdata", "ffindex")]
+    missing = [file for file in required if not os.path.exists(file)]
+    if missing:
+        raise DatabaseError(
+            name,
+            prefix,
+            f"no HH-suite database: {missing[0]!r} does not exist; give the prefix before '_a3m.ffdata'",
+        )
+    files = [f"{prefix}_{part}.{kind}" for part in _HH_PARTS for kind in ("ffdata", "ffindex")]
+    present = [file for file in files if os.path.exists(file)]
+    for file in present:
+        _require_file(name, file)
+        if os.path.getsize(file) == 0:
+            raise DatabaseError(name, prefix, f"{os.path.basename(file)!r} is empty")
+    return present
+
+
+def database_digest(spec: DatabaseSpec, cache: Blobs | None = None) -> str:
+    """Returns the sha256 (hex) of a database's manifest: tool, file names, sizes and content hashes.
+
+    The folder is not part of it, so the same files elsewhere are the same database.
+
+    Args:
+      spec: the database; its files are checked first.
+      cache: where content hashes are remembered by (path, size, modification time), because reading
+        hundreds of gigabytes for every build would cost more than the searches.
+    Raises:
+      DatabaseError: see `DatabaseSpec.files`.
+    """
+    manifest = [
+        (os.path.basename(file), os.path.getsize(file), _cached_sha256(file, cache)) for file in spec.files()
+    ]
+    return hashlib.sha256(json.dumps([spec.tool, manifest]).encode()).hexdigest()
+
+
+def _cached_sha256(path: str, cache: Blobs | None) -> str:
+    if cache is None:
+        return file_sha256(path)
+    stat = os.stat(path)
+    key = json.dumps([os.path.realpath(path), stat.st_size, stat.st_mtime_ns])
+    name = f"digests/{hashlib.sha256(key.encode()).hexdigest()}.json"
+    if cache.exists(name):
+        return json.loads(cache.read(name))["sha256"]
+    digest = file_sha256(path)
+    cache.write_atomic(name, json.dumps({"file": key, "sha256": digest}).encode())
+    return digest
+
+
+def file_sha256(path: str | Path) -> str:
+    """Returns a content hash (hex) of a file.
+
+    Up to `WHOLE_FILE_BYTES` it is the file's sha256. A larger file is sampled: `NUM_SAMPLES` blocks of
+    `SAMPLE_BYTES`, evenly spaced with the first and the last block among them, hashed with the size. A
+    release that differs only outside all samples and has the same size would not be noticed; real releases
+    differ in size.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        if size <= WHOLE_FILE_BYTES:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(f"sampled {size} {NUM_SAMPLES} {SAMPLE_BYTES}".encode())
+        for sample in range(NUM_SAMPLES):
+            file.seek((size - SAMPLE_BYTES) * sample // (NUM_SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""Beam engines: which are allowed, with which options, and how their errors read.
+
+Owns the mapping from a runner's name and extra options to Beam's `PipelineOptions`, and the refusals. Does
+not own the graph. Imports Beam, so it is itself imported only when a build runs.
+
+Invariant: a runner known to lose or mix records, or to hang, is refused before anything is searched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
+
+from foldfeed.pipelines.errors import EngineError, PipelineFailedError, WorkerError
+
+LOCAL_RUNNER = "FnApiRunner"
+
+# Measured with Beam 2.77: both report DONE with wrong results.
+_LOSES_RECORDS = (
+    "this runner mixes tagged outputs, drops what finish_bundle emits and still reports success; "
+    f"use {LOCAL_RUNNER}, SparkRunner, FlinkRunner or DataflowRunner"
+)
+REFUSED_RUNNERS = {
+    "daskrunner": _LOSES_RECORDS,
+    "pysparkrunner": _LOSES_RECORDS,
+    "beampysparkrunner": _LOSES_RECORDS,
+}
+MAPPED_RUNNERS = {
+    "directrunner": "a bare DirectRunner first tries to download another runner",
+    "switchingdirectrunner": "it first tries to download another runner",
+}
+
+_FLAG = re.compile(r"--([A-Za-z0-9_]+)(?:=(.*))?", re.DOTALL)
+_WORKER_ERROR = re.compile(
+    rf"{WorkerError.__name__}: (?P<reason>.*?)(?: \[while running '(?P<stage>[^']*)'\])?\s*$",
+    re.MULTILINE | re.DOTALL,
+)
+_LAST_STAGE = re.compile(r"\[while running '([^']*)'\]")
+
+
+def choose_runner(runner: str) -> tuple[str, str | None]:
+    """Returns the runner to use and, where it is not the one asked for, a line that says why.
+
+    Raises:
+      EngineError: the runner is refused.
+    """
+    key = runner.rpartition(".")[2].lower()
+    if key in REFUSED_RUNNERS:
+        raise EngineError(f"--runner {runner}", REFUSED_RUNNERS[key])
+    if key in MAPPED_RUNNERS:
+        return LOCAL_RUNNER, f"using {LOCAL_RUNNER} instead of {runner}: {MAPPED_RUNNERS[key]}"
+    return runner, None
+
+
+def make_options(runner: str, workers: int, extra: Sequence[str]) -> PipelineOptions:
+    """Returns Beam's options for a build.
+
+    Args:
+      runner: as `choose_runner` returned it.
+      workers: threads of the local runner; other engines have options of their own.
+      extra: further Beam options, ``--name=value`` or ``--name value``.
+    Raises:
+      EngineError: an option that is refused, given twice, or (for the local runner) unknown to Beam.
+    """
+    given = {match.group(1): match.group(2) for word in extra if (match := _FLAG.fullmatch(word))}
+    if "runner" in given:
+        raise EngineError("--runner", "give it before '--', as an option of foldfeed build")
+    if "save_main_session" in given:
+        raise EngineError(
+            "--save_main_session", "not needed, because every step lives in an installed module"
+        )
+    if runner != LOCAL_RUNNER:
+        return PipelineOptions([f"--runner={runner}", *extra])
+    _check_local(given, extra)
+    return PipelineOptions(
+        [
+            f"--runner={LOCAL_RUNNER}",
+            f"--direct_num_workers={workers}",
+            "--direct_running_mode=multi_threading",
+            *extra,
+        ]
+    )
+
+
+def _check_local(given: dict[str, str | None], extra: Sequence[str]) -> None:
+    if "direct_num_workers" in given:
+        raise EngineError("--direct_num_workers", "use foldfeed's own --workers")
+    if "direct_running_mode" in given:
+        raise EngineError(
+            "--direct_running_mode",
+            "foldfeed always uses multi_threading, because multi_processing hangs for ever when a worker "
+            "dies; the searches are processes of their own and run in parallel anyway",
+        )
+    parser = _BeamArgumentParser(allow_abbrev=False, add_help=False)
+    for options in PipelineOptions.__subclasses__():
+        with contextlib.suppress(argparse.ArgumentError):
+            options._add_argparse_args(parser)
+    unknown = parser.parse_known_args(list(extra))[1]
+    if unknown:
+        # Beam itself only logs "Discarding unparseable args", and a typing error would go unnoticed.
+        raise EngineError(unknown[0], f"Beam {beam.__version__} knows no such option")
+
+
+def run_pipeline(options: PipelineOptions, build: Callable[[beam.Pipeline], None]) -> None:
+    """Builds a pipeline and runs it to its end.
+
+    Args:
+      options: of `make_options`.
+      build: adds the graph to an empty pipeline.
+    Raises:
+      PipelineFailedError: the engine reports an error or another end than DONE.
+    """
+    try:
+        pipeline = beam.Pipeline(options=options)
+        build(pipeline)
+        result = pipeline.run()
+        state = result.wait_until_finish()
+    except Exception as error:
+        raise failure_of(str(error) or type(error).__name__) from error
+    if state is not None and state != "DONE":
+        raise PipelineFailedError("", f"the engine ended with state {state}.")
+
+
+def failure_of(text: str) -> PipelineFailedError:
+    """Returns the typed error for what an engine says about a failed run.
+
+    Engines hand on a worker's exception as text, usually a traceback with our message and the step in it.
+    """
+    ours = list(_WORKER_ERROR.finditer(text))
+    stages = _LAST_STAGE.findall(text)
+    if ours:
+        return PipelineFailedError(ours[-1].group("stage") or (stages or [""])[-1], ours[-1].group("reason"))
+    last = text.strip().splitlines()[-1] if text.strip() else "no message"
+    return PipelineFailedError((stages or [""])[-1], _LAST_STAGE.sub("", last).strip() + ".")
+
+
+@contextlib.contextmanager
+def quiet_beam() -> Iterator[None]:
+    """Keeps Beam's own log lines off the terminal; a failed run ends in one typed error instead."""
+    logger = logging.getLogger("apache_beam")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

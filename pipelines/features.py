@@ -1,0 +1,70 @@
+"""From stored search results to the record that goes into the feature store.
+
+Owns the step "results of all databases -> `MsaRecord`" and the list of databases a build searches. Does not
+own merging rules (`foldfeed.pipelines.msa`) or the array format (`foldfeed.feature_store`). Invariant: a
+record depends on the query, the results and the caps only, so a build done again gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from foldfeed.feature_store.record import DatabaseUse, MsaRecord
+from foldfeed.pipelines.msa import merge, read_hits
+from foldfeed.pipelines.search_tool import SearchResult, SearchTool
+from foldfeed.pipelines.sequences import QuerySequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SearchedDatabase:
+    """One database of a build, ready to search.
+
+    Attributes:
+      name: the user's name for it.
+      digest: sha256 (hex) of its manifest.
+      tool: what searches it.
+      max_hits: most rows taken from its alignment, the query counted; None for all.
+    """
+
+    name: str
+    digest: str
+    tool: SearchTool
+    max_hits: int | None
+
+
+def build_record(
+    query: QuerySequence, databases: Sequence[SearchedDatabase], results: Sequence[SearchResult]
+) -> MsaRecord:
+    """Returns the record of one query.
+
+    Args:
+      query: what was searched.
+      databases: in merge order.
+      results: one per database.
+    Raises:
+      AlignmentParseError, ToolOutputError: a tool's alignment cannot be used.
+      InvalidRecordError: the store's format cannot hold the record.
+    """
+    hits = [read_hits(result, query.sequence) for result in results]
+    merged = merge(query.sequence, hits, [database.max_hits for database in databases])
+    uses = tuple(
+        DatabaseUse(
+            name=database.name,
+            digest=database.digest,
+            tool=result.tool.name,
+            tool_version=result.tool.version,
+            num_hits=len(one.hit_ids) - 1,
+            num_rows=num_rows,
+        )
+        for database, result, one, num_rows in zip(databases, results, hits, merged.num_rows, strict=True)
+    )
+    return MsaRecord(
+        record_id=query.record_id,
+        description=query.description,
+        sequence=query.sequence,
+        msa=merged.msa,
+        deletions=merged.deletions,
+        rows=merged.rows,
+        databases=uses,
+    )

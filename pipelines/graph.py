@@ -1,0 +1,223 @@
+"""The Beam graph of a build.
+
+    file urls -> read -> entries -+-> dead letters ----------------------------------+
+                                  +-> first of each id -+-> losers as dead letters --+
+                                                        +-> units -> SEARCH -> receipts
+                                                        +------------------------+
+                                       complete? <- group by record <------------+
+                                           |                                     |
+                                  group by part number <-------------------------+
+                                           |
+                                       write part
+
+Owns the wiring only: every DoFn is a shell over a function that is tested without Beam. Invariants: the
+search has one small output, a receipt, and a barrier behind it, so an engine that runs a stage twice finds
+the answers in the result store; nothing depends on bundle boundaries or on the order in which elements
+arrive; alignments never travel through Beam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import apache_beam as beam
+
+from foldfeed.feature_store.errors import FoldfeedError
+from foldfeed.pipelines.errors import WorkerError
+from foldfeed.pipelines.fasta import read_fasta
+from foldfeed.pipelines.parts import PartReceipt, completed, write_one_part
+from foldfeed.pipelines.plan import part_of, resolve_duplicates
+from foldfeed.pipelines.search import JobContext, Receipt, WorkUnit, join_units, search_unit, work_units
+from foldfeed.pipelines.search_tool import require_same_binary
+from foldfeed.pipelines.sequences import DeadLetter, QuerySequence
+
+
+def _as_text(error: FoldfeedError) -> WorkerError:
+    return WorkerError(str(error))
+
+
+class ReadFile(beam.DoFn):
+    """(index, url) -> every entry of the file."""
+
+    def __init__(self, max_residues: int) -> None:
+        self._max_residues = max_residues
+
+    def process(self, element: tuple[int, str]) -> Iterator[QuerySequence | DeadLetter]:
+        """Reads one file."""
+        file_index, url = element
+        try:
+            yield from read_fasta(url, file_index=file_index, max_residues=self._max_residues)
+        except FoldfeedError as error:
+            raise _as_text(error) from error
+
+
+class SearchUnit(beam.DoFn):
+    """(unit id, units of that id) -> one receipt."""
+
+    def __init__(self, context: JobContext) -> None:
+        self._context = context
+
+    def setup(self) -> None:
+        """Checks once per worker that the planned tools are here."""
+        try:
+            for database in self._context.databases:
+                require_same_binary(database.tool)
+        except FoldfeedError as error:
+            raise _as_text(error) from error
+
+    def process(self, element: tuple[str, Iterable[WorkUnit]]) -> Iterator[tuple[str, Receipt]]:
+        """Searches, or finds the answer in the result store."""
+        try:
+            yield element[0], search_unit(join_units(list(element[1])), self._context)
+        except FoldfeedError as error:
+            raise _as_text(error) from error
+
+
+class WritePart(beam.DoFn):
+    """(part number, its entries) -> the part's receipt; alignments are read from the result store."""
+
+    def __init__(self, context: JobContext) -> None:
+        self._context = context
+
+    def process(
+        self, element: tuple[int, Iterable[QuerySequence | DeadLetter | None]]
+    ) -> Iterator[PartReceipt]:
+        """Writes one part."""
+        part, entries = element
+        try:
+            yield write_one_part(part, [entry for entry in entries if entry is not None], self._context)
+        except FoldfeedError as error:
+            raise _as_text(error) from error
+
+
+def _is_query(entry: QuerySequence | DeadLetter) -> bool:
+    return isinstance(entry, QuerySequence)
+
+
+def _is_dead(entry: QuerySequence | DeadLetter) -> bool:
+    return isinstance(entry, DeadLetter)
+
+
+def _by_record(query: QuerySequence) -> tuple[str, QuerySequence]:
+    return query.record_id, query
+
+
+def _first_and_letters(element: tuple[str, Iterable[QuerySequence]]) -> list[QuerySequence | DeadLetter]:
+    winner, letters = resolve_duplicates(element[1])
+    return [winner, *letters]
+
+
+def _units(query: QuerySequence, context: JobContext) -> list[tuple[str, WorkUnit]]:
+    return [(unit.unit_id, unit) for unit in work_units(query, context.databases)]
+
+
+def _receipts_by_record(element: tuple[str, Receipt]) -> list[tuple[str, Receipt]]:
+    return [(record_id, element[1]) for record_id in element[1].record_ids]
+
+
+def _completed(
+    element: tuple[str, dict[str, Iterable[Any]]], context: JobContext
+) -> QuerySequence | DeadLetter:
+    (query,) = element[1]["query"]
+    return completed(query, element[1]["receipts"], context)
+
+
+def _by_part(entry: QuerySequence | DeadLetter, num_parts: int) -> tuple[int, QuerySequence | DeadLetter]:
+    return part_of(entry.record_id, num_parts), entry
+
+
+def _empty_part(part: int) -> tuple[int, None]:
+    return part, None
+
+
+class ReadQueries(beam.PTransform):
+    """File urls -> entries, of which only the first of each id is still a query."""
+
+    def __init__(self, urls: Sequence[str], max_residues: int) -> None:
+        super().__init__()
+        self._urls = list(urls)
+        self._max_residues = max_residues
+
+    def expand(self, root: beam.pvalue.PBegin) -> tuple[beam.PCollection, beam.PCollection]:
+        """Returns queries and dead letters."""
+        entries = (
+            root
+            | "Files" >> beam.Create(list(enumerate(self._urls)))
+            | "Read" >> beam.ParDo(ReadFile(self._max_residues))
+        )
+        rejects = entries | "Rejects" >> beam.Filter(_is_dead)
+        resolved = (
+            entries
+            | "Valid" >> beam.Filter(_is_query)
+            | "KeyById" >> beam.Map(_by_record).with_output_types(tuple[str, QuerySequence])
+            | "GroupById" >> beam.GroupByKey()
+            | "FirstWins" >> beam.FlatMap(_first_and_letters)
+        )
+        queries = resolved | "Queries" >> beam.Filter(_is_query)
+        losers = resolved | "Losers" >> beam.Filter(_is_dead)
+        return queries, (rejects, losers) | "DeadOnRead" >> beam.Flatten()
+
+
+class SearchAll(beam.PTransform):
+    """Queries -> queries that every database answered, and dead letters for the others."""
+
+    def __init__(self, context: JobContext) -> None:
+        super().__init__()
+        self._context = context
+
+    def expand(self, queries: beam.PCollection) -> beam.PCollection:
+        """Returns complete queries and dead letters in one collection."""
+        receipts = (
+            queries
+            | "Units" >> beam.FlatMap(_units, self._context).with_output_types(tuple[str, WorkUnit])
+            # Grouping by unit both merges equal sequences and spreads the searches over the workers.
+            | "GroupByUnit" >> beam.GroupByKey()
+            | "Search" >> beam.ParDo(SearchUnit(self._context)).with_output_types(tuple[str, Receipt])
+            | "Receipts" >> beam.Reshuffle()
+            | "ReceiptsByRecord" >> beam.FlatMap(_receipts_by_record).with_output_types(tuple[str, Receipt])
+        )
+        keyed = queries | "ByRecord" >> beam.Map(_by_record).with_output_types(tuple[str, QuerySequence])
+        return (
+            {"query": keyed, "receipts": receipts}
+            | "GroupByRecord" >> beam.CoGroupByKey()
+            | "Completed" >> beam.Map(_completed, self._context)
+        )
+
+
+class WriteParts(beam.PTransform):
+    """Complete queries and dead letters -> receipts of all parts, empty ones among them."""
+
+    def __init__(self, context: JobContext) -> None:
+        super().__init__()
+        self._context = context
+
+    def expand(self, entries: beam.PCollection) -> beam.PCollection:
+        """Returns the receipts."""
+        num_parts = self._context.num_parts
+        keyed = entries | "ByPart" >> beam.Map(_by_part, num_parts).with_output_types(tuple[int, Any])
+        # An entry for every part number, so that a part without records still leaves a receipt.
+        anchors = (
+            entries.pipeline
+            | "PartNumbers" >> beam.Create([0])
+            | "AllParts" >> beam.FlatMap(_part_numbers, num_parts)
+            | "EmptyParts" >> beam.Map(_empty_part).with_output_types(tuple[int, Any])
+        )
+        return (
+            (keyed, anchors)
+            | "WithEmpty" >> beam.Flatten()
+            | "GroupByPart" >> beam.GroupByKey()
+            | "WritePart" >> beam.ParDo(WritePart(self._context))
+        )
+
+
+def _part_numbers(_: int, num_parts: int) -> range:
+    return range(num_parts)
+
+
+def build_graph(pipeline: beam.Pipeline, urls: Sequence[str], context: JobContext) -> None:
+    """Adds the whole build to a pipeline."""
+    queries, dead = pipeline | "ReadQueries" >> ReadQueries(urls, context.max_residues)
+    searched = queries | "SearchAll" >> SearchAll(context)
+    entries = (searched, dead) | "AllEntries" >> beam.Flatten()
+    _ = entries | "WriteParts" >> WriteParts(context)

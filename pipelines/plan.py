@@ -1,0 +1,132 @@
+"""The plan of a build: what the FASTA files hold and which searches that needs, counted before anything runs.
+
+Owns the first pass over the queries, on the submitter. Does not own searching. The pass gives the audit at
+the end something to compare with that no engine has touched, the progress bar its total, and the job its
+name. Memory: about 100 bytes per distinct search.
+
+Invariant: the same files, databases, tools and settings give the same plan and the same job id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+from foldfeed.pipelines.fasta import read_fasta
+from foldfeed.pipelines.features import SearchedDatabase
+from foldfeed.pipelines.search import units_of
+from foldfeed.pipelines.sequences import Coverage, DeadLetter, QuerySequence, coverage_of, dead_letter
+
+# Records per part where the user gives no number: a few hundred megabytes of tiles for deep alignments.
+RECORDS_PER_PART = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a build will do.
+
+    Attributes:
+      coverage: every entry of every file.
+      num_queries: entries that will be searched (valid, first of their id).
+      rejects: entries that will not, in file order; at most `MAX_KEPT_REJECTS` of them.
+      unit_ids: the distinct searches.
+      content_digest: sha256 (hex) over all entries in order.
+    """
+
+    coverage: Coverage
+    num_queries: int
+    rejects: tuple[DeadLetter, ...]
+    unit_ids: frozenset[str]
+    content_digest: str
+
+
+# A file of millions of bad entries must not fill the submitter's memory with their descriptions.
+MAX_KEPT_REJECTS = 10_000
+
+
+def read_queries(urls: Sequence[str], max_residues: int) -> Iterator[QuerySequence | DeadLetter]:
+    """Yields the entries of all files, in order."""
+    for file_index, url in enumerate(urls):
+        yield from read_fasta(url, file_index=file_index, max_residues=max_residues)
+
+
+def duplicate_of(loser: QuerySequence, winner: QuerySequence) -> DeadLetter:
+    """Returns the dead letter of an entry whose id an earlier entry has."""
+    same = "the same sequence" if loser.sequence == winner.sequence else "another sequence"
+    return dead_letter(
+        loser,
+        "read",
+        f"the id was used before, with {same}, in {winner.source}, line {winner.line}; the first one is kept",
+    )
+
+
+def resolve_duplicates(
+    queries: Iterable[QuerySequence],
+) -> tuple[QuerySequence, list[DeadLetter]]:
+    """Returns the first of the entries that share an id, and a dead letter for each of the others.
+
+    First means the lowest file, then the lowest place in it: engines deliver entries in any order.
+
+    Args:
+      queries: at least one, in any order.
+    """
+    winner, *losers = sorted(queries, key=lambda query: (query.file_index, query.item_index))
+    return winner, [duplicate_of(loser, winner) for loser in losers]
+
+
+def make_plan(urls: Sequence[str], databases: tuple[SearchedDatabase, ...], max_residues: int) -> Plan:
+    """Reads all files once and returns the plan.
+
+    Raises:
+      QueryFileError: a file cannot be opened.
+    """
+    digest = hashlib.sha256()
+    coverage = Coverage()
+    first_of: dict[str, None] = {}
+    rejects: list[DeadLetter] = []
+    unit_ids: set[str] = set()
+    for entry in read_queries(urls, max_residues):
+        coverage += coverage_of([entry])
+        digest.update(_identity(entry))
+        if isinstance(entry, QuerySequence) and entry.record_id not in first_of:
+            first_of[entry.record_id] = None
+            unit_ids.update(units_of(entry.sequence, databases))
+        elif isinstance(entry, DeadLetter) and len(rejects) < MAX_KEPT_REJECTS:
+            rejects.append(entry)
+    return Plan(
+        coverage=coverage,
+        num_queries=len(first_of),
+        rejects=tuple(rejects),
+        unit_ids=frozenset(unit_ids),
+        content_digest=digest.hexdigest(),
+    )
+
+
+def job_id_of(plan: Plan, databases: tuple[SearchedDatabase, ...], num_parts: int) -> str:
+    """Returns the name of the folder of a job: a hash of everything its outcome depends on."""
+    searched = [
+        (database.name, database.digest, database.tool.identity.digest, database.max_hits)
+        for database in databases
+    ]
+    text = json.dumps([plan.content_digest, searched, num_parts])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def part_of(record_id: str, num_parts: int) -> int:
+    """Returns the part that a record is written to: a stable hash, equal on every machine."""
+    return int.from_bytes(hashlib.sha256(record_id.encode()).digest()[:8], "little") % num_parts
+
+
+def default_num_parts(num_queries: int) -> int:
+    """Returns how many parts hold so many records; independent of workers, so that bytes are too."""
+    return max(1, -(-num_queries // RECORDS_PER_PART))
+
+
+def _identity(entry: QuerySequence | DeadLetter) -> bytes:
+    if isinstance(entry, DeadLetter):
+        words = [entry.file_index, entry.item_index, entry.record_id, entry.reason]
+    else:
+        words = [entry.file_index, entry.item_index, entry.record_id, entry.description, entry.sequence]
+    return json.dumps(words).encode() + b"\n"

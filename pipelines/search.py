@@ -1,0 +1,175 @@
+"""One unit of search: a query sequence against a database, with its answer in the result store.
+
+Owns the decision what happens to a unit: reuse, search, retry, or give up with a reason. Does not own tools
+or storage. No Beam here; a DoFn of `foldfeed.pipelines.graph` is a shell over `search_unit`. Invariants: an
+answer is stored only after it was parsed and found to be of this query; searching a unit twice is harmless.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+from typing import Literal
+
+from foldfeed.feature_store.blobs import open_blobs
+from foldfeed.feature_store.errors import AlignmentParseError
+from foldfeed.feature_store.settings import StoreSettings
+from foldfeed.pipelines.errors import SearchError, ToolFailedError, ToolTimeoutError
+from foldfeed.pipelines.features import SearchedDatabase
+from foldfeed.pipelines.msa import read_hits
+from foldfeed.pipelines.results import ResultStore, unit_id_of
+from foldfeed.pipelines.search_tool import SearchResult, SearchTool
+from foldfeed.pipelines.sequences import QuerySequence
+
+# A signal (the kernel's out-of-memory killer, a lost node) may not come again; one more try is cheap.
+ATTEMPTS_AFTER_SIGNAL = 2
+
+Status = Literal["ok", "retryable", "poison"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class JobContext:
+    """What every step of a build needs to know; small and picklable.
+
+    Attributes:
+      store_url: the feature store.
+      settings: of the feature store.
+      results_url: the result store.
+      databases: in merge order.
+      job_id: names the job by its content.
+      run_id: names this attempt at the job.
+      num_parts: parts of the store that the job writes.
+      max_residues: longer queries are not searched.
+    """
+
+    store_url: str
+    settings: StoreSettings
+    results_url: str
+    databases: tuple[SearchedDatabase, ...]
+    job_id: str
+    run_id: str
+    num_parts: int
+    max_residues: int
+
+    @property
+    def run_folder(self) -> str:
+        """Where this attempt keeps its receipts, under the result store."""
+        return f"jobs/{self.job_id}/{self.run_id}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class WorkUnit:
+    """One search to do.
+
+    Attributes:
+      unit_id: its name in the result store.
+      database_index: position in `JobContext.databases`.
+      sequence: the query.
+      record_ids: records that wait for it, sorted.
+    """
+
+    unit_id: str
+    database_index: int
+    sequence: str
+    record_ids: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Receipt:
+    """What came of one search; the answer itself is in the result store.
+
+    Attributes:
+      unit_id: its name there.
+      database_index: position in `JobContext.databases`.
+      record_ids: records that wait for it.
+      status: ``ok``; ``retryable`` when the same search may succeed later; ``poison`` when it will not.
+      reason: why not ok, else "".
+    """
+
+    unit_id: str
+    database_index: int
+    record_ids: tuple[str, ...]
+    status: Status
+    reason: str = ""
+
+
+def units_of(sequence: str, databases: tuple[SearchedDatabase, ...]) -> tuple[str, ...]:
+    """Returns the unit ids of one sequence, one per database."""
+    return tuple(
+        unit_id_of(sequence, database.digest, database.tool.identity.digest) for database in databases
+    )
+
+
+def work_units(query: QuerySequence, databases: tuple[SearchedDatabase, ...]) -> list[WorkUnit]:
+    """Returns the searches that one query needs."""
+    return [
+        WorkUnit(
+            unit_id=unit_id, database_index=index, sequence=query.sequence, record_ids=(query.record_id,)
+        )
+        for index, unit_id in enumerate(units_of(query.sequence, databases))
+    ]
+
+
+def join_units(units: list[WorkUnit]) -> WorkUnit:
+    """Returns one unit for records of equal sequence, which are searched once."""
+    names = sorted({name for unit in units for name in unit.record_ids})
+    return dataclasses.replace(units[0], record_ids=tuple(names))
+
+
+def search_unit(unit: WorkUnit, context: JobContext) -> Receipt:
+    """Makes sure that the answer to a unit is in the result store, or says why it is not.
+
+    Raises:
+      StorageFullError: no space for the tool's files or for the answer.
+      CancelledError: the run was stopped.
+    """
+    results = ResultStore(context.results_url)
+    if results.holds(unit.unit_id):
+        return _receipt(unit, "ok")
+    database = context.databases[unit.database_index]
+    try:
+        result = _search(database.tool, unit.sequence)
+        read_hits(result, unit.sequence)
+    except (SearchError, AlignmentParseError) as error:
+        receipt = _receipt(unit, _status(error), f"search in {database.name!r}: {error}")
+        _write_failure(receipt, context)
+        return receipt
+    results.put(unit.unit_id, result)
+    return _receipt(unit, "ok")
+
+
+def failure_folder(context: JobContext) -> str:
+    """Returns where the failed searches of a run are described, one file each."""
+    return f"{context.run_folder}/failed"
+
+
+def _search(tool: SearchTool, sequence: str) -> SearchResult:
+    for left in reversed(range(ATTEMPTS_AFTER_SIGNAL)):
+        try:
+            return tool.search(sequence)
+        except ToolFailedError as error:
+            if error.exit_code >= 0 or left == 0:
+                raise
+    raise AssertionError("the loop returns or raises")
+
+
+def _status(error: Exception) -> Status:
+    killed = isinstance(error, ToolFailedError) and error.exit_code < 0
+    return "retryable" if killed or isinstance(error, ToolTimeoutError) else "poison"
+
+
+def _receipt(unit: WorkUnit, status: Status, reason: str = "") -> Receipt:
+    return Receipt(
+        unit_id=unit.unit_id,
+        database_index=unit.database_index,
+        record_ids=unit.record_ids,
+        status=status,
+        reason=reason,
+    )
+
+
+def _write_failure(receipt: Receipt, context: JobContext) -> None:
+    text = json.dumps({**dataclasses.asdict(receipt), "host": socket.gethostname()}, indent=1)
+    blobs = open_blobs(context.results_url)
+    blobs.write_atomic(f"{failure_folder(context)}/{receipt.unit_id}.json", text.encode())

@@ -1,0 +1,182 @@
+"""What a search tool is to the rest of the pipeline: one method and one frozen result.
+
+Owns the protocol, the identity of a tool (`ToolIdentity`) and where its binary is found. Does not own any
+tool's flags. To add a tool, write a class with this shape and name it in `foldfeed.pipelines.tools`.
+
+Invariant: equal identity, equal database digest and equal sequence give equal alignments, so a result can be
+stored under the hash of the three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal, Protocol
+
+from foldfeed.pipelines.errors import ToolNotFoundError, ToolTimeoutError
+from foldfeed.pipelines.subprocess_runner import Usage, run_program
+
+AlignmentFormat = Literal["stockholm", "a3m"]
+
+# The header of the one record that a tool is given. Results are shared by all records of equal sequence, so
+# it must not be the record's own name.
+QUERY_NAME = "query"
+
+# Debian's HH-suite programs are one shell script that starts the build for this processor. The script would
+# shield the real process from the parent-death signal, so the build is chosen here, in the script's order.
+_SIMD_DISPATCH = "simd-dispatch"
+_SIMD_BUILDS = (("avx2", "avx2"), ("avx", "avx"), ("sse4_1", "sse4.1"), ("ssse3", "ssse3"), ("pni", "sse3"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ToolIdentity:
+    """Which program with which settings, without anything that does not change its answers.
+
+    Attributes:
+      name: ``jackhmmer`` or ``hhblits``.
+      version: as the program prints it.
+      binary_sha256: of the executable file.
+      argv_template: the command line with ``{query}``, ``{database}``, ... in place of paths and without the
+        number of CPUs, which changes the time but not the answer.
+    """
+
+    name: str
+    version: str
+    binary_sha256: str
+    argv_template: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over all fields."""
+        return hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SearchResult:
+    """What a search gave.
+
+    Attributes:
+      tool: who made it.
+      format: of the alignment.
+      alignment: the tool's alignment, the query first; the query alone where nothing was found.
+      table: the tool's table of targets without comment lines; empty for a tool that prints none.
+      usage: what it cost.
+    """
+
+    tool: ToolIdentity
+    format: AlignmentFormat
+    alignment: bytes
+    table: bytes
+    usage: Usage
+
+
+class SearchTool(Protocol):
+    """A program that finds the relatives of one protein in one database."""
+
+    @property
+    def identity(self) -> ToolIdentity:
+        """Who answers."""
+        ...
+
+    @property
+    def max_residues(self) -> int | None:
+        """The longest query that is not cut; None where there is no such limit."""
+        ...
+
+    @property
+    def binary(self) -> str:
+        """Absolute path of the executable."""
+        ...
+
+    def search(self, sequence: str) -> SearchResult:
+        """Searches one sequence of upper-case residues.
+
+        Raises:
+          SearchError: no usable result for this query.
+          StorageFullError: no space for the tool's files.
+        """
+        ...
+
+
+def find_binary(name: str) -> str:
+    """Returns the absolute path of a program on PATH.
+
+    Raises:
+      ToolNotFoundError: it is not there; the message says how to install it.
+    """
+    found = shutil.which(name)
+    if found is None:
+        package = {"jackhmmer": "hmmer", "hhblits": "hhsuite"}.get(name, name)
+        raise ToolNotFoundError(name, f"not found on PATH; install it, e.g. 'apt-get install {package}'")
+    return _undispatched(Path(found))
+
+
+def _undispatched(path: Path) -> str:
+    real = path.resolve()
+    if real.name != _SIMD_DISPATCH:
+        return str(real)
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split())
+    builds = [build for flag, build in _SIMD_BUILDS if flag in flags]
+    for build in [*builds, "plain"]:
+        candidate = real.parent / f"{path.name}-{build}"
+        if os.access(candidate, os.X_OK):
+            return str(candidate)
+    raise ToolNotFoundError(path.name, f"{path} starts one of {real.parent}/{path.name}-*, but none is there")
+
+
+@functools.lru_cache(maxsize=32)
+def _sha256_of(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def binary_sha256(path: str) -> str:
+    """Returns the sha256 (hex) of an executable; remembered while its size and time stay the same."""
+    stat = os.stat(path)
+    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+def binary_version(name: str, binary: str, pattern: re.Pattern[str]) -> str:
+    """Returns the version that ``binary -h`` prints.
+
+    Raises:
+      ToolNotFoundError: it prints nothing that looks like one.
+    """
+    return _version_of(name, binary, pattern, binary_sha256(binary))
+
+
+@functools.lru_cache(maxsize=32)
+def _version_of(name: str, binary: str, pattern: re.Pattern[str], sha256: str) -> str:
+    with tempfile.TemporaryDirectory(prefix="foldfeed-version-") as folder:
+        try:
+            run_program([binary, "-h"], folder=Path(folder), timeout_s=60)
+        except ToolTimeoutError as error:
+            raise ToolNotFoundError(name, f"{binary} -h does not end; is it a working {name}?") from error
+        said = (Path(folder) / "stdout.log").read_text(encoding="utf-8", errors="replace")
+    found = pattern.search(said)
+    if found is None:
+        raise ToolNotFoundError(name, f"{binary} -h prints no version; is it a working {name}?")
+    return found.group(1)
+
+
+def require_same_binary(tool: SearchTool) -> None:
+    """Checks on a worker that it would run the program that the build was planned with.
+
+    Raises:
+      ToolNotFoundError: it is missing here, or another one.
+    """
+    if not os.access(tool.binary, os.X_OK):
+        raise ToolNotFoundError(tool.identity.name, f"{tool.binary} is not on this worker")
+    if binary_sha256(tool.binary) != tool.identity.binary_sha256:
+        raise ToolNotFoundError(
+            tool.identity.name,
+            f"{tool.binary} on this worker is not the program the build was planned with; "
+            "install the same one",
+        )

@@ -1,0 +1,218 @@
+"""Runs one external program and owns it until nothing of it is left.
+
+Owns the child: it gets its own session and process group; its output goes to files, never to pipes (a full
+pipe stops a worker for ever); the group is killed on timeout, on cancellation and on any error here; and
+the kernel kills it when the thread that started it dies, so a killed worker leaves no orphan. Wall time,
+CPU time and peak memory are recorded. Does not own what the program means: see
+`foldfeed.pipelines.jackhmmer` and `foldfeed.pipelines.hhblits`.
+
+Invariant: when `run_program` returns or raises, no process of the group exists any more. Safe to call from
+several threads at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from foldfeed.feature_store.blobs import disk_full_is_typed
+from foldfeed.feature_store.errors import StorageFullError
+from foldfeed.pipelines.errors import CancelledError, ToolFailedError, ToolTimeoutError
+
+# What is kept of a program's messages: enough for its last words, little enough for a receipt.
+TAIL_BYTES = 8192
+
+# A program that failed with less than this left on its disk is taken to have failed for want of space.
+NEARLY_FULL_BYTES = 64 << 10
+
+# First and longest pause between two looks at a running child (memory, cancellation). The exit itself is not
+# polled: it wakes the wait at once.
+FIRST_LOOK_S = 0.005
+LONGEST_LOOK_S = 0.25
+
+# Used where util-linux's setpriv is missing: the same request to the kernel, then the program itself.
+_PDEATHSIG_CODE = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+_cancelled = threading.Event()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What one run of a program cost.
+
+    Attributes:
+      wall_s: seconds from start to exit.
+      cpu_s: user plus system seconds, all threads and children.
+      max_rss_bytes: largest resident memory of the program itself, sampled at least every 0.25 s. The
+        kernel's own ``ru_maxrss`` is no use here: a child inherits the size of the Python process that
+        forked it.
+    """
+
+    wall_s: float
+    cpu_s: float
+    max_rss_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Completed:
+    """How a program ended.
+
+    Attributes:
+      exit_code: 0 to 255, or minus the number of the signal that killed it.
+      stdout_tail: the last `TAIL_BYTES` it printed.
+      stderr_tail: the last `TAIL_BYTES` of its messages.
+      usage: what it cost.
+    """
+
+    exit_code: int
+    stdout_tail: str
+    stderr_tail: str
+    usage: Usage
+
+
+def cancel_all() -> None:
+    """Kills every program of this process and refuses new ones until `allow_all`."""
+    _cancelled.set()
+
+
+def allow_all() -> None:
+    """Allows programs again after `cancel_all`."""
+    _cancelled.clear()
+
+
+def launcher() -> list[str]:
+    """Returns the words before a command line that make the kernel kill it when its starter dies.
+
+    Python's own ``preexec_fn`` could ask for the same, but forks a threaded process to run Python code in it,
+    which may deadlock; a tiny program in between cannot.
+    """
+    setpriv = shutil.which("setpriv")
+    if setpriv is not None:
+        return [setpriv, "--pdeathsig", "KILL", "--"]
+    return [sys.executable, "-I", "-S", "-c", _PDEATHSIG_CODE]
+
+
+def run_program(argv: Sequence[str], *, folder: Path, timeout_s: float) -> Completed:
+    """Runs a program in a folder and waits for its end.
+
+    Args:
+      argv: absolute path of the program and its arguments; no shell is involved.
+      folder: working directory; receives ``stdout.log`` and ``stderr.log``.
+      timeout_s: after so many seconds the whole process group is killed.
+    Raises:
+      ToolTimeoutError: it ran too long.
+      CancelledError: `cancel_all` was called.
+      StorageFullError: no space for its output files.
+    """
+    name = Path(argv[0]).name
+    if _cancelled.is_set():
+        raise CancelledError(f"{name} was not started: the run was stopped")
+    started = time.monotonic()
+    with (
+        disk_full_is_typed(folder),
+        (folder / "stdout.log").open("wb") as out,
+        (folder / "stderr.log").open("wb") as err,
+    ):
+        process = subprocess.Popen(
+            [*launcher(), *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            cwd=folder,
+            start_new_session=True,
+        )
+    try:
+        peak_bytes = _watch(process.pid, name, started, timeout_s)
+    finally:
+        status, usage = _reap(process.pid)
+        # Popen must not wait for a child that is gone.
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return Completed(
+        exit_code=process.returncode,
+        stdout_tail=_tail(folder / "stdout.log"),
+        stderr_tail=_tail(folder / "stderr.log"),
+        usage=Usage(
+            wall_s=time.monotonic() - started, cpu_s=usage.ru_utime + usage.ru_stime, max_rss_bytes=peak_bytes
+        ),
+    )
+
+
+def require_success(name: str, done: Completed, folder: Path) -> None:
+    """Returns if a program ended with exit code 0.
+
+    Raises:
+      StorageFullError: it failed, and there is no space left in its folder: a fault of the machine, not of
+        the query, that the next search would meet again.
+      ToolFailedError: it failed.
+    """
+    if done.exit_code == 0:
+        return
+    if shutil.disk_usage(folder).free < NEARLY_FULL_BYTES:
+        raise StorageFullError(str(folder))
+    raise ToolFailedError(name, done.exit_code, done.stderr_tail or done.stdout_tail)
+
+
+def _watch(pid: int, name: str, started: float, timeout_s: float) -> int:
+    """Waits until a child has exited and returns its peak resident bytes; it stays unreaped."""
+    handle = os.pidfd_open(pid)
+    try:
+        poller = select.poll()
+        poller.register(handle, select.POLLIN)
+        look_s, peak_bytes = FIRST_LOOK_S, 0
+        while True:
+            peak_bytes = max(peak_bytes, _peak_bytes(pid))
+            left_s = started + timeout_s - time.monotonic()
+            if poller.poll(max(0.0, min(look_s, left_s)) * 1000):
+                return peak_bytes
+            if _cancelled.is_set():
+                raise CancelledError(f"{name} was killed: the run was stopped")
+            if left_s <= look_s and time.monotonic() >= started + timeout_s:
+                raise ToolTimeoutError(name, timeout_s)
+            look_s = min(2 * look_s, LONGEST_LOOK_S)
+    finally:
+        os.close(handle)
+
+
+def _peak_bytes(pid: int) -> int:
+    """Returns VmHWM of a live process, 0 for one that has exited."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return 0
+
+
+def _reap(pid: int) -> tuple[int, resource.struct_rusage]:
+    """Kills what is left of a child's group and collects the child.
+
+    The order matters: an unreaped leader keeps its group number reserved, so the signal cannot reach a
+      stranger
+    who got the same number.
+    """
+    # ProcessLookupError: the leader is a zombie and alone.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    _, status, usage = os.wait4(pid, 0)
+    return status, usage
+
+
+def _tail(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        return file.read().decode("utf-8", errors="replace").strip()

@@ -1,0 +1,62 @@
+"""Which class runs which tool, and the preparation of a build's databases on the submitter.
+
+Owns the one place where a tool's name becomes an object: to add a tool, add it here and to
+`foldfeed.pipelines.databases.TOOLS`. Does not own what the tools do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from foldfeed.feature_store.blobs import Blobs
+from foldfeed.pipelines import jackhmmer
+from foldfeed.pipelines.databases import DatabaseSpec, database_digest, in_merge_order
+from foldfeed.pipelines.features import SearchedDatabase
+from foldfeed.pipelines.hhblits import Hhblits
+from foldfeed.pipelines.jackhmmer import Jackhmmer
+from foldfeed.pipelines.search_tool import SearchTool
+
+
+def find_tool(spec: DatabaseSpec, *, cpus: int, timeout_s: float) -> SearchTool:
+    """Returns the tool that searches a database.
+
+    Raises:
+      ToolNotFoundError: it is not installed here.
+    """
+    if spec.tool == jackhmmer.NAME:
+        return Jackhmmer.find(database=spec.paths[0], cpus=cpus, timeout_s=timeout_s)
+    return Hhblits.find(databases=spec.paths, cpus=cpus, timeout_s=timeout_s)
+
+
+def prepare_databases(
+    specs: Sequence[DatabaseSpec],
+    *,
+    max_hits: Mapping[str, int],
+    cpus: int,
+    timeout_s: float,
+    digests: Blobs | None,
+) -> tuple[SearchedDatabase, ...]:
+    """Returns the databases of a build in merge order, each with its tool and digest.
+
+    Args:
+      specs: as the user gave them.
+      max_hits: caps by name that replace AlphaFold 2's.
+      cpus: threads of one search.
+      timeout_s: longest wall time of one search.
+      digests: where content hashes are remembered, see `database_digest`.
+    Raises:
+      DatabaseError, ToolNotFoundError: a database or its tool is not there.
+    """
+    ordered = in_merge_order(specs)
+    for spec in ordered:
+        spec.files()
+    tools = [find_tool(spec, cpus=cpus, timeout_s=timeout_s) for spec in ordered]
+    return tuple(
+        SearchedDatabase(
+            name=spec.name,
+            digest=database_digest(spec, digests),
+            tool=tool,
+            max_hits=max_hits.get(spec.name, spec.default_max_hits),
+        )
+        for spec, tool in zip(ordered, tools, strict=True)
+    )
