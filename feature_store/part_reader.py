@@ -52,6 +52,7 @@ class RecordLocation:
     length: int
     first_tile: int
     first_row: int
+    first_hit_id_byte: int
     first_residue: int
     first_overflow: int
     num_overflow: int
@@ -150,17 +151,16 @@ class PartReader:
                 "database": pa.array(names, type=pa.string()),
                 "e_value": _nullable(self.arrays["row_e_value"].read(start, stop)),
                 "bit_score": _nullable(self.arrays["row_bit_score"].read(start, stop)),
-                "hit_id": pa.array(self._hit_ids(start, stop), type=pa.string()),
+                "hit_id": pa.array(self._hit_ids(at), type=pa.string()),
                 "species": pa.array(species, type=pa.string()),
             }
         )
 
-    def _hit_ids(self, start: int, stop: int) -> list[str]:
-        # The end of the row before the first one is where the first one's text starts.
-        ends = self.arrays["row_hit_id_end"].read(max(0, start - 1), stop)
-        bounds = ends if start else np.concatenate([[0], ends])
-        text = self.arrays["row_hit_id"].read(int(bounds[0]), int(bounds[-1])).tobytes()
-        cuts = (bounds - bounds[0]).tolist()
+    def _hit_ids(self, at: RecordLocation) -> list[str]:
+        sizes = self.arrays["row_hit_id_bytes"].read(at.first_row, at.first_row + at.depth)
+        cuts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).tolist()
+        first = at.first_hit_id_byte
+        text = self.arrays["row_hit_id"].read(first, first + cuts[-1]).tobytes()
         return [text[a:b].decode() for a, b in itertools.pairwise(cuts)]
 
     def _grid(self, at: RecordLocation) -> RecordGrid:

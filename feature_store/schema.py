@@ -122,7 +122,7 @@ def array_specs(settings: StoreSettings) -> dict[str, ArraySpec]:
             fill=0,
             dims=("row", "species_byte"),
         ),
-        ArraySpec(name="row_hit_id_end", dtype="<i8", chunk=(ROW_CHUNK,), fill=0, dims=("row",)),
+        ArraySpec(name="row_hit_id_bytes", dtype="<i4", chunk=(ROW_CHUNK,), fill=0, dims=("row",)),
         ArraySpec(name="row_hit_id", dtype="|u1", chunk=(TEXT_CHUNK,), fill=0, dims=("hit_id_byte",)),
         # The index rows of the part's records as JSON lines (UTF-8): a lost index can be rebuilt from its
         # parts.
@@ -218,6 +218,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("part_id", pa.string(), nullable=False),
         pa.field("first_tile", pa.int64(), nullable=False),
         pa.field("first_row", pa.int64(), nullable=False),
+        pa.field("first_hit_id_byte", pa.int64(), nullable=False),
         pa.field("first_residue", pa.int64(), nullable=False),
         pa.field("first_overflow", pa.int64(), nullable=False),
         pa.field("num_overflow", pa.int64(), nullable=False),

@@ -241,6 +241,7 @@ class Record:
             length=row["length"],
             first_tile=row["first_tile"],
             first_row=row["first_row"],
+            first_hit_id_byte=row["first_hit_id_byte"],
             first_residue=row["first_residue"],
             first_overflow=row["first_overflow"],
             num_overflow=row["num_overflow"],

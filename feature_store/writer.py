@@ -140,6 +140,7 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
             "fingerprint": record.fingerprint,
             "first_tile": self._shards["msa"].length,
             "first_row": self._shards["row_database"].length,
+            "first_hit_id_byte": self._shards["row_hit_id"].length,
             "first_residue": self._shards["aatype"].length,
             "first_overflow": self._shards["deletion_overflow"].length,
         }
@@ -174,8 +175,7 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
         self._shards["row_bit_score"].append(np.asarray(rows.bit_score, dtype="<f4"))
         self._shards["row_species"].append(_fixed_width(rows.species, SPECIES_BYTES))
         text = [name.encode() for name in rows.hit_id]
-        ends = np.cumsum([len(name) for name in text], dtype=np.int64) + self._shards["row_hit_id"].length
-        self._shards["row_hit_id_end"].append(ends.astype("<i8"))
+        self._shards["row_hit_id_bytes"].append(np.array([len(name) for name in text], dtype="<i4"))
         self._shards["row_hit_id"].append(np.frombuffer(b"".join(text), dtype=np.uint8))
 
     def _append_sidecars(self, record: MsaRecord) -> float:

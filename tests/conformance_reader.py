@@ -77,10 +77,11 @@ class ConformanceReader:
         row = self.rows[record_id]
         group = self.part(row["part_id"])
         msa, deletions = self.alignment(record_id)
-        ends = group["row_hit_id_end"][:]
-        text = group["row_hit_id"][:].tobytes()
         lines = slice(row["first_row"], row["first_row"] + row["depth"])
-        hit_ids = [text[int(ends[i - 1]) if i else 0 : int(ends[i])] for i in range(lines.start, lines.stop)]
+        hit_ids, start = [], row["first_hit_id_byte"]
+        for size in group["row_hit_id_bytes"][lines].tolist():
+            hit_ids.append(group["row_hit_id"][start : start + size].tobytes())
+            start += size
         species = [name.tobytes().rstrip(b"\0") for name in group["row_species"][lines]]
         head = {name: row[name] for name in ("databases", "depth", "description", "record_id", "sequence")}
         head["extra"] = json.loads(row["extra"])
