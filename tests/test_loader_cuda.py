@@ -1,0 +1,51 @@
+"""The loader on a GPU: the same numbers as on the CPU, delivered by a side stream. Needs a CUDA device."""
+
+import pytest
+import torch
+from records import make_record
+
+from foldfeed.feature_store import FeatureStore, write_part
+from foldfeed.loader import CropLoader, Recipe
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+RECIPE = Recipe.named("af2", crop_residues=64, num_clusters=16, num_extra=48)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = FeatureStore.create(tmp_path / "store")
+    records = [make_record(f"r{n}", 1 + 60 * n, 9 + 31 * n, seed=n) for n in range(6)]
+    store.commit([write_part(store.url, records, store.settings).part_id], job_id="1")
+    return store
+
+
+def test_features_on_a_gpu_equal_those_on_the_cpu(store):
+    cpu = CropLoader(store, RECIPE, seed=1, global_batch=3)
+    gpu = CropLoader(store, RECIPE, seed=1, global_batch=3, device="cuda")
+    for g in range(12):
+        want, have = cpu.sample(g), gpu.sample(g)
+        for key, tensor in have.items():
+            assert tensor.device.type == "cuda"
+            torch.testing.assert_close(tensor.cpu(), want[key], rtol=2e-7, atol=0, msg=key)
+
+
+def test_batches_arrive_whole_while_the_consumer_keeps_the_device_busy(store):
+    """The consumer's stream works on old batches while new ones are made; none may be overwritten."""
+    kept = []
+    weight = torch.randn(2048, 2048, device="cuda")
+    with CropLoader(store, RECIPE, seed=1, global_batch=4, device="cuda", prefetch_steps=3) as loader:
+        for _ in range(12):
+            batch = next(loader)
+            weight = torch.tanh(weight @ weight)
+            kept.append((batch, [s.features["msa_feat"].sum(dtype=torch.float64) for s in batch.shards]))
+    cpu = CropLoader(store, RECIPE, seed=1, global_batch=4)
+    torch.cuda.synchronize()
+    for batch, sums in kept:
+        for shard, total in zip(batch.shards, sums, strict=True):
+            for slot, g in enumerate(shard.samples):
+                for key, tensor in cpu.sample(g).items():
+                    torch.testing.assert_close(shard.features[key][slot].cpu(), tensor, rtol=2e-7, atol=0)
+            assert float(total) == float(shard.features["msa_feat"].sum(dtype=torch.float64))

@@ -1,0 +1,159 @@
+"""Features against a plain-loop reference, odd shapes, the two recipes against each other."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loader_reference import nearest, reference_sample
+from records import make_record
+
+from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
+from foldfeed.loader import CropLoader, Recipe, clusters, plan
+from foldfeed.loader.featurise import deletion_value, replace_masked
+
+# (depth, length): one row, one residue, fewer rows than clusters, shorter and longer than the crop.
+SHAPES = [(1, 1), (1, 23), (2, 5), (5, 40), (23, 17), (61, 37), (97, 12)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    url = tmp_path_factory.mktemp("features") / "store"
+    store = FeatureStore.create(url, StoreSettings(tile_rows=16, tile_cols=8))
+    records = [make_record(f"r{n}", *shape, seed=n) for n, shape in enumerate(SHAPES)]
+    part = write_part(store.url, records, store.settings)
+    store.commit([part.part_id], job_id="1")
+    return store
+
+
+def small(name: str, **values) -> Recipe:
+    return Recipe.named(
+        name, **({"crop_residues": 16, "num_clusters": 6, "num_extra": 9, "masked_fraction": 0.4} | values)
+    )
+
+
+def open_loader(store, recipe, seed=5) -> CropLoader:
+    return CropLoader(store, recipe, seed=seed, global_batch=1)
+
+
+@pytest.mark.parametrize("name", ["af2", "crop_first"])
+@pytest.mark.parametrize("block_delete", [True, False])
+def test_features_equal_the_plain_reference(store, name, block_delete):
+    recipe = small(name, block_delete=block_delete)
+    loader = open_loader(store, recipe)
+    seen = set()
+    for g in range(2 * len(store)):
+        drawn = loader.plan(g)
+        record = store.at(drawn.address.record)
+        want = reference_sample(record.msa(), record.deletions(), drawn, recipe)
+        have = loader.sample(g)
+        assert have.keys() == want.keys()
+        for key, tensor in have.items():
+            array = tensor.numpy()
+            assert array.dtype == want[key].dtype, key
+            assert array.shape == want[key].shape, key
+            np.testing.assert_allclose(array, want[key], rtol=1e-6, atol=0, err_msg=f"{key} of sample {g}")
+            if key not in ("msa_feat", "extra_deletion_value"):
+                assert np.array_equal(array, want[key]), key
+        # Everything but the two arc tangents is equal to the last bit.
+        exact = [*range(24), *range(25, 48)]
+        assert np.array_equal(have["msa_feat"].numpy()[..., exact], want["msa_feat"][..., exact])
+        seen.add((record.depth, record.length))
+    assert seen == set(SHAPES)
+
+
+def test_no_extra_rows_can_be_asked_for(store):
+    features = open_loader(store, small("af2", num_extra=0)).sample(3)
+    assert features["extra_msa"].shape == (0, 16)
+    only_centre = open_loader(store, small("crop_first", num_clusters=1)).sample(3)
+    assert only_centre["msa_feat"].shape == (1, 16, 49)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 30), st.integers(0, 2**32 - 1))
+def test_assignment_equals_loops_with_ties_to_the_first(num_members, num_centres, width, seed):
+    rng = np.random.default_rng(seed)
+    # Few letters make many ties; gaps and masks must count for nothing.
+    alphabet = rng.choice([0, 1, 20, 21, 22], size=3)
+    members = rng.choice(alphabet[alphabet < 22] if (alphabet < 22).any() else [0], (num_members, width))
+    centres = rng.choice(alphabet, (num_centres, width))
+    have = clusters.assign(
+        torch.from_numpy(members.astype(np.uint8)), torch.from_numpy(centres.astype(np.uint8))
+    )
+    assert have.tolist() == [nearest(list(member), centres.tolist()) for member in members]
+
+
+def test_assignment_in_blocks_equals_assignment_at_once(monkeypatch):
+    rng = np.random.default_rng(1)
+    members = torch.from_numpy(rng.integers(0, 22, (101, 33)).astype(np.uint8))
+    centres = torch.from_numpy(rng.integers(0, 23, (7, 33)).astype(np.uint8))
+    whole = clusters.agreement(members, centres)
+    monkeypatch.setattr(clusters, "BLOCK_BYTES", 4 * 21 * 33 * 10)
+    assert torch.equal(clusters.agreement(members, centres), whole)
+    assert torch.equal(whole, whole.round())
+
+
+def test_features_do_not_depend_on_the_number_of_torch_threads(store):
+    before = torch.get_num_threads()
+    loader = open_loader(store, Recipe.named("af2", crop_residues=37, num_clusters=40, num_extra=60))
+    try:
+        torch.set_num_threads(1)
+        one = [loader.sample(g) for g in range(len(store))]
+        torch.set_num_threads(3)
+        three = [loader.sample(g) for g in range(len(store))]
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(one, three, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_recipes_share_every_draw_and_differ_in_cluster_statistics_only(store):
+    af2, crop_first = open_loader(store, small("af2")), open_loader(store, small("crop_first"))
+    differing = 0
+    for g in range(3 * len(store)):
+        a, b = af2.sample(g), crop_first.sample(g)
+        assert all(torch.equal(a[key], b[key]) for key in a if key != "msa_feat")
+        assert torch.equal(a["msa_feat"][..., :25], b["msa_feat"][..., :25])
+        differing += not torch.equal(a["msa_feat"], b["msa_feat"])
+    assert differing > 0
+
+
+def test_recipes_are_equal_where_crop_and_rows_cover_what_af2_reads(store):
+    values = {"crop_residues": 40, "num_clusters": 6, "num_extra": 97}
+    af2, crop_first = (open_loader(store, small(name, **values)) for name in ("af2", "crop_first"))
+    for g in range(2 * len(store)):
+        a, b = af2.sample(g), crop_first.sample(g)
+        assert all(torch.equal(a[key], b[key]) for key in a), g
+
+
+def test_tokens_drawn_from_the_profile_follow_it():
+    profile = np.zeros((2, 22), np.float32)
+    profile[0, [3, 7, 21]] = [0.5, 0.25, 0.25]
+    profile[1, 20] = 1.0
+    num = 20_000
+    codes = torch.zeros((num, 2), dtype=torch.uint8)
+    action = torch.full((num, 2), plan.FROM_PROFILE, dtype=torch.uint8)
+    u = torch.from_numpy(np.random.default_rng(3).random(2 * num))
+    out = replace_masked(codes, action, torch.from_numpy(profile), torch.arange(2 * num), u).numpy()
+    counts = np.bincount(out[:, 0], minlength=22)
+    assert set(np.flatnonzero(counts)) == {3, 7, 21}
+    assert abs(counts[3] / num - 0.5) < 4.5 * 0.5 / np.sqrt(num)
+    assert np.all(out[:, 1] == 20)
+
+
+def test_the_ends_of_u_never_give_a_token_that_does_not_occur():
+    profile = torch.zeros((1, 22))
+    profile[0, 4:7] = 1 / 3
+    codes = torch.zeros((2, 1), dtype=torch.uint8)
+    action = torch.full((2, 1), plan.FROM_PROFILE, dtype=torch.uint8)
+    u = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
+    assert replace_masked(codes, action, profile, torch.arange(2), u).flatten().tolist() == [4, 6]
+
+
+def test_deletion_value_is_the_formula_rounded_once():
+    counts = torch.arange(0, 5000, dtype=torch.int32)
+    want = (2 / np.pi * np.arctan(np.arange(5000) / 3.0)).astype(np.float32)
+    np.testing.assert_allclose(deletion_value(counts).numpy(), want, rtol=1.2e-7)
+    # The value of a count does not depend on where it stands in a tensor.
+    for shift in range(1, 20):
+        assert torch.equal(deletion_value(counts[shift:]), deletion_value(counts)[shift:])
