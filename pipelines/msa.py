@@ -26,6 +26,8 @@ from foldfeed.pipelines.jackhmmer import has_numbered_names
 from foldfeed.pipelines.search_tool import QUERY_NAME, SearchResult
 
 _RANGE = re.compile(r"/\d+-\d+$")
+# A database of Pfam domains has names with a range already, and HMMER adds one.
+_RANGES = re.compile(r"(?:/\d+-\d+)+$")
 _NUMBER_PREFIX = re.compile(r"^\d+\|")
 
 # tr|A0A146SKV9|A0A146SKV9_FUNHE and, as small BFD writes it, with _1 behind the accession or the whole name.
@@ -121,7 +123,7 @@ def species_of(hit_id: str) -> str:
 
     ``tr|A0A146SKV9|A0A146SKV9_FUNHE/1-90`` gives ``FUNHE``, ``HBB_HUMAN/1-146`` gives ``HUMAN``.
     """
-    name = _RANGE.sub("", hit_id)
+    name = _RANGES.sub("", hit_id)
     found = _UNIPROT.fullmatch(name) or _ENTRY_NAME.fullmatch(name)
     return found.group("species") if found else ""
 

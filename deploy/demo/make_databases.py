@@ -7,9 +7,9 @@
     OUT_DIR/hhsuite/db_*        an HH-suite database of real alignments, made with the suite's own tools
     OUT_DIR/queries.fasta       thirteen real queries and one record that is bad on purpose
 
-Every residue comes from a real protein; decoys are the same residues in another order, so they have a protein's
-composition and no relatives. Everything is a function of the tutorial's files, this script and the tools, so a
-second run finds the digests unchanged and does nothing.
+Every residue comes from a real protein; decoys are the same residues in another order, so they have a
+protein's composition and no relatives. Everything is a function of the tutorial's files, this script and the
+tools, so a second run finds the digests unchanged and does nothing.
 """
 
 from __future__ import annotations
