@@ -1,0 +1,140 @@
+"""Merging follows AlphaFold 2: order, caps, first occurrence of letters, deletions left aside."""
+
+import gzip
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foldfeed.feature_store import alphabet
+from foldfeed.feature_store.a3m import parse_a3m
+from foldfeed.pipelines import SearchResult, ToolIdentity
+from foldfeed.pipelines.errors import ToolOutputError
+from foldfeed.pipelines.msa import DatabaseHits, merge, read_hits, species_of
+from foldfeed.pipelines.subprocess_runner import Usage
+
+TOOL = ToolIdentity(name="tool", version="1", binary_sha256="0" * 64, argv_template=())
+USAGE = Usage(wall_s=0, cpu_s=0, max_rss_bytes=0)
+
+
+def hits_of(text: str) -> DatabaseHits:
+    alignment = parse_a3m(text)
+    nans = np.full(len(alignment.names), np.nan)
+    return DatabaseHits(
+        alignment=alignment, hit_ids=alignment.names, e_values=nans, bit_scores=nans.astype(np.float32)
+    )
+
+
+def result_of(alignment: str, table: str = "", form: str = "stockholm") -> SearchResult:
+    return SearchResult(
+        tool=TOOL, format=form, alignment=alignment.encode(), table=table.encode(), usage=USAGE
+    )
+
+
+def test_first_occurrence_wins_and_letters_not_deletions_decide():
+    one = hits_of(">query\nACD\n>a\nA-D\n>b\nAkkBD\n")
+    two = hits_of(">query\nACD\n>c\nAyy-D\n>d\nADD\n>e\nACD\n")
+    merged = merge("ACD", [one, two], [None, None])
+    assert merged.rows.hit_id == ["query", "a", "b", "d"]
+    # B and D encode alike but are different letters, so both rows stay.
+    assert merged.msa.tolist() == [[0, 4, 3], [0, 21, 3], [0, 3, 3], [0, 3, 3]]
+    assert merged.deletions.tolist() == [[0, 0, 0], [0, 0, 0], [0, 2, 0], [0, 0, 0]]
+    assert merged.rows.database.tolist() == [-1, 0, 0, 1]
+    assert merged.num_rows == (2, 1)
+
+
+def test_caps_count_the_query_and_apply_before_merging():
+    text = ">query\nAC\n" + "".join(f">h{k}\n{a}{b}\n" for k, (a, b) in enumerate(["AC", "DE", "FG", "HI"]))
+    merged = merge("AC", [hits_of(text)], [3])
+    # Rows query, h0, h1 are taken; h0 repeats the query.
+    assert merged.rows.hit_id == ["query", "h1"]
+    assert merge("AC", [hits_of(text)], [1]).msa.shape == (1, 2)
+
+
+@given(
+    st.integers(1, 4),
+    st.lists(st.lists(st.text("AB-d", min_size=1, max_size=9), max_size=8), min_size=1, max_size=3),
+    st.one_of(st.none(), st.integers(1, 5)),
+)
+@settings(max_examples=150, deadline=None)
+def test_equals_a_naive_merge(length, databases, cap):
+    query = "A" * length
+    fitted = [[row for row in rows if sum(letter in "AB-" for letter in row) == length] for rows in databases]
+    texts = [
+        f">query\n{query}\n" + "".join(f">{n}\n{row}\n" for n, row in enumerate(rows)) for rows in fitted
+    ]
+    merged = merge(query, [hits_of(text) for text in texts], [cap] * len(texts))
+    expected = [query]
+    for rows in fitted:
+        for row in [query, *rows][:cap]:
+            letters = "".join(letter for letter in row if not letter.islower())
+            if letters not in expected:
+                expected.append(letters)
+    np.testing.assert_array_equal(merged.msa, [alphabet.encode(row) for row in expected])
+    assert sum(merged.num_rows) == len(expected) - 1
+
+
+def test_scores_come_from_the_table_by_target_name():
+    alignment = "# STOCKHOLM 1.0\nquery ACD\nt1/1-3 ACD\nt1/5-7 A-D\nt/2/1-3 AAA\nquery/1-3 CCC\n//\n"
+    table = (
+        "t1 - query - 2e-5 30.5 0 x\nt/2 - query - 0.01 10 0 x\nquery - query - 1 5 0 x\nt1 - query - 9 9 0\n"
+    )
+    hits = read_hits(result_of(alignment, table), "ACD")
+    np.testing.assert_array_equal(hits.e_values, [np.nan, 2e-5, 2e-5, 0.01, 1])
+    np.testing.assert_array_equal(hits.bit_scores, np.float32([np.nan, 30.5, 30.5, 10, 5]))
+
+
+def test_numbers_that_hmmer_puts_before_repeated_names_are_taken_off():
+    note = '# WARNING: seq names have been made unique by adding a prefix of "<seq#>|"\n'
+    rows = "0|query ACD\n1|t1/1-3 AC-\n2|t1/1-3 A-D\n//\n"
+    table = "t1 - query - 2e-5 30.5 0 x\n"
+    hits = read_hits(result_of("# STOCKHOLM 1.0\n" + note + rows, table), "ACD")
+    assert hits.hit_ids == ["query", "t1/1-3", "t1/1-3"]
+    assert hits.e_values[1] == 2e-5
+    plain = read_hits(result_of("# STOCKHOLM 1.0\nquery ACD\n7|t1/1-3 AC-\n//\n", table), "ACD")
+    assert plain.hit_ids[1] == "7|t1/1-3"
+
+
+def test_an_alignment_of_another_query_is_refused():
+    with pytest.raises(ToolOutputError, match=r"\(2 columns\) is not the query \(3 residues\)"):
+        read_hits(result_of(">query\nAC\n", form="a3m"), "ACD")
+
+
+@pytest.mark.parametrize(
+    ("name", "species"),
+    [
+        ("tr|A0A146SKV9|A0A146SKV9_FUNHE", "FUNHE"),
+        ("sp|P0C2L1|A3X1_LOXLA/1-90", "LOXLA"),
+        ("sp|P0C2L1_1|A3X1_1_LOXLA_7/1-90", "LOXLA"),
+        ("HBB_HUMAN/1-146", "HUMAN"),
+        ("CDC15_YEAST/25-272/3-200", "YEAST"),
+        ("A0A146SKV9_9BACT", "9BACT"),
+        ("UniRef90_P69905/1-140", ""),
+        ("MGYP000406148242/1-68", ""),
+        ("1ABC_A", ""),
+        ("SRR_12345", ""),
+        ("decoy_uniref90_00001/1-9", ""),
+        ("query", ""),
+    ],
+)
+def test_species(name, species):
+    assert species_of(name) == species
+
+
+def test_openfolds_features_from_results(shared_data):
+    folder = shared_data / "golden" / "openfold_short"
+    expected = np.load(folder / "expected.npz")
+    a3m = gzip.decompress((folder / "bfd_uniclust_hits.a3m.gz").read_bytes()).decode()
+    sequence = "".join((folder / "short.fasta").read_text().split("\n")[1:]).strip()
+    results = [
+        result_of((folder / "uniref90_hits.sto").read_text()),
+        result_of(a3m, form="a3m"),
+        result_of((folder / "mgnify_hits.sto").read_text()),
+    ]
+    hits = [read_hits(result, sequence) for result in results]
+    merged = merge(sequence, hits, [10_000, None, 501])
+    # AlphaFold 2's own map from HHblits' order of residues to this alphabet.
+    ours = np.array([0, 4, 3, 6, 13, 7, 8, 9, 11, 10, 12, 2, 14, 5, 1, 15, 16, 19, 17, 18, 20, 21])
+    np.testing.assert_array_equal(merged.msa, ours[expected["msa"]])
+    np.testing.assert_array_equal(merged.deletions, expected["deletion_matrix_int"])

@@ -1,0 +1,162 @@
+"""A child process is owned until nothing of it is left: time limits, dead workers, chatter, cost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from foldfeed.pipelines import subprocess_runner
+from foldfeed.pipelines.errors import CancelledError, ToolTimeoutError
+from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all, launcher, run_program
+
+SH = "/bin/sh"
+
+
+def alive(pid: int) -> bool:
+    """Returns whether a process runs (a zombie that nobody has collected yet does not)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def wait_until(condition, seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def pids_in(path: Path, count: int) -> list[int]:
+    assert wait_until(lambda: path.exists() and len(path.read_text().split()) == count)
+    return [int(word) for word in path.read_text().split()]
+
+
+def test_exit_code_output_and_cost(tmp_path):
+    done = run_program([SH, "-c", "echo out; echo err >&2; exit 7"], folder=tmp_path, timeout_s=10)
+    assert (done.exit_code, done.stdout_tail, done.stderr_tail) == (7, "out", "err")
+    assert 0 < done.usage.wall_s < 10
+
+
+def test_memory_is_the_childs_own_and_not_this_processes(tmp_path):
+    ballast = bytearray(200 << 20)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    small = run_program(["/bin/sleep", "0.2"], folder=tmp_path, timeout_s=10)
+    assert 0 < small.usage.max_rss_bytes < 50 << 20
+    code = "x = bytearray(120 << 20); x[::4096] = b'x' * len(x[::4096]); import time; time.sleep(0.4)"
+    big = run_program([sys.executable, "-c", code], folder=tmp_path, timeout_s=20)
+    assert 120 << 20 < big.usage.max_rss_bytes < 190 << 20
+    assert big.usage.cpu_s > 0.01
+
+
+def test_a_signal_is_a_negative_exit_code(tmp_path):
+    assert run_program([SH, "-c", "kill -9 $$"], folder=tmp_path, timeout_s=10).exit_code == -9
+
+
+def test_a_megabyte_of_chatter_does_not_stop_the_child(tmp_path):
+    code = "import sys; sys.stdout.write('o' * 2**20); sys.stderr.write('e' * 2**20)"
+    done = run_program([sys.executable, "-c", code], folder=tmp_path, timeout_s=20)
+    assert done.exit_code == 0
+    assert len(done.stderr_tail) == subprocess_runner.TAIL_BYTES
+
+
+def test_timeout_kills_the_whole_group(tmp_path):
+    script = f"echo $$ > {tmp_path}/pids; sleep 100 & echo $! >> {tmp_path}/pids; wait"
+    started = time.monotonic()
+    with pytest.raises(ToolTimeoutError, match=r"did not end within 0\.5 s"):
+        run_program([SH, "-c", script], folder=tmp_path, timeout_s=0.5)
+    assert 0.5 <= time.monotonic() - started < 5
+    pids = pids_in(tmp_path / "pids", 2)
+    assert wait_until(lambda: not any(map(alive, pids)))
+
+
+def test_children_left_behind_by_a_finished_program_are_killed(tmp_path):
+    done = run_program([SH, "-c", f"sleep 100 & echo $! > {tmp_path}/pids"], folder=tmp_path, timeout_s=10)
+    assert done.exit_code == 0
+    (pid,) = pids_in(tmp_path / "pids", 1)
+    assert wait_until(lambda: not alive(pid))
+
+
+@pytest.mark.parametrize("has_setpriv", [True, False])
+def test_a_killed_worker_leaves_no_orphan(tmp_path, has_setpriv):
+    code = f"""
+import sys, threading
+from pathlib import Path
+from foldfeed.pipelines import subprocess_runner as runner
+if not {has_setpriv}:
+    runner.shutil.which = lambda name: None
+script = "echo $$ > {tmp_path}/pids; exec sleep 100"
+thread = threading.Thread(target=runner.run_program, args=(["/bin/sh", "-c", script],),
+                          kwargs=dict(folder=Path({str(tmp_path)!r}), timeout_s=100))
+thread.start()
+thread.join()
+"""
+    if has_setpriv and "setpriv" not in launcher()[0]:
+        pytest.skip("util-linux's setpriv is not installed")
+    worker = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        (pid,) = pids_in(tmp_path / "pids", 1)
+        assert alive(pid)
+    finally:
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+    assert wait_until(lambda: not alive(pid))
+
+
+def test_cancel_kills_what_runs_and_refuses_what_comes(tmp_path):
+    failures = []
+
+    def run():
+        try:
+            run_program(
+                [SH, "-c", f"echo $$ > {tmp_path}/pids; exec sleep 100"], folder=tmp_path, timeout_s=100
+            )
+        except CancelledError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        (pid,) = pids_in(tmp_path / "pids", 1)
+        cancel_all()
+        thread.join(timeout=10)
+        assert len(failures) == 1
+        assert not alive(pid)
+        with pytest.raises(CancelledError, match="was not started"):
+            run_program([SH, "-c", "true"], folder=tmp_path, timeout_s=10)
+    finally:
+        allow_all()
+        thread.join()
+    assert run_program([SH, "-c", "true"], folder=tmp_path, timeout_s=10).exit_code == 0
+
+
+def test_many_threads_each_get_their_own_child(tmp_path):
+    codes: dict[int, int] = {}
+
+    def run(number: int):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        codes[number] = run_program([SH, "-c", f"exit {number}"], folder=folder, timeout_s=20).exit_code
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == {number: number for number in range(16)}
+    assert not [name for name in os.listdir("/proc/self/fd") if "pidfd" in _link(name)]
+
+
+def _link(name: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{name}")
+    except OSError:
+        return ""
