@@ -128,9 +128,7 @@ def summary(out: Path, store: Path, picture: Path, record_id: str, seconds: floa
     print(f"  {BIN}/foldfeed crop {store} {record_id} --residues 0:60 --rows 0:12")
     print(f"  {BIN}/foldfeed log {store}")
     print(f"  {BIN}/tensorboard --logdir {out / 'training'}")
-    print(
-        "  your own proteins: foldfeed build --queries YOURS.fasta --database uniref90=YOUR_DB.fasta --store ..."
-    )
+    print(f"  {BIN}/foldfeed build --queries YOURS.fasta --database uniref90=DB.fasta --store NEW_STORE")
 
 
 if __name__ == "__main__":
