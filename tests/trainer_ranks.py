@@ -34,7 +34,6 @@ def launch(
     *,
     timeout_s: float = 90.0,
     expect: int | None = 0,
-    env: dict[str, str] | None = None,
     **options: Any,
 ) -> list[Any]:
     """Runs a case on ``world`` ranks and returns their results in rank order.
@@ -47,14 +46,13 @@ def launch(
     try:
         for rank in range(world):
             command = [sys.executable, str(HERE), case, str(folder), json.dumps(options)]
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    env=rank_environment(rank, world, port) | (env or {}),
-                    stdout=(folder / f"rank{rank}.out").open("wb"),
-                    stderr=(folder / f"rank{rank}.err").open("wb"),
+            out, err = folder / f"rank{rank}.out", folder / f"rank{rank}.err"
+            with out.open("wb") as stdout, err.open("wb") as stderr:
+                processes.append(
+                    subprocess.Popen(
+                        command, env=rank_environment(rank, world, port), stdout=stdout, stderr=stderr
+                    )
                 )
-            )
         deadline = time.monotonic() + timeout_s
         codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
     finally:
@@ -437,7 +435,7 @@ def case_fails(ranks: Any, folder: Path, options: dict[str, Any]) -> Any:
     return "no error"
 
 
-def main() -> None:
+def main() -> int:
     case, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     import torch
 
@@ -448,7 +446,10 @@ def main() -> None:
     with joined(rank=rank, world=world, device=torch.device("cpu"), timeout_s=30.0, always=True) as ranks:
         result = globals()[f"case_{case}"](ranks, folder, options)
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    from foldfeed.trainer.cli import leave_with
+
+    leave_with(main)

@@ -186,6 +186,22 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
+def _meeting_point(rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:
+    """Returns the store in which ranks find each other, empty for this attempt.
+
+    torchrun's agent keeps one store over all restarts, and torch 2.15 no longer separates them: a restarted
+    rank would find the addresses of the killed attempt and fail with "Connection refused" (seen with gloo;
+    pytorch#167288 shows it with NCCL). So each attempt gets its own prefix. The count is the agent's own: in
+    a run over several nodes, where agents may count differently, start torchrun with
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which makes a new store for each attempt instead.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"foldfeed/attempt{attempt}", store)
+
+
 def _new_group(backend: str, timeout: datetime.timedelta) -> dist.ProcessGroup:
     group = dist.new_group(backend=backend, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup), "a group of all ranks includes this one"
@@ -219,7 +235,8 @@ def joined(
         if world == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+            store = _meeting_point(rank, world, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         ranks = Ranks(
             rank=rank,
             world=world,
