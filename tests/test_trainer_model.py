@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from trainer_ranks import synthetic_sample
 
 from foldfeed.trainer.config import DataConfig, ModelConfig

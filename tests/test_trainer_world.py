@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 import trainer_ranks
 from trainer_ranks import NUM_TOY_STEPS, children_of, launch, toy_model, toy_shard
 
