@@ -219,7 +219,9 @@ def hhsuite_data() -> Path:
 
 def call(work: Path, *words: str) -> None:
     """Runs a program in a folder; its messages are shown only when it fails."""
-    done = subprocess.run(words, cwd=work, capture_output=True, text=True, check=False)
+    # cstranslate writes entries in the order in which its threads finish; one thread keeps the bytes equal.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=work, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         sys.exit(f"error: {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 

@@ -1,0 +1,87 @@
+"""Small databases and helpers that several pipeline tests share."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+from foldfeed.pipelines import BuildConfig, DatabaseSpec
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = Path(os.environ.get("FOLDFEED_EXAMPLES", "/usr/share/doc/hmmer/examples"))
+GLOBINS = EXAMPLES / "tutorial" / "globins45.fa"
+
+# HMMER prints its version with -h; a stand-in program must do so too.
+HELP = 'case "$1" in -h) echo "# HMMER 3.9 (test)"; exit 0;; esac\n'
+
+
+def missing_tools() -> str:
+    """Returns why tests with real tools cannot run here, or ""."""
+    absent = [name for name in ("jackhmmer", "hhblits", "ffindex_build") if shutil.which(name) is None]
+    if absent:
+        return f"{', '.join(absent)} not on PATH; apt-get install hmmer hhsuite hhsuite-data"
+    if not GLOBINS.exists():
+        return f"no HMMER tutorial in {EXAMPLES}; apt-get install hmmer-examples"
+    return ""
+
+
+def make_databases(folder: Path) -> Path:
+    """Runs the demo's script and returns its folder."""
+    script = ROOT / "deploy" / "demo" / "make_databases.py"
+    words = [sys.executable, str(script), str(folder), "--examples", str(EXAMPLES)]
+    subprocess.run(words, check=True, capture_output=True)
+    return folder
+
+
+def globins(count: int) -> dict[str, str]:
+    """Returns the first globins of the tutorial by name."""
+    entries = [entry.split("\n", 1) for entry in GLOBINS.read_text().split(">")[1:]]
+    return {name.strip(): "".join(body.split()) for name, body in entries[:count]}
+
+
+def write_fasta(path: Path, entries: dict[str, str]) -> Path:
+    """Writes sequences and returns the path."""
+    path.write_text("".join(f">{name}\n{residues}\n" for name, residues in entries.items()))
+    return path
+
+
+def config_of(folder: Path, queries: Path | list[Path], databases: list[str], **options) -> BuildConfig:
+    """Returns a build into ``folder/store``; two workers unless told otherwise."""
+    files = queries if isinstance(queries, list) else [queries]
+    settings = {"store": str(folder / "store"), "workers": 2, "timeout_s": 60.0} | options
+    return BuildConfig(
+        queries=tuple(map(str, files)),
+        databases=tuple(DatabaseSpec.parse(text) for text in databases),
+        **settings,
+    )
+
+
+def stand_in(folder: Path, script: str, name: str = "jackhmmer") -> Path:
+    """Writes an executable of a tool's name: a real program with a fault, not a mock. Returns its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text("#!/bin/sh\n" + HELP + script)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return folder
+
+
+def first_on_path(monkeypatch, folder: Path) -> None:
+    """Puts a folder before all others on PATH."""
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def dead_letters_file(report_path: str) -> list[dict]:
+    """Returns the dead letters that a run listed."""
+    return [json.loads(line) for line in Path(report_path).read_text().splitlines()]
+
+
+def tree_bytes(folder: Path, pattern: str = "*") -> dict[str, bytes]:
+    """Returns every file of a folder by its relative name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob(pattern))
+        if path.is_file()
+    }
