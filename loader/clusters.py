@@ -3,9 +3,10 @@
 AlphaFold 2 gives every row that is no cluster centre to the centre it agrees with most, and describes each
 cluster by its mean one-hot residue and mean deletion count per column, the centre included.
 
-Everything here is counted in whole numbers (agreement in float32 that holds whole numbers exactly, below
-2**24), so the result is the same for any number of threads, any blocking of a matrix product and any device;
-only the last division rounds, once.
+Everything here is counted in whole numbers (in float32 only where they stay below 2**24 and so are exact), so
+the result is the same for any number of threads, any blocking and any device; only the last division rounds,
+once. Agreement has two ways that give the same numbers: a matrix product of one-hot rows on a GPU, packed
+bits on a CPU, where 128 centres x 2,300 rows x 138 columns took 4 ms instead of 42 (one core).
 
 Shape legend: C centres, M member rows, W columns read, R columns of the crop. Pure functions of tensors.
 
@@ -15,15 +16,24 @@ supplementary section 1.2.7.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from foldfeed.feature_store import alphabet
 
 NUM_CLASSES = 23  # 20 residues, X, gap, mask
-# Agreement on a gap or a mask has weight 0, so those two classes are left out of the matrix product.
+# Agreement on a gap or a mask has weight 0, so those two classes are left out.
 NUM_COUNTED = alphabet.GAP
 # Rows are one-hot encoded in blocks, so that a 50,000-row alignment costs no more memory than a small one.
-BLOCK_BYTES = 32 << 20
+ONE_HOT_BLOCK_BYTES = 32 << 20
+# Intermediate words of a block of rows stay in a core's second-level cache.
+BITS_BLOCK_BYTES = 256 << 10
+CODE_BITS = 5
+# Indices of cells are int64: 4,096 rows x 256 columns are 8 MiB.
+SUMMARY_BLOCK_ROWS = 4096
 
 
 def agreement(members: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
@@ -34,15 +44,48 @@ def agreement(members: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     Args:
       members: uint8 (M, W), codes 0..22.
       centres: uint8 (C, W), codes 0..22; masked positions hold 22.
-    Returns: float32 (M, C) of whole numbers.
+    Returns: int32 (M, C).
     """
+    # NumPy counts bits from 2.0 on.
+    if members.device.type == "cpu" and hasattr(np, "bitwise_count"):
+        return torch.from_numpy(agreement_of_bits(members.numpy(), centres.numpy()))
+    return agreement_of_one_hot(members, centres)
+
+
+def agreement_of_one_hot(members: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Returns `agreement` as a matrix product, on any device; 0 and 1 are exact in any format it may use."""
     num_members, width = members.shape
     centres_kc = _one_hot_counted(centres).T
     out = torch.empty((num_members, centres.shape[0]), dtype=torch.float32, device=members.device)
-    block = max(1, BLOCK_BYTES // (4 * NUM_COUNTED * width))
+    block = max(1, ONE_HOT_BLOCK_BYTES // (4 * NUM_COUNTED * width))
     for first in range(0, num_members, block):
         rows = slice(first, first + block)
         torch.matmul(_one_hot_counted(members[rows]), centres_kc, out=out[rows])
+    return out.to(torch.int32)
+
+
+def agreement_of_bits(members: NDArray[np.uint8], centres: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """Returns `agreement`, 64 columns at a time.
+
+    The five bits of a code are kept as five words of 64 columns; two rows differ in a column where any of the
+    five differ. Where a member holds nothing that counts, and behind the last column, it differs from all.
+    """
+    member_words = _bit_planes(members)
+    centre_words = _bit_planes(centres)
+    not_counted = ~_pack(members < NUM_COUNTED)
+    num_words = not_counted.shape[1]
+    out = np.empty((len(members), len(centres)), dtype=np.int32)
+    block = max(1, BITS_BLOCK_BYTES // (8 * len(centres)))
+    for first in range(0, len(members), block):
+        rows = slice(first, first + block)
+        differing = np.zeros((len(members[rows]), len(centres)), dtype=np.int32)
+        for word in range(num_words):
+            apart = np.bitwise_xor.outer(member_words[0, rows, word], centre_words[0, :, word])
+            for bit in range(1, CODE_BITS):
+                apart |= np.bitwise_xor.outer(member_words[bit, rows, word], centre_words[bit, :, word])
+            apart |= not_counted[rows, word, None]
+            differing += np.bitwise_count(apart)
+        np.subtract(64 * num_words, differing, out=out[rows])
     return out
 
 
@@ -77,13 +120,18 @@ def summarise(
     Returns: float32 (C, R, 23) mean one-hot, and float32 (C, R) mean deletions, over centre and members.
     """
     num_centres, width = centres.shape
-    cell_mr = assignment[:, None] * width + torch.arange(width, device=centres.device)
-    counts = _count(cell_mr * NUM_CLASSES + members, num_centres * width * NUM_CLASSES)
+    num_cells = num_centres * width
+    column_r = torch.arange(width, device=centres.device)
+    own_cr = torch.arange(num_cells, device=centres.device).view(num_centres, width)
+    counts = _count(own_cr * NUM_CLASSES + centres, num_cells * NUM_CLASSES)
+    sums = centre_deletions.long().reshape(-1)
+    for first in range(0, len(members), SUMMARY_BLOCK_ROWS):
+        rows = slice(first, first + SUMMARY_BLOCK_ROWS)
+        cell_mr = assignment[rows, None] * width + column_r
+        counts += _count(cell_mr * NUM_CLASSES + members[rows], num_cells * NUM_CLASSES)
+        sums = sums.scatter_add(0, cell_mr.reshape(-1), member_deletions[rows].reshape(-1).long())
     counts_crk = counts.view(num_centres, width, NUM_CLASSES)
-    counts_crk.scatter_add_(2, centres.long()[:, :, None], torch.ones_like(counts_crk[:, :, :1]))
-    sums = torch.zeros(num_centres * width, dtype=torch.int64, device=centres.device)
-    sums.scatter_add_(0, cell_mr.reshape(-1), member_deletions.reshape(-1).long())
-    sums_cr = sums.view(num_centres, width) + centre_deletions
+    sums_cr = sums.view(num_centres, width)
     # The order of additions is AlphaFold 2's, so that float32 gives its bits: (1e-6 + 1) + members.
     size_c = torch.tensor(1e-6, dtype=torch.float32, device=centres.device) + 1.0
     size_c = size_c + _count(assignment, num_centres).to(torch.float32)
@@ -94,6 +142,19 @@ def _one_hot_counted(codes: torch.Tensor) -> torch.Tensor:
     """Returns float32 (rows, W * 21): one-hot over the classes whose agreement counts."""
     classes = torch.arange(NUM_COUNTED, dtype=torch.uint8, device=codes.device)
     return (codes[:, :, None] == classes).to(torch.float32).flatten(1)
+
+
+def _bit_planes(codes: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Returns uint64 (5, rows, ceil(W / 64)): bit b of every code, packed along the columns."""
+    return np.stack([_pack((codes >> bit) & 1) for bit in range(CODE_BITS)])
+
+
+def _pack(flags: NDArray[Any]) -> NDArray[np.uint64]:
+    """Returns uint64 (rows, ceil(W / 64)): one bit a column, zeros behind the last."""
+    packed = np.packbits(flags.astype(bool), axis=1)
+    padded = np.zeros((len(flags), -(-packed.shape[1] // 8) * 8), dtype=np.uint8)
+    padded[:, : packed.shape[1]] = packed
+    return padded.view(np.uint64)
 
 
 def _count(values: torch.Tensor, size: int) -> torch.Tensor:

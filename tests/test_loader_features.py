@@ -83,14 +83,46 @@ def test_assignment_equals_loops_with_ties_to_the_first(num_members, num_centres
     assert have.tolist() == [nearest(list(member), centres.tolist()) for member in members]
 
 
-def test_assignment_in_blocks_equals_assignment_at_once(monkeypatch):
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 50), st.integers(1, 9), st.integers(1, 200), st.integers(0, 2**32 - 1))
+def test_agreement_by_bits_equals_agreement_by_one_hot(num_members, num_centres, width, seed):
+    if not hasattr(np, "bitwise_count"):
+        pytest.skip("NumPy counts bits from 2.0 on; one-hot is the only way here")
+    rng = np.random.default_rng(seed)
+    members = rng.integers(0, 22, (num_members, width)).astype(np.uint8)
+    centres = rng.integers(0, 23, (num_centres, width)).astype(np.uint8)
+    by_one_hot = clusters.agreement_of_one_hot(torch.from_numpy(members), torch.from_numpy(centres))
+    assert np.array_equal(clusters.agreement_of_bits(members, centres), by_one_hot.numpy())
+
+
+@pytest.mark.parametrize("size", ["ONE_HOT_BLOCK_BYTES", "BITS_BLOCK_BYTES"])
+def test_agreement_in_blocks_equals_agreement_at_once(monkeypatch, size):
     rng = np.random.default_rng(1)
-    members = torch.from_numpy(rng.integers(0, 22, (101, 33)).astype(np.uint8))
-    centres = torch.from_numpy(rng.integers(0, 23, (7, 33)).astype(np.uint8))
-    whole = clusters.agreement(members, centres)
-    monkeypatch.setattr(clusters, "BLOCK_BYTES", 4 * 21 * 33 * 10)
-    assert torch.equal(clusters.agreement(members, centres), whole)
-    assert torch.equal(whole, whole.round())
+    members = torch.from_numpy(rng.integers(0, 22, (101, 133)).astype(np.uint8))
+    centres = torch.from_numpy(rng.integers(0, 23, (7, 133)).astype(np.uint8))
+
+    def both():
+        ways = [clusters.agreement(members, centres), clusters.agreement_of_one_hot(members, centres)]
+        return torch.stack(ways)
+
+    whole = both()
+    monkeypatch.setattr(clusters, size, 4 * 21 * 133 * 10 if size.startswith("ONE") else 8 * 7 * 10)
+    assert torch.equal(both(), whole)
+    assert torch.equal(whole[0], whole[1])
+
+
+def test_clusters_summed_in_blocks_equal_clusters_summed_at_once(monkeypatch):
+    rng = np.random.default_rng(2)
+    members, centres = (torch.from_numpy(rng.integers(0, 22, (n, 19)).astype(np.uint8)) for n in (53, 4))
+    deleted, own = (torch.from_numpy(rng.integers(0, 2**30, (n, 19)).astype(np.int32)) for n in (53, 4))
+    assignment = clusters.assign(members, centres)
+    whole = clusters.summarise(centres, own, members, deleted, assignment)
+    monkeypatch.setattr(clusters, "SUMMARY_BLOCK_ROWS", 10)
+    blocks = clusters.summarise(centres, own, members, deleted, assignment)
+    assert all(torch.equal(a, b) for a, b in zip(whole, blocks, strict=True))
+    # Sums of large counts do not overflow: the mean stays between its smallest and largest member.
+    assert float(whole[1].max()) <= 2**30
+    assert float(whole[1].min()) >= 0
 
 
 def test_features_do_not_depend_on_the_number_of_torch_threads(store):

@@ -1,4 +1,4 @@
-"""The stream of a loader: equal for any threads, ranks, restarts; each record once an epoch; errors arrive."""
+"""The stream of a loader: equal for any threads, ranks, restarts; records once an epoch; errors arrive."""
 
 import json
 import multiprocessing
