@@ -140,7 +140,10 @@ class SyntheticSource:
 
         first = step * self.data.global_batch + v * per_shard
         samples = [synthetic_sample(self.seed, g, self.data) for g in range(first, first + per_shard)]
-        features = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        features = {
+            name: torch.stack([sample[name] for sample in samples]).to(self.ranks.device)
+            for name in samples[0]
+        }
         if self.quirks.get("nan_at") == [step, v]:
             features["msa_feat"][0, 0, 0, 0] = float("nan")
         return features

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import click
 
-from foldfeed.feature_store.errors import FoldfeedError
+from foldfeed.feature_store.errors import FoldfeedError, MissingExtraError
 from foldfeed.trainer.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SnapshotConfig
 from foldfeed.trainer.errors import TrainerConfigError
 
@@ -66,7 +66,7 @@ def _attribute_texts(config: type) -> dict[str, str]:
             texts[name] = text.strip()
         elif line.strip() and name:
             texts[name] += " " + line.strip()
-    return {name: text.replace("``", "") for name, text in texts.items()}
+    return {name: text[0].upper() + text[1:].replace("``", "") for name, text in texts.items()}
 
 
 MODEL = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -106,7 +106,13 @@ def _version() -> str:
     help="Gradient reducer.",
 )
 @click.option("--bucket-mb", default=0.0, show_default=True, help="Limit of a gradient bucket; 0: automatic.")
-@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), show_default=True)
+@click.option(
+    "--device",
+    default="auto",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    show_default=True,
+    help="Where to train; auto takes CUDA when there is one.",
+)
 @_options_of(RunConfig, RUN)
 @_options_of(ModelConfig, MODEL)
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
@@ -147,10 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = command.main(args=given, prog_name="python -m foldfeed.trainer", standalone_mode=False)
         if not isinstance(config, RunConfig):
             return 0  # --help or --version
-        # Lazy: help and usage errors should not wait for torch.
-        from foldfeed.trainer.launch import run
-
-        run(config)
+        _runner()(config)
     except click.ClickException as error:
         _complain(f"{error.format_message()} (--help lists the options)")
         return 2
@@ -160,6 +163,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(str(error) or "interrupted")
         return 2 if isinstance(error, TrainerConfigError) else 1
     return 0
+
+
+def _runner() -> Callable[[RunConfig], object]:
+    """Returns `launch.run`; imported late, so that help and usage errors do not wait for torch."""
+    try:
+        from foldfeed.trainer.launch import run
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise MissingExtraError("torch", "train") from error
+    return run
 
 
 def leave_with(work: Callable[[], int]) -> None:

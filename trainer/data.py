@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from foldfeed.loader import CropLoader, FeatureStore, Recipe
+from foldfeed.loader import CropLoader, FeatureStore, LoaderConfigError, Recipe
 from foldfeed.trainer.config import DataConfig
+from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.ranks import Ranks
 
 
@@ -20,26 +21,30 @@ def open_loader(config: DataConfig, seed: int, ranks: Ranks) -> Iterator[tuple[C
     Returns: the loader and the store's fingerprint.
     Raises:
       NotAStoreError: the URL holds no store.
-      FoldfeedError: the loader's own errors, for a recipe or a store it cannot use.
+      TrainerConfigError: a recipe, or a value, that the loader refuses.
     """
     store = FeatureStore.open(config.store)
-    recipe = Recipe.named(
-        config.recipe,
-        crop_residues=config.crop_residues,
-        num_clusters=config.num_clusters,
-        num_extra=config.num_extra,
-    )
-    loader = CropLoader(
-        store,
-        recipe,
-        seed=seed,
-        global_batch=config.global_batch,
-        virtual_shards=config.num_shards,
-        rank=ranks.rank,
-        world=ranks.world,
-        device=str(ranks.device),
-        num_threads=config.loader_threads,
-        prefetch_steps=config.prefetch_steps,
-    )
+    try:
+        recipe = Recipe.named(
+            config.recipe,
+            crop_residues=config.crop_residues,
+            num_clusters=config.num_clusters,
+            num_extra=config.num_extra,
+        )
+        loader = CropLoader(
+            store,
+            recipe,
+            seed=seed,
+            global_batch=config.global_batch,
+            virtual_shards=config.num_shards,
+            rank=ranks.rank,
+            world=ranks.world,
+            device=ranks.device,
+            num_threads=config.loader_threads,
+            prefetch_steps=config.prefetch_steps,
+        )
+    except LoaderConfigError as error:
+        # The values come from our command line, so it is wrong usage of ours.
+        raise TrainerConfigError(str(error)) from error
     with loader:
         yield loader, store.fingerprint

@@ -28,7 +28,7 @@ from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.ddp import DdpReducer
 from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.metrics import Metrics, memory_scalars
-from foldfeed.trainer.model import CompactEvoformer, masked_msa_loss
+from foldfeed.trainer.model import CompactEvoformer, Loss, masked_msa_loss
 from foldfeed.trainer.optimizer import FlatAdamW, Update
 from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.reducer import Reducer, TreeReducer
@@ -204,7 +204,7 @@ class Trainer:
         """
         assert batch.step == self.step, f"the loader gave step {batch.step}, the model is at {self.step}"
         num_shards = self.config.data.num_shards
-        losses, counts, worst = ([0.0] * num_shards for _ in range(3))
+        losses: dict[int, Loss] = {}
 
         self.reducer.begin()
         for shard in batch.shards:
@@ -212,11 +212,9 @@ class Trainer:
                 seed_shard(self.config.seed, batch.step, shard.v)
                 loss = masked_msa_loss(self._forward(shard.features), shard.features)
                 loss.total.backward()
-            losses[shard.v] = loss.total.item()
-            counts[shard.v] = loss.num_samples.item()
-            worst[shard.v] = loss.per_sample.max().item()
+            losses[shard.v] = loss
 
-        rows = self.reducer.finish([float(self.stop_requested), data_s, *losses, *counts, *worst])
+        rows = self.reducer.finish([float(self.stop_requested), data_s, *_scalars(losses, num_shards)])
         commit = combine(rows, num_shards)
 
         update = self.optimizer.step(self.reducer.gradient, commit.num_samples, batch.step)
@@ -309,6 +307,18 @@ class Trainer:
     def weights_digest(self) -> str:
         """Returns the sha256 (hex) of the flat parameters."""
         return hashlib.sha256(self.flat.params.cpu().numpy().data.cast("B")).hexdigest()
+
+
+def _scalars(losses: Mapping[int, Loss], num_shards: int) -> list[float]:
+    """Returns V sums of losses, V counts and V largest losses; zeros for other ranks' shards.
+
+    Read only after the last backward was issued: on a GPU each ``item`` waits for the device.
+    """
+    columns = [[0.0] * num_shards for _ in range(3)]
+    for shard, loss in losses.items():
+        for column, value in zip(columns, (loss.total, loss.num_samples, loss.per_sample.max()), strict=True):
+            column[shard] = float(value.item())
+    return [value for column in columns for value in column]
 
 
 def combine(rows: Sequence[Sequence[float]], num_shards: int) -> Commit:

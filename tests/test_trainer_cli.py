@@ -1,0 +1,251 @@
+"""The command line as people use it: help, exit codes, a real run on a real store, its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_ranks import free_port
+
+from foldfeed.feature_store import FeatureStore
+from foldfeed.trainer.cli import command, main
+from foldfeed.trainer.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from foldfeed.trainer.errors import TrainerConfigError
+
+TINY = [
+    *(
+        "--crop-residues",
+        "16",
+        "--num-clusters",
+        "4",
+        "--num-extra",
+        "8",
+        "--global-batch",
+        "3",
+        "--steps",
+        "4",
+    ),
+    *(
+        "--snapshot-every",
+        "2",
+        "--c-m",
+        "8",
+        "--c-z",
+        "8",
+        "--c-e",
+        "8",
+        "--num-blocks",
+        "1",
+        "--num-heads",
+        "2",
+    ),
+    *("--c-opm", "4", "--c-tri", "4", "--device", "cpu", "--lr", "0.01", "--warmup-steps", "0"),
+]
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "foldfeed.trainer", *map(str, arguments)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.fixture
+def inside(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Runs the command line in this process (torch is loaded already); returns exit code and stderr."""
+    threads = torch.get_num_threads()
+    running = threading.active_count()
+
+    def call(*arguments: object) -> tuple[int, str]:
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        assert threading.active_count() == running, "a run left threads behind"
+        return code, capfd.readouterr().err
+
+    yield call
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+def test_every_setting_has_an_option_with_a_text() -> None:
+    options = {option.name: option for option in command.params}
+    for config in (DataConfig, ModelConfig, OptimizerConfig, RunConfig):
+        for field in config.__dataclass_fields__:
+            if field not in ("data", "model", "optimizer", "snapshots"):
+                assert field in options, field
+    nameless = [name for name, option in options.items() if not getattr(option, "help", None)]
+    assert nameless == []
+
+
+def test_help_and_version_do_not_load_torch() -> None:
+    code = (
+        "import sys; from foldfeed.trainer.cli import main\n"
+        "assert main(['--help']) == 0 and main(['--version']) == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "torchrun --nproc-per-node 4" in done.stdout
+    assert "foldfeed.trainer, version" in done.stdout
+
+
+WRONG = {
+    "no store": ([], "Missing option '--store'"),
+    "unknown": (["--store", "s", "--output", "o", "--stepz", "3"], "No such option '--stepz'"),
+    "no number": (["--store", "s", "--output", "o", "--steps", "many"], "'many' is not a valid integer"),
+    "zero steps": (
+        ["--store", "s", "--output", "o", "--steps", "0"],
+        "steps is 0; it must be greater than 0",
+    ),
+    "url": (["--store", "s", "--output", "s3://b/o"], "output 's3://b/o' is a URL"),
+    "shards": (
+        ["--store", "s", "--output", "o", "--global-batch", "6", "--virtual-shards", "4"],
+        "global_batch 6 does not divide by virtual_shards 4",
+    ),
+    "heads": (["--store", "s", "--output", "o", "--c-m", "30"], "c_m 30 does not divide by num_heads 4"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_usage_is_one_line_and_exit_code_2(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, text = WRONG[case]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert text.replace("'", "").replace(".", "") in said.replace("'", "").replace(".", "")
+    assert said.count("\n") == 1
+
+
+def test_wrong_worlds_and_stores_are_one_line(
+    tmp_path: Path,
+    small_store: FeatureStore,
+    inside: Callable[..., tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual = ["--store", small_store.url, "--output", tmp_path / "o", *TINY]
+    code, said = inside(*usual, "--store", tmp_path / "nothing")
+    assert (code, said.count("\n")) == (1, 1)
+    assert "is not a foldfeed store" in said
+    code, said = inside(*usual, "--recipe", "af9")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "af9" in said
+    monkeypatch.setenv("RANK", "0")
+    code, said = inside(*usual)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "RANK set but not WORLD_SIZE, LOCAL_RANK" in said
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    code, said = inside(*usual)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "4 ranks share 3 virtual shards" in said
+
+
+def digest(output: Path) -> str:
+    found: str = json.loads((output / "result.json").read_text())["weights_digest"]
+    return found
+
+
+def test_a_run_on_a_store_its_files_and_its_continuation(tmp_path: Path, small_store: FeatureStore) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = run("--store", small_store.url, "--output", whole, *TINY)
+    assert done.returncode == 0, done.stderr
+    steps = [line for line in done.stdout.splitlines() if line.startswith("step:")]
+    assert len(steps) == 4
+    assert "loss:" in steps[0]
+    assert "grad_norm:" in steps[0]
+    assert f"weights_digest: {digest(whole)}" in done.stdout
+
+    record = json.loads((whole / "run.json").read_text())
+    assert record["config"]["data"]["crop_residues"] == 16
+    assert record["store_fingerprint"] == small_store.fingerprint
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(whole / "tb"))
+    events.Reload()
+    for name in (
+        *("loss_metrics/global_avg_loss", "loss_metrics/global_max_loss", "grad_norm", "lr"),
+        *("time_metrics/end_to_end(s)", "time_metrics/data_loading(s)", "time_metrics/data_loading(%)"),
+        *("throughput(residues/s)", "comm/exposed_ms", "memory/max_rss(GiB)"),
+    ):
+        assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4]
+        assert events.Scalars(name)[2].value == pytest.approx(lines[2][name], rel=1e-5)
+
+    # The same in two parts, the second under torchrun's variables on three ranks: equal to the bit.
+    assert (
+        run(
+            "--store", small_store.url, "--output", parts, *TINY, "--steps", "3", "--no-tensorboard"
+        ).returncode
+        == 0
+    )
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=3",
+        f"--master-port={free_port()}",
+    ]
+    torchrun += ["-m", "foldfeed.trainer", "--store", small_store.url, "--output", str(parts), *TINY]
+    resumed = subprocess.run(torchrun, capture_output=True, text=True, timeout=120)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed: step 3" in resumed.stdout
+    assert digest(parts) == digest(whole)
+
+
+def test_a_folder_belongs_to_one_run(
+    tmp_path: Path, small_store: FeatureStore, inside: Callable[..., tuple[int, str]]
+) -> None:
+    arguments = ["--store", small_store.url, "--output", tmp_path / "run", *TINY, "--no-tensorboard"]
+    assert inside(*arguments) == (0, "")
+    first = digest(tmp_path / "run")
+    assert inside(*arguments) == (0, ""), "a finished run says so again"
+    assert digest(tmp_path / "run") == first
+    for change, text in (
+        (["--seed", "9"], "seed 0 there, 9 now"),
+        (["--c-z", "16"], "model.c_z 8 there, 16 now"),
+        (["--resume", "none"], "--resume none, but"),
+        (["--threads", "2"], "threads 1 in the snapshot, 2 now"),
+    ):
+        code, said = inside(*arguments, *change)
+        assert code in (1, 2), change
+        assert text in said
+        assert said.count("\n") == 1
+    # A named snapshot may start another folder; the run id differs, everything that counts agrees.
+    named = tmp_path / "run" / "snapshots" / "step-00000002"
+    assert inside(*arguments, "--output", tmp_path / "other", "--resume", named) == (0, "")
+    assert digest(tmp_path / "other") == first
+    # A snapshot that somebody copied into another run's folder is not picked up silently.
+    assert inside(*arguments, "--output", tmp_path / "third", "--steps", "2") == (0, "")
+    shutil.rmtree(tmp_path / "third" / "snapshots")
+    shutil.copytree(tmp_path / "run" / "snapshots", tmp_path / "third" / "snapshots")
+    code, said = inside(*arguments, "--output", tmp_path / "third")
+    assert (code, said.count("\n")) == (1, 1)
+    assert "run_id" in said
+
+
+def test_settings_that_do_not_decide_the_numbers_do_not_change_the_digest() -> None:
+    base = RunConfig(output="o", data=DataConfig(store="s"))
+    moved = RunConfig(output="p", steps=7, log_every=3, data=DataConfig(store="t", loader_threads=5))
+    assert base.digest() == moved.digest()
+    assert base.digest() != RunConfig(output="o", data=DataConfig(store="s", global_batch=16)).digest()
+    # V is what counts, not how it was written.
+    assert base.digest() == RunConfig(output="o", data=DataConfig(store="s", virtual_shards=8)).digest()
+    with pytest.raises(TrainerConfigError, match="keep_snapshots is 0"):
+        main_config_with_keep_zero()
+
+
+def main_config_with_keep_zero() -> None:
+    from foldfeed.trainer.config import SnapshotConfig
+
+    SnapshotConfig(keep=0)

@@ -1,0 +1,56 @@
+"""What needs a GPU: the reducer's side stream, and equal bits of a run on the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_ranks import train_synthetic
+
+from foldfeed.trainer.buckets import plan_buckets
+from foldfeed.trainer.flat import FlatParameters
+from foldfeed.trainer.ranks import Ranks
+from foldfeed.trainer.reducer import TreeReducer
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def alone() -> Ranks:
+    return Ranks(rank=0, world=1, device=torch.device("cuda", 0))
+
+
+def test_the_side_stream_waits_for_every_gradient() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(512, 512) for _ in range(12)])
+    flat = FlatParameters(model, "cuda")
+    buckets = plan_buckets([s.padded for s in flat.segments], bucket_bytes=2 * 2**20)
+    reducer = TreeReducer(flat, buckets, alone(), 4)
+    inputs = torch.randn(4, 256, 512, device="cuda")
+    for _ in range(20):
+        reducer.begin()
+        for v in range(4):
+            # Forward on another stream: autograd runs each backward operation on its forward's stream.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with reducer.shard(v), torch.cuda.stream(stream):
+                model(inputs[v]).square().mean().backward()
+            torch.cuda.current_stream().wait_stream(stream)
+        reducer.finish([])
+        summed = reducer.gradient.clone()
+        flat.zero_gradients()
+        parts = []
+        for v in range(4):
+            flat.zero_gradients()
+            model(inputs[v]).square().mean().backward()
+            parts.append(flat.grads.clone())
+        assert torch.equal(summed, (parts[0] + parts[1]) + (parts[2] + parts[3]))
+    reducer.close()
+
+
+def test_a_run_on_the_device_repeats_to_the_bit(tmp_path: Path) -> None:
+    outcomes = [train_synthetic(alone(), tmp_path / name, device="cuda") for name in ("a", "b")]
+    assert outcomes[0].weights_digest == outcomes[1].weights_digest
