@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import click
 
+from foldfeed.feature_store.index import ON_EXISTING
 from foldfeed.pipelines.databases import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError, EngineError
 from foldfeed.pipelines.job import (
@@ -65,6 +66,13 @@ MAX_SHOWN_LETTERS = 20
 @click.option(
     "--parts", type=click.IntRange(min=1), metavar="N", help="Parts to write. [default: by number of queries]"
 )
+@click.option(
+    "--on-existing",
+    type=click.Choice(ON_EXISTING),
+    default="error",
+    show_default=True,
+    help="What to do with a record id that is in the store with other content, e.g. from an older database.",
+)
 @click.option("--runner", default="FnApiRunner", show_default=True, help="Beam runner.")
 @click.option("--fail-on-dead-letters", is_flag=True, help="Exit with 1 if any record could not be built.")
 @click.argument("beam_options", nargs=-1, type=click.UNPROCESSED)
@@ -81,6 +89,7 @@ def build(
     timeout: float,
     max_residues: int,
     parts: int | None,
+    on_existing: str,
     runner: str,
     fail_on_dead_letters: bool,
     beam_options: tuple[str, ...],
@@ -112,6 +121,7 @@ def build(
             timeout_s=timeout,
             max_residues=max_residues,
             parts=parts,
+            on_existing=on_existing,
             runner=runner,
             beam_options=beam_options,
         )

@@ -65,6 +65,7 @@ def build_record(
         sequence=query.sequence,
         msa=merged.msa,
         deletions=merged.deletions,
-        rows=merged.rows,
+        # The tools knew the query by a neutral name, because records of equal sequence share their results.
+        rows=dataclasses.replace(merged.rows, hit_id=[query.record_id, *merged.rows.hit_id[1:]]),
         databases=uses,
     )

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.errors import MissingExtraError
+from foldfeed.feature_store.index import ON_EXISTING
 from foldfeed.feature_store.record import MAX_RESIDUES
 from foldfeed.feature_store.settings import StoreSettings
 from foldfeed.feature_store.store import FeatureStore
@@ -66,6 +67,8 @@ class BuildConfig:
       timeout_s: longest wall time of one search.
       max_residues: longer queries become dead letters.
       parts: parts of the store that this build writes; chosen by the number of queries when None.
+      on_existing: what to do with a record id that is in the store with other content: ``error``,
+        ``replace`` or ``skip``.
       runner: Beam runner.
       beam_options: further options for Beam.
     """
@@ -80,6 +83,7 @@ class BuildConfig:
     timeout_s: float = DEFAULT_TIMEOUT_S
     max_residues: int = DEFAULT_MAX_RESIDUES
     parts: int | None = None
+    on_existing: str = "error"
     runner: str = "FnApiRunner"
     beam_options: tuple[str, ...] = ()
 
@@ -101,6 +105,10 @@ class BuildConfig:
         for name, value in numbers.items():
             if value <= 0:
                 raise ConfigError(f"{name} is {value}; it must be greater than 0")
+        if self.on_existing not in ON_EXISTING:
+            raise ConfigError(
+                f"on_existing is {self.on_existing!r}; it must be one of {', '.join(ON_EXISTING)}"
+            )
         if self.max_residues > MAX_RESIDUES:
             raise ConfigError(f"max_residues is {self.max_residues}; the store holds at most {MAX_RESIDUES}")
 
@@ -180,7 +188,12 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
     if not part_ids:
         raise NothingCommittedError(len(letters), str(letters[0]) if letters else "none", letters_path)
     store = FeatureStore.open(config.store)
-    commit = store.commit(part_ids, job_id=_commit_id(part_ids), message=f"foldfeed build {context.job_id}")
+    commit = store.commit(
+        part_ids,
+        job_id=_commit_id(part_ids),
+        message=f"foldfeed build {context.job_id}",
+        on_existing=config.on_existing,
+    )
     return BuildReport(
         store=store.url,
         results=open_blobs(config.results_url).url,

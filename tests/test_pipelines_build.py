@@ -20,7 +20,7 @@ from pipelines_data import (
     write_fasta,
 )
 
-from foldfeed.feature_store import FeatureStore, alphabet
+from foldfeed.feature_store import CommitConflictError, FeatureStore, alphabet
 from foldfeed.pipelines import run_build
 
 pytestmark = [
@@ -117,9 +117,9 @@ def read_table(path: Path) -> dict[str, tuple[float, float]]:
     return scores
 
 
-def merge_by_hand(files: dict[str, Path], sequence: str):
+def merge_by_hand(files: dict[str, Path], name: str, sequence: str):
     """AlphaFold 2's order, caps and de-duplication, one row after the other."""
-    rows = [(sequence, [0] * len(sequence), "query", -1, np.nan, np.nan)]
+    rows = [(sequence, [0] * len(sequence), name, -1, np.nan, np.nan)]
     seen = {sequence}
     for index, (name, cap) in enumerate([("uniref90", 10_000), ("uniclust30", None), ("mgnify", 501)]):
         is_stockholm = files[name].suffix == ".sto"
@@ -153,7 +153,7 @@ def test_every_demo_query_equals_what_the_tools_print_by_hand(tmp_path, database
     depths = []
     for name in store.ids:
         record = store[name]
-        expected = merge_by_hand(files[name], record.sequence)
+        expected = merge_by_hand(files[name], name, record.sequence)
         np.testing.assert_array_equal(record.msa(), [alphabet.encode(row[0]) for row in expected])
         np.testing.assert_array_equal(record.deletions(), [row[1] for row in expected])
         rows = record.rows().to_pylist()
@@ -256,6 +256,23 @@ def test_new_queries_search_only_what_is_new(tmp_path, monkeypatch):
     assert (second.num_added, second.num_unchanged) == (2, 2)
     assert second.version > first.version
     assert len(FeatureStore.open(second.store)) == 4
+
+
+def test_a_newer_database_replaces_records_only_when_told_to(tmp_path):
+    queries = write_fasta(tmp_path / "q.fasta", globins(2))
+    newer = tmp_path / "newer.fasta"
+    newer.write_text("".join(Path(GLOBINS).read_text().partition("\n>")[0:1]) + "\n")
+    old = run_build(config_of(tmp_path, queries, [f"uniref90={GLOBINS}"]))
+    depths = {name: FeatureStore.open(old.store)[name].depth for name in globins(2)}
+    with pytest.raises(CommitConflictError, match="other content"):
+        run_build(config_of(tmp_path, queries, [f"uniref90={newer}"]))
+    skipped = run_build(config_of(tmp_path, queries, [f"uniref90={newer}"], on_existing="skip"))
+    assert (skipped.version, skipped.num_added, skipped.num_reused) == (old.version, 0, 2)
+    replaced = run_build(config_of(tmp_path, queries, [f"uniref90={newer}"], on_existing="replace"))
+    assert (replaced.version, replaced.num_added, replaced.num_reused) == (old.version + 1, 2, 2)
+    now = FeatureStore.open(old.store)
+    assert all(now[name].depth < depths[name] for name in depths)
+    assert FeatureStore.open(old.store, version=old.version)[next(iter(depths))].depth in depths.values()
 
 
 def test_a_protein_without_relatives_is_a_record_of_one_row(tmp_path):
