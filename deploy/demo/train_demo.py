@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -113,6 +114,8 @@ def train(store: str, output: Path, steps: int, *, kill: bool) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command += ["--max-restarts=2", "-m", "foldfeed.trainer", "--store", store, "--output", str(output)]
     command += ["--steps", str(steps), *SETTINGS]
+    shown = ["torchrun", *command[3:]]
+    print(f"  $ {shlex.join(shown)}", flush=True)
     log = output.with_suffix(".log")
     started, resumed = time.monotonic(), 0
     with started_process(command, log) as torchrun:
