@@ -6,6 +6,7 @@ Imports nothing of the other rooms. Needs neither Beam nor torch.
 from foldfeed.feature_store.errors import (
     AlignmentParseError,
     CommitConflictError,
+    CommitContentionError,
     CorruptDataError,
     FoldfeedError,
     FormatVersionError,
@@ -17,8 +18,10 @@ from foldfeed.feature_store.errors import (
     StorageFullError,
     StoreError,
     StoreSettingsError,
+    TagError,
 )
-from foldfeed.feature_store.index import CommitResult, LogEntry
+from foldfeed.feature_store.index import CommitResult
+from foldfeed.feature_store.index_log import LogEntry
 from foldfeed.feature_store.part_reader import Crop
 from foldfeed.feature_store.record import DatabaseUse, MsaRecord, RowProvenance
 from foldfeed.feature_store.settings import StoreSettings
@@ -28,6 +31,7 @@ from foldfeed.feature_store.writer import WrittenPart, write_part
 __all__ = [
     "AlignmentParseError",
     "CommitConflictError",
+    "CommitContentionError",
     "CommitResult",
     "CorruptDataError",
     "Crop",
@@ -48,6 +52,7 @@ __all__ = [
     "StoreError",
     "StoreSettings",
     "StoreSettingsError",
+    "TagError",
     "WrittenPart",
     "write_part",
 ]

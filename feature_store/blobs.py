@@ -13,7 +13,11 @@ calls made here.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import datetime
 import errno
+import fcntl
+import filecmp
 import functools
 import os
 import shutil
@@ -22,7 +26,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import fsspec
 
@@ -32,7 +36,26 @@ from foldfeed.feature_store.errors import StorageFullError
 TEMPORARY_PREFIX = ".tmp-"
 
 
+# A folder is complete when this file is there; it is uploaded last where a folder cannot appear at once.
+LAST_FILE = "zarr.json"
+
+
 RangeReader: TypeAlias = "Callable[[int, int], bytes]"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FileInfo:
+    """One file under a root.
+
+    Attributes:
+      path: relative to the root.
+      num_bytes: its size.
+      modified_s: when it was last written or touched, seconds since 1970; 0 where the storage does not say.
+    """
+
+    path: str
+    num_bytes: int
+    modified_s: float
 
 
 class Blobs(Protocol):
@@ -76,7 +99,39 @@ class Blobs(Protocol):
         ...
 
     def publish_folder(self, local: Path, path: str) -> None:
-        """Makes a staged folder visible under a name that, if it exists, already holds the same content."""
+        """Makes a staged folder visible under a name that stands for its content.
+
+        A folder that is there already is left, marked as wanted now (`touch`), unless it is damaged: then
+        the staged one takes its place.
+        """
+        ...
+
+    def info(self, path: str) -> FileInfo:
+        """Returns size and age of a file; FileNotFoundError when there is none."""
+        ...
+
+    def walk(self, prefix: str) -> tuple[FileInfo, ...]:
+        """Returns all files under a folder, at any depth, sorted by path; () when there is no such folder."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Removes a file or a folder with all it holds; nothing happens when there is none."""
+        ...
+
+    def touch(self, path: str) -> None:
+        """Sets a file's time to now; FileNotFoundError when there is none."""
+        ...
+
+    def make_durable(self, path: str) -> None:
+        """Forces to the disk a file that other software wrote."""
+        ...
+
+    def in_use(self, path: str) -> bool:
+        """Returns whether a living process on this file system fills that staging folder."""
+        ...
+
+    def rename_folder(self, path: str, name: str) -> bool:
+        """Renames a folder; returns False where the storage cannot do that in one step."""
         ...
 
 
@@ -170,11 +225,13 @@ class LocalBlobs:
             parts.mkdir(parents=True, exist_ok=True)
             folder = parts / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
             folder.mkdir()
-            try:
-                yield folder
-            finally:
-                if folder.exists():
-                    shutil.rmtree(folder)
+            # The lock ends with the process, however it ends, so `gc` can tell a writer from a leftover.
+            with _locked(folder):
+                try:
+                    yield folder
+                finally:
+                    if folder.exists():
+                        shutil.rmtree(folder)
 
     def publish_folder(self, local: Path, path: str) -> None:
         target = self.root / path
@@ -187,10 +244,68 @@ class LocalBlobs:
             try:
                 local.rename(target)
             except OSError as error:
-                # Names are content hashes, so an existing folder of that name holds these very bytes.
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
+                self._keep_or_heal(local, target)
             fsync_folder(target.parent)
+
+    def _keep_or_heal(self, local: Path, target: Path) -> None:
+        """Leaves a folder that holds the staged bytes; swaps in the staged one where it does not."""
+        names = [str(file.relative_to(local)) for file in local.rglob("*") if file.is_file()]
+        _, differ, missing = filecmp.cmpfiles(local, target, names, shallow=False)
+        if not differ and not missing:
+            os.utime(target / LAST_FILE)
+            return
+        aside = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        target.rename(aside)
+        local.rename(target)
+        shutil.rmtree(aside)
+
+    def info(self, path: str) -> FileInfo:
+        found = (self.root / path).stat()
+        return FileInfo(path=path, num_bytes=found.st_size, modified_s=found.st_mtime)
+
+    def walk(self, prefix: str) -> tuple[FileInfo, ...]:
+        found = []
+        for folder, _, names in os.walk(self.root / prefix):
+            for name in names:
+                # A file may go while we look: another process published or removed it.
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(self.info(os.path.relpath(os.path.join(folder, name), self.root)))
+        return tuple(sorted(found, key=lambda file: file.path))
+
+    def delete(self, path: str) -> None:
+        target = self.root / path
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+    def touch(self, path: str) -> None:
+        os.utime(self.root / path)
+
+    def make_durable(self, path: str) -> None:
+        target = self.root / path
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
+        fsync_folder(target.parent)
+
+    def in_use(self, path: str) -> bool:
+        try:
+            handle = os.open(self.root / path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+    def rename_folder(self, path: str, name: str) -> bool:
+        (self.root / path).rename(self.root / name)
+        return True
 
     @contextlib.contextmanager
     def _temporary_file(self, target: Path, data: bytes) -> Iterator[Path]:
@@ -247,10 +362,58 @@ class FsspecBlobs:
             yield Path(folder)
 
     def publish_folder(self, local: Path, path: str) -> None:
-        for file in sorted(local.rglob("*")):
-            if file.is_file():
-                remote = f"{path}/{file.relative_to(local).as_posix()}"
-                self._files.put_file(str(file), self._at(remote))
+        names = [file.relative_to(local).as_posix() for file in local.rglob("*") if file.is_file()]
+        for name in sorted(names, key=lambda name: (name == LAST_FILE, name)):
+            self._files.put_file(str(local / name), self._at(f"{path}/{name}"))
+
+    def info(self, path: str) -> FileInfo:
+        return _remote_info(path, self._files.info(self._at(path)))
+
+    def walk(self, prefix: str) -> tuple[FileInfo, ...]:
+        found = self._files.find(self._at(prefix), detail=True)
+        skip = len(self._root.rstrip("/")) + 1
+        return tuple(_remote_info(name[skip:], found[name]) for name in sorted(found))
+
+    def delete(self, path: str) -> None:
+        if self._files.exists(self._at(path)):
+            self._files.rm(self._at(path), recursive=True)
+
+    def touch(self, path: str) -> None:
+        # Object stores date an object by its last PUT; only small files are ever touched.
+        self._files.pipe_file(self._at(path), self._files.cat_file(self._at(path)))
+
+    def make_durable(self, path: str) -> None:
+        """An object that can be read is durable."""
+
+    def in_use(self, path: str) -> bool:
+        return False
+
+    def rename_folder(self, path: str, name: str) -> bool:
+        return False
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
+
+
+def _remote_info(path: str, entry: dict[str, Any]) -> FileInfo:
+    """Returns what fsspec says of an object; each file system names its time differently."""
+    when = next(
+        (entry[key] for key in ("LastModified", "mtime", "updated", "created") if entry.get(key)), 0.0
+    )
+    if isinstance(when, str):
+        when = datetime.datetime.fromisoformat(when)
+    if isinstance(when, datetime.datetime):
+        when = when.timestamp()
+    return FileInfo(path=path, num_bytes=int(entry.get("size") or 0), modified_s=float(when))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds an advisory lock on a folder; a file system that has no locks is used without."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)

@@ -7,6 +7,8 @@
     │   ├── FormatVersionError        written by a format this reader does not know
     │   ├── CorruptDataError          a checksum, a size or an index does not agree
     │   ├── CommitConflictError       the same record id with other content is already there
+    │   ├── CommitContentionError     others kept committing; ours never got its turn
+    │   ├── TagError                  a tag's name, or what it names, is not possible
     │   └── StorageFullError          no space left where we must write
     ├── RecordNotFoundError (KeyError)
     ├── InvalidRecordError (ValueError)      a record that the format cannot hold
@@ -89,6 +91,32 @@ class CorruptDataError(StoreError):
 
 class CommitConflictError(StoreError):
     """A commit would give a record id a second meaning."""
+
+
+class CommitContentionError(StoreError):
+    """Others kept committing and ours lost every race. Nothing was committed; try again.
+
+    Attributes:
+      url: the store.
+      attempts: how often it was tried.
+      seconds: for how long.
+    """
+
+    def __init__(self, url: str, attempts: int, seconds: float) -> None:
+        self.url = url
+        self.attempts = attempts
+        self.seconds = seconds
+        super().__init__(
+            f"{url!r}: {attempts} attempts to commit in {seconds:.0f} s all lost against other commits; "
+            "run the command again, with fewer and larger commits at the same time"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, float]]:
+        return type(self), (self.url, self.attempts, self.seconds)
+
+
+class TagError(StoreError, ValueError):
+    """A tag cannot be set or followed."""
 
 
 class StorageFullError(StoreError):

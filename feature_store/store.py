@@ -20,10 +20,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from foldfeed.feature_store import query
+from foldfeed.feature_store import query, versions
+from foldfeed.feature_store.annotations import annotate
 from foldfeed.feature_store.blobs import open_blobs
-from foldfeed.feature_store.errors import NotAStoreError, RecordNotFoundError, StoreSettingsError
-from foldfeed.feature_store.index import CommitResult, Index, LogEntry
+from foldfeed.feature_store.errors import (
+    CorruptDataError,
+    NotAStoreError,
+    RecordNotFoundError,
+    StoreSettingsError,
+)
+from foldfeed.feature_store.garbage import mark_wanted
+from foldfeed.feature_store.index import CommitResult, Index
+from foldfeed.feature_store.index_log import LogEntry, entry_of
 from foldfeed.feature_store.layout import RowIndex, resolve_residues, resolve_rows
 from foldfeed.feature_store.part_reader import Crop, PartReader, RecordLocation
 from foldfeed.feature_store.schema import INDEX_SCHEMA
@@ -53,13 +61,14 @@ class FeatureStore:
         self._parts: dict[str, PartReader] = {}
 
     @classmethod
-    def open(cls, url: str | os.PathLike[str], version: int | None = None) -> FeatureStore:
-        """Returns a store at a version, the newest by default.
+    def open(cls, url: str | os.PathLike[str], version: int | str | None = None) -> FeatureStore:
+        """Returns a store at a version or a tag, the newest version by default.
 
         Raises:
           NotAStoreError: nothing there, or something else.
           FormatVersionError: a format this release does not read.
-          ValueError: there is no such version.
+          CorruptDataError: ``foldfeed.json``, the log or the tag is damaged.
+          ValueError: there is no such version (any more), or no such tag.
         """
         blobs = open_blobs(url)
         try:
@@ -68,7 +77,9 @@ class FeatureStore:
             reason = f"it has no {SETTINGS_FILE}" if blobs.exists("") else "there is nothing at that path"
             raise NotAStoreError(blobs.url, reason) from error
         settings = StoreSettings.from_json(data, blobs.url)
-        return cls(blobs.url, settings, Index.open(blobs.url, version))
+        index = versions.open_index(blobs.url, version)
+        _check_settings(data, index)
+        return cls(blobs.url, settings, index)
 
     @classmethod
     def create(cls, url: str | os.PathLike[str], settings: StoreSettings | None = None) -> FeatureStore:
@@ -85,13 +96,16 @@ class FeatureStore:
         if not blobs.exists(SETTINGS_FILE):
             _refuse_foreign(blobs.url, blobs.list("") if blobs.exists("") else [], os.path.isfile(blobs.url))
             blobs.create_exclusive(SETTINGS_FILE, (settings or StoreSettings()).to_json())
-        found = StoreSettings.from_json(blobs.read(SETTINGS_FILE), blobs.url)
+        data = blobs.read(SETTINGS_FILE)
+        found = StoreSettings.from_json(data, blobs.url)
         if settings is not None and found != settings:
             raise StoreSettingsError(
                 f"{blobs.url!r} exists with {found}, not {settings}; a store keeps the settings it was "
                 "made with, so use them or choose another folder"
             )
-        return cls(blobs.url, found, Index.create(blobs.url))
+        index = Index.create(blobs.url, hashlib.sha256(data).hexdigest())
+        _check_settings(data, index)
+        return cls(blobs.url, found, index)
 
     def __reduce__(self) -> tuple[Any, tuple[str, int]]:
         return FeatureStore.open, (self.url, self.version)
@@ -172,7 +186,10 @@ class FeatureStore:
 
     def log(self) -> list[LogEntry]:
         """Returns the commits up to this version, newest first."""
-        return self._index.log()
+        tags: dict[int, tuple[str, ...]] = {}
+        for tag in versions.list_tags(self.url):
+            tags[tag.version] = (*tags.get(tag.version, ()), tag.name)
+        return [entry_of(commit, tags.get(commit.version, ())) for commit in reversed(self._index.log())]
 
     def commit(
         self,
@@ -195,6 +212,8 @@ class FeatureStore:
         """
         rows: list[dict[str, Any]] = []
         for part_id in part_ids:
+            # A part that nothing names yet is old garbage or just about to be named; `gc` goes by its age.
+            mark_wanted(self.url, [part_id])
             rows.extend(
                 row | {"part_id": part_id, "job_id": job_id} for row in self._part(part_id).index_rows()
             )
@@ -204,9 +223,42 @@ class FeatureStore:
             message=message,
             on_existing=on_existing,
         )
+        self._forget()
+        return result
+
+    def delete(self, record_ids: Sequence[str], *, job_id: str = "", message: str = "") -> CommitResult:
+        """Removes records in one transaction and moves this object to the new version.
+
+        Versions before keep them, and so does the disk until `gc` drops those versions.
+
+        Raises:
+          RecordNotFoundError: an id is not in the newest version; nothing is removed.
+        """
+        result = self._index.delete(record_ids, job_id=job_id, message=message)
+        self._forget()
+        return result
+
+    def annotate(self, columns: pa.Table, *, job_id: str = "", message: str = "") -> CommitResult:
+        """Sets columns of one's own for some records; the index gets a column when it is new.
+
+        What a record says does not change, and neither does its fingerprint.
+
+        Args:
+          columns: ``record_id`` and the columns to set; records that are not named keep what they have (null
+            in a new column).
+          job_id: see `commit`.
+          message: for the log.
+        Raises:
+          RecordNotFoundError: an id is not in the newest version; nothing is changed.
+          CommitConflictError: a column of the format itself, or one that has another type.
+        """
+        result = annotate(self._index, columns, job_id=job_id, message=message)
+        self._forget()
+        return result
+
+    def _forget(self) -> None:
         for name in ("ids", "fingerprint", "_rows", "_columns"):
             self.__dict__.pop(name, None)
-        return result
 
     @functools.cached_property
     def _rows(self) -> pa.Table:
@@ -346,3 +398,9 @@ def _refuse_foreign(url: str, names: list[str], is_file: bool) -> None:
         raise NotAStoreError(url, "it is a file")
     if names:
         raise NotAStoreError(url, f"the folder exists and holds other things, e.g. {names[0]!r}")
+
+
+def _check_settings(data: bytes, index: Index) -> None:
+    """Raises unless a ``foldfeed.json`` is the one that the store was made with."""
+    if hashlib.sha256(data).hexdigest() != index.head.note.settings_sha256:
+        raise CorruptDataError(SETTINGS_FILE, "it is not the file that the store was made with")

@@ -1,0 +1,158 @@
+"""`copy`: one version of a store to another place, with resume.
+
+Owns the order: parts first, each checked byte by byte against its own metadata on the way, the index last, in
+one transaction. So an interrupted copy is an older (or empty) store beside parts that nothing names yet, and
+the same command goes on where it stopped. Copies the chosen version only: its history, tags and named sets
+stay behind.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from foldfeed.feature_store.blobs import LAST_FILE, Blobs, open_blobs
+from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
+from foldfeed.feature_store.garbage import PARTS_FOLDER, mark_wanted
+from foldfeed.feature_store.index import Index
+from foldfeed.feature_store.part_reader import PartReader
+from foldfeed.feature_store.progress import Progress, silent
+from foldfeed.feature_store.schema import INDEX_SCHEMA
+from foldfeed.feature_store.store import FeatureStore
+from foldfeed.feature_store.verify_parts import file_sha256
+
+_PIECE_BYTES = 8 << 20
+_THREADS = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CopyReport:
+    """What `copy_store` did.
+
+    Attributes:
+      source_version: version of the source that was copied.
+      version: version of the copy after it.
+      num_added: records that the copy did not have, or had with other content.
+      parts_copied: parts written.
+      parts_skipped: parts that were there already, checked byte by byte.
+      bytes_copied: size of the parts written.
+    """
+
+    source_version: int
+    version: int
+    num_added: int
+    parts_copied: int
+    parts_skipped: int
+    bytes_copied: int
+
+
+def copy_store(
+    source_url: str | os.PathLike[str],
+    target_url: str | os.PathLike[str],
+    *,
+    version: int | str | None = None,
+    on_existing: str = "error",
+    progress: Progress = silent,
+) -> CopyReport:
+    """Brings the records of one version into another store, which is made when it is not there.
+
+    Args:
+      source_url: the store to copy.
+      target_url: an empty place, or a store of the same settings; its other records stay.
+      version: of the source, the newest when None.
+      on_existing: for a record that the target has with other content: ``error``, ``replace`` or ``skip``.
+      progress: told after each part.
+    Raises:
+      CorruptDataError: a part of the source is damaged; it is not published in the target.
+      StoreSettingsError: the target has other settings.
+      CommitConflictError: see ``on_existing``; the parts are there, the index is as it was.
+    """
+    source = FeatureStore.open(source_url, version)
+    target = FeatureStore.create(target_url, source.settings)
+    rows = source.index_rows()
+    part_ids = sorted(pc.unique(rows["part_id"]).to_pylist())
+    from_blobs, to_blobs = open_blobs(source.url), open_blobs(target.url)
+    sizes: list[int] = []
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        waiting = [pool.submit(copy_part, from_blobs, to_blobs, part_id) for part_id in part_ids]
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                sizes.append(future.result())
+                progress("copying parts", len(sizes), len(part_ids))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    # The first part may have been here for hours by now.
+    mark_wanted(target.url, part_ids)
+    index = Index.open(target.url, None)
+    index.add_columns([field for field in rows.schema if field.name not in INDEX_SCHEMA.names])
+    result = index.commit(
+        rows,
+        job_id="",
+        message=f"copy of {source.url}, version {source.version}",
+        on_existing=on_existing,
+    )
+    return CopyReport(
+        source_version=source.version,
+        version=result.version,
+        num_added=result.num_added,
+        parts_copied=sum(size > 0 for size in sizes),
+        parts_skipped=sum(size == 0 for size in sizes),
+        bytes_copied=sum(sizes),
+    )
+
+
+def copy_part(source: Blobs, target: Blobs, part_id: str) -> int:
+    """Copies one part unless the target has it, whole; returns the bytes written.
+
+    Raises:
+      CorruptDataError: the source's part is damaged.
+    """
+    if is_whole(target, part_id):
+        return 0
+    part = PartReader(source, part_id)
+    group = source.read(f"{part.path}/{LAST_FILE}")
+    with target.staging_folder() as folder:
+        for path, entry in part.files.items():
+            _copy_file(source, f"{part.path}/{path}", folder / path, entry)
+        (folder / LAST_FILE).write_bytes(group)
+        target.publish_folder(folder, part.path)
+    return len(group) + sum(entry["bytes"] for entry in part.files.values())
+
+
+def is_whole(blobs: Blobs, part_id: str) -> bool:
+    """Returns whether a part is there and every byte of it is as its metadata says."""
+    if not blobs.exists(f"{PARTS_FOLDER}/{part_id}/{LAST_FILE}"):
+        return False
+    try:
+        part = PartReader(blobs, part_id)
+        return all(
+            blobs.info(f"{part.path}/{path}").num_bytes == entry["bytes"]
+            and file_sha256(blobs, f"{part.path}/{path}") == entry["sha256"]
+            for path, entry in part.files.items()
+        )
+    except (CorruptDataError, FormatVersionError, FileNotFoundError):
+        return False
+
+
+def _copy_file(source: Blobs, path: str, target: Path, entry: Mapping[str, Any]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    try:
+        read = source.open_range(path)
+        with target.open("xb") as out:
+            for start in range(0, entry["bytes"], _PIECE_BYTES):
+                piece = read(start, min(_PIECE_BYTES, entry["bytes"] - start))
+                digest.update(piece)
+                out.write(piece)
+    except FileNotFoundError as error:
+        raise CorruptDataError(path, "the file is missing") from error
+    if digest.hexdigest() != entry["sha256"]:
+        raise CorruptDataError(path, "its bytes do not match their sha256")

@@ -1,0 +1,251 @@
+"""`gc`: finds and removes what no version needs: parts, index files, leftovers of interrupted writers.
+
+Owns the question "may this file go?". Invariants: what a kept version names is never removed; nothing younger
+than the grace period is removed, so a job that has written its parts and not yet committed is safe, and so is
+a staging folder that a living process fills, whatever its age. Versions are given up only on request and for
+good: ``retention.json`` says so before the first file goes.
+
+Not delta-rs's VACUUM: that would go by the age of a file's removal alone, knows no tags, and sees no parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import os
+import time
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+
+from foldfeed.feature_store import index_log, versions
+from foldfeed.feature_store.blobs import LAST_FILE, TEMPORARY_PREFIX, Blobs, FileInfo, open_blobs
+from foldfeed.feature_store.index import Index
+from foldfeed.feature_store.index_files import INDEX_FOLDER, SUFFIX, read_files
+from foldfeed.feature_store.index_log import Commit
+from foldfeed.feature_store.progress import Progress, silent
+
+PARTS_FOLDER = "parts"
+# A part that is about to go; whoever finds one that is needed after all puts it back.
+ASIDE_PREFIX = f"{TEMPORARY_PREFIX}gc-"
+DEFAULT_GRACE_S = 24 * 3600.0
+_PART_COLUMN = pa.schema([pa.field("part_id", pa.string())])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Garbage:
+    """One thing that no kept version needs.
+
+    Attributes:
+      path: file or folder, relative to the store.
+      kind: ``part``, ``index file`` or ``leftover``.
+      num_bytes: its size.
+      age_s: seconds since it was last written or wanted.
+    """
+
+    path: str
+    kind: str
+    num_bytes: int
+    age_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GarbageReport:
+    """What `collect_garbage` found and did.
+
+    Attributes:
+      removed: what is gone, or would be with ``dry_run``.
+      spared: garbage that is younger than the grace period or in use.
+      oldest_version: every version from this one on is readable, and every tagged one.
+      dry_run: nothing was removed.
+    """
+
+    removed: tuple[Garbage, ...]
+    spared: tuple[Garbage, ...]
+    oldest_version: int
+    dry_run: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of what is gone."""
+        return sum(item.num_bytes for item in self.removed)
+
+
+def mark_wanted(store_url: str, part_ids: Iterable[str]) -> None:
+    """Restarts the grace period of parts that are about to be committed."""
+    blobs = open_blobs(store_url)
+    for part_id in part_ids:
+        # A part that is missing is reported by whoever reads it next.
+        with contextlib.suppress(FileNotFoundError):
+            blobs.touch(f"{PARTS_FOLDER}/{part_id}/{LAST_FILE}")
+
+
+def collect_garbage(
+    store_url: str | os.PathLike[str],
+    *,
+    grace_s: float = DEFAULT_GRACE_S,
+    keep_days: float | None = None,
+    dry_run: bool = False,
+    progress: Progress = silent,
+) -> GarbageReport:
+    """Removes what no kept version names.
+
+    Args:
+      store_url: the store.
+      grace_s: younger things are spared. Less than the time between the first part and the commit of a
+        running job would remove its parts under its hands; 0 is for stores that nobody writes to.
+      keep_days: versions superseded longer ago than this are given up, but for tagged ones and the newest;
+        None keeps all.
+      dry_run: only report.
+      progress: told how far it is.
+    Raises:
+      CorruptDataError: the log is damaged; nothing is removed, because what is needed is unknown.
+    """
+    blobs = open_blobs(store_url)
+    newest = Index.open(blobs.url, None)
+    log = newest.log()
+    kept, oldest = _kept_versions(blobs, log, keep_days)
+    files, parts = _needed(blobs, log, kept)
+    if not dry_run:
+        restore_set_aside(blobs, parts)
+    found = [*_index_garbage(blobs, files), *_part_garbage(blobs, parts), *_leftovers(blobs, parts)]
+    due = [item for item in found if item.age_s >= grace_s and not _in_use(blobs, item)]
+    if not dry_run:
+        versions.set_oldest_version(blobs, oldest)
+        due = _remove(blobs, due, newest, grace_s, progress)
+    gone = {item.path for item in due}
+    return GarbageReport(
+        removed=tuple(due),
+        spared=tuple(item for item in found if item.path not in gone),
+        oldest_version=oldest,
+        dry_run=dry_run,
+    )
+
+
+def restore_set_aside(blobs: Blobs, needed: set[str]) -> list[str]:
+    """Puts back parts that a killed `gc` had set aside and that are needed; returns their ids."""
+    restored = []
+    for name in blobs.list(PARTS_FOLDER):
+        part_id = name.removeprefix(ASIDE_PREFIX)
+        if part_id == name or part_id not in needed or blobs.exists(f"{PARTS_FOLDER}/{part_id}"):
+            continue
+        blobs.rename_folder(f"{PARTS_FOLDER}/{name}", f"{PARTS_FOLDER}/{part_id}")
+        restored.append(part_id)
+    return restored
+
+
+def _kept_versions(blobs: Blobs, log: list[Commit], keep_days: float | None) -> tuple[list[int], int]:
+    """Returns the versions that must stay readable, and the oldest from which all do."""
+    oldest = versions.oldest_version(blobs)
+    if keep_days is not None:
+        limit = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=keep_days)
+        for before, after in itertools.pairwise(log):
+            # A version's time ends when the next one begins.
+            if datetime.datetime.fromisoformat(after.note.time) <= limit:
+                oldest = max(oldest, before.version + 1)
+    tagged = {tag.version for tag in versions.list_tags(blobs.url)}
+    return [c.version for c in log if c.version >= oldest or c.version in tagged], oldest
+
+
+def _needed(blobs: Blobs, log: list[Commit], kept: Iterable[int]) -> tuple[set[str], set[str]]:
+    """Returns the index files and the parts that versions name."""
+    wanted = set(kept)
+    live: set[str] = set()
+    files: set[str] = set()
+    for commit in log:
+        live = (live - set(commit.removed)) | set(commit.added)
+        if commit.version in wanted:
+            files |= live
+    parts: set[str] = set()
+    for name in sorted(files):
+        parts.update(read_files(blobs, [name], _PART_COLUMN)["part_id"].unique().to_pylist())
+    return files, parts
+
+
+def _index_garbage(blobs: Blobs, needed: set[str]) -> list[Garbage]:
+    now = time.time()
+    found = []
+    for file in blobs.walk(INDEX_FOLDER):
+        name = file.path.rsplit("/", 1)[-1]
+        in_table = file.path == f"{INDEX_FOLDER}/{name}"
+        # delta-rs writes beside the name it wants, as NAME#1, and leaves that when it is killed.
+        if "#" in name:
+            found.append(_garbage(file.path, "leftover", [file], now))
+        elif in_table and name.endswith(SUFFIX) and name not in needed:
+            found.append(_garbage(file.path, "index file", [file], now))
+    return found
+
+
+def _part_garbage(blobs: Blobs, needed: set[str]) -> list[Garbage]:
+    now = time.time()
+    found = []
+    for name in blobs.list(PARTS_FOLDER):
+        if name not in needed and not name.startswith(TEMPORARY_PREFIX):
+            path = f"{PARTS_FOLDER}/{name}"
+            found.append(_garbage(path, "part", blobs.walk(path), now))
+    return found
+
+
+def _leftovers(blobs: Blobs, needed: set[str]) -> list[Garbage]:
+    """Returns staging folders and files that writers of ours left, wherever they write."""
+    now = time.time()
+    found = []
+    for folder in ("", PARTS_FOLDER, INDEX_FOLDER, index_log.LOG_FOLDER, versions.TAG_FOLDER):
+        for name in blobs.list(folder):
+            if name.startswith(TEMPORARY_PREFIX) and name.removeprefix(ASIDE_PREFIX) not in needed:
+                path = f"{folder}/{name}" if folder else name
+                found.append(_garbage(path, "leftover", blobs.walk(path) or _alone(blobs, path), now))
+    return found
+
+
+def _alone(blobs: Blobs, path: str) -> list[FileInfo]:
+    try:
+        return [blobs.info(path)]
+    except FileNotFoundError:
+        return []
+
+
+def _garbage(path: str, kind: str, files: Sequence[FileInfo], now: float) -> Garbage:
+    youngest = max((file.modified_s for file in files), default=0.0)
+    num_bytes = sum(file.num_bytes for file in files)
+    return Garbage(path=path, kind=kind, num_bytes=num_bytes, age_s=now - youngest)
+
+
+def _in_use(blobs: Blobs, item: Garbage) -> bool:
+    return item.kind == "leftover" and blobs.in_use(item.path)
+
+
+def _remove(
+    blobs: Blobs, due: list[Garbage], seen: Index, grace_s: float, progress: Progress
+) -> list[Garbage]:
+    """Removes things, parts after a second look at what others committed meanwhile; returns those gone."""
+    hidden: list[tuple[Garbage, str]] = []
+    gone = []
+    for number, item in enumerate(due):
+        progress("removing", number, len(due))
+        if item.kind != "part":
+            blobs.delete(item.path)
+            gone.append(item)
+            continue
+        aside = f"{PARTS_FOLDER}/{ASIDE_PREFIX}{item.path.rsplit('/', 1)[-1]}"
+        blobs.delete(aside)
+        hidden.append((item, aside if blobs.rename_folder(item.path, aside) else item.path))
+    newest = Index.open(blobs.url, None)
+    named = (
+        set(newest.rows(["part_id"])["part_id"].unique().to_pylist())
+        if newest.version > seen.version
+        else set()
+    )
+    for item, path in hidden:
+        young = _garbage(path, "part", blobs.walk(path), time.time()).age_s < grace_s
+        if item.path.rsplit("/", 1)[-1] in named or young:
+            # Somebody committed it, or is about to (`mark_wanted`), while we looked.
+            if path != item.path:
+                blobs.rename_folder(path, item.path)
+            continue
+        blobs.delete(path)
+        gone.append(item)
+    progress("removing", len(due), len(due))
+    return gone

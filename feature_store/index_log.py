@@ -1,0 +1,250 @@
+"""What each commit of the index says about itself, and the check that it still says so.
+
+A Delta log has no checksums: a flipped character in it can bring a deleted row back or lose one. So every
+commit of ours carries, in its ``commitInfo``, the digest of all files that are live after it, the digest of
+its own actions, and the digest of the commit before. This module owns making and checking them. It does not
+own transactions.
+
+Invariant: a `Commit` that `read_commit` returns says what its committer said. Checked against `files_sha256`,
+the list of live files that a Delta reader found is the committer's too.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import datetime
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from foldfeed.feature_store.blobs import Blobs
+from foldfeed.feature_store.errors import CorruptDataError
+
+LOG_FOLDER = "index/_delta_log"
+PREFIX = "foldfeed."
+CHECKSUM = "foldfeed.checksum"
+_READ_THREADS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CommitNote:
+    """What a committer writes down with a commit.
+
+    Attributes:
+      operation: ``create``, ``commit``, ``replace``, ``delete``, ``compact``, ``repair``, ``annotate``,
+        ``add_columns``.
+      job_id: of the job that committed, or "".
+      message: of the committer.
+      num_added: records added or replaced.
+      num_removed: records that are gone, replaced ones not counted.
+      num_records: records of the store after the commit.
+      time: ISO 8601, UTC.
+      settings_sha256: of ``foldfeed.json``.
+      schema_sha256: of the table's schema, see `schema_digest`.
+      files_sha256: of the names of all live files, see `files_digest`.
+      parent: checksum of the commit before, "" for version 0.
+    """
+
+    operation: str
+    job_id: str = ""
+    message: str = ""
+    num_added: int = 0
+    num_removed: int = 0
+    num_records: int = 0
+    time: str = ""
+    settings_sha256: str = ""
+    schema_sha256: str = ""
+    files_sha256: str = ""
+    parent: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """One commit, read from its log file and checked.
+
+    Attributes:
+      version: of the store after it.
+      note: what the committer wrote down.
+      checksum: over note and actions; the next commit names it as its parent.
+      added: size of each file that the commit added, by name.
+      removed: names of the files it removed.
+    """
+
+    version: int
+    note: CommitNote
+    checksum: str
+    added: Mapping[str, int]
+    removed: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LogEntry:
+    """One version of a store, for people.
+
+    Attributes:
+      version: 0 is the empty store.
+      time: when it was committed, UTC.
+      operation: what was done, see `CommitNote`.
+      job_id: of the job that committed it, or "".
+      message: of the committer.
+      num_added: records added or replaced.
+      num_removed: records removed.
+      num_records: records after it.
+      tags: names that people gave to this version.
+    """
+
+    version: int
+    time: datetime.datetime
+    operation: str
+    job_id: str
+    message: str
+    num_added: int
+    num_removed: int
+    num_records: int
+    tags: tuple[str, ...] = ()
+
+
+def files_digest(names: Iterable[str]) -> str:
+    """Returns sha256 (hex) of the sorted names of live files, one per line.
+
+    The names are hashes of the contents, so this one value stands for every row of a version.
+    """
+    return hashlib.sha256("".join(f"{name}\n" for name in sorted(names)).encode()).hexdigest()
+
+
+def schema_digest(schema_json: str) -> str:
+    """Returns sha256 (hex) of a Delta schema's JSON with sorted keys and no spaces."""
+    text = json.dumps(json.loads(schema_json), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def metadata_of(
+    version: int, note: CommitNote, added: Mapping[str, int], removed: Iterable[str]
+) -> dict[str, str]:
+    """Returns what goes into ``commitInfo``: the note and its checksum.
+
+    Args:
+      version: that the commit will make.
+      note: what to write down.
+      added: size of each added file by name.
+      removed: names of removed files.
+    """
+    fields = {PREFIX + name: str(value) for name, value in dataclasses.asdict(note).items()}
+    jobs = [note.job_id] if note.job_id else []
+    return fields | {CHECKSUM: _checksum(version, fields, added, removed, jobs)}
+
+
+def _checksum(
+    version: int,
+    fields: Mapping[str, str],
+    added: Mapping[str, int],
+    removed: Iterable[str],
+    jobs: Iterable[str],
+) -> str:
+    document = {
+        "version": version,
+        "fields": dict(fields),
+        "added": dict(added),
+        "removed": sorted(removed),
+        "jobs": sorted(jobs),
+    }
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def log_path(version: int) -> str:
+    """Returns the path of a version's log file."""
+    return f"{LOG_FOLDER}/{version:020}.json"
+
+
+def read_commit(blobs: Blobs, version: int) -> Commit:
+    """Returns a commit.
+
+    Raises:
+      CorruptDataError: its log file is missing, or does not say what its committer wrote.
+    """
+    where = log_path(version)
+    try:
+        data = blobs.read(where)
+    except FileNotFoundError as error:
+        raise CorruptDataError(where, "the file is missing") from error
+    try:
+        return _parse_commit(version, data)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptDataError(where, f"it is not a commit of foldfeed ({error})") from error
+
+
+def _parse_commit(version: int, data: bytes) -> Commit:
+    actions: dict[str, list[Any]] = {}
+    for line in data.decode().splitlines():
+        for kind, action in json.loads(line).items():
+            actions.setdefault(kind, []).append(action)
+    (info,) = actions["commitInfo"]
+    fields = {name: info[name] for name in info if name.startswith(PREFIX)}
+    claimed = fields.pop(CHECKSUM)
+    added = {action["path"]: action["size"] for action in actions.get("add", [])}
+    removed = tuple(action["path"] for action in actions.get("remove", []))
+    jobs = [action["appId"] for action in actions.get("txn", [])]
+    if claimed != _checksum(version, fields, added, removed, jobs):
+        raise ValueError("its content does not match its checksum")
+    note = _parse_note(fields)
+    for action in actions.get("metaData", []):
+        if schema_digest(action["schemaString"]) != note.schema_sha256:
+            raise ValueError("the schema does not match its checksum")
+    return Commit(version=version, note=note, checksum=claimed, added=added, removed=removed)
+
+
+def _parse_note(fields: Mapping[str, str]) -> CommitNote:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(CommitNote):
+        text = fields[PREFIX + field.name]
+        values[field.name] = int(text) if field.name.startswith("num_") else text
+    return CommitNote(**values)
+
+
+def read_log(blobs: Blobs, newest: int) -> list[Commit]:
+    """Returns the commits 0..newest, oldest first.
+
+    Raises:
+      CorruptDataError: one of them is damaged, see `read_commit`, or does not follow the one before.
+    """
+    with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as pool:
+        commits = list(pool.map(lambda version: read_commit(blobs, version), range(newest + 1)))
+    parent = ""
+    for commit in commits:
+        if commit.note.parent != parent:
+            raise CorruptDataError(log_path(commit.version), "it does not follow the commit before it")
+        parent = commit.checksum
+    return commits
+
+
+def live_files(commits: Iterable[Commit]) -> dict[str, int]:
+    """Returns size of each live file by name after commits that start at version 0."""
+    live: dict[str, int] = {}
+    for commit in commits:
+        for name in commit.removed:
+            live.pop(name, None)
+        live.update(commit.added)
+    return live
+
+
+def now() -> str:
+    """Returns the time in the form of a note."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def entry_of(commit: Commit, tags: tuple[str, ...]) -> LogEntry:
+    """Returns a commit for people."""
+    note = commit.note
+    return LogEntry(
+        version=commit.version,
+        time=datetime.datetime.fromisoformat(note.time),
+        operation=note.operation,
+        job_id=note.job_id,
+        message=note.message,
+        num_added=note.num_added,
+        num_removed=note.num_removed,
+        num_records=note.num_records,
+        tags=tags,
+    )

@@ -1,0 +1,288 @@
+"""One version of the index's Delta table, held against what its committer wrote, and one try to follow it.
+
+Owns everything that talks to delta-rs. Does not own what the rows mean (`index`). Invariants: files and
+columns of a `IndexTable` are those its committer named; `try_commit` makes version N + 1 of exactly the
+version N that is shown, or nothing.
+
+Delta's own retries are off, because its conflict checker lets two appends of the same record id pass: one of
+two committers that start from the same version loses here and looks again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import deltalake
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake.exceptions import DeltaError, SchemaMismatchError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
+
+from foldfeed.feature_store import index_log
+from foldfeed.feature_store.blobs import Blobs, disk_full_is_typed, open_blobs
+from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError
+from foldfeed.feature_store.index_files import INDEX_FOLDER, STATISTICS_COLUMNS, IndexFile
+from foldfeed.feature_store.index_log import Commit, CommitNote, files_digest, schema_digest
+from foldfeed.feature_store.schema import INDEX_SCHEMA
+
+_CONFIGURATION = {
+    "delta.dataSkippingStatsColumns": ",".join(STATISTICS_COLUMNS),
+    # Delta would delete log files after 30 days, and old versions with them; here `gc` decides that.
+    "delta.enableExpiredLogCleanup": "false",
+}
+
+
+class IndexTable:
+    """One version of the Delta table of a store.
+
+    Attributes:
+      blobs: the store's files.
+    """
+
+    def __init__(self, blobs: Blobs, table: DeltaTable) -> None:
+        """Use `open` or `create`."""
+        self.blobs = blobs
+        self._table = table
+        self._load()
+
+    @classmethod
+    def create(cls, store_url: str, settings_sha256: str) -> IndexTable:
+        """Returns the table of a new store; one that exists already is opened at its newest version."""
+        uri = _uri(store_url)
+        with disk_full_is_typed(uri):
+            if not DeltaTable.is_deltatable(uri):
+                _create(uri, settings_sha256)
+                open_blobs(store_url).make_durable(index_log.log_path(0))
+        return cls.open(store_url, None)
+
+    @classmethod
+    def open(cls, store_url: str, version: int | None) -> IndexTable:
+        """Returns the table at a version, the newest by default; see `Index.open` for errors."""
+        with _damage_is_typed(store_url):
+            table = DeltaTable(_uri(store_url))
+            newest = table.version()
+        if version is not None:
+            if not 0 <= version <= newest:
+                raise ValueError(
+                    f"version {version} does not exist; {store_url!r} has versions 0 to {newest}"
+                )
+            with _damage_is_typed(store_url):
+                table.load_as_version(version)
+        return cls(open_blobs(store_url), table)
+
+    @property
+    def head(self) -> Commit:
+        """The commit that made this version."""
+        return self._head
+
+    @property
+    def version(self) -> int:
+        """This version."""
+        return self._head.version
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold its rows, sorted."""
+        return list(self._files)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the rows: those of `INDEX_SCHEMA`, then those that were added to this table alone."""
+        return self._schema
+
+    @property
+    def lacking(self) -> list[pa.Field]:
+        """Fields of `INDEX_SCHEMA` that came after this table was made and are not in it yet."""
+        there = {field.name for field in self._table.schema().fields}
+        return [field for field in INDEX_SCHEMA if field.name not in there]
+
+    def refresh(self) -> None:
+        """Moves to the newest version."""
+        with _damage_is_typed(self.blobs.url):
+            self._table.update_incremental()
+        self._load()
+
+    def knows_job(self, job_id: str) -> bool:
+        """Returns whether a job has committed.
+
+        Raises:
+          CorruptDataError: Delta lists it, and no commit is by that job.
+        """
+        if not job_id or self._table.transaction_version(job_id) is None:
+            return False
+        # Delta's list has no checksum; the commit that the entry came with has one.
+        for version in range(self.version, -1, -1):
+            if index_log.read_commit(self.blobs, version).note.job_id == job_id:
+                return True
+        raise CorruptDataError(
+            index_log.LOG_FOLDER, f"it lists job {job_id!r} as done, and no commit is by that job"
+        )
+
+    def try_commit(self, note: CommitNote, added: Mapping[str, IndexFile], removed: Sequence[str]) -> bool:
+        """Makes the next version, unless somebody else has made it; shows the newest version afterwards.
+
+        Args:
+          note: for the log; what depends on this table is filled in here.
+          added: new files by name; they are written first.
+          removed: names of files whose rows are no longer visible.
+        """
+        for name, file in added.items():
+            self.blobs.write_atomic(f"{INDEX_FOLDER}/{name}", file.data)
+        live = (set(self._files) - set(removed)) | set(added)
+        note = self._complete(note, files_sha256=files_digest(live))
+        sizes = {name: len(file.data) for name, file in added.items()}
+        now_ms = int(time.time() * 1000)
+        adds = [AddAction(name, sizes[name], {}, now_ms, True, added[name].statistics) for name in sizes]
+        removes = [RemoveAction(name, True, now_ms, partition_values={}) for name in removed]
+        metadata = index_log.metadata_of(self.version + 1, note, sizes, removed)
+        with self._at_most_once(metadata) as won:
+            self._table.create_write_transaction(
+                [*adds, *removes],
+                "append",
+                self._table.schema(),
+                commit_properties=_properties(metadata, note.job_id),
+            )
+        return won[0]
+
+    def try_columns(self, note: CommitNote, fields: Sequence[pa.Field]) -> bool:
+        """Makes the next version with more columns, unless somebody else has made it; see `try_commit`."""
+        new = deltalake.Schema.from_arrow(pa.schema(fields)).fields
+        schema = deltalake.Schema([*self._table.schema().fields, *new])
+        note = self._complete(note, schema_sha256=schema_digest(schema.to_json()))
+        metadata = index_log.metadata_of(self.version + 1, note, {}, [])
+        with self._at_most_once(metadata) as won:
+            self._table.alter.add_columns(new, commit_properties=_properties(metadata, note.job_id))
+        return won[0]
+
+    def _complete(self, note: CommitNote, files_sha256: str = "", schema_sha256: str = "") -> CommitNote:
+        before = self._head.note
+        return dataclasses.replace(
+            note,
+            settings_sha256=before.settings_sha256,
+            schema_sha256=schema_sha256 or before.schema_sha256,
+            files_sha256=files_sha256 or before.files_sha256,
+            time=index_log.now(),
+            parent=self._head.checksum,
+        )
+
+    @contextlib.contextmanager
+    def _at_most_once(self, metadata: Mapping[str, str]) -> Iterator[list[bool]]:
+        """Runs one attempt and finds out, whatever delta-rs said, whether the next version is ours."""
+        next_version = self.version + 1
+        won: list[bool] = []
+        failure: Exception | None = None
+        try:
+            with disk_full_is_typed(self.blobs.url):
+                yield won
+        except (DeltaError, SchemaMismatchError, OSError) as error:
+            # Lost the race; or the answer got lost on its way after the commit had landed.
+            failure = error
+        self.refresh()
+        if self.version < next_version:
+            if failure is None:
+                raise CorruptDataError(
+                    index_log.LOG_FOLDER, f"version {next_version} vanished after its commit"
+                )
+            raise failure
+        landed = index_log.read_commit(self.blobs, next_version)
+        won.append(landed.checksum == metadata[index_log.CHECKSUM])
+        if won[0]:
+            self.blobs.make_durable(index_log.log_path(next_version))
+
+    def _load(self) -> None:
+        """Reads what the version's commit says and holds Delta's view of the table against it."""
+        with _damage_is_typed(self.blobs.url):
+            version = self._table.version()
+            files = sorted(uri.rsplit("/", 1)[-1] for uri in self._table.file_uris())
+            schema = self._table.schema()
+        head = index_log.read_commit(self.blobs, version)
+        where = f"{INDEX_FOLDER}, version {version}"
+        if files_digest(files) != head.note.files_sha256:
+            raise CorruptDataError(where, "the log names other files than the commit did")
+        if schema_digest(schema.to_json()) != head.note.schema_sha256:
+            raise CorruptDataError(where, "the log names other columns than the commit did")
+        self._head, self._files, self._schema = head, files, _rows_schema(schema)
+
+
+def _create(uri: str, settings_sha256: str) -> None:
+    schema = deltalake.Schema.from_arrow(INDEX_SCHEMA)
+    note = CommitNote(
+        operation="create",
+        time=index_log.now(),
+        settings_sha256=settings_sha256,
+        schema_sha256=schema_digest(schema.to_json()),
+        files_sha256=files_digest([]),
+    )
+    properties = _properties(index_log.metadata_of(0, note, {}, []), "")
+    try:
+        DeltaTable.create(
+            uri,
+            schema=schema,
+            name="foldfeed-index",
+            configuration=_CONFIGURATION,
+            commit_properties=properties,
+        )
+    except DeltaError:
+        # Of two creators one writes version 0; the other finds it there.
+        if not DeltaTable.is_deltatable(uri):
+            raise
+
+
+def _properties(metadata: Mapping[str, str], job_id: str) -> CommitProperties:
+    return CommitProperties(
+        custom_metadata=dict(metadata),
+        max_commit_retries=0,
+        app_transactions=[Transaction(job_id, 1)] if job_id else None,
+    )
+
+
+def _rows_schema(table_schema: deltalake.Schema) -> pa.Schema:
+    """Returns the columns that rows are read with.
+
+    A column that the table got later is null in older rows, whatever this release thinks of it.
+    """
+    nullable = {field.name: field.nullable for field in table_schema.fields}
+    own = [field.with_nullable(nullable.get(field.name, True)) for field in INDEX_SCHEMA]
+    names = set(INDEX_SCHEMA.names)
+    return pa.schema([*own, *(field for field in plain_schema(table_schema) if field.name not in names)])
+
+
+def plain_schema(table_schema: deltalake.Schema) -> pa.Schema:
+    """Returns a Delta schema in the Arrow types that Parquet files are read with."""
+    return pa.schema(
+        [pa.field(f.name, _plain(f.type), f.nullable) for f in pa.schema(table_schema.to_arrow())]
+    )
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    # delta-rs hands out Arrow's newer string layouts, which differ by release.
+    if pa.types.is_string_view(kind) or pa.types.is_large_string(kind):
+        return pa.string()
+    if pa.types.is_binary_view(kind) or pa.types.is_large_binary(kind):
+        return pa.binary()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list_view(kind):
+        return pa.list_(_plain(kind.value_type))
+    return kind
+
+
+def _uri(store_url: str) -> str:
+    return os.path.join(store_url, INDEX_FOLDER)
+
+
+@contextlib.contextmanager
+def _damage_is_typed(store_url: str) -> Iterator[None]:
+    """Turns what delta-rs says about an absent or unreadable log into our errors."""
+    try:
+        yield
+    except TableNotFoundError as error:
+        raise NotAStoreError(
+            store_url,
+            "it has no index/ (its creation was interrupted, or the index is lost: "
+            "build again, or `foldfeed repair --rebuild-index`)",
+        ) from error
+    except (DeltaError, ValueError) as error:
+        raise CorruptDataError(index_log.LOG_FOLDER, f"delta-rs cannot read it: {error}") from error

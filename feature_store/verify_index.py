@@ -1,0 +1,136 @@
+"""Checks of everything in a store that is not a part: settings, commit log, checkpoints, index files, tags.
+
+Owns the checks; `verify` runs them. Reads only; damage is returned as `Problem`s.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from foldfeed.feature_store import index_log, versions
+from foldfeed.feature_store.blobs import Blobs
+from foldfeed.feature_store.errors import CorruptDataError, FoldfeedError
+from foldfeed.feature_store.index import Index
+from foldfeed.feature_store.index_files import INDEX_FOLDER, read_checked
+from foldfeed.feature_store.index_log import Commit
+from foldfeed.feature_store.verify_parts import Problem
+
+_CHECKPOINT = re.compile(r"(\d{20})\.checkpoint\.parquet")
+_LAST_CHECKPOINT = "_last_checkpoint"
+
+
+def check_index(blobs: Blobs, index: Index, level: str) -> list[Problem]:
+    """Checks log, checkpoints and index files of all versions that are kept.
+
+    Args:
+      blobs: the store's files.
+      index: its newest version.
+      level: ``quick`` goes by the sizes of index files, the others read them.
+    """
+    try:
+        log = index.log()
+    except CorruptDataError as error:
+        return [_problem_of(error)]
+    problems = [*check_checkpoints(blobs, log), *_check_files(blobs, log, level)]
+    if sorted(index_log.live_files(log)) != index.files:
+        problems.append(
+            Problem(
+                where=index_log.LOG_FOLDER,
+                reason="its commits, one by one, lead to other files than Delta's view",
+            )
+        )
+    return problems
+
+
+def check_names(blobs: Blobs) -> list[Problem]:
+    """Checks tags and the retention file."""
+    problems = []
+    for name in versions.tag_names(blobs):
+        problems += _tried(lambda name=name: versions.open_index(blobs.url, name))  # type: ignore[misc]
+    problems += _tried(lambda: versions.oldest_version(blobs))
+    return problems
+
+
+def _tried(check: Callable[[], object]) -> list[Problem]:
+    try:
+        check()
+    except (FoldfeedError, ValueError) as error:
+        return [_problem_of(error)]
+    return []
+
+
+def _problem_of(error: Exception) -> Problem:
+    if isinstance(error, CorruptDataError):
+        return Problem(where=error.where, reason=error.reason)
+    return Problem(where="the store", reason=str(error))
+
+
+def _check_files(blobs: Blobs, log: list[Commit], level: str) -> Iterator[Problem]:
+    oldest = versions.oldest_version(blobs)
+    tagged = {tag.version for tag in versions.list_tags(blobs.url)}
+    needed: dict[str, int] = {}
+    live: dict[str, int] = {}
+    for commit in log:
+        for name in commit.removed:
+            live.pop(name, None)
+        live.update(commit.added)
+        if commit.version >= oldest or commit.version in tagged:
+            needed.update(live)
+    for name, size in sorted(needed.items()):
+        where = f"{INDEX_FOLDER}/{name}"
+        try:
+            found = blobs.info(where).num_bytes if level == "quick" else len(read_checked(blobs, name))
+        except FileNotFoundError:
+            yield Problem(where=where, reason="the file is missing")
+        except CorruptDataError as error:
+            yield _problem_of(error)
+        else:
+            if found != size:
+                yield Problem(where=where, reason=f"it has {found} bytes, not {size}")
+
+
+def check_checkpoints(blobs: Blobs, log: list[Commit]) -> Iterator[Problem]:
+    """Compares Delta's checkpoints, which have no checksum, with the commits that they sum up."""
+    names = blobs.list(index_log.LOG_FOLDER)
+    found = {int(match[1]): name for name in names if (match := _CHECKPOINT.fullmatch(name))}
+    for version, name in found.items():
+        where = f"{index_log.LOG_FOLDER}/{name}"
+        if version >= len(log):
+            yield Problem(where=where, reason="it is newer than the newest version")
+            continue
+        try:
+            table = pq.read_table(io.BytesIO(blobs.read(where)))
+            reason = _checkpoint_reason(table, log[: version + 1])
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            reason = f"it cannot be read ({error})"
+        if reason:
+            yield Problem(where=where, reason=reason)
+    if _LAST_CHECKPOINT in names:
+        where = f"{index_log.LOG_FOLDER}/{_LAST_CHECKPOINT}"
+        try:
+            version = json.loads(blobs.read(where))["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            yield Problem(where=where, reason=f"it is not JSON of a checkpoint ({error})")
+            return
+        if version not in found:
+            yield Problem(where=where, reason=f"it names version {version}, of which there is no checkpoint")
+
+
+def _checkpoint_reason(table: pa.Table, log: list[Commit]) -> str:
+    rows = table.to_pylist()
+    adds = {row["add"]["path"]: row["add"]["size"] for row in rows if row.get("add")}
+    jobs = {row["txn"]["appId"] for row in rows if row.get("txn")}
+    if adds != index_log.live_files(log):
+        return "it names other files than the commits do"
+    if jobs != {commit.note.job_id for commit in log if commit.note.job_id}:
+        return "it names other jobs than the commits do"
+    schemas = [row["metaData"]["schemaString"] for row in rows if row.get("metaData")]
+    if [index_log.schema_digest(text) for text in schemas] != [log[-1].note.schema_sha256]:
+        return "it has another schema than the commits"
+    return ""
