@@ -11,10 +11,15 @@ from foldfeed.feature_store.errors import (
     FoldfeedError,
     FormatVersionError,
     InvalidRecordError,
+    LeakageError,
     MissingExtraError,
+    NameNotFoundError,
+    NameTakenError,
     NotAStoreError,
     QueryError,
     RecordNotFoundError,
+    RecordSetMismatchError,
+    SplitError,
     StorageFullError,
     StoreError,
     StoreSettingsError,
@@ -24,7 +29,10 @@ from foldfeed.feature_store.index import CommitResult
 from foldfeed.feature_store.index_log import LogEntry
 from foldfeed.feature_store.part_reader import Crop
 from foldfeed.feature_store.record import DatabaseUse, MsaRecord, RowProvenance
+from foldfeed.feature_store.record_sets import RecordSet
 from foldfeed.feature_store.settings import StoreSettings
+from foldfeed.feature_store.source import RecordSource, StoreView
+from foldfeed.feature_store.splits import Split
 from foldfeed.feature_store.store import FeatureStore, Record
 from foldfeed.feature_store.writer import WrittenPart, write_part
 
@@ -40,18 +48,27 @@ __all__ = [
     "FoldfeedError",
     "FormatVersionError",
     "InvalidRecordError",
+    "LeakageError",
     "LogEntry",
     "MissingExtraError",
     "MsaRecord",
+    "NameNotFoundError",
+    "NameTakenError",
     "NotAStoreError",
     "QueryError",
     "Record",
     "RecordNotFoundError",
+    "RecordSet",
+    "RecordSetMismatchError",
+    "RecordSource",
     "RowProvenance",
+    "Split",
+    "SplitError",
     "StorageFullError",
     "StoreError",
     "StoreSettings",
     "StoreSettingsError",
+    "StoreView",
     "TagError",
     "WrittenPart",
     "write_part",

@@ -9,7 +9,12 @@
     │   ├── CommitConflictError       the same record id with other content is already there
     │   ├── CommitContentionError     others kept committing; ours never got its turn
     │   ├── TagError                  a tag's name, or what it names, is not possible
-    │   └── StorageFullError          no space left where we must write
+    │   ├── StorageFullError          no space left where we must write
+    │   ├── NameTakenError            a record set or split of that name means something else
+    │   └── RecordSetMismatchError    this version holds other content for records of a set
+    ├── LeakageError (ValueError)            a cluster or a sequence lies in two parts of a split
+    ├── SplitError (ValueError)              clusters or fractions from which no split can be made
+    ├── NameNotFoundError (KeyError)         no record set or split of that name
     ├── RecordNotFoundError (KeyError)
     ├── InvalidRecordError (ValueError)      a record that the format cannot hold
     ├── AlignmentParseError (ValueError)     A3M or Stockholm text that breaks its own rules
@@ -135,6 +140,98 @@ class StorageFullError(StoreError):
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
         return type(self), (self.path,)
+
+
+class NameTakenError(StoreError):
+    """A record set or a split of that name exists and means something else.
+
+    Attributes:
+      kind: ``record set`` or ``split``.
+      name: the name.
+    """
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.kind = kind
+        self.name = name
+        super().__init__(
+            f"a {kind} {name!r} exists with other content; a name never changes its meaning, choose another"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.kind, self.name)
+
+
+class RecordSetMismatchError(StoreError):
+    """A version of the store does not hold the records of a set as they were when it was saved.
+
+    Attributes:
+      name: the set.
+      version: of the store that is open.
+      saved_version: of the store when the set was saved.
+      missing: ids that this version does not have.
+      changed: ids that it has with other content.
+    """
+
+    def __init__(
+        self, name: str, version: int, saved_version: int, missing: tuple[str, ...], changed: tuple[str, ...]
+    ) -> None:
+        self.name = name
+        self.version = version
+        self.saved_version = saved_version
+        self.missing = missing
+        self.changed = changed
+        super().__init__(
+            f"record set {name!r} does not fit version {version}: {len(missing)} of its records are missing "
+            f"and {len(changed)} have other content, e.g. {(*missing, *changed)[0]!r}. Open version "
+            f"{saved_version}, from which it was saved, or save a new set"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, int, tuple[str, ...], tuple[str, ...]]]:
+        return type(self), (self.name, self.version, self.saved_version, self.missing, self.changed)
+
+
+class LeakageError(FoldfeedError, ValueError):
+    """Something that must stay on one side of a split is on two.
+
+    Attributes:
+      items: record ids, clusters or sequences at fault, sorted.
+    """
+
+    def __init__(self, reason: str, items: tuple[str, ...]) -> None:
+        self.reason = reason
+        self.items = items
+        super().__init__(f"{reason} ({len(items)} such, e.g. {items[0]!r})")
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
+        return type(self), (self.reason, self.items)
+
+
+class SplitError(FoldfeedError, ValueError):
+    """Clusters or fractions from which no split can be made."""
+
+
+class NameNotFoundError(FoldfeedError, KeyError):
+    """No record set or split of that name in the store.
+
+    Attributes:
+      kind: ``record set`` or ``split``.
+      name: the name asked for.
+      known: the names there are.
+    """
+
+    def __init__(self, kind: str, name: str, known: tuple[str, ...]) -> None:
+        self.kind = kind
+        self.name = name
+        self.known = known
+        there = f"there are {', '.join(map(repr, known))}" if known else "the store has none"
+        self.message = f"no {kind} {name!r}; {there}"
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, tuple[str, ...]]]:
+        return type(self), (self.kind, self.name, self.known)
 
 
 class RecordNotFoundError(FoldfeedError, KeyError):

@@ -1,45 +1,104 @@
-"""SQL over the index, by DuckDB on Arrow.
+"""SQL over a store, by DuckDB on Arrow.
 
-Owns one rule: a query reads the table ``records`` and nothing else. DuckDB's access to files, the network and
-its own settings is switched off before user text reaches it.
+Owns two rules. A query reads the tables it is given and nothing else: DuckDB's access to files, the network
+and its own settings is switched off before user text reaches it. And a `LazyTable` costs nothing until a
+query reads it, then one batch at a time, so that a question about a billion rows needs the memory of one
+record's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import duckdb
 import pyarrow as pa
 
-from foldfeed.feature_store.errors import QueryError
+from foldfeed.feature_store.errors import MissingExtraError, QueryError
+from foldfeed.feature_store.sql_shape import constant_keys
 
-TABLE = "records"
+RECORDS = "records"
+ANALYSIS_EXTRA = "analysis"
 
 
-def sql(rows: pa.Table, text: str) -> pa.Table:
-    """Returns the answer of a query over ``records``.
+class LazyTable:
+    """A table that is made when DuckDB reads it, and read again when a query names it twice.
+
+    Attributes:
+      schema: of every batch.
+      key: column whose values the maker can be asked for; None when there is no such column.
+      was_read: a query has read from it.
+    """
+
+    def __init__(
+        self,
+        schema: pa.Schema,
+        make: Callable[[frozenset[str] | None], Iterator[pa.RecordBatch]],
+        key: str | None = None,
+    ) -> None:
+        """Takes the maker: given the key values that the query can need (None: all), it yields batches."""
+        self.schema = schema
+        self.key = key
+        self.was_read = False
+        self.error: Exception | None = None
+        self._make = make
+        self._only: frozenset[str] | None = None
+
+    def restrict(self, keys: frozenset[str] | None) -> None:
+        """Sets the only key values that will be asked for; None for all."""
+        self._only = keys
+
+    def __arrow_c_schema__(self) -> object:
+        return self.schema.__arrow_c_schema__()
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        reader = pa.RecordBatchReader.from_batches(self.schema, self._batches())
+        return reader.__arrow_c_stream__(requested_schema)
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        self.was_read = True
+        try:
+            yield from self._make(self._only)
+        except Exception as error:
+            # DuckDB would only keep its text; `sql` raises the error itself.
+            self.error = error
+            raise
+
+
+Tables: TypeAlias = "Mapping[str, pa.Table | LazyTable]"
+
+
+def sql(tables: Tables, text: str) -> pa.Table:
+    """Returns the answer of a query.
 
     Args:
-      rows: what ``records`` holds.
+      tables: what it may read, by name.
       text: one SQL query in DuckDB's dialect.
     Raises:
       QueryError: DuckDB refuses it; its own message is kept.
     """
     with duckdb.connect(":memory:", config={"enable_external_access": "false"}) as connection:
-        # Only the registered table can be reached; not a Python variable that happens to be called the same.
+        # Only the registered tables can be reached; not a Python variable that happens to be called the same.
         connection.execute("SET python_enable_replacements = false")
         connection.execute("SET lock_configuration = true")
-        connection.register(TABLE, rows)
+        shape = _shape(connection, text)
+        for name, table in tables.items():
+            if isinstance(table, LazyTable) and table.key is not None:
+                table.restrict(constant_keys(shape, name, table.key))
+            connection.register(name, table)
         try:
             relation = connection.sql(text)
             if relation is None:
-                raise QueryError(f"{text!r} is not a query; give one SELECT over the table {TABLE!r}")
+                raise QueryError(f"{text!r} is not a query; give one SELECT over {_names(tables)}")
             return relation.to_arrow_table()
         except duckdb.Error as error:
+            for table in tables.values():
+                if isinstance(table, LazyTable) and table.error is not None:
+                    raise table.error from None
             # DuckDB's first line says what is wrong; the lines after it draw an arrow under the text.
-            columns = ", ".join(rows.column_names)
             message = str(error).splitlines()[0].rstrip(".")
-            raise QueryError(f"{message}. The table is {TABLE!r} with columns {columns}.") from error
+            raise QueryError(f"{message}. {_described(tables)}") from error
 
 
 def table(rows: pa.Table, columns: Sequence[str] | None, where: str | None) -> pa.Table:
@@ -56,5 +115,51 @@ def table(rows: pa.Table, columns: Sequence[str] | None, where: str | None) -> p
     if unknown:
         raise QueryError(f"no column {unknown[0]!r}; the index has {', '.join(rows.column_names)}")
     if where is not None:
-        rows = sql(rows, f"select * from {TABLE} where ({where}) order by record_id").cast(rows.schema)
+        kept = sql({RECORDS: rows}, f"select * from {RECORDS} where ({where}) order by record_id")
+        rows = kept.cast(rows.schema)
     return rows.select(list(columns)) if columns is not None else rows
+
+
+def to_pandas(answer: pa.Table) -> Any:
+    """Returns an Arrow table as a ``pandas.DataFrame``.
+
+    Raises:
+      MissingExtraError: pandas is not installed.
+    """
+    try:
+        import pandas  # noqa: F401  optional: analysis only; pyarrow imports it by itself
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("pandas", ANALYSIS_EXTRA) from error
+    return answer.to_pandas()
+
+
+def to_polars(answer: pa.Table) -> Any:
+    """Returns an Arrow table as a ``polars.DataFrame``; columns are shared, not copied, where Polars can.
+
+    Raises:
+      MissingExtraError: Polars is not installed.
+    """
+    try:
+        import polars  # optional: analysis only
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("polars", ANALYSIS_EXTRA) from error
+    return polars.from_arrow(answer)
+
+
+def _shape(connection: duckdb.DuckDBPyConnection, text: str) -> dict[str, Any] | None:
+    """Returns DuckDB's own parse of a query; None for what it cannot write down (PIVOT, bad syntax)."""
+    try:
+        answer = connection.execute("select json_serialize_sql(?)", [text]).fetchall()
+    except duckdb.Error:
+        return None
+    shape = json.loads(answer[0][0])
+    return None if shape["error"] else shape
+
+
+def _names(tables: Tables) -> str:
+    return ", ".join(f"{name!r}" for name in tables)
+
+
+def _described(tables: Tables) -> str:
+    found = (f"{name!r} with columns {', '.join(table.schema.names)}" for name, table in tables.items())
+    return f"The tables are {'; '.join(found)}."

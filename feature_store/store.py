@@ -7,38 +7,34 @@ fork, because the index is in memory and reads of parts carry their own offsets.
 
 from __future__ import annotations
 
-import bisect
-import difflib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from foldfeed.feature_store import query, versions
+from foldfeed.feature_store import versions
 from foldfeed.feature_store.annotations import annotate
 from foldfeed.feature_store.blobs import open_blobs
-from foldfeed.feature_store.errors import (
-    CorruptDataError,
-    NotAStoreError,
-    RecordNotFoundError,
-    StoreSettingsError,
-)
+from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError, StoreSettingsError
+from foldfeed.feature_store.features import to_dataset
 from foldfeed.feature_store.garbage import mark_wanted
 from foldfeed.feature_store.index import CommitResult, Index
 from foldfeed.feature_store.index_log import LogEntry, entry_of
 from foldfeed.feature_store.layout import RowIndex, resolve_residues, resolve_rows
 from foldfeed.feature_store.part_reader import Crop, PartReader, RecordLocation
+from foldfeed.feature_store.record_sets import fingerprint_of
 from foldfeed.feature_store.schema import INDEX_SCHEMA
 from foldfeed.feature_store.settings import SETTINGS_FILE, StoreSettings
+from foldfeed.feature_store.source import RecordSource
 
 
-class FeatureStore:
+class FeatureStore(RecordSource["Record"]):
     """One version of a store.
 
     Example:
@@ -121,20 +117,6 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __contains__(self, record_id: object) -> bool:
-        return isinstance(record_id, str) and self._find(record_id) is not None
-
-    def __getitem__(self, record_id: str) -> Record:
-        """Returns a record.
-
-        Raises:
-          RecordNotFoundError: no such id in this version.
-        """
-        position = self._find(record_id)
-        if position is None:
-            raise RecordNotFoundError(record_id, tuple(difflib.get_close_matches(record_id, self.ids, n=3)))
-        return self.at(position)
-
     def at(self, position: int) -> Record:
         """Returns the record at a position of the sorted ids.
 
@@ -145,8 +127,7 @@ class FeatureStore:
             raise IndexError(
                 f"position {position} is outside 0..{len(self) - 1} (the store has {len(self)} records)"
             )
-        row = {name: column[position].as_py() for name, column in self._columns.items()}
-        return Record(self._part(row["part_id"]), row)
+        return self.record_of({name: column[position].as_py() for name, column in self._columns.items()})
 
     @functools.cached_property
     def ids(self) -> list[str]:
@@ -160,29 +141,15 @@ class FeatureStore:
         Two stores with equal records have equal fingerprints, wherever they lie and however often they were
         committed to: a loader's position is bound to this and not to a path.
         """
-        digest = hashlib.sha256(self.settings.to_json())
-        for name, content in zip(self.ids, self._rows["fingerprint"].to_pylist(), strict=True):
-            digest.update(f"{name}\x00{content}\n".encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.settings, self._rows)
 
-    def table(self, columns: Sequence[str] | None = None, where: str | None = None) -> pa.Table:
-        """Returns index rows, sorted by record id.
+    def index_rows(self) -> pa.Table:
+        """Returns the index row of every record, sorted by record id."""
+        return self._rows
 
-        Args:
-          columns: names of the index; all when None.
-          where: an SQL condition, e.g. ``"depth > 100 and length < 300"``.
-        Raises:
-          QueryError: an unknown column or bad SQL.
-        """
-        return query.table(self._rows, columns, where)
-
-    def query(self, sql: str) -> pa.Table:
-        """Returns the answer to a SQL query over the table ``records`` (DuckDB's dialect), read only.
-
-        Raises:
-          QueryError: DuckDB does not accept it.
-        """
-        return query.sql(self._rows, sql)
+    def record_of(self, row: Mapping[str, Any]) -> Record:
+        """Returns the record that an index row of this store describes."""
+        return Record(self._part(row["part_id"]), row)
 
     def log(self) -> list[LogEntry]:
         """Returns the commits up to this version, newest first."""
@@ -269,10 +236,6 @@ class FeatureStore:
         # One array per column: indexing a chunked column by position costs a search of its chunks every time.
         return {name: self._rows[name].combine_chunks() for name in self._rows.column_names}
 
-    def _find(self, record_id: str) -> int | None:
-        position = bisect.bisect_left(self.ids, record_id)
-        return position if position < len(self.ids) and self.ids[position] == record_id else None
-
     def _part(self, part_id: str) -> PartReader:
         part = self._parts.get(part_id)
         if part is None:
@@ -284,7 +247,7 @@ class FeatureStore:
 class Record:
     """One record of one version of a store; cheap to make, reads when asked."""
 
-    def __init__(self, part: PartReader, row: dict[str, Any]) -> None:
+    def __init__(self, part: PartReader, row: Mapping[str, Any]) -> None:
         """Use `FeatureStore.__getitem__`."""
         self._part = part
         self._row = row
@@ -390,6 +353,33 @@ class Record:
     def rows(self) -> pa.Table:
         """Returns the provenance of every row: rank, database, e_value, bit_score, hit_id, species."""
         return self._part.row_table(self._at, [entry["name"] for entry in self.databases])
+
+    def features(self, *, msa: bool = False) -> dict[str, NDArray[Any]]:
+        """Returns the per-residue features by name: aatype, profile, deletion_mean, gap_fraction.
+
+        Args:
+          msa: also ``msa`` and ``deletions``, (depth, length) each; they are read only when asked for.
+        """
+        found: dict[str, NDArray[Any]] = {
+            "aatype": self.aatype(),
+            "profile": self.profile(),
+            "deletion_mean": self.deletion_mean(),
+            "gap_fraction": self.gap_fraction(),
+        }
+        if msa:
+            crop = self.crop()
+            found |= {"msa": crop.msa, "deletions": crop.deletions}
+        return found
+
+    def to_xarray(self, *, msa: bool = False) -> Any:
+        """Returns `features` as an ``xarray.Dataset``, see `features.to_dataset`.
+
+        Raises:
+          MissingExtraError: xarray is not installed.
+        """
+        facts = ("record_id", "description", "sequence", "depth", "fingerprint", "extra")
+        attributes = {name: self._row[name] for name in facts} | {"databases": json.dumps(self.databases)}
+        return to_dataset(self.features(msa=msa), self.sequence, attributes)
 
 
 def _refuse_foreign(url: str, names: list[str], is_file: bool) -> None:
