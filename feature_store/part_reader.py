@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from foldfeed.feature_store import alphabet
 from foldfeed.feature_store.blobs import Blobs
 from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
 from foldfeed.feature_store.layout import (
@@ -114,12 +115,14 @@ class PartReader:
         grid = self._grid(at)
         boxes = plan_crop(grid, window, rows)
         shape = (num_rows_of(rows), window[1] - window[0])
-        msa = np.empty(shape, dtype=np.uint8)
-        deletions = np.empty(shape, dtype=np.int32)
+        # What a tile that is not stored would say: every cell is the fill value of its array.
+        msa = np.full(shape, alphabet.PADDING, dtype=np.uint8)
+        deletions = np.zeros(shape, dtype=np.int32)
         numbers = [box.tile for box in boxes]
         for name, out in (("msa", msa), ("deletion", deletions)):
             for box, (_, tile) in zip(boxes, self.arrays[name].chunks(numbers), strict=True):
-                out[box.out_rows, box.out_cols] = tile[0][box.tile_rows, box.tile_cols]
+                if tile is not None:
+                    out[box.out_rows, box.out_cols] = tile[0][box.tile_rows, box.tile_cols]
         if at.num_overflow:
             self._restore_overflow(at, grid, window, rows, deletions)
         return Crop(msa=msa, deletions=deletions)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,16 @@ class ArraySpec:
     def shard_path(self) -> str:
         """The array's one shard object, relative to the part."""
         return "/".join((self.name, "c", *("0" for _ in self.chunk)))
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of a decoded chunk."""
+        return math.prod(self.chunk) * np.dtype(self.dtype).itemsize
+
+    @property
+    def fill_value(self) -> float:
+        """The fill value as a number."""
+        return float(self.fill)
 
     def num_chunks(self, length: int) -> int:
         """Number of inner chunks for that many entries on the first axis."""
@@ -143,8 +154,7 @@ def array_specs(settings: StoreSettings) -> dict[str, ArraySpec]:
 
 def fill_chunk(spec: ArraySpec) -> np.ndarray:
     """Returns a chunk full of the array's fill value, a fresh array."""
-    value = float("nan") if spec.fill == "NaN" else spec.fill
-    return np.full(spec.chunk, value, dtype=spec.dtype)
+    return np.full(spec.chunk, spec.fill_value, dtype=spec.dtype)
 
 
 def group_metadata(

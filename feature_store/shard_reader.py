@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store.blobs import Blobs, RangeReader
 from foldfeed.feature_store.errors import CorruptDataError
-from foldfeed.feature_store.schema import ArraySpec, fill_chunk
+from foldfeed.feature_store.schema import ArraySpec
 from foldfeed.feature_store.shard_writer import MISSING
 
 CRC_BYTES = 4
@@ -78,25 +78,40 @@ class ShardReader:
         for number, values in self.chunks(chunks):
             top = number * size
             low, high = max(start, top), min(stop, top + size)
-            out[low - start : high - start] = values[low - top : high - top]
+            out[low - start : high - start] = (
+                self.spec.fill_value if values is None else values[low - top : high - top]
+            )
         return out
 
-    def chunks(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def chunks(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray | None]]:
         """Yields (number, decoded chunk) in the order asked for.
 
         Args:
           numbers: chunk numbers; neighbours on disk that are neighbours here share one read.
-        Yields: read-only arrays of the chunk's shape.
+        Yields: read-only arrays of the chunk's shape; None for a chunk that holds only the fill value.
         Raises:
           CorruptDataError: a checksum, a size or the index does not agree.
         """
         if self._num_bytes is None:
-            for number in numbers:
-                yield number, fill_chunk(self.spec)
+            yield from ((number, None) for number in numbers)
             return
         source, index = self._open()
-        for run in self._runs(index, numbers):
-            yield from self._read_run(source, index, run)
+        entries = zip(numbers, index[np.asarray(numbers, dtype=np.int64)].tolist(), strict=True)
+        run: list[tuple[int, int, int]] = []
+        start = end = 0
+        for number, (offset, size) in entries:
+            if offset == MISSING:
+                # Nothing to read; it travels with the run so that chunks come out in order.
+                run.append((number, -1, 0))
+                continue
+            if end and not (0 <= offset - end <= MAX_GAP_BYTES and offset + size - start <= MAX_READ_BYTES):
+                yield from self._read_run(source, run, start, end)
+                run, end = [], 0
+            if not end:
+                start = offset
+            end = offset + size
+            run.append((number, offset, size))
+        yield from self._read_run(source, run, start, end)
 
     def bytes_stored(self, numbers: Sequence[int]) -> int:
         """Returns how many bytes of those chunks lie on disk; reads at most the shard's index."""
@@ -132,52 +147,28 @@ class ShardReader:
             raise CorruptDataError(self._path, "the shard index points outside the file")
         return index
 
-    def _runs(self, index: NDArray[np.uint64], numbers: Sequence[int]) -> Iterator[list[int]]:
-        """Yields groups of chunks that one read serves; chunks that are not stored join any group."""
-        run: list[int] = []
-        start = end = -1
-        for number in numbers:
-            offset, size = (int(value) for value in index[number])
-            if offset != MISSING:
-                near = (
-                    end >= 0
-                    and 0 <= offset - end <= MAX_GAP_BYTES
-                    and offset + size - start <= MAX_READ_BYTES
-                )
-                if end >= 0 and not near:
-                    yield run
-                    run = []
-                    end = -1
-                if end < 0:
-                    start = offset
-                end = offset + size
-            run.append(number)
-        if run:
-            yield run
-
     def _read_run(
-        self, source: RangeReader, index: NDArray[np.uint64], run: list[int]
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        entries = [(number, int(index[number, 0]), int(index[number, 1])) for number in run]
-        stored = [(offset, offset + size) for _, offset, size in entries if offset != MISSING]
-        first = stored[0][0] if stored else 0
-        data = memoryview(source(first, stored[-1][1] - first)) if stored else memoryview(b"")
-        for number, offset, size in entries:
-            if offset == MISSING:
-                yield number, fill_chunk(self.spec)
+        self, source: RangeReader, run: list[tuple[int, int, int]], start: int, end: int
+    ) -> Iterator[tuple[int, np.ndarray | None]]:
+        data = source(start, end - start) if end else b""
+        for number, offset, size in run:
+            if offset < 0:
+                yield number, None
             else:
-                yield number, self._decode(number, data[offset - first : offset - first + size])
+                yield number, self._decode(number, data[offset - start : offset - start + size])
 
-    def _decode(self, number: int, encoded: memoryview) -> np.ndarray:
-        where = f"{self._path}, chunk {number}"
-        body = bytes(encoded[:-CRC_BYTES])
+    def _decode(self, number: int, encoded: bytes) -> np.ndarray:
+        body = encoded[:-CRC_BYTES]
         if len(body) == 0 or google_crc32c.value(body) != int.from_bytes(encoded[-CRC_BYTES:], "little"):
-            raise CorruptDataError(where, "the chunk does not match its crc32c")
-        want = int(np.prod(self.spec.chunk)) * np.dtype(self.spec.dtype).itemsize
-        if zstandard.frame_content_size(body) != want:
-            raise CorruptDataError(where, f"the chunk does not decode to {want} bytes")
+            raise self._damaged(number, "it does not match its crc32c")
+        # The size in the frame is looked at before memory is taken for it.
+        if zstandard.frame_content_size(body) != self.spec.chunk_bytes:
+            raise self._damaged(number, f"it does not decode to {self.spec.chunk_bytes} bytes")
         try:
             raw = _decompressor().decompress(body)
         except zstandard.ZstdError as error:
-            raise CorruptDataError(where, f"zstd: {error}") from error
+            raise self._damaged(number, f"zstd: {error}") from error
         return np.frombuffer(raw, dtype=self.spec.dtype).reshape(self.spec.chunk)
+
+    def _damaged(self, number: int, reason: str) -> CorruptDataError:
+        return CorruptDataError(f"{self._path}, chunk {number}", reason)
