@@ -1,0 +1,334 @@
+"""The commands ``foldfeed ingest`` and ``foldfeed export``: other programs' files in and out of a store.
+
+Owns words, progress and exit codes. Does not own formats (`import_*`, `export_*`). Exit codes: 0 done (single
+rejects are reported and do not change it, unless ``--fail-on-rejects``), 1 the run failed or nothing could be
+imported, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from foldfeed.feature_store.export_jobs import CHAI_SOURCES
+from foldfeed.feature_store.export_write import (
+    EXPORT_FORMATS,
+    ExportOptions,
+    export_record,
+    file_name,
+    write_file,
+)
+from foldfeed.feature_store.import_errors import ExchangeError
+from foldfeed.feature_store.import_files import COMPRESSED_SUFFIXES, DEFAULT_MAX_BYTES
+from foldfeed.feature_store.import_layouts import AUTO, LAYOUTS, AlignmentImport
+from foldfeed.feature_store.import_rows import A2M_COLUMNS, DEDUP, ID_FROM, ImportOptions
+from foldfeed.feature_store.import_sources import Reject
+from foldfeed.feature_store.import_write import ImportReport, import_into
+from foldfeed.feature_store.store import FeatureStore
+
+HELP = {"help_option_names": ["-h", "--help"]}
+# Rejects printed on the terminal; --rejects writes all of them.
+MAX_SHOWN_REJECTS = 20
+
+
+@click.command(context_settings=HELP)
+@click.option(
+    "--alignments",
+    required=True,
+    metavar="PATH",
+    type=click.Path(exists=True, path_type=Path),
+    help="A file or a folder.",
+)
+@click.option("--layout", type=click.Choice((AUTO, *LAYOUTS)), default=AUTO, show_default=True)
+@click.option("--store", required=True, metavar="URL", help="Feature store to add to; made when absent.")
+@click.option(
+    "--id-from",
+    type=click.Choice(ID_FROM),
+    default="auto",
+    show_default=True,
+    help="Where record ids of single alignments come from: file name, folder name or the query's header.",
+)
+@click.option(
+    "--on-existing",
+    type=click.Choice(("error", "replace", "skip")),
+    default="error",
+    show_default=True,
+    help="For a record id that the store has with other content.",
+)
+@click.option(
+    "--dedup",
+    type=click.Choice(DEDUP),
+    default="source",
+    show_default=True,
+    help="Drop repeated rows: as the layout implies (only where databases are merged), always, or never.",
+)
+@click.option(
+    "--databases",
+    metavar="NAME,NAME",
+    help="Databases to take, in merge order. [default: AlphaFold 2's order, then others by name]",
+)
+@click.option(
+    "--max-hits",
+    multiple=True,
+    metavar="NAME=N",
+    help="Most rows of a database, the query counted; repeatable.",
+)
+@click.option(
+    "--paired", is_flag=True, help="Also take alignments made for pairing chains (uniprot, pairedMsa)."
+)
+@click.option(
+    "--a2m-columns",
+    type=click.Choice(A2M_COLUMNS),
+    default="match",
+    show_default=True,
+    help="Columns of A2M: upper case of the query, or every residue of the query.",
+)
+@click.option(
+    "--empty-as-no-hits", is_flag=True, help="An empty alignment file means that nothing was found."
+)
+@click.option(
+    "--max-bytes",
+    type=click.IntRange(min=1),
+    default=DEFAULT_MAX_BYTES,
+    show_default=True,
+    metavar="N",
+    help="Largest file, decompressed.",
+)
+@click.option("--job-id", metavar="ID", help="Names the commit. [default: made from the content]")
+@click.option(
+    "--rejects",
+    "rejects_file",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write all rejects there, one JSON object per line.",
+)
+@click.option("--fail-on-rejects", is_flag=True, help="Exit with 1 if anything could not be imported.")
+@click.pass_context
+def ingest(
+    ctx: click.Context,
+    alignments: Path,
+    layout: str,
+    store: str,
+    id_from: str,
+    on_existing: str,
+    dedup: str,
+    databases: str | None,
+    max_hits: tuple[str, ...],
+    paired: bool,
+    a2m_columns: str,
+    empty_as_no_hits: bool,
+    max_bytes: int,
+    job_id: str | None,
+    rejects_file: Path | None,
+    fail_on_rejects: bool,
+) -> None:
+    """Take alignments made elsewhere into a store, in one commit.
+
+    Records are read one at a time. What cannot be read is reported and does not stop the others. Files may be
+    compressed (.gz, .xz, .zst, .bz2). Pickles (features.pkl) are read without executing anything in them.
+
+    \b
+    Examples:
+      foldfeed ingest --alignments openproteinset/ --store my-store
+      foldfeed ingest --alignments msas/ --layout a3m --id-from folder --store my-store
+      foldfeed ingest --alignments job_data.json --store my-store --on-existing replace
+      foldfeed ingest --alignments af2_output/ --databases uniref90,mgnify --store my-store
+    """  # noqa: D301 (click wants the backspace character)
+    options = ImportOptions(
+        dedup=dedup,
+        id_from=id_from,
+        databases=tuple(name for name in (databases or "").split(",") if name),
+        max_hits=_caps(max_hits),
+        paired=paired,
+        a2m_columns=a2m_columns,
+        empty_as_no_hits=empty_as_no_hits,
+        max_bytes=max_bytes,
+    )
+    found = AlignmentImport(alignments, layout, options)
+    with _counting("importing", len(found)) as advance:
+        report = import_into(store, found, on_existing=on_existing, job_id=job_id, on_record=advance)
+    _print_report(report, store)
+    if rejects_file is not None:
+        lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in report.rejects]
+        write_file(rejects_file, "".join(lines).encode())
+    if report.rejects and (fail_on_rejects or not report.num_read):
+        ctx.exit(1)
+
+
+@click.command(name="export", context_settings=HELP)
+@click.argument("store")
+@click.argument("record_ids", nargs=-1, required=True, metavar="RECORD...")
+@click.option("--format", "form", type=click.Choice(tuple(EXPORT_FORMATS)), default="a3m", show_default=True)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="A file (one record) or a folder. A name that ends in .gz, .xz, .zst or .bz2 is compressed.",
+    show_default="the screen, for texts",
+)
+@click.option("--rows", "max_rows", type=click.IntRange(min=1), metavar="N", help="Only the first N rows.")
+@click.option(
+    "--compress", type=click.Choice(COMPRESSED_SUFFIXES), help="Compression of the files in an output folder."
+)
+@click.option(
+    "--chai-source", type=click.Choice(CHAI_SOURCES), help="What databases that Chai does not know count as."
+)
+@click.option("--version", type=int, help="An older version of the store (see `foldfeed log`).")
+def export_command(
+    store: str,
+    record_ids: tuple[str, ...],
+    form: str,
+    output: Path | None,
+    max_rows: int | None,
+    compress: str | None,
+    chai_source: str | None,
+    version: int | None,
+) -> None:
+    """Write records of STORE in the formats of other programs.
+
+    Alignment and deletion counts are exact. Which residues were inserted is not stored: texts have `x` for
+    each.
+
+    \b
+    Examples:
+      foldfeed export my-store HBB_HUMAN > HBB_HUMAN.a3m
+      foldfeed export my-store HBB_HUMAN --format sto --output HBB_HUMAN.sto.gz
+      foldfeed export my-store HBB_HUMAN MYG_HUMAN --format alphafold3-json --output jobs/
+    """  # noqa: D301 (click wants the backspace character)
+    try:
+        options = ExportOptions(form=form, max_rows=max_rows, chai_source=chai_source)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    opened = _open(store, version)
+    output = None if output == Path("-") else output
+    if output is None or (len(record_ids) == 1 and not _is_folder(output)):
+        _export_one(opened, record_ids, options, output, compress)
+        return
+    _export_many(opened, record_ids, options, output, compress)
+
+
+def _export_one(
+    store: FeatureStore,
+    record_ids: tuple[str, ...],
+    options: ExportOptions,
+    output: Path | None,
+    compress: str | None,
+) -> None:
+    if len(record_ids) > 1:
+        raise click.UsageError("Several records need --output FOLDER.")
+    if compress is not None:
+        raise click.UsageError(
+            "--compress goes with a folder; give the file a name that ends in " + compress + "."
+        )
+    if output is None and not EXPORT_FORMATS[options.form].is_text and sys.stdout.isatty():
+        raise click.UsageError(f"{options.form} is binary; add --output FILE or redirect it.")
+    data = export_record(store[record_ids[0]], options)
+    if output is None:
+        sys.stdout.buffer.write(data)
+    else:
+        write_file(output, data)
+
+
+def _export_many(
+    store: FeatureStore,
+    record_ids: tuple[str, ...],
+    options: ExportOptions,
+    output: Path,
+    compress: str | None,
+) -> None:
+    # Unknown ids are found before the first file is written.
+    records = [store[record_id] for record_id in dict.fromkeys(record_ids)]
+    names = [file_name(record.record_id, record.sequence, options, compress or "") for record in records]
+    for name in names:
+        if names.count(name) > 1:
+            raise ExchangeError(
+                f"several of these records would be called {name!r}; export them to other folders"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    with _counting("exporting", len(records)) as advance:
+        for record, name in zip(records, names, strict=True):
+            write_file(output / name, export_record(record, options))
+            advance()
+    click.echo(f"{len(records)} files in {output}", err=True)
+
+
+def _is_folder(output: Path) -> bool:
+    return output.is_dir() or str(output).endswith("/")
+
+
+def _open(url: str, version: int | None) -> FeatureStore:
+    try:
+        return FeatureStore.open(url, version)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--version") from error
+
+
+def _caps(texts: tuple[str, ...]) -> dict[str, int]:
+    caps: dict[str, int] = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        if not name or not number.isdecimal() or not 1 <= len(number) <= 12 or int(number) < 1:
+            raise click.BadParameter(f"{text!r} is not NAME=N with N at least 1", param_hint="--max-hits")
+        caps[name] = int(number)
+    return caps
+
+
+def _print_report(report: ImportReport, store: str) -> None:
+    click.echo(f"layout     {report.layout}")
+    click.echo(f"read       {report.num_read} records in {report.num_parts} parts")
+    if report.already_done:
+        click.echo(
+            f"added      0: this import was committed before (job {report.job_id}). If its records were "
+            "removed or "
+            "replaced since, name this one with --job-id to commit it again"
+        )
+    elif report.version is not None:
+        click.echo(f"added      {report.num_added}, not needed {report.num_unchanged}")
+        click.echo(f"store      {store} version {report.version} (job {report.job_id})")
+    if report.query_insertions:
+        names = ", ".join(report.query_insertions[:5])
+        click.echo(
+            f"note       {len(report.query_insertions)} queries have lower-case residues, which are no "
+            "columns and "
+            f"not in the stored sequence: {names}"
+        )
+    _print_rejects(report.rejects)
+
+
+def _print_rejects(rejects: tuple[Reject, ...]) -> None:
+    click.echo(f"rejected   {len(rejects)}", err=bool(rejects))
+    for reject in rejects[:MAX_SHOWN_REJECTS]:
+        name = f"{reject.record_id} ({reject.where})" if reject.record_id else reject.where
+        click.echo(f"  {name}: {reject.reason}", err=True)
+    if len(rejects) > MAX_SHOWN_REJECTS:
+        click.echo(f"  ... and {len(rejects) - MAX_SHOWN_REJECTS} more; --rejects FILE writes all", err=True)
+
+
+@contextlib.contextmanager
+def _counting(verb: str, total: int) -> Iterator[Callable[[], None]]:
+    """Gives a function to call after each record; draws a bar on a terminal and nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(verb, total=total)
+        yield lambda: progress.advance(task)

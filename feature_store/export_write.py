@@ -1,0 +1,151 @@
+"""The front door of export: formats by name, file names, compression, whole files or none.
+
+Owns the list of formats and what files are called. Does not own any format. Invariant: a file appears whole
+under its name or not at all.
+"""
+
+from __future__ import annotations
+
+import bz2
+import dataclasses
+import functools
+import gzip
+import lzma
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import zstandard
+
+from foldfeed.feature_store.blobs import open_blobs
+from foldfeed.feature_store.export_arrays import to_alphafold2_npz, to_boltz_npz
+from foldfeed.feature_store.export_jobs import CHAI_SOURCES, chai_file_name, to_alphafold3_json, to_chai_pqt
+from foldfeed.feature_store.export_rows import ExportRows, rows_of_record
+from foldfeed.feature_store.export_text import to_a2m, to_a3m, to_stockholm
+from foldfeed.feature_store.store import Record
+
+_NOT_IN_FILE_NAMES = re.compile(r"[^A-Za-z0-9_.+=@-]")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExportFormat:
+    """One format that records can be written in.
+
+    Attributes:
+      name: as a user types it.
+      extension: of its files.
+      is_text: may go to a terminal.
+    """
+
+    name: str
+    extension: str
+    is_text: bool
+
+
+EXPORT_FORMATS = {
+    form.name: form
+    for form in (
+        ExportFormat("a3m", ".a3m", True),
+        ExportFormat("a2m", ".a2m", True),
+        ExportFormat("sto", ".sto", True),
+        ExportFormat("alphafold3-json", ".json", True),
+        ExportFormat("boltz-npz", ".npz", False),
+        ExportFormat("chai-pqt", ".aligned.pqt", False),
+        ExportFormat("alphafold2-npz", ".npz", False),
+    )
+}
+
+_COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": functools.partial(gzip.compress, mtime=0),
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor(level=9).compress,
+    ".bz2": bz2.compress,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """What the user may choose about an export.
+
+    Attributes:
+      form: one of `EXPORT_FORMATS`.
+      max_rows: most rows, in rank order; all when None.
+      chai_source: what databases that Chai does not know count as, for ``chai-pqt``.
+    """
+
+    form: str
+    max_rows: int | None = None
+    chai_source: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in EXPORT_FORMATS:
+            raise ValueError(f"format {self.form!r} is not one of {', '.join(EXPORT_FORMATS)}")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows {self.max_rows} must be at least 1: the query is a row")
+        if self.chai_source is not None and (self.form != "chai-pqt" or self.chai_source not in CHAI_SOURCES):
+            raise ValueError(
+                f"chai_source is one of {', '.join(CHAI_SOURCES)} and goes with the format chai-pqt only"
+            )
+
+
+def export_record(record: Record, options: ExportOptions) -> bytes:
+    """Returns a record of a store in another program's format.
+
+    Raises:
+      ExportError: the format cannot hold it.
+      CorruptDataError: a tile does not match its checksum.
+    """
+    return render(rows_of_record(record, options.max_rows), options)
+
+
+def render(rows: ExportRows, options: ExportOptions) -> bytes:
+    """Returns rows in a format.
+
+    Raises:
+      ExportError: the format cannot hold them.
+    """
+    if options.form == "chai-pqt":
+        return to_chai_pqt(rows, options.chai_source)
+    writers: dict[str, Callable[[ExportRows], bytes]] = {
+        "a3m": to_a3m,
+        "a2m": to_a2m,
+        "sto": to_stockholm,
+        "alphafold3-json": to_alphafold3_json,
+        "boltz-npz": to_boltz_npz,
+        "alphafold2-npz": to_alphafold2_npz,
+    }
+    return writers[options.form](rows)
+
+
+def file_name(record_id: str, sequence: str, options: ExportOptions, suffix: str = "") -> str:
+    """Returns what a record's file is called: its id, or for Chai the name that Chai looks for.
+
+    Two ids that differ only in characters that a file name cannot hold (``|`` and ``:``) would meet, so those
+    characters become their code: ``a|b`` gives ``a%7Cb.a3m``.
+
+    Args:
+      record_id: of the record.
+      sequence: of the record.
+      options: of the export.
+      suffix: of a compression, e.g. ``.gz``.
+    """
+    if options.form == "chai-pqt":
+        return chai_file_name(sequence) + suffix
+    safe = _NOT_IN_FILE_NAMES.sub(lambda found: f"%{ord(found[0]):02X}", record_id)
+    return safe + EXPORT_FORMATS[options.form].extension + suffix
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Publishes bytes under a name, whole; compressed when the name ends in .gz, .xz, .zst or .bz2.
+
+    Args:
+      path: local path.
+      data: of the file.
+    Raises:
+      StorageFullError: no space left; the name is unchanged.
+      OSError: it cannot be written.
+    """
+    target = Path(path)
+    compress = _COMPRESSORS.get(target.suffix.lower())
+    open_blobs(target.parent).write_atomic(target.name, compress(data) if compress is not None else data)

@@ -1,0 +1,183 @@
+"""``foldfeed ingest`` and ``foldfeed export`` as a person uses them: output, exit codes, one-line errors."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from foldfeed.feature_store import FeatureStore
+from foldfeed.feature_store.cli import main
+
+ALIGNMENT = ">query of interest\nACDE\n>UniRef90_A/1-4\nAxC-E\n>hit2\nACDE\n"
+
+
+@pytest.fixture
+def run():
+    def call(*args: object):
+        return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
+
+    return call
+
+
+@pytest.fixture
+def alignments(tmp_path):
+    folder = tmp_path / "alignments"
+    folder.mkdir()
+    for name in ("p1", "p2"):
+        (folder / f"{name}.a3m").write_text(ALIGNMENT)
+    return folder
+
+
+def test_ingest_then_query_then_export(run, alignments, tmp_path):
+    store = tmp_path / "store"
+    result = run("ingest", "--alignments", alignments, "--store", store)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[:3] == [
+        "layout     a3m",
+        "read       2 records in 1 parts",
+        "added      2, not needed 0",
+    ]
+    assert result.stderr == ""
+    rows = run("query", store, "select record_id, depth from records order by record_id", "--format", "csv")
+    assert rows.stdout == "record_id,depth\np1,3\np2,3\n"
+    assert run("export", store, "p1").stdout == (
+        ">p1 query of interest\nACDE\n>UniRef90_A/1-4\nAxC-E\n>hit2\nACDE\n"
+    )
+    again = run("ingest", "--alignments", alignments, "--store", store)
+    assert again.exit_code == 0
+    assert "added      0: this import was committed before" in again.stdout
+
+
+def test_existing_ids_with_other_content(run, alignments, tmp_path):
+    store = tmp_path / "store"
+    run("ingest", "--alignments", alignments, "--store", store)
+    (alignments / "p1.a3m").write_text(">query\nACDEF\n")
+    refused = run("ingest", "--alignments", alignments, "--store", store)
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("error: ")
+    assert "p1" in refused.stderr
+    skipped = run("ingest", "--alignments", alignments, "--store", store, "--on-existing", "skip")
+    assert (skipped.exit_code, FeatureStore.open(store)["p1"].length) == (0, 4)
+    replaced = run("ingest", "--alignments", alignments, "--store", store, "--on-existing", "replace")
+    assert (replaced.exit_code, FeatureStore.open(store)["p1"].length) == (0, 5)
+
+
+def test_rejects_are_listed_and_written(run, alignments, tmp_path):
+    for number in range(25):
+        (alignments / f"bad{number:02}.a3m").write_text(">q\nACDE\n>h\nAC\n")
+    arguments = ["ingest", "--alignments", alignments, "--store", tmp_path / "store"]
+    result = run(*arguments, "--rejects", tmp_path / "rejects.jsonl")
+    assert result.exit_code == 0
+    lines = result.stderr.splitlines()
+    assert lines[0] == "rejected   25"
+    assert lines[1].startswith("  bad00 (bad00.a3m): line 3: the row has 2 columns")
+    assert lines[-1] == "  ... and 5 more; --rejects FILE writes all"
+    written = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert [one["record_id"] for one in written] == [f"bad{number:02}" for number in range(25)]
+    assert set(written[0]) == {"record_id", "where", "reason"}
+    assert run(*arguments, "--job-id", "again", "--fail-on-rejects").exit_code == 1
+
+
+def test_nothing_imported_is_a_failure(run, tmp_path):
+    (tmp_path / "bad.a3m").write_text("x")
+    result = run("ingest", "--alignments", tmp_path, "--store", tmp_path / "store")
+    assert result.exit_code == 1
+    assert "text before the first '>' header" in result.stderr
+    assert not (tmp_path / "store").exists()
+
+
+def test_lower_case_queries_are_noted(run, tmp_path):
+    (tmp_path / "p.a3m").write_text(">q\nACkkDE\n")
+    result = run("ingest", "--alignments", tmp_path, "--store", tmp_path / "store")
+    assert "note       1 queries have lower-case residues" in result.stdout
+
+
+def test_options_reach_the_import(run, tmp_path):
+    chain = tmp_path / "chains" / "1abc_A"
+    chain.mkdir(parents=True)
+    (chain / "uniref90_hits.a3m").write_text(ALIGNMENT)
+    (chain / "mgnify_hits.a3m").write_text(">q\nACDE\n>m1\n-CDE\n>m2\n--DE\n")
+    base = ["ingest", "--alignments", chain.parent, "--on-existing", "replace", "--store", tmp_path / "store"]
+
+    def hits(*options: str) -> list[str]:
+        result = run(*base, *options)
+        assert result.exit_code == 0, result.output
+        return FeatureStore.open(tmp_path / "store")["1abc_A"].rows()["hit_id"].to_pylist()[1:]
+
+    assert hits() == ["UniRef90_A/1-4", "m1", "m2"]
+    assert hits("--dedup", "none") == ["UniRef90_A/1-4", "hit2", "q", "m1", "m2"]
+    assert hits("--databases", "mgnify,uniref90") == ["m1", "m2", "UniRef90_A/1-4"]
+    assert hits("--max-hits", "mgnify=2") == ["UniRef90_A/1-4", "m1"]
+
+
+@pytest.mark.parametrize(
+    "form", ["a3m", "a2m", "sto", "alphafold3-json", "boltz-npz", "chai-pqt", "alphafold2-npz"]
+)
+def test_several_records_go_to_a_folder_and_come_back(run, small_store, tmp_path, form):
+    # Stockholm has no place for residues inserted in the query, which these records have.
+    records = ["c3", "a1", "c3"] if form != "sto" else ["a1"]
+    result = run("export", small_store.url, *records, "--format", form, "--output", f"{tmp_path}/out/")
+    if form == "sto" and small_store["a1"].deletions()[0].any():
+        assert result.exit_code == 1
+        return
+    assert result.exit_code == 0, result.output
+    assert f"{len(set(records))} files in" in result.stderr
+    layout = {"alphafold2-npz": "alphafold2"}.get(form, form)
+    for path in (tmp_path / "out").iterdir():
+        back = run(
+            "ingest", "--alignments", path, "--layout", layout, "--store", f"{tmp_path}/{path.name}.store"
+        )
+        assert back.exit_code == 0, back.output
+        store = FeatureStore.open(f"{tmp_path}/{path.name}.store")
+        (record_id,) = store.ids
+        original = next(one for one in ("a1", "c3") if small_store[one].length == store[record_id].length)
+        np.testing.assert_array_equal(store[record_id].msa(), small_store[original].msa())
+
+
+def test_export_names_rows_and_compression(run, small_store, tmp_path):
+    result = run(
+        "export", small_store.url, "c3", "a1", "--output", tmp_path / "out", "--compress", ".gz", "--rows", 2
+    )
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a1.a3m.gz", "c3.a3m.gz"]
+    assert run("export", small_store.url, "c3", "--rows", 2, "--output", "-").stdout.count(">") == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["export", "STORE", "nobody"], 1, "error: no record 'nobody'"),
+        (["export", "STORE", "a1", "nobody", "--output", "TMP/o"], 1, "error: no record 'nobody'"),
+        (["export", "STORE", "a1", "c3"], 2, "need --output FOLDER"),
+        (["export", "STORE"], 2, "Missing argument 'RECORD...'"),
+        (["export", "STORE", "a1", "--format", "x"], 2, "is not one of"),
+        (["export", "STORE", "a1", "--chai-source", "mgnify"], 2, "goes with the format chai-pqt"),
+        (["export", "STORE", "a1", "--compress", ".gz"], 2, "ends in .gz"),
+        (["export", "STORE", "a1", "--version", "99"], 2, "version 99 does not exist"),
+        (["export", "STORE", "b2", "--format", "sto"], 1, "its query has inserted residues"),
+        (["ingest", "--store", "TMP/s"], 2, "Missing option '--alignments'"),
+        (["ingest", "--alignments", "TMP/absent", "--store", "TMP/s"], 2, "does not exist"),
+        (["ingest", "--alignments", "TMP", "--store", "TMP/s"], 1, "it holds no layout that is known"),
+        (
+            ["ingest", "--alignments", "TMP", "--store", "TMP/s", "--layout", "a3m"],
+            1,
+            "nothing of this layout",
+        ),
+        (["ingest", "--alignments", "TMP", "--store", "TMP/s", "--max-hits", "a"], 2, "is not NAME=N"),
+    ],
+)
+def test_errors_are_short_and_have_the_right_exit_code(run, small_store, tmp_path, args, code, message):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    known = {"STORE": small_store.url}
+    result = run(*[known.get(arg, arg.replace("TMP", str(empty))) for arg in args])
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (empty / "o").exists()
+
+
+def test_help_has_examples(run):
+    assert "foldfeed ingest --alignments" in run("ingest", "--help").stdout
+    assert "foldfeed export my-store" in run("export", "--help").stdout
