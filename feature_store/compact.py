@@ -75,6 +75,7 @@ def compact(
     *,
     target_bytes: int = DEFAULT_TARGET_BYTES,
     min_live: float = DEFAULT_MIN_LIVE,
+    part_ids: Sequence[str] = (),
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> CompactReport:
@@ -84,6 +85,7 @@ def compact(
       store_url: the store.
       target_bytes: size that new parts aim for.
       min_live: share of live records below which a part is rewritten whatever its size, 0..1.
+      part_ids: parts to rewrite in any case, e.g. damaged ones whose damaged records are in quarantine.
       dry_run: only say what would be done.
       progress: told after each record.
     Raises:
@@ -94,7 +96,7 @@ def compact(
     blobs = open_blobs(store_url)
     index = Index.open(blobs.url, None)
     rows = index.rows()
-    groups = _plan(blobs, rows, target_bytes, min_live)
+    groups = _plan(blobs, rows, target_bytes, min_live, part_ids)
     files_before = len(index.files)
     parts_before = pc.count_distinct(rows["part_id"]).as_py()
     num_moved = sum(len(group.rows) for group in groups)
@@ -117,7 +119,9 @@ def compact(
     )
 
 
-def _plan(blobs: Blobs, rows: pa.Table, target_bytes: int, min_live: float) -> list[_Group]:
+def _plan(
+    blobs: Blobs, rows: pa.Table, target_bytes: int, min_live: float, part_ids: Sequence[str]
+) -> list[_Group]:
     """Returns the new parts to write; none where there is nothing to gain."""
     tokens = pc.multiply(rows["length"].cast(pa.int64()), rows["depth"].cast(pa.int64()))
     per_part = rows.select(["part_id"]).append_column("tokens", tokens).group_by("part_id")
@@ -128,14 +132,15 @@ def _plan(blobs: Blobs, rows: pa.Table, target_bytes: int, min_live: float) -> l
         part_id, live = entry["part_id"], entry["tokens_count"]
         part = PartReader(blobs, part_id)
         size = sum(file["bytes"] for file in part.files.values()) * live / part.num_records
-        if size < target_bytes / 2 or live / part.num_records < min_live:
+        small = size < target_bytes / 2
+        if small or live / part.num_records < min_live or part_id in part_ids:
             chosen.append(part_id)
             num_dead += part.num_records - live
             # Bytes follow tokens within a part, near enough for filling the new ones.
             costs[part_id] = size / entry["tokens_sum"]
     wanted = pc.is_in(rows["part_id"], value_set=pa.array(chosen, pa.string()))
     groups = _fill(rows.filter(wanted), tokens.filter(wanted).to_pylist(), costs, target_bytes)
-    return groups if num_dead or len(groups) < len(chosen) else []
+    return groups if num_dead or part_ids or len(groups) < len(chosen) else []
 
 
 def _fill(rows: pa.Table, tokens: Sequence[int], costs: Mapping[str, float], target: int) -> list[_Group]:

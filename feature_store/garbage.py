@@ -192,7 +192,7 @@ def _leftovers(blobs: Blobs, needed: set[str]) -> list[Garbage]:
     """Returns staging folders and files that writers of ours left, wherever they write."""
     now = time.time()
     found = []
-    for folder in ("", PARTS_FOLDER, INDEX_FOLDER, index_log.LOG_FOLDER, versions.TAG_FOLDER):
+    for folder in ("", index_log.LOG_FOLDER, *blobs.list("")):
         for name in blobs.list(folder):
             if name.startswith(TEMPORARY_PREFIX) and name.removeprefix(ASIDE_PREFIX) not in needed:
                 path = f"{folder}/{name}" if folder else name

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store import versions
 from foldfeed.feature_store.annotations import annotate
-from foldfeed.feature_store.blobs import open_blobs
+from foldfeed.feature_store.blobs import TEMPORARY_PREFIX, open_blobs
 from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError, StoreSettingsError
 from foldfeed.feature_store.features import to_dataset
 from foldfeed.feature_store.garbage import mark_wanted
@@ -386,6 +386,8 @@ def _refuse_foreign(url: str, names: list[str], is_file: bool) -> None:
     """Raises unless the place is free for a new store."""
     if is_file:
         raise NotAStoreError(url, "it is a file")
+    # A creation that was killed leaves a temporary file; the next one is not stopped by it.
+    names = [name for name in names if not name.startswith(TEMPORARY_PREFIX)]
     if names:
         raise NotAStoreError(url, f"the folder exists and holds other things, e.g. {names[0]!r}")
 
