@@ -2,7 +2,7 @@
 
 A Delta log has no checksums: a flipped character in it can bring a deleted row back or lose one. So every
 commit of ours carries, in its ``commitInfo``, the digest of all files that are live after it, the digest of
-its own actions, and the digest of the commit before. This module owns making and checking them. It does not
+its own actions, and the sha256 of the log file before. This module owns making and checking them. It does not
 own transactions.
 
 Invariant: a `Commit` that `read_commit` returns says what its committer said. Checked against `files_sha256`,
@@ -44,7 +44,7 @@ class CommitNote:
       settings_sha256: of ``foldfeed.json``.
       schema_sha256: of the table's schema, see `schema_digest`.
       files_sha256: of the names of all live files, see `files_digest`.
-      parent: checksum of the commit before, "" for version 0.
+      parent: sha256 of the log file of the version before, "" for version 0.
     """
 
     operation: str
@@ -61,22 +61,37 @@ class CommitNote:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AddedFile:
+    """What a commit says of a file.
+
+    Attributes:
+      num_bytes: its size.
+      statistics: Delta's statistics of it, JSON; readers of others skip files by them.
+    """
+
+    num_bytes: int
+    statistics: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Commit:
     """One commit, read from its log file and checked.
 
     Attributes:
       version: of the store after it.
       note: what the committer wrote down.
-      checksum: over note and actions; the next commit names it as its parent.
-      added: size of each file that the commit added, by name.
+      checksum: over note and actions.
+      added: each file that the commit added, by name.
       removed: names of the files it removed.
+      sha256: of the log file; the next commit names it as its parent.
     """
 
     version: int
     note: CommitNote
     checksum: str
-    added: Mapping[str, int]
+    added: Mapping[str, AddedFile]
     removed: tuple[str, ...]
+    sha256: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,14 +136,14 @@ def schema_digest(schema_json: str) -> str:
 
 
 def metadata_of(
-    version: int, note: CommitNote, added: Mapping[str, int], removed: Iterable[str]
+    version: int, note: CommitNote, added: Mapping[str, AddedFile], removed: Iterable[str]
 ) -> dict[str, str]:
     """Returns what goes into ``commitInfo``: the note and its checksum.
 
     Args:
       version: that the commit will make.
       note: what to write down.
-      added: size of each added file by name.
+      added: files by name.
       removed: names of removed files.
     """
     fields = {PREFIX + name: str(value) for name, value in dataclasses.asdict(note).items()}
@@ -139,14 +154,14 @@ def metadata_of(
 def _checksum(
     version: int,
     fields: Mapping[str, str],
-    added: Mapping[str, int],
+    added: Mapping[str, AddedFile],
     removed: Iterable[str],
     jobs: Iterable[str],
 ) -> str:
     document = {
         "version": version,
         "fields": dict(fields),
-        "added": dict(added),
+        "added": {name: [file.num_bytes, file.statistics] for name, file in added.items()},
         "removed": sorted(removed),
         "jobs": sorted(jobs),
     }
@@ -183,7 +198,10 @@ def _parse_commit(version: int, data: bytes) -> Commit:
     (info,) = actions["commitInfo"]
     fields = {name: info[name] for name in info if name.startswith(PREFIX)}
     claimed = fields.pop(CHECKSUM)
-    added = {action["path"]: action["size"] for action in actions.get("add", [])}
+    added = {
+        action["path"]: AddedFile(num_bytes=action["size"], statistics=action["stats"])
+        for action in actions.get("add", [])
+    }
     removed = tuple(action["path"] for action in actions.get("remove", []))
     jobs = [action["appId"] for action in actions.get("txn", [])]
     if claimed != _checksum(version, fields, added, removed, jobs):
@@ -192,7 +210,14 @@ def _parse_commit(version: int, data: bytes) -> Commit:
     for action in actions.get("metaData", []):
         if schema_digest(action["schemaString"]) != note.schema_sha256:
             raise ValueError("the schema does not match its checksum")
-    return Commit(version=version, note=note, checksum=claimed, added=added, removed=removed)
+    return Commit(
+        version=version,
+        note=note,
+        checksum=claimed,
+        added=added,
+        removed=removed,
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
 
 
 def _parse_note(fields: Mapping[str, str]) -> CommitNote:
@@ -214,14 +239,15 @@ def read_log(blobs: Blobs, newest: int) -> list[Commit]:
     parent = ""
     for commit in commits:
         if commit.note.parent != parent:
-            raise CorruptDataError(log_path(commit.version), "it does not follow the commit before it")
-        parent = commit.checksum
+            reason = f"version {commit.version} was committed on top of other bytes"
+            raise CorruptDataError(log_path(commit.version - 1), reason)
+        parent = commit.sha256
     return commits
 
 
-def live_files(commits: Iterable[Commit]) -> dict[str, int]:
-    """Returns size of each live file by name after commits that start at version 0."""
-    live: dict[str, int] = {}
+def live_files(commits: Iterable[Commit]) -> dict[str, AddedFile]:
+    """Returns each live file by name after commits that start at version 0."""
+    live: dict[str, AddedFile] = {}
     for commit in commits:
         for name in commit.removed:
             live.pop(name, None)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import deltalake
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
 from deltalake.exceptions import DeltaError, SchemaMismatchError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
@@ -26,14 +26,16 @@ from foldfeed.feature_store import index_log
 from foldfeed.feature_store.blobs import Blobs, disk_full_is_typed, open_blobs
 from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError
 from foldfeed.feature_store.index_files import INDEX_FOLDER, STATISTICS_COLUMNS, IndexFile
-from foldfeed.feature_store.index_log import Commit, CommitNote, files_digest, schema_digest
+from foldfeed.feature_store.index_log import AddedFile, Commit, CommitNote, files_digest, schema_digest
 from foldfeed.feature_store.schema import INDEX_SCHEMA
 
-_CONFIGURATION = {
+CONFIGURATION = {
     "delta.dataSkippingStatsColumns": ",".join(STATISTICS_COLUMNS),
     # Delta would delete log files after 30 days, and old versions with them; here `gc` decides that.
     "delta.enableExpiredLogCleanup": "false",
 }
+# Said again with each commit: the table's own word for it stands in a checkpoint, which has no checksum.
+_AFTER_COMMIT = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
 
 
 class IndexTable:
@@ -134,17 +136,23 @@ class IndexTable:
             self.blobs.write_atomic(f"{INDEX_FOLDER}/{name}", file.data)
         live = (set(self._files) - set(removed)) | set(added)
         note = self._complete(note, files_sha256=files_digest(live))
-        sizes = {name: len(file.data) for name, file in added.items()}
+        files = {
+            name: AddedFile(num_bytes=len(file.data), statistics=file.statistics)
+            for name, file in added.items()
+        }
         now_ms = int(time.time() * 1000)
-        adds = [AddAction(name, sizes[name], {}, now_ms, True, added[name].statistics) for name in sizes]
+        adds = [
+            AddAction(name, file.num_bytes, {}, now_ms, True, file.statistics) for name, file in files.items()
+        ]
         removes = [RemoveAction(name, True, now_ms, partition_values={}) for name in removed]
-        metadata = index_log.metadata_of(self.version + 1, note, sizes, removed)
+        metadata = index_log.metadata_of(self.version + 1, note, files, removed)
         with self._at_most_once(metadata) as won:
             self._table.create_write_transaction(
                 [*adds, *removes],
                 "append",
                 self._table.schema(),
                 commit_properties=_properties(metadata, note.job_id),
+                post_commithook_properties=_AFTER_COMMIT,
             )
         return won[0]
 
@@ -155,7 +163,11 @@ class IndexTable:
         note = self._complete(note, schema_sha256=schema_digest(schema.to_json()))
         metadata = index_log.metadata_of(self.version + 1, note, {}, [])
         with self._at_most_once(metadata) as won:
-            self._table.alter.add_columns(new, commit_properties=_properties(metadata, note.job_id))
+            self._table.alter.add_columns(
+                new,
+                commit_properties=_properties(metadata, note.job_id),
+                post_commithook_properties=_AFTER_COMMIT,
+            )
         return won[0]
 
     def _complete(self, note: CommitNote, files_sha256: str = "", schema_sha256: str = "") -> CommitNote:
@@ -166,7 +178,7 @@ class IndexTable:
             schema_sha256=schema_sha256 or before.schema_sha256,
             files_sha256=files_sha256 or before.files_sha256,
             time=index_log.now(),
-            parent=self._head.checksum,
+            parent=self._head.sha256,
         )
 
     @contextlib.contextmanager
@@ -223,7 +235,7 @@ def _create(uri: str, settings_sha256: str) -> None:
             uri,
             schema=schema,
             name="foldfeed-index",
-            configuration=_CONFIGURATION,
+            configuration=CONFIGURATION,
             commit_properties=properties,
         )
     except DeltaError:

@@ -90,7 +90,7 @@ def verify(
     else:
         problems += check_index(blobs, Index.open(blobs.url, None), level)
         by_part = rows_by_part(opened.index_rows())
-    problems += check_names(blobs)
+        problems += check_names(blobs, opened.settings)
     checks = _check_parts(blobs, by_part, level, progress)
     return VerifyReport(
         url=blobs.url,

@@ -9,16 +9,19 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from foldfeed.feature_store import index_log, versions
+from foldfeed.feature_store import index_log, named_tables, record_sets, splits, versions
 from foldfeed.feature_store.blobs import Blobs
 from foldfeed.feature_store.errors import CorruptDataError, FoldfeedError
 from foldfeed.feature_store.index import Index
 from foldfeed.feature_store.index_files import INDEX_FOLDER, read_checked
-from foldfeed.feature_store.index_log import Commit
+from foldfeed.feature_store.index_log import AddedFile, Commit
+from foldfeed.feature_store.index_table import CONFIGURATION
+from foldfeed.feature_store.settings import StoreSettings
 from foldfeed.feature_store.verify_parts import Problem
 
 _CHECKPOINT = re.compile(r"(\d{20})\.checkpoint\.parquet")
@@ -48,12 +51,16 @@ def check_index(blobs: Blobs, index: Index, level: str) -> list[Problem]:
     return problems
 
 
-def check_names(blobs: Blobs) -> list[Problem]:
-    """Checks tags and the retention file."""
+def check_names(blobs: Blobs, settings: StoreSettings) -> list[Problem]:
+    """Checks tags, the retention file, named sets and splits."""
     problems = []
     for name in versions.tag_names(blobs):
         problems += _tried(lambda name=name: versions.open_index(blobs.url, name))  # type: ignore[misc]
     problems += _tried(lambda: versions.oldest_version(blobs))
+    for name in named_tables.names(blobs, record_sets.FOLDER):
+        problems += _tried(lambda name=name: record_sets.load(blobs, settings, name))  # type: ignore[misc]
+    for name in named_tables.names(blobs, splits.FOLDER):
+        problems += _tried(lambda name=name: splits.load(blobs, name))  # type: ignore[misc]
     return problems
 
 
@@ -74,15 +81,15 @@ def _problem_of(error: Exception) -> Problem:
 def _check_files(blobs: Blobs, log: list[Commit], level: str) -> Iterator[Problem]:
     oldest = versions.oldest_version(blobs)
     tagged = {tag.version for tag in versions.list_tags(blobs.url)}
-    needed: dict[str, int] = {}
-    live: dict[str, int] = {}
+    needed: dict[str, AddedFile] = {}
+    live: dict[str, AddedFile] = {}
     for commit in log:
         for name in commit.removed:
             live.pop(name, None)
         live.update(commit.added)
         if commit.version >= oldest or commit.version in tagged:
             needed.update(live)
-    for name, size in sorted(needed.items()):
+    for name, file in sorted(needed.items()):
         where = f"{INDEX_FOLDER}/{name}"
         try:
             found = blobs.info(where).num_bytes if level == "quick" else len(read_checked(blobs, name))
@@ -91,8 +98,8 @@ def _check_files(blobs: Blobs, log: list[Commit], level: str) -> Iterator[Proble
         except CorruptDataError as error:
             yield _problem_of(error)
         else:
-            if found != size:
-                yield Problem(where=where, reason=f"it has {found} bytes, not {size}")
+            if found != file.num_bytes:
+                yield Problem(where=where, reason=f"it has {found} bytes, not {file.num_bytes}")
 
 
 def check_checkpoints(blobs: Blobs, log: list[Commit]) -> Iterator[Problem]:
@@ -124,13 +131,20 @@ def check_checkpoints(blobs: Blobs, log: list[Commit]) -> Iterator[Problem]:
 
 def _checkpoint_reason(table: pa.Table, log: list[Commit]) -> str:
     rows = table.to_pylist()
-    adds = {row["add"]["path"]: row["add"]["size"] for row in rows if row.get("add")}
+    adds = {row["add"]["path"]: _file(row["add"]) for row in rows if row.get("add")}
     jobs = {row["txn"]["appId"] for row in rows if row.get("txn")}
-    if adds != index_log.live_files(log):
+    live = index_log.live_files(log)
+    if adds != {name: (file.num_bytes, json.loads(file.statistics)) for name, file in live.items()}:
         return "it names other files than the commits do"
     if jobs != {commit.note.job_id for commit in log if commit.note.job_id}:
         return "it names other jobs than the commits do"
-    schemas = [row["metaData"]["schemaString"] for row in rows if row.get("metaData")]
-    if [index_log.schema_digest(text) for text in schemas] != [log[-1].note.schema_sha256]:
+    (about,) = [row["metaData"] for row in rows if row.get("metaData")]
+    if index_log.schema_digest(about["schemaString"]) != log[-1].note.schema_sha256:
         return "it has another schema than the commits"
+    if dict(about["configuration"]) != CONFIGURATION:
+        return "it has another configuration than the table was made with"
     return ""
+
+
+def _file(add: dict[str, Any]) -> tuple[int, Any]:
+    return add["size"], json.loads(add["stats"])

@@ -1,0 +1,67 @@
+"""SIGKILL at every step of every command that writes, torn writes included, and at random moments.
+
+python tests/campaigns/feature_store_crash.py --every 1 --random 200
+"""
+
+import argparse
+import collections
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from crash_checks import BEFORE, Case
+from crash_harness import server
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--every", type=int, default=1, help="kill at every n-th step")
+    parser.add_argument("--random", type=int, default=200, help="kills at random moments")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", choices=sorted(BEFORE), help="one scenario")
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    started = time.monotonic()
+    outcomes: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    faults = []
+    with tempfile.TemporaryDirectory() as folder, server() as killer:
+        cases = {name: Case(killer, name, Path(folder)) for name in sorted(BEFORE)}
+        cases = {name: case for name, case in cases.items() if options.only in (None, name)}
+        plan = [
+            (name, {"step": step, "torn": step % 2 == 1})
+            for name, case in cases.items()
+            for step in range(1, case.steps + 1, options.every)
+        ]
+        plan += [
+            (rng.choice(sorted(cases)), {"after_s": rng.uniform(0, 0.15)}) for _ in range(options.random)
+        ]
+        for number, (name, how) in enumerate(plan, start=1):
+            label = "random" if "after_s" in how else name
+            try:
+                outcomes[label][cases[name].kill(**how)] += 1
+            except AssertionError as error:
+                faults.append(f"{name} {how}: {error}")
+            if number % 50 == 0:
+                print(
+                    f"{number} of {len(plan)}, {time.monotonic() - started:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    report = {
+        "kills": sum(sum(found.values()) for found in outcomes.values()) - outcomes["random"]["done"],
+        "outcomes": {name: dict(found) for name, found in outcomes.items()},
+        "steps": {name: case.steps for name, case in cases.items()},
+        "faults": faults,
+        "seconds": round(time.monotonic() - started),
+    }
+    print(json.dumps(report | vars(options), indent=1, sort_keys=True))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
