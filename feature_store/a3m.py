@@ -96,7 +96,7 @@ def _split(data: bytes) -> tuple[list[str], list[bytes], list[int]]:
             return
         row = b"".join(pieces)
         if not row:
-            raise AlignmentParseError(f"row {header[0]!r} has no residues", header[1])
+            raise AlignmentParseError(f"row {shown(header[0])} has no residues", header[1])
         names.append(header[0])
         rows.append(row)
         lines.append(header[1])
@@ -109,13 +109,16 @@ def _split(data: bytes) -> tuple[list[str], list[bytes], list[int]]:
         elif line and header is not None:
             pieces.append(line)
         elif line and not line.startswith(b"#"):
-            raise AlignmentParseError(f"text before the first '>' header: {_shown(line)}", number)
+            raise AlignmentParseError(
+                f"text before the first '>' header: {shown(line.decode('utf-8', errors='replace'))}", number
+            )
     close()
     return names, rows, lines
 
 
-def _shown(line: bytes) -> str:
-    return repr(line[:40].decode("utf-8", errors="replace"))
+def shown(text: str) -> str:
+    """Returns a name or line for a message: quoted, and cut where a damaged file makes it endless."""
+    return repr(text[:40])
 
 
 def _blocks(sizes: list[int]) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from foldfeed.feature_store.a3m import BLOCK_CHARACTERS, ParsedAlignment
+from foldfeed.feature_store.a3m import BLOCK_CHARACTERS, ParsedAlignment, shown
 from foldfeed.feature_store.errors import AlignmentParseError
 
 _GAPS = np.zeros(256, dtype=np.bool_)
@@ -45,13 +45,15 @@ def parse_stockholm(text: str | bytes) -> ParsedAlignment:
     for name, row in rows.items():
         if len(row) != width:
             raise AlignmentParseError(
-                f"row {name!r} has {len(row)} columns, the first row has {width}", lines[name]
+                f"row {shown(name)} has {len(row)} columns, the first row has {width}", lines[name]
             )
     table = np.frombuffer(b"".join(rows.values()), dtype=np.uint8).reshape(len(rows), width)
     names = list(rows)
     is_query_column = ~_GAPS[table[0]]
     if not is_query_column.any():
-        raise AlignmentParseError(f"the first row {names[0]!r} (the query) has no residue", lines[names[0]])
+        raise AlignmentParseError(
+            f"the first row {shown(names[0])} (the query) has no residue", lines[names[0]]
+        )
     length = int(is_query_column.sum())
     letters = np.empty((len(rows), length), dtype=np.uint8)
     deletions = np.empty((len(rows), length), dtype=np.int32)
@@ -103,7 +105,7 @@ def _parse_block(
     if not normal.all():
         row, column = (int(index) for index in np.argwhere(normal == 0)[0])
         raise AlignmentParseError(
-            f"{chr(table[row, column])!r} at column {column + 1} of row {names[row]!r} is no residue "
+            f"{chr(table[row, column])!r} at column {column + 1} of row {shown(names[row])} is no residue "
             "and no gap",
             lines[row],
         )
