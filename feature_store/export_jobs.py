@@ -94,7 +94,7 @@ def _chai_source(rows: ExportRows, name: str, other: str | None) -> str:
         return known
     if other is None:
         raise rows.refuse(
-            f"Chai does not know the database {name!r}, only {', '.join(CHAI_SOURCES)}; say with --chai-source what "
-            "its rows count as"
+            f"Chai does not know the database {name!r}, only {', '.join(CHAI_SOURCES)}; say with "
+            "--chai-source what its rows count as"
         )
     return other

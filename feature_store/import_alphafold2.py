@@ -247,10 +247,8 @@ def _texts(features: Mapping[str, Any], name: str, depth: int, where: str) -> li
     values = features.get(name)
     if values is None:
         return [""] * depth
-    if np.shape(values) != (depth,):
-        raise SourceFileError(
-            where, f"feature {name!r} {np.shape(values)} must have one entry per row ({depth})"
-        )
+    if not isinstance(values, np.ndarray) or values.shape != (depth,):
+        raise SourceFileError(where, f"feature {name!r} must be an array with one entry per row ({depth})")
     return [_as_text(value) for value in values]
 
 

@@ -114,7 +114,7 @@ def read_columns(data: bytes, where: str, max_bytes: int) -> dict[str, list[str]
         file = pq.ParquetFile(io.BytesIO(data), read_dictionary=list(COLUMNS))
         table = file.read(columns=list(COLUMNS), use_threads=False)
         return {name: _texts(table, name, where, max_bytes) for name in COLUMNS}
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise SourceFileError(
             where, f"it is no Parquet file with columns of text ({str(error)[:200]})"
         ) from error
@@ -151,6 +151,8 @@ def _texts(table: pa.Table, name: str, where: str, max_bytes: int) -> list[str]:
     values: list[str] = []
     total = 0
     for chunk in column.chunks:
+        # Damaged pages may hold codes without a word, or words that are no text.
+        chunk.validate(full=True)
         words = chunk.dictionary.to_pylist()
         codes = chunk.indices.to_numpy()
         sizes = np.array([len(word or "") for word in words], dtype=np.int64)

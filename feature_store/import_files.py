@@ -128,8 +128,12 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 def _open_regular(path: Path) -> BinaryIO:
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:
+        raise SourceFileError(repr(str(path)), f"no file can have that name ({error})") from error
     # A pipe or a device would block or never end.
-    if not stat.S_ISREG(path.stat().st_mode):
+    if not stat.S_ISREG(mode):
         raise SourceFileError(str(path), "it is not a regular file")
     return path.open("rb")
 

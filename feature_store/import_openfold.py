@@ -214,7 +214,7 @@ def _read_entry(path: Path, where: str, record_id: str, entry: Any, options: Imp
     members: Any = entry
     if isinstance(entry, dict):
         database, members = entry.get("db"), entry.get("files")
-    if not isinstance(database, str) or not isinstance(members, list) or Path(database).name != database:
+    if not isinstance(database, str) or not isinstance(members, list) or not _is_file_name(database):
         raise SourceFileError(where, "its entry is not {'db': a file beside the index, 'files': [...]}")
     files: list[AlignmentFile] = []
     for member in members:
@@ -226,9 +226,13 @@ def _read_entry(path: Path, where: str, record_id: str, entry: Any, options: Imp
         ):
             raise SourceFileError(where, "a file of its entry is not [name, offset, size]")
         name, start, size = member
-        files.append((name, functools.partial(_read_member, path.with_name(database), where, start, size)))
+        files.append((name, functools.partial(_read_member, path.parent / database, where, start, size)))
     facts = {"source": where, "source_format": "openfold-db"}
     return merge_files(record_id, files, options, extra=facts)
+
+
+def _is_file_name(name: str) -> bool:
+    return bool(name) and Path(name).name == name and name != ".."
 
 
 def _read_member(database: Path, where: str, start: int, size: int, max_bytes: int) -> bytes:
