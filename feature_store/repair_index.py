@@ -6,6 +6,7 @@ nothing is guessed: where parts disagree about a record, the caller decides.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import time
@@ -21,6 +22,7 @@ from foldfeed.feature_store.errors import (
     CorruptDataError,
     FoldfeedError,
     FormatVersionError,
+    NotAStoreError,
 )
 from foldfeed.feature_store.garbage import PARTS_FOLDER
 from foldfeed.feature_store.index import Index
@@ -91,6 +93,20 @@ def rows_of_parts(blobs: Blobs, part_ids: Sequence[str], on_ambiguous: str) -> P
     )
 
 
+def _settings_bytes(blobs: Blobs) -> bytes:
+    """Returns ``foldfeed.json``, written again from the settings of a part when it is lost or unreadable."""
+    with contextlib.suppress(FileNotFoundError, FoldfeedError):
+        data = blobs.read(SETTINGS_FILE)
+        StoreSettings.from_json(data, blobs.url)
+        return data
+    for part_id in part_ids_of(blobs):
+        with contextlib.suppress(FoldfeedError):
+            data = PartReader(blobs, part_id).settings.to_json()
+            blobs.write_atomic(SETTINGS_FILE, data)
+            return data
+    raise NotAStoreError(blobs.url, f"it has no readable {SETTINGS_FILE} and no readable part")
+
+
 def _modified(blobs: Blobs, part_id: str) -> float:
     try:
         return blobs.info(f"{PARTS_FOLDER}/{part_id}/{LAST_FILE}").modified_s
@@ -103,8 +119,8 @@ def rebuild_index(blobs: Blobs, on_ambiguous: str) -> PartRows:
 
     History, tags, annotations and deletions of the old index are lost: every record of every part is visible.
     """
-    settings = blobs.read(SETTINGS_FILE)
     found = rows_of_parts(blobs, part_ids_of(blobs), on_ambiguous)
+    settings = _settings_bytes(blobs)
     if blobs.exists(INDEX_FOLDER):
         aside = f"{INDEX_FOLDER}.damaged-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}"
         if not blobs.rename_folder(INDEX_FOLDER, aside):

@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from foldfeed.feature_store.blobs import TEMPORARY_PREFIX, Blobs, open_blobs
-from foldfeed.feature_store.errors import FoldfeedError
+from foldfeed.feature_store.errors import FoldfeedError, NotAStoreError
 from foldfeed.feature_store.garbage import PARTS_FOLDER
 from foldfeed.feature_store.index import Index
+from foldfeed.feature_store.index_files import INDEX_FOLDER
 from foldfeed.feature_store.progress import Progress, silent
 from foldfeed.feature_store.schema import INDEX_SCHEMA
+from foldfeed.feature_store.settings import SETTINGS_FILE
 from foldfeed.feature_store.store import FeatureStore
 from foldfeed.feature_store.verify_index import check_index, check_names
 from foldfeed.feature_store.verify_parts import LEVELS, PartCheck, Problem, check_part
@@ -75,12 +77,17 @@ def verify(
       version: the newest when None.
       progress: told after each part.
     Raises:
+      NotAStoreError: there is nothing of a store at all.
       ValueError: an unknown level.
     """
     if level not in LEVELS:
         raise ValueError(f"level {level!r} is not one of {', '.join(LEVELS)}")
     started = time.monotonic()
     blobs = open_blobs(store_url)
+    if not any(blobs.exists(name) for name in (SETTINGS_FILE, INDEX_FOLDER, PARTS_FOLDER)):
+        raise NotAStoreError(
+            blobs.url, f"it has neither {SETTINGS_FILE} nor {INDEX_FOLDER}/ nor {PARTS_FOLDER}/"
+        )
     problems: list[Problem] = []
     opened = _open(blobs, version, problems)
     if opened is None:

@@ -172,6 +172,14 @@ def test_a_lost_index_is_rebuilt_from_the_parts(store):
     assert set(after.table(["job_id"])["job_id"].to_pylist()) == {"repair"}
 
 
+def test_lost_settings_and_index_are_made_again(store):
+    fingerprint = store.fingerprint
+    shutil.rmtree(Path(store.url, "index"))
+    Path(store.url, "foldfeed.json").unlink()
+    assert repair(store.url, rebuild_lost_index=True).after.problems == ()
+    assert FeatureStore.open(store.url).fingerprint == fingerprint
+
+
 def test_a_damaged_index_is_moved_aside_and_replaced_records_need_a_decision(store):
     commit(store, ["r0a"], "newer", seed=9, on_existing="replace")
     fingerprint = store.fingerprint

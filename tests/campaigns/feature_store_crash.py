@@ -37,9 +37,8 @@ def main() -> int:
             for name, case in cases.items()
             for step in range(1, case.steps + 1, options.every)
         ]
-        plan += [
-            (rng.choice(sorted(cases)), {"after_s": rng.uniform(0, 0.15)}) for _ in range(options.random)
-        ]
+        for _ in range(options.random):
+            plan.append((rng.choice(sorted(cases)), {"after_s": rng.uniform(0, 0.15)}))
         for number, (name, how) in enumerate(plan, start=1):
             label = "random" if "after_s" in how else name
             try:
@@ -53,7 +52,7 @@ def main() -> int:
                     flush=True,
                 )
     report = {
-        "kills": sum(sum(found.values()) for found in outcomes.values()) - outcomes["random"]["done"],
+        "kills": sum(found.total() - found["done"] for found in outcomes.values()),
         "outcomes": {name: dict(found) for name, found in outcomes.items()},
         "steps": {name: case.steps for name, case in cases.items()},
         "faults": faults,

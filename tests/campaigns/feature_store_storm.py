@@ -1,6 +1,8 @@
-"""Eight processes commit, replace, delete and repeat jobs in one store for a minute; see tests/commit_storm.py.
+"""Eight processes commit, replace, delete and repeat jobs in one store for a minute.
 
-python tests/campaigns/feature_store_storm.py --workers 8 --seconds 60
+See tests/commit_storm.py for what is checked.
+
+    python tests/campaigns/feature_store_storm.py --workers 8 --seconds 60
 """
 
 import argparse
