@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ from foldfeed.feature_store.record_sets import fingerprint_of
 from foldfeed.feature_store.schema import INDEX_SCHEMA
 from foldfeed.feature_store.settings import SETTINGS_FILE, StoreSettings
 from foldfeed.feature_store.source import RecordSource
+
+PLACE_COLUMNS = ("record_id", "part_id", *RecordLocation.__slots__)
 
 
 class FeatureStore(RecordSource["Record"]):
@@ -127,12 +129,12 @@ class FeatureStore(RecordSource["Record"]):
             raise IndexError(
                 f"position {position} is outside 0..{len(self) - 1} (the store has {len(self)} records)"
             )
-        return self.record_of({name: column[position].as_py() for name, column in self._columns.items()})
+        return self.record_of(_RowAt(self, position))
 
     @functools.cached_property
     def ids(self) -> list[str]:
         """All record ids, sorted."""
-        return self._rows["record_id"].to_pylist()
+        return self._places["record_id"].to_pylist()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -141,7 +143,7 @@ class FeatureStore(RecordSource["Record"]):
         Two stores with equal records have equal fingerprints, wherever they lie and however often they were
         committed to: a loader's position is bound to this and not to a path.
         """
-        return fingerprint_of(self.settings, self._rows)
+        return fingerprint_of(self.settings, self._index.rows(["record_id", "fingerprint"]))
 
     def index_rows(self) -> pa.Table:
         """Returns the index row of every record, sorted by record id."""
@@ -224,7 +226,7 @@ class FeatureStore(RecordSource["Record"]):
         return result
 
     def _forget(self) -> None:
-        for name in ("ids", "fingerprint", "_rows", "_columns"):
+        for name in ("ids", "fingerprint", "_rows", "_places", "_facts"):
             self.__dict__.pop(name, None)
 
     @functools.cached_property
@@ -232,9 +234,16 @@ class FeatureStore(RecordSource["Record"]):
         return self._index.rows()
 
     @functools.cached_property
-    def _columns(self) -> dict[str, pa.Array]:
-        # One array per column: indexing a chunked column by position costs a search of its chunks every time.
-        return {name: self._rows[name].combine_chunks() for name in self._rows.column_names}
+    def _places(self) -> dict[str, pa.Array]:
+        """What finding and reading a record needs, by column: a tenth of the index.
+
+        A store of a million records opens with these; sequences and the like are read when first asked for.
+        """
+        return _arrays(self._index.rows(PLACE_COLUMNS))
+
+    @functools.cached_property
+    def _facts(self) -> dict[str, pa.Array]:
+        return _arrays(self._rows)
 
     def _part(self, part_id: str) -> PartReader:
         part = self._parts.get(part_id)
@@ -242,6 +251,26 @@ class FeatureStore(RecordSource["Record"]):
             # Two threads may both open it; either copy serves, so no lock is held over the read.
             part = self._parts.setdefault(part_id, PartReader(self._blobs, part_id))
         return part
+
+
+class _RowAt(Mapping[str, Any]):
+    """The index row at a position, column by column as it is asked for."""
+
+    def __init__(self, store: FeatureStore, position: int) -> None:
+        self._store = store
+        self._position = position
+
+    def __getitem__(self, name: str) -> Any:
+        columns = self._store._places
+        if name not in columns:
+            columns = self._store._facts
+        return columns[name][self._position].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store._facts)
+
+    def __len__(self) -> int:
+        return len(self._store._facts)
 
 
 class Record:
@@ -380,6 +409,17 @@ class Record:
         facts = ("record_id", "description", "sequence", "depth", "fingerprint", "extra")
         attributes = {name: self._row[name] for name in facts} | {"databases": json.dumps(self.databases)}
         return to_dataset(self.features(msa=msa), self.sequence, attributes)
+
+
+def _arrays(rows: pa.Table) -> dict[str, pa.Array]:
+    # One array per column: indexing a chunked column by position costs a search of its chunks every time.
+    # Few parts hold many records, so their long names are kept once.
+    return {
+        name: rows[name].combine_chunks().dictionary_encode()
+        if name == "part_id"
+        else rows[name].combine_chunks()
+        for name in rows.column_names
+    }
 
 
 def _refuse_foreign(url: str, names: list[str], is_file: bool) -> None:
