@@ -23,7 +23,6 @@ import os
 import shutil
 import tempfile
 import uuid
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -31,6 +30,7 @@ from typing import Any, Protocol, TypeAlias
 import fsspec
 
 from foldfeed.feature_store.errors import StorageFullError
+from foldfeed.feature_store.open_files import LocalFile
 
 # Names that start so are never part of a store: an interrupted writer may leave them, `gc` may remove them.
 TEMPORARY_PREFIX = ".tmp-"
@@ -165,17 +165,6 @@ def disk_full_is_typed(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
-class _LocalFile:
-    """An open local file; reads carry their own offset, so threads and forks can share the descriptor."""
-
-    def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._handle)
-
-    def __call__(self, start: int, size: int) -> bytes:
-        return os.pread(self._handle, size, start)
-
-
 class LocalBlobs:
     """Files in a local folder (or on a mounted file system)."""
 
@@ -191,7 +180,7 @@ class LocalBlobs:
             return os.pread(file.fileno(), size, start)
 
     def open_range(self, path: str) -> RangeReader:
-        return _LocalFile(self.root / path)
+        return LocalFile(self.root / path)
 
     def write_atomic(self, path: str, data: bytes) -> None:
         target = self.root / path

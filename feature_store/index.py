@@ -14,7 +14,6 @@ The table lies apart from ``parts/`` so that a VACUUM of the table can never tou
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import random
 import time
@@ -129,10 +128,11 @@ class Index:
           CorruptDataError: a file is damaged, or an id has two rows.
         """
         names = self.schema.names if columns is None else list(columns)
-        schema = pa.schema([self.schema.field(name) for name in names])
+        # The ids come along, so that files are read and checked once however little is asked for.
+        schema = pa.schema([self.schema.field(name) for name in dict.fromkeys(["record_id", *names])])
         rows = read_files(self._table.blobs, self.files, schema)
-        order = self._order
-        return (rows if order is None else rows.take(order)).combine_chunks()
+        order = self._order_of(rows["record_id"])
+        return (rows if order is None else rows.take(order)).select(names).combine_chunks()
 
     def log(self) -> list[Commit]:
         """Returns the commits up to this version, oldest first.
@@ -145,7 +145,6 @@ class Index:
     def refresh(self) -> None:
         """Moves to the newest version."""
         self._table.refresh()
-        self.__dict__.pop("_order", None)
 
     def commit(self, rows: pa.Table, *, job_id: str, message: str, on_existing: str) -> CommitResult:
         """Makes rows visible in one transaction, on top of the newest version.
@@ -277,10 +276,8 @@ class Index:
             )
         return False
 
-    @functools.cached_property
-    def _order(self) -> pa.Array | None:
-        """Positions of the sorted rows among all files' rows; None when they are sorted already."""
-        ids = self._keys()["record_id"]
+    def _order_of(self, ids: pa.ChunkedArray) -> pa.Array | None:
+        """Returns positions that sort the rows of all files by id; None when they are sorted already."""
         if len(ids) != self.head.note.num_records:
             raise CorruptDataError(INDEX_FOLDER, f"it has {len(ids)} rows, not {self.head.note.num_records}")
         order = None if _is_increasing(ids) else pc.sort_indices(ids)
@@ -318,7 +315,6 @@ class Index:
             return done is None or self._try(done, job_id, message)
 
         self._until_won(attempt)
-        self.__dict__.pop("_order", None)
         num_added = done.num_added if done else 0
         num_removed = done.num_removed if done else 0
         return CommitResult(

@@ -28,7 +28,7 @@ from foldfeed.feature_store.errors import CorruptDataError
 INDEX_FOLDER = "index"
 SUFFIX = ".parquet"
 # A delete rewrites the files it touches and a reader decodes files in parallel; both want them not too big.
-MAX_FILE_ROWS = 1 << 18
+MAX_FILE_ROWS = 1 << 17
 # Statistics of whole sequences would only bloat the log.
 STATISTICS_COLUMNS = ("record_id", "length", "depth")
 # What a commit compares with.
