@@ -159,7 +159,12 @@ def ingest(
         empty_as_no_hits=empty_as_no_hits,
         max_bytes=max_bytes,
     )
-    found = AlignmentImport(alignments, layout, options)
+    try:
+        found = AlignmentImport(alignments, layout, options)
+    except ExchangeError:
+        raise
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     with _counting("importing", len(found)) as advance:
         report = import_into(store, found, on_existing=on_existing, job_id=job_id, on_record=advance)
     _print_report(report, store)

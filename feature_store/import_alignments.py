@@ -17,8 +17,8 @@ import numpy as np
 
 from foldfeed.feature_store.a3m import ANNOTATION_ROWS, ParsedAlignment, parse_a3m
 from foldfeed.feature_store.errors import AlignmentParseError
-from foldfeed.feature_store.import_errors import UnsupportedSourceError
-from foldfeed.feature_store.import_rows import TOOL, DatabaseRows, rows_of
+from foldfeed.feature_store.import_errors import SourceTooLargeError, UnsupportedSourceError
+from foldfeed.feature_store.import_rows import MAX_IMPORT_ROWS, TOOL, DatabaseRows, check_depth, rows_of
 from foldfeed.feature_store.stockholm import parse_stockholm
 
 STOCKHOLM_SUFFIXES = (".sto", ".stk", ".stockholm")
@@ -29,9 +29,8 @@ _AUTHOR = re.compile(rb"^#=GF\s+AU\s+(\S+)(?:\s+\((\S+)\s+([^)\s]+)\))?", re.MUL
 _NUMBERED_NAMES = b"seq names have been made unique"
 _NUMBER_PREFIX = re.compile(r"^\d+\|")
 _HEAD_BYTES = 4096
+_HEADER = re.compile(rb"^[ \t\r\f\v]*>([^\n]*)", re.MULTILINE)
 _LOWER = [bytes([letter]) for letter in range(ord("a"), ord("z") + 1)]
-# Headers of secondary structure and the like, which are no rows.
-ANNOTATIONS = tuple(b">" + name.encode() for name in ANNOTATION_ROWS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +57,9 @@ def read_alignment(text: bytes, kind: str, name: str, a2m_columns: str = "match"
     Raises:
       AlignmentParseError: the text breaks its format.
       UnsupportedSourceError: a complex.
+      SourceTooLargeError: more than `MAX_IMPORT_ROWS` rows.
     """
+    _refuse_too_many(text, kind, name)
     if kind == "sto":
         return _read_stockholm(text, name)
     if kind == "colabfold":
@@ -73,12 +74,29 @@ def _insertions_of_query(text: bytes) -> dict[str, str]:
 
     AlphaFold 2 passes over them in silence; here the record says that its sequence lacks them.
     """
-    start = text.find(b">")
-    while text.startswith(ANNOTATIONS, start):
-        start = text.find(b"\n>", start) + 1
-    row = text[text.find(b"\n", start) : text.find(b"\n>", start) % (len(text) + 1)]
+    row = _query_row(text)[1]
     num_lower = sum(row.count(letter) for letter in _LOWER)
     return {"query_insertions": str(num_lower)} if num_lower else {}
+
+
+def _query_row(text: bytes) -> tuple[str, bytes]:
+    """Returns header and residues of the first row that is no annotation, as `parse_a3m` chooses it."""
+    headers = _HEADER.finditer(text)
+    for header in headers:
+        name = header[1].decode("utf-8", errors="replace").strip()
+        if name.partition(" ")[0] not in ANNOTATION_ROWS:
+            following = next(headers, None)
+            return name, text[header.end() : following.start() if following else len(text)]
+    return "", b""
+
+
+def _refuse_too_many(text: bytes, kind: str, name: str) -> None:
+    """Raises when a text has so many rows that their names alone would fill the memory: 4 bytes make one."""
+    check_depth(text.count(b"\n>"), name)
+    # Stockholm has up to four lines of markup per row; A3M may be wrapped.
+    most = MAX_IMPORT_ROWS * (5 if kind == "sto" else 15)
+    if text.count(b"\n") > most:
+        raise SourceTooLargeError(name, f"it has more than {most} lines")
 
 
 def is_colabfold(head: bytes) -> bool:
@@ -93,14 +111,12 @@ def first_header(head: bytes, kind: str) -> str:
       head: the first bytes.
       kind: as in `read_alignment`.
     """
-    for raw in head.replace(b"\0", b"").split(b"\n"):
-        line = raw.strip()
-        if kind == "sto" and line and not line.startswith((b"#", b"//")):
-            return line.split()[0].decode("utf-8", errors="replace")
-        # Annotation rows of HH-suite come before the query.
-        if kind != "sto" and line.startswith(b">") and not line.startswith(ANNOTATIONS):
-            return line[1:].decode("utf-8", errors="replace").strip()
-    return ""
+    text = head.replace(b"\0", b"")
+    if kind != "sto":
+        return _query_row(text)[0]
+    lines = (line.strip() for line in text.split(b"\n"))
+    row = next((line for line in lines if line and not line.startswith((b"#", b"//"))), b" ")
+    return b"".join(row.split()[:1]).decode("utf-8", errors="replace")
 
 
 def _read_stockholm(text: bytes, name: str) -> ReadAlignment:

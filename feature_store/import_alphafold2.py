@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from foldfeed.feature_store.a3m import ParsedAlignment
 from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.import_errors import SourceFileError, UnsupportedSourceError
-from foldfeed.feature_store.import_files import kind_of, read_file
+from foldfeed.feature_store.import_files import kind_of, read_file, stem_of
 from foldfeed.feature_store.import_npz import NpzFile
 from foldfeed.feature_store.import_openfold import folder_files, merge_files
 from foldfeed.feature_store.import_rows import (
@@ -32,6 +32,7 @@ from foldfeed.feature_store.import_rows import (
     DatabaseRows,
     ImportOptions,
     build_record,
+    check_depth,
     fit_species,
     make_id,
 )
@@ -66,7 +67,9 @@ _COMPLEX_FEATURES = ("asym_id", "assembly_num_chains", "entity_id")
 def scan_alphafold2(root: Path, options: ImportOptions) -> Found:
     """Yields the records of one output folder, of a folder of them, or of one feature file."""
     if not root.is_dir():
-        yield _feature_source(root, root, make_id(id_of_file(root, options)), options)
+        # Every features.pkl has the same name; its folder says whose it is.
+        name = root.resolve().parent.name if stem_of(root) == "features" else id_of_file(root, options)
+        yield _feature_source(root, root, make_id(name), options)
         return
     if root.name == "msas" and has_chains(root):
         root = root.resolve().parent
@@ -195,6 +198,7 @@ def record_of_features(
         raise SourceFileError(
             where, f"msa {msa.shape} and deletion_matrix_int {deletions.shape} must be equal and not empty"
         )
+    check_depth(len(msa), where)
     sequence = _text(features, "sequence", where)
     letters = HHBLITS_LETTERS[msa.astype(np.intp)]
     depth = len(letters)

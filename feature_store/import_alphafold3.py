@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from foldfeed.feature_store.a3m import ParsedAlignment, parse_a3m
+from foldfeed.feature_store.a3m import ParsedAlignment
 from foldfeed.feature_store.errors import FoldfeedError
+from foldfeed.feature_store.import_alignments import read_alignment
 from foldfeed.feature_store.import_errors import SourceFileError, UnsupportedSourceError
 from foldfeed.feature_store.import_files import read_file, read_head, stem_of
 from foldfeed.feature_store.import_rows import ImportOptions, build_record, make_id, rows_of
@@ -34,13 +35,14 @@ MAX_CHAINS = 100_000
 
 def scan_alphafold3(root: Path, options: ImportOptions) -> Found:
     """Yields one source per protein chain of the JSON files at or below ``root``."""
+    jobs = _Jobs(options)
     for path in walk_files(root, (".json",)):
         where = relative(path, root)
         try:
             if path != root and not is_alphafold3(read_head(path)):
                 # AlphaFold 3 writes confidences and timings as JSON beside its inputs.
                 continue
-            chains = [(name, chain_id) for name, chain_id, _ in _protein_chains(path, where, options)]
+            chains = [(name, chain_id) for name, chain_id, _ in jobs.chains(path, where)]
         except (FoldfeedError, OSError) as error:
             yield Reject("", where, str(error))
             continue
@@ -48,11 +50,26 @@ def scan_alphafold3(root: Path, options: ImportOptions) -> Found:
             yield Reject("", where, "it has no protein chain")
         for number, (name, chain_id) in enumerate(chains):
             record_id = make_id(f"{name}_{chain_id}")
-            yield Source(
-                record_id,
-                f"{where}:{chain_id}",
-                functools.partial(_read_chain, path, where, number, record_id, options),
-            )
+            read = functools.partial(_read_chain, jobs, path, where, number, record_id)
+            yield Source(record_id, f"{where}:{chain_id}", read)
+
+
+class _Jobs:
+    """Reads job files; the last one stays, since the chains of a job are read one after the other."""
+
+    def __init__(self, options: ImportOptions) -> None:
+        self.options = options
+        self._path: Path | None = None
+        self._chains: list[tuple[str, str, dict[str, Any]]] = []
+
+    def chains(self, path: Path, where: str) -> list[tuple[str, str, dict[str, Any]]]:
+        """Returns job name, first chain id and the description of every protein chain."""
+        if path != self._path:
+            # The one before goes first: two at a time would double the memory.
+            self._path, self._chains = None, []
+            self._chains = list(_protein_chains(path, where, self.options))
+            self._path = path
+        return self._chains
 
 
 def is_alphafold3(head: bytes) -> bool:
@@ -83,12 +100,12 @@ def _protein_chains(
         yield name if isinstance(name, str) and name else stem_of(path), first, chain
 
 
-def _read_chain(path: Path, where: str, number: int, record_id: str, options: ImportOptions) -> MsaRecord:
-    chains = list(_protein_chains(path, where, options))
+def _read_chain(jobs: _Jobs, path: Path, where: str, number: int, record_id: str) -> MsaRecord:
+    chains = jobs.chains(path, where)
     if number >= len(chains):
         raise SourceFileError(where, "it changed while it was read")
     _, chain_id, chain = chains[number]
-    return record_of_chain(record_id, chain, path, options, {"source": f"{where}:{chain_id}"})
+    return record_of_chain(record_id, chain, path, jobs.options, {"source": f"{where}:{chain_id}"})
 
 
 def record_of_chain(
@@ -119,8 +136,12 @@ def record_of_chain(
         )
     databases = []
     for name, text in texts.items():
-        alignment = parse_a3m(text) if text and text.strip() else _only(sequence)
-        databases.append(rows_of(name, alignment))
+        if text and text.strip():
+            found = read_alignment(text, "a3m", name)
+            databases.append(found.rows)
+            extra = found.extra | extra
+        else:
+            databases.append(rows_of(name, _only(sequence)))
     description = chain.get("description")
     return build_record(
         record_id,

@@ -23,7 +23,13 @@ from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.import_errors import SourceFileError
 from foldfeed.feature_store.import_files import read_file
 from foldfeed.feature_store.import_npz import NpzFile
-from foldfeed.feature_store.import_rows import DatabaseRows, ImportOptions, build_record, fit_species
+from foldfeed.feature_store.import_rows import (
+    DatabaseRows,
+    ImportOptions,
+    build_record,
+    check_depth,
+    fit_species,
+)
 from foldfeed.feature_store.import_sources import Found, Reject, Source, id_of_file, relative, walk_files
 from foldfeed.feature_store.record import MAX_RESIDUES, MsaRecord
 
@@ -90,6 +96,7 @@ def rows_of_boltz(arrays: dict[str, NDArray[Any]], where: str) -> DatabaseRows:
             raise SourceFileError(
                 where, f"array {name!r} must be a list of records with integers {', '.join(fields)}"
             )
+    check_depth(len(arrays["sequences"]), where)
     table = {field: arrays["sequences"][field].astype(np.int64) for field in _FIELDS["sequences"]}
     tokens = arrays["residues"]["res_type"]
     starts, lengths = table["res_start"], table["res_end"] - table["res_start"]

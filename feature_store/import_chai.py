@@ -30,6 +30,7 @@ from foldfeed.feature_store.import_rows import (
     DatabaseRows,
     ImportOptions,
     build_labelled_record,
+    check_depth,
     first_word,
     fit_species,
     make_id,
@@ -127,11 +128,11 @@ def _check_claims(file: pq.ParquetFile, where: str, max_bytes: int) -> None:
         raise SourceFileError(
             where, f"it has no column {missing[0]!r} (or several), only {', '.join(names[:20])}"
         )
+    check_depth(file.metadata.num_rows, where)
     claimed = sum(
         file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups)
     )
-    # A row costs eight bytes of memory however well it compresses.
-    if claimed > max_bytes or file.metadata.num_rows * 8 > max_bytes:
+    if claimed > max_bytes:
         raise SourceTooLargeError(
             where,
             f"it holds more than {max_bytes} bytes (decompressed); raise the limit if that is what you "

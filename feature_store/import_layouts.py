@@ -43,6 +43,7 @@ from foldfeed.feature_store.record import MsaRecord
 AUTO = "auto"
 # A look at this many sub-folders tells what a folder of chains is.
 MAX_LOOKED_AT = 200
+MAX_REASON = 1000
 # So many files of an extension are opened to find out what they are.
 MAX_SNIFFED_FILES = 20
 # Larger files are not opened to find out what they are.
@@ -90,6 +91,17 @@ LAYOUTS = {
         Layout("boltz-npz", "*.npz with sequences, deletions, residues", scan_boltz),
         Layout("chai-pqt", "*.aligned.pqt (Parquet)", scan_chai),
     )
+}
+
+
+_SINGLE = ("a3m", "a2m", "sto", "colabfold", "boltz-npz", "chai-pqt")
+_MERGED = ("openproteinset", "openfold-db", "alphafold2")
+_EFFECTIVE = {
+    "id_from": _SINGLE,
+    "a2m_columns": ("a2m",),
+    "databases": _MERGED,
+    "empty_as_no_hits": _MERGED,
+    "paired": (*_MERGED, "alphafold3-json"),
 }
 
 
@@ -194,6 +206,22 @@ def _kind_of_npz(path: Path) -> str | None:
     return "alphafold2" if "msa" in archive and "deletion_matrix_int" in archive else None
 
 
+def _check_options(layout: str, options: ImportOptions) -> None:
+    """Raises for an option that cannot take effect."""
+    default = ImportOptions()
+    for name, layouts in _EFFECTIVE.items():
+        if getattr(options, name) != getattr(default, name) and layout not in layouts:
+            raise ValueError(
+                f"{name} has no effect on the layout {layout}, only on {', '.join(layouts)}; leave it out"
+            )
+
+
+def _reason(error: Exception) -> str:
+    """Returns an error's text, cut where names in a damaged file make it endless."""
+    text = str(error)
+    return text if len(text) <= MAX_REASON else text[:MAX_REASON] + " ..."
+
+
 class AlignmentImport:
     """The records that a path holds, as an iterable in increasing order of their ids.
 
@@ -213,7 +241,7 @@ class AlignmentImport:
           options: of the import.
         Raises:
           LayoutError: nothing there, or not that layout.
-          ValueError: an unknown layout.
+          ValueError: an unknown layout, or an option that has no effect on this one.
           OSError: it cannot be read.
         """
         root = Path(path)
@@ -222,9 +250,11 @@ class AlignmentImport:
         if not root.exists():
             raise LayoutError(str(root), "there is nothing at that path")
         self.layout = detect_layout(root) if layout == AUTO else layout
+        chosen_options = options or ImportOptions()
+        _check_options(self.layout, chosen_options)
         self._scan_rejects: list[Reject] = []
         self._read_rejects: list[Reject] = []
-        self.sources = self._scan(root, options or ImportOptions())
+        self.sources = self._scan(root, chosen_options)
         if not self.sources and not self._scan_rejects:
             chosen = LAYOUTS[self.layout]
             raise LayoutError(
@@ -249,7 +279,7 @@ class AlignmentImport:
             try:
                 record = source.read()
             except (FoldfeedError, OSError) as error:
-                self._read_rejects.append(Reject(source.record_id, source.where, str(error)))
+                self._read_rejects.append(Reject(source.record_id, source.where, _reason(error)))
                 continue
             yield record
 

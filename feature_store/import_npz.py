@@ -70,7 +70,8 @@ class NpzFile:
         """
         if name not in self.names:
             raise SourceFileError(
-                self._where, f"it has no array {name!r}; it has {', '.join(map(repr, self.names[:20]))}"
+                self._where,
+                f"it has no array {name!r}; it has {', '.join(repr(one[:40]) for one in self.names[:20])}",
             )
         try:
             return self._parse(name, self._unpack(name))
@@ -101,7 +102,8 @@ class NpzFile:
         if len(shape) > MAX_DIMENSIONS or any(side < 0 for side in shape) or count * dtype.itemsize != size:
             raise SourceFileError(
                 self._where,
-                f"array {name!r} of shape {shape} and {dtype} needs {count * dtype.itemsize} bytes and has "
+                f"array {name!r} of shape {str(shape)[:80]} and {str(dtype)[:80]} needs "
+                f"{count * dtype.itemsize} bytes and has "
                 f"{size}",
             )
         if not size:

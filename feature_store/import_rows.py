@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store import alphabet
 from foldfeed.feature_store.a3m import ParsedAlignment
-from foldfeed.feature_store.import_errors import UnsupportedSourceError
+from foldfeed.feature_store.import_errors import SourceTooLargeError, UnsupportedSourceError
 from foldfeed.feature_store.import_files import DEFAULT_MAX_BYTES
 from foldfeed.feature_store.record import SPECIES_BYTES, DatabaseUse, MsaRecord, RowProvenance
 
@@ -39,6 +39,9 @@ _UNIPROT = re.compile(
 _ENTRY_NAME = re.compile(r"(?:[A-Z0-9]{1,6}|[A-Z0-9]{10})_(?P<species>(?=[0-9]*[A-Z])[A-Z0-9]{3,5})")
 _ILLEGAL_IN_ID = re.compile(r"[^A-Za-z0-9_.|:+=@-]+")
 _ID_LENGTH = 255
+
+# The deepest alignments of today have about a million rows. A row costs some 600 bytes besides its residues.
+MAX_IMPORT_ROWS = 4_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +139,16 @@ def rows_of(
         tool=tool,
         tool_version=tool_version,
     )
+
+
+def check_depth(num_rows: int, where: str) -> None:
+    """Raises unless an alignment of so many rows may enter memory.
+
+    Raises:
+      SourceTooLargeError: more than `MAX_IMPORT_ROWS`.
+    """
+    if num_rows > MAX_IMPORT_ROWS:
+        raise SourceTooLargeError(where, f"it has more than {MAX_IMPORT_ROWS} rows")
 
 
 def first_word(header: str) -> str:

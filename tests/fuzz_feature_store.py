@@ -62,7 +62,8 @@ def attempt(target: Target, data: bytes, folder: Path) -> str:
     started = time.monotonic()
     try:
         with _alarm():
-            found = AlignmentImport(path, target.layout, ImportOptions(max_bytes=MAX_BYTES, paired=True))
+            paired = target.layout in ("openfold-db", "alphafold2", "alphafold3-json")
+            found = AlignmentImport(path, target.layout, ImportOptions(max_bytes=MAX_BYTES, paired=paired))
             depths = [record.depth for record in found]
             reasons = [reject.reason for reject in found.rejects]
     except FoldfeedError as error:

@@ -46,7 +46,9 @@ def through(record, form: str, suffix: str = "", **options):
         chosen = ExportOptions(form=form, **options)
         path = Path(folder, file_name(record.record_id, record.sequence, chosen, suffix))
         write_file(path, render(rows_of_msa(record), chosen))
-        found = AlignmentImport(path, LAYOUT_OF.get(form, form), ImportOptions(paired=True))
+        found = AlignmentImport(
+            path, LAYOUT_OF.get(form, form), ImportOptions(paired=form == "alphafold3-json")
+        )
         (back,) = list(found)
     return back
 

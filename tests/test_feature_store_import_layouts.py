@@ -257,6 +257,42 @@ def test_a2m_columns_of_the_model_or_of_the_query(tmp_path):
     assert record.deletions.tolist() == [[0] * 5, [0, 0, 0, 1, 0], [0] * 5]
 
 
+@pytest.mark.parametrize("header", ["ss_pred2", "ss_predx text", ">", "", "aa"])
+def test_headers_that_only_look_like_annotations(tmp_path, header):
+    path = tmp_path / "x.a3m"
+    path.write_text(f">ss_pred\nHHHH\n> {header}\nAkCDE\n>ss_dssp x\nHHHH\n")
+    (record,) = read_all(path)[1]
+    assert (record.depth, record.extra["query_insertions"]) == (1, "1")
+
+
+def test_an_alignment_of_too_many_rows_is_refused(tmp_path, monkeypatch):
+    for module in ("import_rows", "import_alignments"):
+        monkeypatch.setattr(f"foldfeed.feature_store.{module}.MAX_IMPORT_ROWS", 100)
+    (tmp_path / "a.a3m").write_text(">\nA\n" * 102)
+    (tmp_path / "b.a3m").write_text(">\nA\n" + "\n" * 2000)
+    (tmp_path / "c.a3m").write_text(">\nA\n" * 100)
+    found, records = read_all(tmp_path)
+    assert [record.record_id for record in records] == ["c"]
+    assert ["more than 100 rows" in found.rejects[0].reason, "1500 lines" in found.rejects[1].reason] == [
+        True
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("layout", "option"),
+    [
+        ("openproteinset", {"id_from": "folder"}),
+        ("a3m", {"databases": ("a",)}),
+        ("a3m", {"paired": True}),
+        ("sto", {"a2m_columns": "query"}),
+        ("chai-pqt", {"empty_as_no_hits": True}),
+    ],
+)
+def test_an_option_without_effect_is_refused(tmp_path, layout, option):
+    with pytest.raises(ValueError, match=f"has no effect on the layout {layout}"):
+        AlignmentImport(tmp_path, layout, ImportOptions(**option))
+
+
 def test_residues_of_the_query_that_are_no_columns_are_told(tmp_path):
     path = tmp_path / "x.a3m"
     path.write_text(">q\nAkCDE\nkkk\n>h\nACDE\n")
