@@ -1,4 +1,4 @@
-"""The command line ``foldfeed``: its root, the commands that look into a store, and the doors for other rooms.
+"""The command line ``foldfeed``: its root, the commands that look into a store, doors for other rooms.
 
 Other rooms add commands through the entry point group ``foldfeed.commands``; nothing of theirs is imported
 until such a command runs, so a person who only queries a store needs neither Beam nor torch.
@@ -9,27 +9,22 @@ Exit codes: 0 done, 1 the run failed (any `FoldfeedError`), 2 bad usage. A trace
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 import numpy as np
 import pyarrow as pa
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from foldfeed.feature_store import alphabet
+from foldfeed.feature_store import alphabet, look_cli
+from foldfeed.feature_store.cli_tools import open_store, output_stream, parse_window, working
 from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.render import FORMATS, write_table
 from foldfeed.feature_store.store import FeatureStore, Record
 
 COMMANDS_GROUP = "foldfeed.commands"
-WINDOW = re.compile(r"(\d*):(\d*)")
 
 
 class RootGroup(click.Group):
@@ -85,21 +80,28 @@ def main(debug: bool) -> None:
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen."
 )
 @click.option("--version", type=int, help="An older version of the store (see `foldfeed log`).")
-def query(store: str, sql: str, form: str, output: Path | None, version: int | None) -> None:
+@click.option("--rows-of", metavar="CONDITION", help="The table `rows` holds the rows of these records only.")
+def query(
+    store: str, sql: str, form: str, output: Path | None, version: int | None, rows_of: str | None
+) -> None:
     """Answer a SQL question about the records of STORE.
 
-    The table is `records`; `foldfeed show STORE` lists its columns. The dialect is DuckDB's.
+    The tables are `records` (`foldfeed show STORE` lists its columns), `rows` (one per alignment row:
+    record_id, rank, database, e_value, bit_score, hit_id, species), `sets` and `splits` (see
+    `foldfeed sets`). A question about `rows` reads those of every record, about a million rows a second,
+    unless it says which: `where record_id = 'HBB_HUMAN'`, or --rows-of. The dialect is DuckDB's.
 
     \b
     Examples:
       foldfeed query my-store "select count(*), avg(depth) from records"
       foldfeed query my-store "select record_id, length from records where depth > 100" --format csv
       foldfeed query my-store "from records" --format parquet --output records.parquet
+      foldfeed query my-store "select species, count(*) from rows group by 1" --rows-of "depth > 100"
     """
     if form == "parquet" and output is None and sys.stdout.isatty():
         raise click.UsageError("Parquet is binary; add --output FILE or redirect it.")
     with working("asking"):
-        answer = open_store(store, version).query(sql)
+        answer = open_store(store, version).query(sql, rows_of)
     with output_stream(output) as out:
         write_table(answer, form, out)
 
@@ -192,35 +194,6 @@ def crop(store: str, record_id: str, residues: str, rows: str, form: str, output
 
 @main.command()
 @click.argument("store")
-@click.argument("record_id")
-@click.option(
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Name of the picture, .png or .svg.",
-    show_default="RECORD_ID.png",
-)
-def plot(store: str, record_id: str, output: Path | None) -> None:
-    """Draw coverage and identity of one alignment.
-
-    \b
-    Examples:
-      foldfeed plot my-store HBB_HUMAN
-      foldfeed plot my-store HBB_HUMAN --output coverage.svg
-    """
-    # matplotlib takes most of a second to import; the other commands do not wait for it.
-    from foldfeed.feature_store.plots import CANVASES, plot_coverage
-
-    path = output or Path(re.sub(r"[^A-Za-z0-9_.-]", "_", record_id) + ".png")
-    if path.suffix.lower() not in CANVASES:
-        raise click.BadParameter(f"{path.name!r} must end in {' or '.join(CANVASES)}", param_hint="--output")
-    record = open_store(store)[record_id]
-    with working("drawing"), failing_as_usage(path):
-        plot_coverage(record, path)
-    click.echo(path)
-
-
-@main.command()
-@click.argument("store")
 @click.option("--format", "form", type=click.Choice(FORMATS[:3]), default="table", show_default=True)
 def log(store: str, form: str) -> None:
     """List the versions of STORE, the newest first.
@@ -243,56 +216,8 @@ def log(store: str, form: str) -> None:
     write_table(table, form, sys.stdout.buffer)
 
 
-def open_store(url: str, version: int | None = None) -> FeatureStore:
-    """Returns a store; a version that does not exist is bad usage."""
-    try:
-        return FeatureStore.open(url, version)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--version") from error
-
-
-def parse_window(option: str, text: str, size: int) -> slice:
-    """Returns ``a:b`` as a slice with both ends, checked against a size.
-
-    Raises:
-      click.BadParameter: not of that form, empty, or outside ``0:size``.
-    """
-    match = WINDOW.fullmatch(text)
-    start, stop = (int(match[1] or 0), int(match[2] or size)) if match else (0, 0)
-    if match is None or not 0 <= start < stop <= size:
-        raise click.BadParameter(
-            f"{text!r} is not a window inside 0:{size}; write a:b with a < b", param_hint=option
-        )
-    return slice(start, stop)
-
-
-@contextlib.contextmanager
-def output_stream(path: Path | None) -> Iterator[BinaryIO]:
-    """Gives the file to write to, or the screen."""
-    if path is None:
-        yield sys.stdout.buffer
-    else:
-        with failing_as_usage(path), path.open("wb") as file:
-            yield file
-
-
-@contextlib.contextmanager
-def failing_as_usage(path: Path) -> Iterator[None]:
-    """Turns "cannot open or write that file" into a usage error that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise click.FileError(str(path), hint=error.strerror or str(error)) from error
-
-
-@contextlib.contextmanager
-def working(verb: str) -> Iterator[None]:
-    """Shows a clock on the terminal while a single long call runs; silent when it is not a terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        progress.add_task(verb, total=None)
-        yield
+for command in look_cli.COMMANDS:
+    main.add_command(command)
 
 
 if __name__ == "__main__":

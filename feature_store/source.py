@@ -132,7 +132,7 @@ class RecordSource(abc.ABC, Generic[RecordT]):
         record_id, cluster_id, part).
 
         A query that names ``rows`` reads the provenance of every record, one record in memory at a time: on
-        one core about 0.5 million rows a second. It reads fewer records when it says which: with a condition
+        one core about a million rows a second. It reads fewer records when it says which: with a condition
         ``record_id = 'A'`` or ``record_id in ('A', 'B')`` on ``rows``, or with ``rows_of``.
 
         Args:

@@ -87,6 +87,38 @@ def test_the_picture_shows_coverage_and_identity():
     assert (deep.row_numbers[0], deep.row_numbers[-1], deep.depth) == (0, 4999, 5000)
 
 
+def test_query_reads_rows(run, small_store):
+    sql = "select record_id, count(*) as n from rows group by 1 order by 1"
+    assert (
+        run("query", small_store.url, sql, "--format", "csv").stdout == "record_id,n\na1,1\nb2,700\nc3,37\n"
+    )
+    out = run("query", small_store.url, sql, "--format", "csv", "--rows-of", "depth < 100").stdout
+    assert out == "record_id,n\na1,1\nc3,37\n"
+
+
+def test_sets_and_splits_are_saved_and_listed(run, small_store, tmp_path):
+    table = tmp_path / "c_cluster.tsv"
+    table.write_text("a1\ta1\na1\tb2\nc3\tc3\n")
+    result = run(
+        *("save-split", small_store.url, "cut", "--clusters", table, "--seed", 3),
+        *("--part", "train=0.5", "--part", "test=0.5"),
+    )
+    assert result.exit_code == 0, result.output
+    parts = {part: small_store.split("cut").ids(part) for part in ("train", "test")}
+    assert result.stdout == "".join(f"{part}: {len(ids)} records\n" for part, ids in parts.items())
+    sql = "select record_id from splits where part = 'train'"
+    result = run("save-set", small_store.url, "t", sql, "--within", "cut/train")
+    made = small_store.set("t")
+    assert result.stdout == f"t: {len(made)} records, fingerprint {made.fingerprint}\n"
+    rows = [json.loads(line) for line in run("sets", small_store.url, "--format", "json").stdout.splitlines()]
+    assert [(row["kind"], row["name"], row["records"], row["parts"]) for row in rows] == [
+        ("set", "t", len(made), "cut/train"),
+        ("split", "cut", 3, "train=0.5, test=0.5"),
+    ]
+    assert rows[0]["made_from"] == sql
+    assert run("save-set", small_store.url, "bad", "from records", "--within", "cut/train").exit_code == 1
+
+
 def test_log_lists_versions(run, small_store):
     rows = [json.loads(line) for line in run("log", small_store.url, "--format", "json").stdout.splitlines()]
     assert [(row["version"], row["records"], row["message"]) for row in rows] == [(1, 3, "first"), (0, 0, "")]
@@ -104,6 +136,19 @@ def test_log_lists_versions(run, small_store):
         (["show", "STORE", "--version", "9"], 2, "version 9 does not exist"),
         (["plot", "STORE", "b2", "--output", "/absent/x.png"], 1, "/absent/x.png"),
         (["nonsense"], 2, "No such command"),
+        (["save-set", "STORE", "x/y", "from records"], 1, "cannot name a record set"),
+        (["save-set", "STORE", "x", "from records", "--within", "cut"], 2, "is not SPLIT/PART"),
+        (["save-set", "STORE", "x", "from records", "--within", "cut/train"], 1, "no split 'cut'"),
+        (["save-split", "STORE", "x", "--part", "train=1"], 2, "Give the clusters once"),
+        (["save-split", "STORE", "x", "--part", "train=1", "--column", "extra.no"], 1, "have no cluster"),
+        (["save-split", "STORE", "x", "--part", "train", "--column", "c"], 2, "is not NAME=SHARE"),
+        (
+            ["save-split", "STORE", "x", "--part", "a=1", "--column", "c", "--member", "sequence"],
+            2,
+            "--member",
+        ),
+        (["save-split", "STORE", "x", "--part", "a=.5", "--part", "a=.5", "--column", "c"], 2, "given twice"),
+        (["query", "STORE", "from records", "--rows-of", "depth > 1"], 1, "does not read the table 'rows'"),
         (["query", "STORE", "from records", "--output", "/absent/x"], 1, "/absent/x"),
     ],
 )
@@ -125,6 +170,6 @@ def test_debug_shows_the_traceback():
 
 
 def test_help_has_examples_for_every_command(run):
-    for name in ("query", "show", "crop", "plot", "log"):
+    for name in ("query", "show", "crop", "plot", "log", "report", "sets", "save-set", "save-split"):
         assert f"foldfeed {name} my-store" in run(name, "--help").stdout
     assert "foldfeed, version" in run("--version").stdout
