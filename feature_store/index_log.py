@@ -45,6 +45,8 @@ class CommitNote:
       schema_sha256: of the table's schema, see `schema_digest`.
       files_sha256: of the names of all live files, see `files_digest`.
       parent: sha256 of the log file of the version before, "" for version 0.
+      attempt: random. Two committers of the same job may write the same note in the same millisecond; by this
+        each finds out whose commit landed.
     """
 
     operation: str
@@ -58,6 +60,7 @@ class CommitNote:
     schema_sha256: str = ""
     files_sha256: str = ""
     parent: str = ""
+    attempt: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import os
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 
 import deltalake
@@ -179,6 +180,7 @@ class IndexTable:
             files_sha256=files_sha256 or before.files_sha256,
             time=index_log.now(),
             parent=self._head.sha256,
+            attempt=uuid.uuid4().hex,
         )
 
     @contextlib.contextmanager

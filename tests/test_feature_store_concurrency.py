@@ -13,6 +13,7 @@ from foldfeed.feature_store import (
     FeatureStore,
     StoreSettings,
     index,
+    index_log,
     write_part,
 )
 from foldfeed.feature_store.index import Index
@@ -20,6 +21,8 @@ from foldfeed.feature_store.index_table import IndexTable
 
 
 def _commit_when_told(url, part_id, job_id, on_existing, barrier, answers):
+    # As if all of them committed in the same millisecond.
+    index_log.now = lambda: "2026-01-01T00:00:00.000+00:00"
     store = FeatureStore.open(url)
     store._index.rows()
     barrier.wait(60)
