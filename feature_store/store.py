@@ -259,18 +259,25 @@ class _RowAt(Mapping[str, Any]):
     def __init__(self, store: FeatureStore, position: int) -> None:
         self._store = store
         self._position = position
+        self._version = store.version
+        self._places = store._places
 
     def __getitem__(self, name: str) -> Any:
-        columns = self._store._places
-        if name not in columns:
-            columns = self._store._facts
+        columns = self._places if name in self._places else self._facts
         return columns[name][self._position].as_py()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._store._facts)
+        return iter(self._facts)
 
     def __len__(self) -> int:
-        return len(self._store._facts)
+        return len(self._facts)
+
+    @property
+    def _facts(self) -> dict[str, pa.Array]:
+        # The store moves on when it commits, and then this position is another record's.
+        if self._store.version != self._version:
+            self._store = FeatureStore.open(self._store.url, self._version)
+        return self._store._facts
 
 
 class Record:

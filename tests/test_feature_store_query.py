@@ -334,6 +334,13 @@ def test_a_view_stays_what_it_was_when_the_store_moves_on(small_store):
     assert (copy.fingerprint, copy.ids, copy["b2"].depth) == (before, ["b2", "c3"], 700)
 
 
+def test_a_record_stays_what_it_was_when_its_store_moves_on(small_store):
+    record = small_store["b2"]
+    part = write_part(small_store.url, [make_record("a2", 4, 11, seed=9)], small_store.settings)
+    small_store.commit([part.part_id], job_id="job-2")
+    assert (record.record_id, record.description, record.length) == ("b2", "record b2", len(record.sequence))
+
+
 def test_other_libraries_get_the_same_table(small_store):
     polars = pytest.importorskip("polars", reason="polars is not installed")
     frame = small_store.to_polars(["record_id", "depth"], "depth > 1")
