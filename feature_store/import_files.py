@@ -22,7 +22,7 @@ import zstandard
 
 from foldfeed.feature_store.import_errors import SourceFileError, SourceTooLargeError
 
-# The largest alignment texts that tools write today are a few GB; parsing one takes about eight times its
+# The largest alignment texts that tools write today are a few GB; parsing one takes about twelve times its
 # size.
 DEFAULT_MAX_BYTES = 2 << 30
 BLOCK_BYTES = 1 << 20

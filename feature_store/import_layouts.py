@@ -248,7 +248,7 @@ class AlignmentImport:
         if layout != AUTO and layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r} is not one of {AUTO}, {', '.join(LAYOUTS)}")
         if not root.exists():
-            raise LayoutError(str(root), "there is nothing at that path")
+            raise LayoutError(str(root), "there is nothing at that path (imports read local files)")
         self.layout = detect_layout(root) if layout == AUTO else layout
         chosen_options = options or ImportOptions()
         _check_options(self.layout, chosen_options)
@@ -282,6 +282,8 @@ class AlignmentImport:
                 self._read_rejects.append(Reject(source.record_id, source.where, _reason(error)))
                 continue
             yield record
+            # Not held while the next one is read.
+            del record
 
     def _scan(self, root: Path, options: ImportOptions) -> list[Source]:
         taken: dict[str, Source] = {}

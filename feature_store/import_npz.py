@@ -27,6 +27,7 @@ MAX_MEMBERS = 10_000
 MAX_DIMENSIONS = 16
 MAX_HEADER_BYTES = 10_000
 MAX_FIELDS = 100
+MAX_EMPTY_TEXTS = 1 << 20
 
 _MAGIC = b"\x93NUMPY"
 _LENGTHS = {b"\x01": struct.Struct("<H"), b"\x02": struct.Struct("<I"), b"\x03": struct.Struct("<I")}
@@ -107,6 +108,9 @@ class NpzFile:
                 f"{size}",
             )
         if not size:
+            # NumPy makes room for empty texts, and for one element of an array that has none.
+            if count > MAX_EMPTY_TEXTS or dtype.itemsize > MAX_EMPTY_TEXTS:
+                raise SourceFileError(self._where, f"array {name!r} claims {count} elements without a byte")
             return np.zeros(shape, dtype=dtype)
         flat = np.frombuffer(content, dtype=dtype, offset=start)
         return flat.reshape(shape, order="F" if fortran else "C")

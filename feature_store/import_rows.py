@@ -370,14 +370,23 @@ def _assemble(
     if query_deletions.any():
         # A record whose `sequence` lacks residues says so; readers of text know the number better.
         extra.setdefault("query_insertions", str(int(query_deletions.sum())))
-    letters = [np.frombuffer(query.encode("ascii"), dtype=np.uint8)[None]]
-    letters += [one.alignment.letters[rows] for one, rows in pieces]
+    depth = 1 + len(codes)
+    msa = np.empty((depth, len(query)), dtype=np.uint8)
+    deletions = np.empty((depth, len(query)), dtype=np.int32)
+    msa[0], deletions[0] = alphabet.encode(query), query_deletions[0]
+    start = 1
+    # Written in place: a deep alignment is tens of times larger than its file as it is.
+    for one, rows in pieces:
+        stop = start + len(rows)
+        msa[start:stop] = alphabet.ENCODE[one.alignment.letters[rows]]
+        np.take(one.alignment.deletions, rows, axis=0, out=deletions[start:stop], mode="clip")
+        start = stop
     return MsaRecord(
         record_id=record_id,
         description=description,
         sequence=query,
-        msa=alphabet.ENCODE[np.concatenate(letters)],
-        deletions=np.concatenate([query_deletions, *(one.alignment.deletions[rows] for one, rows in pieces)]),
+        msa=msa,
+        deletions=deletions,
         rows=RowProvenance(
             database=np.concatenate([[-1], codes]).astype(np.int16),
             e_value=np.concatenate([[np.nan], *(one.e_values[rows] for one, rows in pieces)]),

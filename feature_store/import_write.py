@@ -88,6 +88,7 @@ def import_into(
             if "query_insertions" in record.extra:
                 insertions.append(record.record_id)
             yield record
+            del record
             if on_record is not None:
                 on_record()
 

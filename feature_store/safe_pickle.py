@@ -32,6 +32,8 @@ from foldfeed.feature_store.import_errors import UnsafePickleError
 MAX_OPERATIONS = 4_000_000
 MAX_DIMENSIONS = 16
 MAX_NESTING = 16
+# NumPy makes room for empty texts, and for one element of an array that has none.
+MAX_EMPTY_TEXTS = 1 << 20
 
 _DTYPE_NAME = re.compile(r"b1|\?|[iu][1248]|f[248]|c(?:8|16)|O8?|[SU]\d{1,9}")
 _SCALARS = (str, bytes, int, float, bool, type(None))
@@ -341,12 +343,19 @@ def _array(raw: Any, dtype: _DType, shape: Any, order: str) -> NDArray[Any]:
     content = raw.encode("latin-1") if isinstance(raw, str) else raw
     if not isinstance(content, bytes | bytearray) or len(content) != count * kind.itemsize:
         raise ValueError(f"an array of shape {shape} and {kind} whose bytes are not {count * kind.itemsize}")
-    if count == 0 or kind.itemsize == 0:
-        return np.zeros(shape if count == 0 else (), dtype=kind)
+    if not content:
+        return _without_bytes(shape, kind)
     flat = np.frombuffer(content, dtype=kind)
     if kind.kind == "U" and int(flat.view(kind.byteorder.replace("=", "<") + "u4").max()) > 0x10FFFF:
         raise ValueError("text with characters that do not exist")
     return flat.reshape(shape, order="F" if order == "F" else "C")
+
+
+def _without_bytes(shape: tuple[int, ...], kind: np.dtype[Any]) -> NDArray[Any]:
+    """Returns an array of no elements, or of empty texts, whose dtype has no bytes either."""
+    if math.prod(shape) > MAX_EMPTY_TEXTS or kind.itemsize > MAX_EMPTY_TEXTS:
+        raise ValueError(f"an array of shape {shape} and {kind} without bytes")
+    return np.zeros(shape, dtype=kind)
 
 
 def _object_array(raw: Any, count: int) -> NDArray[Any]:

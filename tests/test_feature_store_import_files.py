@@ -155,6 +155,8 @@ def test_npz_arrays_come_back(tmp_path):
         ("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"\x80\x04K\x01.", "pickled objects"),
         ("{'descr': [('a', '|O')], 'fortran_order': False, 'shape': (1,), }", b"12345678", "pickled objects"),
         ("{'descr': '<i4', 'fortran_order': False, 'shape': (2,), }", b"abcd", "needs 8 bytes and has 4"),
+        ("{'descr': '<U0', 'fortran_order': False, 'shape': (1000000000000,), }", b"", "without a byte"),
+        ("{'descr': '<U99999999', 'fortran_order': False, 'shape': (0,), }", b"", "without a byte"),
         ("__import__('os').system('true')", b"", "bad header"),
         ("{'descr': '<i4'}", b"", "bad header"),
         ("(" * 5000, b"", "bad header|damaged"),

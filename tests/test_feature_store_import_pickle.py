@@ -125,6 +125,12 @@ def hand_made() -> dict[str, bytes]:
         "huge item size": start
         + array(b"(K\x01t", b"C\x00").replace(b"X\x02\x00\x00\x00i4", b"X\x0a\x00\x00\x00U999999999")
         + b"s.",
+        "a million million empty texts": start
+        + array(b"(J\xff\xff\xff\x7ft", b"C\x00").replace(b"X\x02\x00\x00\x00i4", b"X\x02\x00\x00\x00U0")
+        + b"s.",
+        "no element of 4 GB": start
+        + array(b"(K\x00t", b"C\x00").replace(b"X\x02\x00\x00\x00i4", b"X\x0a\x00\x00\x00U999999999")
+        + b"s.",
         "unfinished array": start + reconstruct + b"s.",
         "two states": start + array(b"(K\x01t", b"C\x04abcd") + b"(K\x01(tI1\n\x89C\x00tbs.",
         "bytearray of 2^60": start + b"\x96" + struct.pack("<Q", 1 << 60) + b"s.",
