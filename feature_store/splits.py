@@ -132,15 +132,15 @@ def make_split(
     """
     for part in fractions:
         named_tables.check_name("part of a split", part)
+    # As they come back from JSON, where 1 and 1.0 differ.
+    fractions = {part: float(share) for part, share in fractions.items()}
     parts = {cluster: part_of_cluster(cluster, seed, fractions) for cluster in sorted(set(clusters))}
     columns = [index["record_id"].to_pylist(), list(clusters), [parts[cluster] for cluster in clusters]]
     table = pa.table([pa.array(column, pa.string()) for column in columns], schema=SCHEMA)
     check(table)
     _one_part_each("sequences (by sha256) in more than one part", index["sequence_sha256"], table["part"])
     digest = _fingerprint(table, seed, fractions)
-    return Split(
-        name=name, table=table, seed=seed, fractions=dict(fractions), source=source, fingerprint=digest
-    )
+    return Split(name=name, table=table, seed=seed, fractions=fractions, source=source, fingerprint=digest)
 
 
 def check(table: pa.Table) -> None:

@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import io
+import itertools
 import json
+import math
 import pickle
 
 import numpy as np
@@ -211,6 +214,50 @@ def test_a_set_is_read_without_us(families):
     )
     assert about["sql"] == "from records where length >= 80"
     assert about["store_version"] == 1
+
+
+def test_fingerprints_are_those_of_the_specification(families, cut):
+    """Computed from FORMAT.md's text, with pyarrow alone."""
+    families.save_set("t", "from splits where part = 'train'", within=("by-cluster", "train"))
+    root = families._blobs.root
+
+    def read(path):
+        table = pq.read_table(root / path)
+        return table.to_pylist(), json.loads(table.schema.metadata[b"foldfeed"])
+
+    rows, about = read("splits/by-cluster.parquet")
+    digest = hashlib.sha256(json.dumps([about["seed"], about["fractions"]]).encode() + b"\n")
+    for row in rows:
+        digest.update(json.dumps([row["record_id"], row["cluster_id"], row["part"]]).encode() + b"\n")
+        u = int.from_bytes(
+            hashlib.sha256(json.dumps([about["seed"], row["cluster_id"]]).encode()).digest()[:8]
+        )
+        ends = itertools.accumulate(share for _, share in about["fractions"])
+        want = [
+            part
+            for (part, _), end in zip(about["fractions"], ends, strict=True)
+            if math.floor(end * 2**64) > u
+        ]
+        assert row["part"] == want[0]
+    assert about["fingerprint"] == digest.hexdigest() == cut.fingerprint
+
+    rows, about = read("sets/t.parquet")
+    within = about["within"]
+    assert within["fingerprint"] == cut.fingerprint
+    digest = hashlib.sha256(
+        json.dumps([within["split"], within["part"], within["fingerprint"]]).encode() + b"\n"
+    )
+    version = hashlib.sha256((root / "foldfeed.json").read_bytes())
+    for row in rows:
+        digest.update(f"{row['record_id']}\0{row['fingerprint']}\n".encode())
+        version.update(f"{row['record_id']}\0{row['fingerprint']}\n".encode())
+    assert about["fingerprint"] == digest.hexdigest()
+    assert families.subset("t").fingerprint == version.hexdigest()
+
+
+def test_whole_shares_come_back(families):
+    families.save_split("one", "extra.cluster", fractions={"all": 1}, seed=1)
+    assert families.split("one").ids("all") == families.ids
 
 
 def test_a_name_never_changes_its_meaning(families):
