@@ -81,6 +81,10 @@ class CropLoader:
         Raises:
           LoaderConfigError: a value that cannot work.
         """
+        if isinstance(store, str | os.PathLike):
+            raise LoaderConfigError("store", str(store), "is a place; pass FeatureStore.open(...) of it")
+        if not isinstance(recipe, Recipe):
+            raise LoaderConfigError("recipe", recipe, "is no recipe; pass e.g. Recipe.named('af2')")
         for field, value in (("num_threads", num_threads), ("prefetch_steps", prefetch_steps)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise LoaderConfigError(field, value, "must be an integer of at least 1")

@@ -93,6 +93,11 @@ class DatabaseSpec:
             path = stem
         elif os.path.exists(f"{path.split(',')[0]}_a3m.ffdata"):
             tool = hhblits.NAME
+        elif colon and tool and "/" not in tool and os.path.exists(stem) and not os.path.exists(path):
+            raise ConfigError(
+                f"database {name!r}: tool {tool!r} is not one of {', '.join(TOOLS)}; "
+                "write NAME=PATH or NAME=PATH:TOOL"
+            )
         else:
             tool = jackhmmer.NAME
         paths = tuple(path.split(",")) if tool == hhblits.NAME else (path,)

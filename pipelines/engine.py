@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
+from apache_beam.runners.worker import sdk_worker
 
 from foldfeed.pipelines.errors import EngineError, PipelineFailedError, WorkerError
 
@@ -142,11 +143,21 @@ def failure_of(text: str) -> PipelineFailedError:
 
 @contextlib.contextmanager
 def quiet_beam() -> Iterator[None]:
-    """Keeps Beam's own log lines off the terminal; a failed run ends in one typed error instead."""
+    """Keeps Beam's own lines off the terminal; a failed run ends in one typed error instead.
+
+    Beam's worker logs the traceback of a failed step and also prints it (`SdkWorker._execute`), so a `print`
+    of its own is put before the built-in one. The same text is the cause of the typed error.
+    """
     logger = logging.getLogger("apache_beam")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
+    vars(sdk_worker)["print"] = _print_nothing
     try:
         yield
     finally:
+        vars(sdk_worker).pop("print", None)
         logger.setLevel(level)
+
+
+def _print_nothing(*_: object, **__: object) -> None:
+    return

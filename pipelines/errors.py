@@ -11,7 +11,7 @@
         │   ├── ToolTimeoutError          ran longer than allowed; its process group was killed
         │   ├── ToolOutputError           exit 0, but the output is missing, cut or not of this query
         │   └── QueryTooLongError         longer than the tool can take without cutting it silently
-        ├── CancelledError                the person stopped the run
+        ├── CancelledError                the run was stopped: by the person, or because a step failed
         ├── CorruptResultError            a stored search result does not match its checksum
         ├── EngineError                   a Beam runner or option that is refused, with the reason
         ├── PipelineFailedError           the Beam run ended with an error
@@ -161,7 +161,7 @@ class QueryTooLongError(SearchError):
 
 
 class CancelledError(PipelineError):
-    """The person stopped the run."""
+    """The run was stopped: by the person, or because another step failed for good."""
 
 
 class CorruptResultError(PipelineError):

@@ -26,6 +26,8 @@ MAX_LINE_BYTES = 16 << 20
 
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
+# What some editors on Windows put before the text.
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOT_RESIDUE = re.compile(r"[^A-Z]")
 
 
@@ -118,8 +120,9 @@ class _Reader:
     def _close(self) -> Iterator[QuerySequence | DeadLetter]:
         if self._header is None:
             return
-        sequence = b"".join(self._pieces).decode("latin-1")
-        sequence = "".join(sequence.split()).upper().rstrip("*")
+        # In bytes, where upper() knows A to Z only: as text it would turn a sharp s into two serines.
+        residues = b"".join(b"".join(self._pieces).split()).upper()
+        sequence = residues.decode("utf-8", errors="replace").rstrip("*")
         reason = self._problem(self._header, sequence)
         if reason is not None:
             yield self._reject(self._header_line, self._header, reason)
@@ -180,9 +183,12 @@ def _split_header(header: str) -> tuple[str, str]:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yields lines without white space at their ends; a line is never longer than `MAX_LINE_BYTES`."""
+    """Yields lines without white space at their ends; a line is never longer than `MAX_LINE_BYTES`.
+
+    Lines end with LF, CR LF, or (old Macintosh programs) CR.
+    """
     rest = b""
-    for chunk in chunks:
+    for chunk in _with_line_feeds(chunks):
         if b"\x00" in chunk:
             raise _BadStreamError("it holds NUL bytes, so it is a binary file and not FASTA text")
         *whole, rest = (rest + chunk).split(b"\n")
@@ -192,6 +198,23 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
             raise _BadStreamError(f"a line is longer than {MAX_LINE_BYTES} bytes")
     if rest:
         yield rest.strip()
+
+
+def _with_line_feeds(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yields the text with LF for every line end and without a byte order mark before it."""
+    held = b""
+    first = True
+    for chunk in chunks:
+        text = held + chunk
+        if first and len(text) < len(_BYTE_ORDER_MARK):
+            held = text
+            continue
+        if first:
+            text, first = text.removeprefix(_BYTE_ORDER_MARK), False
+        # The other half of a CR LF may be in the next chunk.
+        held = b"\r" if text.endswith(b"\r") else b""
+        yield text[: len(text) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    yield held.replace(b"\r", b"\n")
 
 
 def _decompressed(raw: IO[bytes], url: str) -> Iterator[bytes]:

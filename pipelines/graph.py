@@ -31,6 +31,7 @@ from foldfeed.pipelines.plan import part_of, resolve_duplicates
 from foldfeed.pipelines.search import JobContext, Receipt, WorkUnit, join_units, search_unit, work_units
 from foldfeed.pipelines.search_tool import require_same_binary
 from foldfeed.pipelines.sequences import DeadLetter, QuerySequence
+from foldfeed.pipelines.subprocess_runner import cancel_all
 
 
 def _as_text(error: FoldfeedError) -> WorkerError:
@@ -53,10 +54,18 @@ class ReadFile(beam.DoFn):
 
 
 class SearchUnit(beam.DoFn):
-    """(unit id, units of that id) -> one receipt."""
+    """(unit id, units of that id) -> one receipt.
 
-    def __init__(self, context: JobContext) -> None:
+    Args:
+      context: of the build.
+      stop_together: one failure ends the other searches of this process. For the local runner, which reports
+        a failed step only when all searches under way have ended: hours, in the worst case. Another engine
+        tries a failed bundle again, perhaps in the same process, so there the others must go on.
+    """
+
+    def __init__(self, context: JobContext, stop_together: bool) -> None:
         self._context = context
+        self._stop_together = stop_together
 
     def setup(self) -> None:
         """Checks once per worker that the planned tools are here."""
@@ -69,9 +78,14 @@ class SearchUnit(beam.DoFn):
     def process(self, element: tuple[str, Iterable[WorkUnit]]) -> Iterator[tuple[str, Receipt]]:
         """Searches, or finds the answer in the result store."""
         try:
-            yield element[0], search_unit(join_units(list(element[1])), self._context)
-        except FoldfeedError as error:
-            raise _as_text(error) from error
+            receipt = search_unit(join_units(list(element[1])), self._context)
+        except Exception as error:
+            if self._stop_together:
+                cancel_all(f"another search failed: {error}")
+            if isinstance(error, FoldfeedError):
+                raise _as_text(error) from error
+            raise
+        yield element[0], receipt
 
 
 class WritePart(beam.DoFn):
@@ -162,9 +176,10 @@ class ReadQueries(beam.PTransform):
 class SearchAll(beam.PTransform):
     """Queries -> queries that every database answered, and dead letters for the others."""
 
-    def __init__(self, context: JobContext) -> None:
+    def __init__(self, context: JobContext, stop_together: bool) -> None:
         super().__init__()
         self._context = context
+        self._stop_together = stop_together
 
     def expand(self, queries: beam.PCollection) -> beam.PCollection:
         """Returns complete queries and dead letters in one collection."""
@@ -173,7 +188,10 @@ class SearchAll(beam.PTransform):
             | "Units" >> beam.FlatMap(_units, self._context).with_output_types(tuple[str, WorkUnit])
             # Grouping by unit both merges equal sequences and spreads the searches over the workers.
             | "GroupByUnit" >> beam.GroupByKey()
-            | "Search" >> beam.ParDo(SearchUnit(self._context)).with_output_types(tuple[str, Receipt])
+            | "Search"
+            >> beam.ParDo(SearchUnit(self._context, self._stop_together)).with_output_types(
+                tuple[str, Receipt]
+            )
             | "Receipts" >> beam.Reshuffle()
             | "ReceiptsByRecord" >> beam.FlatMap(_receipts_by_record).with_output_types(tuple[str, Receipt])
         )
@@ -215,9 +233,11 @@ def _part_numbers(_: int, num_parts: int) -> range:
     return range(num_parts)
 
 
-def build_graph(pipeline: beam.Pipeline, urls: Sequence[str], context: JobContext) -> None:
-    """Adds the whole build to a pipeline."""
+def build_graph(
+    pipeline: beam.Pipeline, urls: Sequence[str], context: JobContext, *, stop_together: bool
+) -> None:
+    """Adds the whole build to a pipeline; for ``stop_together`` see `SearchUnit`."""
     queries, dead = pipeline | "ReadQueries" >> ReadQueries(urls, context.max_residues)
-    searched = queries | "SearchAll" >> SearchAll(context)
+    searched = queries | "SearchAll" >> SearchAll(context, stop_together)
     entries = (searched, dead) | "AllEntries" >> beam.Flatten()
     _ = entries | "WriteParts" >> WriteParts(context)

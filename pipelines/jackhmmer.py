@@ -88,11 +88,12 @@ class Jackhmmer:
             argv = [flag.format(cpus=self.cpus, **words) for flag in FLAGS]
             done = run_program([self.binary, *argv], folder=folder, timeout_s=self.timeout_s)
             require_success(NAME, done, folder)
+            table = _table(paths["table"])
             return SearchResult(
                 tool=self.identity,
                 format="stockholm",
-                alignment=_alignment(paths["alignment"], sequence),
-                table=_table(paths["table"]),
+                alignment=_alignment(paths["alignment"], sequence, table),
+                table=table,
                 usage=done.usage,
             )
 
@@ -106,10 +107,18 @@ def _table(path: Path) -> bytes:
     return b"".join(line + b"\n" for line in lines if line and not line.startswith(b"#"))
 
 
-def _alignment(path: Path, sequence: str) -> bytes:
-    """Returns the ``-A`` file; a search without hits gives the query alone."""
+def _alignment(path: Path, sequence: str, table: bytes) -> bytes:
+    """Returns the ``-A`` file; a search without included hits gives the query alone.
+
+    Raises:
+      ToolOutputError: there is no alignment, although the table counts domains that belong to it.
+    """
     data = path.read_bytes() if path.exists() else b""
     if not data.strip():
+        # Column 18 of the table is "inc", the target's domains that enter the alignment.
+        missing = sum(int(line.split(maxsplit=18)[17]) for line in table.splitlines())
+        if missing:
+            raise ToolOutputError(NAME, f"it wrote no alignment of the {missing} domains in its table")
         return f"# STOCKHOLM 1.0\n\n{QUERY_NAME} {sequence}\n//\n".encode("ascii")
     return data
 

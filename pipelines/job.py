@@ -172,6 +172,8 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
       StorageFullError: no space left; nothing was committed.
     """
     started = time.monotonic()
+    # A run before this one in the same process may have been stopped.
+    allow_all()
     options = _beam_options(config, say or _silent)
     context, plan = _prepare(config)
     reused, _ = count_done(plan, context)
@@ -279,11 +281,13 @@ def _context(
 
 
 def _run_on_beam(config: BuildConfig, context: JobContext, options: PipelineOptions) -> None:
-    from foldfeed.pipelines.engine import quiet_beam, run_pipeline
+    from foldfeed.pipelines.engine import LOCAL_RUNNER, choose_runner, quiet_beam, run_pipeline
     from foldfeed.pipelines.graph import build_graph
 
+    is_local = choose_runner(config.runner)[0] == LOCAL_RUNNER
+    build = functools.partial(build_graph, urls=config.queries, context=context, stop_together=is_local)
     with quiet_beam():
-        run_pipeline(options, functools.partial(build_graph, urls=config.queries, context=context))
+        run_pipeline(options, build)
 
 
 @contextlib.contextmanager

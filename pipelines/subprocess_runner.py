@@ -47,6 +47,8 @@ _PDEATHSIG_CODE = (
 )
 
 _cancelled = threading.Event()
+_cancel_lock = threading.Lock()
+_cancel_reason = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,9 +85,13 @@ class Completed:
     usage: Usage
 
 
-def cancel_all() -> None:
-    """Kills every program of this process and refuses new ones until `allow_all`."""
-    _cancelled.set()
+def cancel_all(reason: str = "the run was stopped") -> None:
+    """Kills every program of this process and refuses new ones until `allow_all`; the first reason stays."""
+    global _cancel_reason
+    with _cancel_lock:
+        if not _cancelled.is_set():
+            _cancel_reason = reason
+            _cancelled.set()
 
 
 def allow_all() -> None:
@@ -119,7 +125,7 @@ def run_program(argv: Sequence[str], *, folder: Path, timeout_s: float) -> Compl
     """
     name = Path(argv[0]).name
     if _cancelled.is_set():
-        raise CancelledError(f"{name} was not started: the run was stopped")
+        raise CancelledError(f"{name} was not started: {_cancel_reason}")
     started = time.monotonic()
     with (
         disk_full_is_typed(folder),
@@ -178,7 +184,7 @@ def _watch(pid: int, name: str, started: float, timeout_s: float) -> int:
             if poller.poll(max(0.0, min(look_s, left_s)) * 1000):
                 return peak_bytes
             if _cancelled.is_set():
-                raise CancelledError(f"{name} was killed: the run was stopped")
+                raise CancelledError(f"{name} was killed: {_cancel_reason}")
             if left_s <= look_s and time.monotonic() >= started + timeout_s:
                 raise ToolTimeoutError(name, timeout_s)
             look_s = min(2 * look_s, LONGEST_LOOK_S)
@@ -202,8 +208,7 @@ def _reap(pid: int) -> tuple[int, resource.struct_rusage]:
     """Kills what is left of a child's group and collects the child.
 
     The order matters: an unreaped leader keeps its group number reserved, so the signal cannot reach a
-      stranger
-    who got the same number.
+    stranger who got the same number.
     """
     # ProcessLookupError: the leader is a zombie and alone.
     with contextlib.suppress(ProcessLookupError):

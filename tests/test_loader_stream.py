@@ -337,3 +337,10 @@ def test_cuda_without_a_device_is_refused(store):
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(LoaderConfigError, match="0 CUDA devices"):
         make_loader(store, device="cuda")
+
+
+def test_a_place_or_a_name_instead_of_a_store_or_a_recipe(store):
+    with pytest.raises(LoaderConfigError, match=r"FeatureStore\.open"):
+        CropLoader(store.url, RECIPE, seed=0, global_batch=1)
+    with pytest.raises(LoaderConfigError, match=r"Recipe\.named"):
+        CropLoader(store, "af2", seed=0, global_batch=1)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -117,3 +118,13 @@ def test_no_file_outgrows_its_room(root):
         if (count := len(path.read_text().splitlines())) > 500
     }
     assert long == {}
+
+
+def test_the_files_that_the_guides_name_are_there(root):
+    named = {
+        name
+        for guide in ("README.md", "CONTRIBUTING.md")
+        for name in re.findall(r"`([a-z_]+/[a-z_/.]+\.(?:py|sh))`", (root / guide).read_text())
+    }
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (root / name).exists()] == []

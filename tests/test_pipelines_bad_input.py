@@ -25,6 +25,7 @@ from foldfeed.pipelines.errors import (
     QueryFileError,
     ToolNotFoundError,
 )
+from foldfeed.pipelines.subprocess_runner import cancel_all
 
 pytestmark = [
     pytest.mark.external_tool,
@@ -78,6 +79,17 @@ def test_a_faulty_search_is_a_dead_letter_and_the_others_stay(tmp_path, monkeypa
     assert letter.reason.startswith("search in 'uniref90': ")
     assert re.search(words, letter.reason), letter.reason
     assert report.num_failed == 1
+
+
+def test_hits_without_their_alignment_are_no_answer(tmp_path, monkeypatch, queries):
+    # A tool that lost its -A file must not leave a record of one row where the table counts hits.
+    row = "HBB_X - query - 1e-50 170.0 0.1 1e-50 169.9 0.1 1.0 1 0 0 1 1 1 2 some globin"
+    lost = f'while [ "$1" != --tblout ]; do shift; done; printf "{row}\\n# [ok]\\n" > "$2"; exit 0'
+    name = faulty(tmp_path, monkeypatch, lost)
+    report = run_build(config_of(tmp_path, queries, [UNIREF]))
+    assert sorted(FeatureStore.open(report.store).ids) == sorted(set(globins(3)) - {name})
+    (letter,) = report.dead_letters
+    assert "wrote no alignment of the 2 domains in its table" in letter.reason
 
 
 def test_one_more_try_after_a_signal(tmp_path, monkeypatch, queries):
@@ -235,6 +247,39 @@ def test_a_full_disk_is_one_error_and_nothing_is_visible(tmp_path, monkeypatch, 
     assert run_build(config_of(tmp_path, queries, [UNIREF], **big)).num_records == 3
 
 
+def test_a_failed_step_is_one_line_and_stops_the_other_searches(tmp_path, monkeypatch, queries, small_disk):
+    # The first search would last minutes; the second meets a full disk.
+    hang = f"if mkdir {tmp_path}/first 2>/dev/null; then exec sleep 300; fi"
+    folder = stand_in(tmp_path / "bin", f'{hang}\nexec {shutil.which("jackhmmer")} "$@"\n')
+    first_on_path(monkeypatch, folder)
+    (small_disk / "results").mkdir()
+    (small_disk / "filler").touch()
+    _fill_to(small_disk / "filler", 8 * 1024)
+    code = "from foldfeed.feature_store.cli import main; main()"
+    words = ["build", "--queries", queries, "--database", UNIREF, "--workers", 2, "--store", tmp_path / "s"]
+    words += ["--results", small_disk / "results"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the run failed in step 'SearchAll/Search'")
+    assert "no space left" in line
+    assert len(FeatureStore.open(tmp_path / "s")) == 0
+
+
+def test_a_build_after_a_stopped_one_in_the_same_process(tmp_path, queries):
+    cancel_all()
+    assert run_build(config_of(tmp_path, queries, [UNIREF])).num_records == 3
+
+
+def _fill_to(path: Path, left_bytes: int) -> None:
+    """Fills a disk but for so many bytes."""
+    _fill(path)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - left_bytes)
+
+
 def _fill(path: Path) -> None:
     """Appends until the disk is full."""
     with path.open("ab", buffering=0) as file:
@@ -283,6 +328,7 @@ def test_cli_prints_what_was_built_and_what_was_not(tmp_path):
     ("words", "message"),
     [
         (["--database", "no-equals"], "must be NAME=PATH"),
+        (["--database", f"{UNIREF}:mmseqs"], "tool 'mmseqs' is not one of jackhmmer, hhblits"),
         (["--database", UNIREF, "--database", UNIREF], "given twice"),
         (["--database", UNIREF, "--max-hits", "uniref90=0"], "must be NAME=N"),
         (["--database", UNIREF, "--max-hits", "mgnify=5"], "no database of this build"),

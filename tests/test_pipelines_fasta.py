@@ -80,7 +80,7 @@ def test_ambiguous_letters_are_kept(tmp_path):
         ("AC*DE", r"'*' at residue 3"),
         ("ACD4E", "'4' at residue 4"),
         ("AC\nD-E", "'-' at residue 4"),
-        ("ACé", "'Ã' at residue 3"),
+        ("ACé", "'é' at residue 3"),
         ("", "no sequence"),
         ("***", "no sequence"),
         ("A" * 101, "101 residues; this build takes at most 100"),
@@ -181,3 +181,24 @@ def test_every_entry_comes_back_however_lines_are_wrapped(tmp_path_factory, entr
 def test_the_package_imports_without_beam():
     code = "import sys, foldfeed.pipelines, foldfeed.pipelines.cli; sys.exit('apache_beam' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 1 << 20])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+def test_line_ends_and_marks_of_other_systems(tmp_path, monkeypatch, chunk_bytes, end, mark):
+    monkeypatch.setattr("foldfeed.pipelines.fasta.CHUNK_BYTES", chunk_bytes)
+    data = mark + GOOD.replace("\n", end).encode() + b">c" + end.encode()
+    entries = read(tmp_path / "q.fa", data)
+    assert sequences(entries) == {"a": "ACDEFGHI", "b": "KLMN"}
+    assert [entry.line for entry in entries] == [1, 4, 6]
+    assert reasons(entries) == {"c": "the header has no sequence"}
+
+
+def test_letters_that_are_no_ascii_are_not_changed_into_residues(tmp_path):
+    entries = read(tmp_path / "latin.fa", b">a\nAC\xdfDE\n>b\nAC\xc3\x89D\n>c\nACDE\n")
+    assert sequences(entries) == {"c": "ACDE"}
+    assert reasons(entries) == {
+        "a": "'\ufffd' at residue 3 is no amino acid letter",
+        "b": "'\u00c9' at residue 3 is no amino acid letter",
+    }

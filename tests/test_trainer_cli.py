@@ -249,3 +249,29 @@ def main_config_with_keep_zero() -> None:
     from foldfeed.trainer.config import SnapshotConfig
 
     SnapshotConfig(keep=0)
+
+
+@pytest.mark.parametrize("content", ["", '{"run', "[]", "7", "{}", '{"run_id": "x"}'])
+def test_a_damaged_run_file_is_one_line_and_its_snapshots_can_go_on_elsewhere(
+    tmp_path: Path, small_store: FeatureStore, inside: Callable[..., tuple[int, str]], content: str
+) -> None:
+    usual = ["--store", small_store.url, *TINY]
+    assert inside(*usual, "--output", tmp_path / "o")[0] == 0
+    expected = json.loads((tmp_path / "o" / "result.json").read_text())["weights_digest"]
+    (tmp_path / "o" / "run.json").write_text(content)
+    code, said = inside(*usual, "--output", tmp_path / "o")
+    assert (code, said.count("\n")) == (1, 1)
+    assert "run.json is damaged" in said
+    assert (tmp_path / "o" / "run.json").read_text() == content
+    snapshot = tmp_path / "o" / "snapshots" / "step-00000002"
+    assert inside(*usual, "--output", tmp_path / "new", "--resume", snapshot)[0] == 0
+    assert json.loads((tmp_path / "new" / "result.json").read_text())["weights_digest"] == expected
+
+
+def test_an_output_that_cannot_be_made_is_one_line(
+    tmp_path: Path, small_store: FeatureStore, inside: Callable[..., tuple[int, str]]
+) -> None:
+    (tmp_path / "file").touch()
+    code, said = inside("--store", small_store.url, "--output", tmp_path / "file", *TINY)
+    assert (code, said.count("\n")) == (1, 1)
+    assert str(tmp_path / "file") in said

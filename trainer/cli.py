@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         _complain(f"{error.format_message()} (--help lists the options)")
         return 2
-    except (FoldfeedError, KeyboardInterrupt, click.Abort) as error:
+    except (FoldfeedError, OSError, KeyboardInterrupt, click.Abort) as error:
         if "--debug" in given:
             traceback.print_exc()
         _complain(str(error) or "interrupted")

@@ -55,8 +55,6 @@ class DdpReducer:
             model,
             bucket_cap_mb=self._bucket_bytes / 2**20,
             find_unused_parameters=self._find_unused,
-            # Buffers hold constants only; rank 0 need not send them before every forward.
-            broadcast_buffers=False,
         )
         return self._module
 

@@ -21,7 +21,7 @@ import json
 import os
 import secrets
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,12 @@ from foldfeed.trainer.snapshot import SnapshotFolder
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
 SNAPSHOTS = "snapshots"
+
+# The run id in run.json is also in the manifest of every snapshot, so a new run.json cannot take its place.
+_REPAIR = (
+    "Restore it from a copy; or start in another --output, with --resume OUTPUT/snapshots/step-N to go on "
+    "from a snapshot of this one."
+)
 
 
 def run(config: RunConfig) -> Outcome:
@@ -137,7 +143,7 @@ def _claim(output: Path, config: RunConfig, header: dict[str, Any]) -> str:
     run_id = secrets.token_hex(8)
     bound = ("config_digest", "layout_hash", "store_fingerprint")
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = _read_claim(path, ("run_id", "identity", *bound))
         run_id = found["run_id"]
         differences = [
             f"{name} {found[name]} there, {header[name]} now" for name in bound if found[name] != header[name]
@@ -161,6 +167,18 @@ def _claim(output: Path, config: RunConfig, header: dict[str, Any]) -> str:
     SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep).sweep()
     _write_json(path, record)
     return run_id
+
+
+def _read_claim(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Returns what a run's folder says about itself."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        missing = [name for name in names if name not in found]
+    except (ValueError, TypeError) as error:
+        raise TrainerError(f"{path} is damaged ({error}). {_REPAIR}") from error
+    if missing:
+        raise TrainerError(f"{path} is damaged (it has no {missing[0]!r}). {_REPAIR}")
+    return dict(found)
 
 
 def _changed_settings(found: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
