@@ -181,7 +181,7 @@ def _example(record: Record) -> Html:
             logo.logo_figure(record, window),
             ".svg",
             f"Sequence logo of {record.record_id}",
-            f"Sequence logo{words}.",
+            words,
         ),
     )
 
@@ -282,7 +282,10 @@ def _jobs(store: FeatureStore) -> Child:
         for entry in entries[:MAX_LOG_LISTED]
     ]
     heads = ["version", "time (UTC)", "operation", "records", "job", "message"]
-    return [_more(len(rows), len(entries), "versions, the newest first"), _table(heads, rows, numeric=(0, 3))]
+    return [
+        _more(len(rows), len(entries), "version", ", the newest first"),
+        _table(heads, rows, numeric=(0, 3)),
+    ]
 
 
 def _dead_letters(results: str) -> Child:
@@ -306,7 +309,7 @@ def _dead_letters(results: str) -> Child:
     if not total:
         return tag("p", f"None: every entry of {len(jobs):,} jobs is in the store.")
     heads = ["record", "stage", "reason", "file", "line", "job"]
-    return [_more(len(rows), total, "dead letters"), _table(heads, rows, numeric=(4,))]
+    return [_more(len(rows), total, "dead letter"), _table(heads, rows, numeric=(4,))]
 
 
 def _letter(line: bytes, where: str) -> dict[str, Any]:
@@ -335,13 +338,14 @@ def _records(store: RecordSource[Record]) -> Child:
     ]
     heads = ["record", "description", "length", "depth", "gaps"]
     return [
-        _more(len(rows), len(table), "records, the deepest first"),
+        _more(len(rows), len(table), "record", ", the deepest first"),
         _table(heads, rows, numeric=(2, 3, 4)),
     ]
 
 
-def _more(shown: int, total: int, what: str) -> Html:
-    return tag("p", f"{total:,} {what}." if shown == total else f"{shown:,} of {total:,} {what}.")
+def _more(shown: int, total: int, noun: str, order: str = "") -> Html:
+    count = f"{total:,} {noun}{'' if total == 1 else 's'}{order}."
+    return tag("p", count if shown == total else f"{shown:,} of {count}")
 
 
 def _table(heads: Sequence[Child], rows: Sequence[Sequence[Child]], numeric: Sequence[int] = ()) -> Html:

@@ -156,7 +156,7 @@ def test_the_page_says_what_is_so(evil_store, page):
         f"|{evil_store.fingerprint}|",
         "|2000-01-01 to 2002-01-01 (3 records; 0 have none).|",
         "|deep|2|1|",
-        "|1 dead letters.|",
+        "|1 dead letter.|",
         "|r1|",
         "|uniref90|",
     ):
@@ -178,7 +178,7 @@ def test_an_empty_store_has_a_report(tmp_path):
 def test_parts_of_the_report_can_be_left_out(evil_store):
     parsed = Page(make_report(evil_store, ReportOptions(neff_records=0, examples=0)))
     assert len([name for name, _ in parsed.elements if name == "img"]) == 2
-    assert "dead letters" not in parsed.text
+    assert "dead letter" not in parsed.text
     with pytest.raises(ValueError, match="must not be negative"):
         ReportOptions(examples=-1)
 
