@@ -30,7 +30,8 @@ from foldfeed.feature_store.progress import Progress, silent
 PARTS_FOLDER = "parts"
 # A part that is about to go; whoever finds one that is needed after all puts it back.
 ASIDE_PREFIX = f"{TEMPORARY_PREFIX}gc-"
-DEFAULT_GRACE_S = 24 * 3600.0
+# A week: large jobs may write parts for days before they commit.
+DEFAULT_GRACE_S = 7 * 24 * 3600.0
 _PART_COLUMN = pa.schema([pa.field("part_id", pa.string())])
 
 

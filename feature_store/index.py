@@ -29,7 +29,14 @@ from foldfeed.feature_store.errors import (
     CorruptDataError,
     RecordNotFoundError,
 )
-from foldfeed.feature_store.index_files import INDEX_FOLDER, FileCache, conform, encode, read_files
+from foldfeed.feature_store.index_files import (
+    INDEX_FOLDER,
+    MAX_FILE_ROWS,
+    FileCache,
+    conform,
+    encode,
+    read_files,
+)
 from foldfeed.feature_store.index_log import Commit, CommitNote
 from foldfeed.feature_store.index_table import IndexTable
 from foldfeed.feature_store.schema import INDEX_SCHEMA
@@ -39,6 +46,9 @@ ON_EXISTING = ("error", "replace", "skip")
 COMMIT_PATIENCE_S = 120.0
 _FIRST_PAUSE_S = 0.005
 _LONGEST_PAUSE_S = 1.0
+# A reader opens all files of a version; a commit that finds this many small ones writes them into its own.
+MERGED_AT = 64
+SMALL_FILE_ROWS = MAX_FILE_ROWS // 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,7 +182,8 @@ class Index:
             if names and on_existing == "error":
                 raise CommitConflictError(
                     f"{len(names)} record id(s) are in the store with other content, e.g. {names[0]!r}; "
-                    "commit with on_existing='replace' to replace them or 'skip' to keep the old ones"
+                    "commit with on_existing='replace' (--on-existing replace) to replace them, or 'skip' to keep "
+                    "the old ones"
                 )
             drop = names if on_existing == "replace" else []
             added = pa.concat_tables([fresh, changed]) if drop else fresh
@@ -293,6 +304,12 @@ class Index:
         keys = self._keys()
         return pc.unique(keys["file"].filter(pc.is_in(keys["record_id"], value_set=record_ids))).to_pylist()
 
+    def _small_files(self) -> list[str]:
+        """Returns the files that the next commit merges; none while there are few."""
+        counts = pc.value_counts(self._keys()["file"]).to_pylist()
+        small = [entry["values"] for entry in counts if entry["counts"] < SMALL_FILE_ROWS]
+        return small if len(small) >= MERGED_AT else []
+
     def _compare(self, rows: pa.Table) -> tuple[pa.Table, pa.Table]:
         """Returns the rows whose id is not in the store, and those whose content differs there."""
         keys = self._keys()
@@ -340,7 +357,7 @@ class Index:
     def _try(self, change: _Change, job_id: str, message: str) -> bool:
         """Writes the files of a change and tries to make them the next version."""
         drop = pa.array(change.drop, pa.string())
-        old = sorted({*change.files, *self._holders(drop)})
+        old = sorted({*change.files, *self._holders(drop), *self._small_files()})
         before = read_files(self._table.blobs, old, self.schema)
         rows = before.filter(pc.invert(pc.is_in(before["record_id"], value_set=drop)))
         if change.rows is not None:

@@ -426,6 +426,20 @@ def test_files_of_the_index_are_merged(store):
     assert index.merge_files().version == index.version == 4
 
 
+def test_many_small_files_of_the_index_are_merged_by_a_commit(store, monkeypatch):
+    from foldfeed.feature_store import index
+
+    monkeypatch.setattr(index, "MERGED_AT", 5)
+    most = 0
+    for number in range(12):
+        commit(store, [f"x{number}"], f"x-{number}")
+        most = max(most, len(Index.open(store.url, None).files))
+    assert most == 5
+    assert len(store) == 18
+    assert [len(FeatureStore.open(store.url, version)) for version in (3, 9, 15)] == [6, 12, 18]
+    assert verify(store.url).problems == ()
+
+
 def test_parts_that_are_there_and_damaged_are_healed_by_the_job(store):
     path = shard(store, "r0a", "msa")
     before = path.read_bytes()
