@@ -23,6 +23,7 @@ from foldfeed.feature_store.errors import (
     StorageFullError,
     StoreError,
     StoreSettingsError,
+    StoreUrlError,
     TagError,
 )
 from foldfeed.feature_store.index import CommitResult
@@ -68,6 +69,7 @@ __all__ = [
     "StoreError",
     "StoreSettings",
     "StoreSettingsError",
+    "StoreUrlError",
     "StoreView",
     "TagError",
     "WrittenPart",

@@ -29,7 +29,7 @@ from typing import Any, Protocol, TypeAlias
 
 import fsspec
 
-from foldfeed.feature_store.errors import StorageFullError
+from foldfeed.feature_store.errors import StorageFullError, StoreUrlError
 from foldfeed.feature_store.open_files import LocalFile
 
 # Names that start so are never part of a store: an interrupted writer may leave them, `gc` may remove them.
@@ -315,7 +315,11 @@ class FsspecBlobs:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._files, self._root = fsspec.core.url_to_fs(self.url)
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(self.url)
+        except (ValueError, ImportError) as error:
+            # An unknown protocol, or one whose package is not installed; fsspec's sentence says which.
+            raise StoreUrlError(self.url, str(error).rstrip(".")) from error
 
     def read(self, path: str) -> bytes:
         return self._files.cat_file(self._at(path))

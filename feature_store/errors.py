@@ -3,6 +3,7 @@
     FoldfeedError
     ├── StoreError                    something about a store on disk or in a bucket
     │   ├── NotAStoreError            the URL holds no foldfeed store
+    │   ├── StoreUrlError             a kind of storage that cannot be reached from here
     │   ├── StoreSettingsError        the store exists with other settings than those asked for
     │   ├── FormatVersionError        written by a format this reader does not know
     │   ├── CorruptDataError          a checksum, a size or an index does not agree
@@ -52,6 +53,26 @@ class NotAStoreError(StoreError):
             f"{url!r} is not a foldfeed store: {reason}. "
             "Give the folder that `foldfeed build --store` wrote (it holds foldfeed.json, index/ and parts/)."
         )
+
+
+class StoreUrlError(StoreError):
+    """A URL whose kind of storage cannot be reached from here.
+
+    Attributes:
+      url: what was given.
+      reason: what is unknown or missing.
+    """
+
+    def __init__(self, url: str, reason: str) -> None:
+        self.url = url
+        self.reason = reason
+        super().__init__(
+            f"{url!r} cannot be opened: {reason}. Give a local path, or a URL that fsspec knows (s3://, "
+            "gs://, ...) and install the package it names."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.url, self.reason)
 
 
 class StoreSettingsError(StoreError):

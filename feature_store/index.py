@@ -182,8 +182,8 @@ class Index:
             if names and on_existing == "error":
                 raise CommitConflictError(
                     f"{len(names)} record id(s) are in the store with other content, e.g. {names[0]!r}; "
-                    "commit with on_existing='replace' (--on-existing replace) to replace them, or 'skip' to keep "
-                    "the old ones"
+                    "commit with on_existing='replace' (--on-existing replace) to replace them, or "
+                    "'skip' to keep the old ones"
                 )
             drop = names if on_existing == "replace" else []
             added = pa.concat_tables([fresh, changed]) if drop else fresh

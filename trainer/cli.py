@@ -121,8 +121,8 @@ def command(**options: Any) -> RunConfig:
     """Train the compact Evoformer on random crops of a feature store.
 
     Runs are exact: the same settings give the same weights, bit for bit, on 1 to V ranks, after kills and
-    restarts. Start it again with the same --output to continue; SIGTERM stops it after the next step, with
-    a snapshot and exit code 0.
+    restarts. Start it again with the same --output to continue; SIGTERM stops every rank after the next
+    step, with a snapshot and exit code 0 (torchrun itself, when it gets the signal, then exits with 1).
     """
     return make_config(options)
 
