@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from foldfeed.feature_store import FeatureStore, FoldfeedError
+from foldfeed.feature_store import FoldfeedError, Record, RecordSource
 from foldfeed.loader.batch import StepBatch
 from foldfeed.loader.device import ReadyStep, feature_maker, resolve_device
 from foldfeed.loader.errors import LoaderConfigError, LoaderUseError, SampleError
@@ -53,7 +53,7 @@ class CropLoader:
 
     def __init__(
         self,
-        store: FeatureStore,
+        store: RecordSource[Record],
         recipe: Recipe,
         *,
         seed: int,
@@ -68,7 +68,7 @@ class CropLoader:
         """Checks everything and reads nothing; threads start with the first batch.
 
         Args:
-          store: one version of a store.
+          store: one version of a store, or a view of it such as ``store.subset(name)``.
           recipe: how samples are made.
           seed: of the run.
           global_batch: samples of one step over all ranks.

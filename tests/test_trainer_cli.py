@@ -275,3 +275,19 @@ def test_an_output_that_cannot_be_made_is_one_line(
     code, said = inside("--store", small_store.url, "--output", tmp_path / "file", *TINY)
     assert (code, said.count("\n")) == (1, 1)
     assert str(tmp_path / "file") in said
+
+
+def test_a_run_may_train_on_a_record_set_alone(tmp_path: Path, small_store: FeatureStore) -> None:
+    """The set is named on the command line and bound to the run by the fingerprint of its records."""
+    small_store.save_set("deep", "select record_id from records where depth > 1")
+    options = ["--store", small_store.url, "--record-set", "deep", *TINY, "--steps", "1"]
+    done = run(*options, "--output", tmp_path / "run", "--no-tensorboard")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["config"]["data"]["record_set"] == "deep"
+    assert record["store_fingerprint"] == small_store.subset("deep").fingerprint
+    assert record["store_fingerprint"] != small_store.fingerprint
+    unknown = run(*options, "--output", tmp_path / "other", "--record-set", "nobody")
+    assert unknown.returncode == 1
+    assert "nobody" in unknown.stderr
+    assert "Traceback" not in unknown.stderr

@@ -130,6 +130,7 @@ class DataConfig:
     Attributes:
       store: URL of the feature store.
       recipe: name of the loader's recipe.
+      record_set: name of a record set saved in the store; all records when empty.
       crop_residues: residues of a crop.
       num_clusters: clustered MSA rows.
       num_extra: extra MSA rows.
@@ -141,6 +142,7 @@ class DataConfig:
 
     store: str
     recipe: str = "af2"
+    record_set: str = ""
     crop_residues: int = 256
     num_clusters: int = 128
     num_extra: int = 1024

@@ -18,12 +18,14 @@ from foldfeed.trainer.ranks import Ranks
 def open_loader(config: DataConfig, seed: int, ranks: Ranks) -> Iterator[tuple[CropLoader, str]]:
     """Opens the store and the loader of this rank; closes the loader's threads at the end.
 
-    Returns: the loader and the store's fingerprint.
+    Returns: the loader and the fingerprint of the records it reads.
     Raises:
       NotAStoreError: the URL holds no store.
+      NameNotFoundError: the store has no such record set.
       TrainerConfigError: a recipe, or a value, that the loader refuses.
     """
     store = FeatureStore.open(config.store)
+    records = store.subset(config.record_set) if config.record_set else store
     try:
         recipe = Recipe.named(
             config.recipe,
@@ -32,7 +34,7 @@ def open_loader(config: DataConfig, seed: int, ranks: Ranks) -> Iterator[tuple[C
             num_extra=config.num_extra,
         )
         loader = CropLoader(
-            store,
+            records,
             recipe,
             seed=seed,
             global_batch=config.global_batch,
@@ -47,4 +49,4 @@ def open_loader(config: DataConfig, seed: int, ranks: Ranks) -> Iterator[tuple[C
         # The values come from our command line, so it is wrong usage of ours.
         raise TrainerConfigError(str(error)) from error
     with loader:
-        yield loader, store.fingerprint
+        yield loader, records.fingerprint
