@@ -126,7 +126,7 @@ class IndexTable:
         )
 
     def try_commit(self, note: CommitNote, added: Mapping[str, IndexFile], removed: Sequence[str]) -> bool:
-        """Makes the next version, unless somebody else has made it; shows the newest version afterwards.
+        """Makes the next version and shows it, unless somebody else made it; then shows the newest one.
 
         Args:
           note: for the log; what depends on this table is filled in here.
@@ -204,8 +204,14 @@ class IndexTable:
             raise failure
         landed = index_log.read_commit(self.blobs, next_version)
         won.append(landed.checksum == metadata[index_log.CHECKSUM])
-        if won[0]:
-            self.blobs.make_durable(index_log.log_path(next_version))
+        if not won[0]:
+            return
+        self.blobs.make_durable(index_log.log_path(next_version))
+        if self.version > next_version:
+            # Others went on meanwhile; a committer is shown what its own commit made.
+            with _damage_is_typed(self.blobs.url):
+                self._table.load_as_version(next_version)
+            self._load()
 
     def _load(self) -> None:
         """Reads what the version's commit says and holds Delta's view of the table against it."""

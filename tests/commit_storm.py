@@ -8,6 +8,7 @@ import dataclasses
 import multiprocessing
 import random
 import time
+import traceback
 from pathlib import Path
 
 from records import make_record
@@ -24,7 +25,15 @@ class Note:
     changes: dict[str, str | None]
 
 
-def _storm(url: str, worker: int, seconds: float, answers: multiprocessing.Queue) -> None:
+def _run(url: str, worker: int, seconds: float, answers: multiprocessing.Queue) -> None:
+    try:
+        answers.put(_storm(url, worker, seconds))
+    except BaseException:
+        answers.put(traceback.format_exc())
+        raise
+
+
+def _storm(url: str, worker: int, seconds: float) -> tuple[list[Note], dict[str, int]]:
     rng = random.Random(worker)
     notes: list[Note] = []
     tries = {"commit": 0, "replace": 0, "delete": 0, "again": 0, "conflict": 0, "lost": 0}
@@ -37,7 +46,7 @@ def _storm(url: str, worker: int, seconds: float, answers: multiprocessing.Queue
         note = _ACTIONS[kind](url, worker, number, rng, tries)
         if note is not None:
             notes.append(note)
-    answers.put((worker, notes, tries))
+    return notes, tries
 
 
 def _commit(url, worker, number, rng, tries):
@@ -112,17 +121,18 @@ def run_storm(folder: Path, num_workers: int, seconds: float) -> dict[str, int]:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     workers = [
-        context.Process(target=_storm, args=(store.url, n, seconds, answers)) for n in range(num_workers)
+        context.Process(target=_run, args=(store.url, n, seconds, answers)) for n in range(num_workers)
     ]
     for worker in workers:
         worker.start()
     found = [answers.get(timeout=seconds + 240) for _ in workers]
     for worker in workers:
         worker.join(60)
-        assert worker.exitcode == 0
-    notes = sorted((note for _, of_worker, _ in found for note in of_worker), key=lambda note: note.version)
+    failed = [answer for answer in found if isinstance(answer, str)]
+    assert not failed, failed[0]
+    notes = sorted((note for of_worker, _ in found for note in of_worker), key=lambda note: note.version)
     return check_storm(store.url, notes) | {
-        kind: sum(tries[kind] for _, _, tries in found) for kind in found[0][2]
+        kind: sum(tries[kind] for _, tries in found) for kind in found[0][1]
     }
 
 
