@@ -196,15 +196,15 @@ def _records(blobs: Blobs, rows: pa.Table, done: int, total: int, progress: Prog
 
 def _moves(part: PartReader, old: pa.Table) -> list[dict[str, Any]]:
     """Returns old part and new position of each record of a new part, after a look at what it holds."""
-    before = {
-        row["record_id"]: row for row in old.select(["record_id", "fingerprint", "part_id"]).to_pylist()
-    }
+    before = {row["record_id"]: row for row in old.to_pylist()}
     found = []
     for row in part.index_rows():
         was = before[row["record_id"]]
-        if row["fingerprint"] != was["fingerprint"]:
-            raise CorruptDataError(part.path, f"record {row['record_id']!r} changed while it was moved")
         places = {name: row[name] for name in row if name.startswith("first_")}
+        differ = [name for name in row if name not in places and row[name] != was.get(name)]
+        if differ:
+            reason = f"record {row['record_id']!r} would lose or change {', '.join(differ)}"
+            raise CorruptDataError(part.path, reason)
         found.append(
             {
                 "record_id": row["record_id"],

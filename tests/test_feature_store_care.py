@@ -1,5 +1,6 @@
 """Looking after a store: verify, repair, compact, copy, delete, own columns."""
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -13,14 +14,18 @@ from foldfeed.feature_store import (
     CommitConflictError,
     CorruptDataError,
     FeatureStore,
+    MsaRecord,
     RecordNotFoundError,
     StoreSettings,
     StoreSettingsError,
     write_part,
 )
+from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.compact import compact
 from foldfeed.feature_store.copy_store import copy_store
 from foldfeed.feature_store.index import Index
+from foldfeed.feature_store.part_reader import PartReader
+from foldfeed.feature_store.rebuild import load_record
 from foldfeed.feature_store.repair import repair
 from foldfeed.feature_store.verify import verify
 
@@ -251,6 +256,27 @@ def test_compaction_changes_places_only(store):
     assert (again.num_moved, again.version) == (0, after.version)
 
 
+def test_a_record_is_read_back_whole(store):
+    """A new field of a record must be read back too, or `compact` would lose it: add it to `load_record`."""
+    fields = {field.name for field in dataclasses.fields(MsaRecord)}
+    assert fields == {
+        "record_id",
+        "description",
+        "sequence",
+        "msa",
+        "deletions",
+        "rows",
+        "databases",
+        "extra",
+    }
+    row = store.table(where="record_id = 'r1a'").to_pylist()[0]
+    found = load_record(PartReader(open_blobs(store.url), row["part_id"]), row)
+    want = make_record("r1a", 10, 20, seed=1)
+    assert found.fingerprint == want.fingerprint
+    assert found.databases == want.databases
+    assert found.extra == want.extra
+
+
 def test_compaction_fills_parts_to_the_target(store):
     report = compact(store.url, target_bytes=26_000)
     assert 1 < report.parts_after < 3
@@ -279,7 +305,6 @@ def test_compaction_does_not_undo_what_others_do_meanwhile(store, monkeypatch):
 
 @pytest.mark.parametrize("target", ["local", "memory"])
 def test_parts_are_copied_whole_or_not_at_all(store, tmp_path, target):
-    from foldfeed.feature_store.blobs import open_blobs
     from foldfeed.feature_store.copy_store import copy_part
 
     source = open_blobs(store.url)
