@@ -25,17 +25,10 @@ from foldfeed.feature_store.a3m import ParsedAlignment
 from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.import_errors import SourceFileError, UnsupportedSourceError
 from foldfeed.feature_store.import_files import kind_of, read_file, stem_of
+from foldfeed.feature_store.import_names import fit_species, make_id
 from foldfeed.feature_store.import_npz import NpzFile
 from foldfeed.feature_store.import_openfold import folder_files, merge_files
-from foldfeed.feature_store.import_rows import (
-    TOOL,
-    DatabaseRows,
-    ImportOptions,
-    build_record,
-    check_depth,
-    fit_species,
-    make_id,
-)
+from foldfeed.feature_store.import_rows import TOOL, DatabaseRows, ImportOptions, build_record, check_depth
 from foldfeed.feature_store.import_sources import (
     Found,
     Reject,

@@ -25,7 +25,8 @@ from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.import_alignments import read_alignment
 from foldfeed.feature_store.import_errors import SourceFileError, UnsupportedSourceError
 from foldfeed.feature_store.import_files import read_file, read_head, stem_of
-from foldfeed.feature_store.import_rows import ImportOptions, build_record, make_id, rows_of
+from foldfeed.feature_store.import_names import make_id
+from foldfeed.feature_store.import_rows import ImportOptions, build_record, rows_of
 from foldfeed.feature_store.import_sources import Found, Reject, Source, load_json, relative, walk_files
 from foldfeed.feature_store.record import MsaRecord
 

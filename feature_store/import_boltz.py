@@ -22,14 +22,9 @@ from foldfeed.feature_store.a3m import ParsedAlignment
 from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.import_errors import SourceFileError
 from foldfeed.feature_store.import_files import read_file
+from foldfeed.feature_store.import_names import fit_species
 from foldfeed.feature_store.import_npz import NpzFile
-from foldfeed.feature_store.import_rows import (
-    DatabaseRows,
-    ImportOptions,
-    build_record,
-    check_depth,
-    fit_species,
-)
+from foldfeed.feature_store.import_rows import DatabaseRows, ImportOptions, build_record, check_depth
 from foldfeed.feature_store.import_sources import Found, Reject, Source, id_of_file, relative, walk_files
 from foldfeed.feature_store.record import MAX_RESIDUES, MsaRecord
 

@@ -26,16 +26,8 @@ from foldfeed.feature_store.a3m import parse_a3m
 from foldfeed.feature_store.errors import AlignmentParseError, FoldfeedError
 from foldfeed.feature_store.import_errors import SourceFileError, SourceTooLargeError
 from foldfeed.feature_store.import_files import read_file
-from foldfeed.feature_store.import_rows import (
-    DatabaseRows,
-    ImportOptions,
-    build_labelled_record,
-    check_depth,
-    first_word,
-    fit_species,
-    make_id,
-    species_of,
-)
+from foldfeed.feature_store.import_names import first_word, fit_species, make_id, species_of
+from foldfeed.feature_store.import_rows import DatabaseRows, ImportOptions, build_labelled_record, check_depth
 from foldfeed.feature_store.import_sources import Found, Reject, Source, id_of_file, relative, walk_files
 from foldfeed.feature_store.record import MsaRecord
 

@@ -23,7 +23,8 @@ from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.import_alignments import STOCKHOLM_SUFFIXES, read_alignment
 from foldfeed.feature_store.import_errors import SourceFileError, UnsupportedSourceError
 from foldfeed.feature_store.import_files import kind_of, read_file, read_range, unpack
-from foldfeed.feature_store.import_rows import DatabaseRows, ImportOptions, build_record, make_id
+from foldfeed.feature_store.import_names import make_id
+from foldfeed.feature_store.import_rows import DatabaseRows, ImportOptions, build_record
 from foldfeed.feature_store.import_sources import Found, Reject, Source, load_json, relative, sub_folders
 from foldfeed.feature_store.record import MsaRecord
 

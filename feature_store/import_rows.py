@@ -13,7 +13,6 @@ Source: AlphaFold 2 ``data/pipeline.py`` make_msa_features, ``data/msa_identifie
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -24,21 +23,14 @@ from foldfeed.feature_store import alphabet
 from foldfeed.feature_store.a3m import ParsedAlignment
 from foldfeed.feature_store.import_errors import SourceTooLargeError, UnsupportedSourceError
 from foldfeed.feature_store.import_files import DEFAULT_MAX_BYTES
-from foldfeed.feature_store.record import SPECIES_BYTES, DatabaseUse, MsaRecord, RowProvenance
+from foldfeed.feature_store.import_names import first_word, mmseqs_scores, species_of
+from foldfeed.feature_store.record import DatabaseUse, MsaRecord, RowProvenance
 
 TOOL = "import"
 DEDUP = ("source", "rows", "none")
 ID_FROM = ("auto", "file", "folder", "header")
 A2M_COLUMNS = ("match", "query")
 
-# tr|A0A146SKV9|A0A146SKV9_FUNHE and, as small BFD writes it, with _1 behind the accession or the whole name.
-_UNIPROT = re.compile(
-    r"(?:tr|sp)\|[A-Za-z0-9]{6,10}(?:_\d)?\|[A-Za-z0-9]+(?:_\d)?_(?P<species>[A-Za-z0-9]{1,5})(?:_\d+)?"
-)
-# A bare UniProt entry name, HBB_HUMAN: mnemonics have 3 to 5 characters, a letter among them.
-_ENTRY_NAME = re.compile(r"(?:[A-Z0-9]{1,6}|[A-Z0-9]{10})_(?P<species>(?=[0-9]*[A-Z])[A-Z0-9]{3,5})")
-_ILLEGAL_IN_ID = re.compile(r"[^A-Za-z0-9_.|:+=@-]+")
-_ID_LENGTH = 255
 
 # The deepest alignments of today have about a million rows. A row costs some 600 bytes besides its residues.
 MAX_IMPORT_ROWS = 4_000_000
@@ -126,7 +118,7 @@ def rows_of(
       tool_version: as above.
     """
     ids = list(hit_ids) if hit_ids is not None else [first_word(header) for header in alignment.names]
-    scores = np.array([_mmseqs_scores(header) for header in alignment.names], dtype=np.float64)
+    scores = np.array([mmseqs_scores(header) for header in alignment.names], dtype=np.float64)
     scores = scores.reshape(len(ids), 2)
     scores[:1] = np.nan
     return DatabaseRows(
@@ -149,50 +141,6 @@ def check_depth(num_rows: int, where: str) -> None:
     """
     if num_rows > MAX_IMPORT_ROWS:
         raise SourceTooLargeError(where, f"it has more than {MAX_IMPORT_ROWS} rows")
-
-
-def first_word(header: str) -> str:
-    """Returns the name in a header, without the description."""
-    words = header.split(maxsplit=1)
-    return words[0] if words else ""
-
-
-def _mmseqs_scores(header: str) -> tuple[float, float]:
-    """Returns E-value and bit score of an MMseqs2 header, NaN where it is none.
-
-    Source: MMseqs2 ``result2msa --msa-format-mode 6``.
-    """
-    fields = header.split("\t")
-    if len(fields) >= 10:
-        try:
-            return float(fields[3]), float(fields[1])
-        except ValueError:
-            pass
-    return np.nan, np.nan
-
-
-def species_of(hit_id: str) -> str:
-    """Returns the UniProt species mnemonic in a row's name, or "".
-
-    ``tr|A0A146SKV9|A0A146SKV9_FUNHE/1-90`` gives ``FUNHE``, ``HBB_HUMAN/1-146`` gives ``HUMAN``.
-    """
-    name = hit_id.partition("/")[0]
-    found = _UNIPROT.fullmatch(name) or _ENTRY_NAME.fullmatch(name)
-    return found.group("species") if found else ""
-
-
-def fit_species(name: str) -> str:
-    """Returns a species name when the format can hold it, else ""."""
-    return name if name.isascii() and name.isprintable() and len(name) <= SPECIES_BYTES else ""
-
-
-def make_id(name: str) -> str:
-    """Returns a name as a record id: every run of characters that an id cannot hold becomes one ``_``.
-
-    ``"job 1/A"`` gives ``job_1_A``. The empty string comes back as it is and is refused later.
-    """
-    text = _ILLEGAL_IN_ID.sub("_", name)
-    return ("_" + text if text and not (text[0].isalnum() or text[0] == "_") else text)[:_ID_LENGTH]
 
 
 def build_record(

@@ -19,7 +19,8 @@ import numpy as np
 
 from foldfeed.feature_store.import_errors import SourceFileError, SourceTooLargeError
 from foldfeed.feature_store.import_files import kind_of, read_head, stem_of
-from foldfeed.feature_store.import_rows import ImportOptions, first_word, make_id
+from foldfeed.feature_store.import_names import first_word, make_id
+from foldfeed.feature_store.import_rows import ImportOptions
 from foldfeed.feature_store.record import MsaRecord
 
 # The JSON of a job has hundreds, with many templates some hundred thousand.

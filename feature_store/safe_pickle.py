@@ -6,82 +6,37 @@ array. Those names stand for constants in here; nothing is ever imported, looked
 file asks for, and arrays are built from checked dtype, shape and bytes, not by NumPy's own unpickling. Any
 other opcode or name is refused before anything after it is read.
 
-Owns opcodes and array reconstruction. Does not own what the arrays mean. Memory is bounded by the size of the
-data and by `MAX_OPERATIONS`: an opcode makes at most one small object, and no opcode copies contents.
+Owns opcodes. Does not own arrays (`foldfeed.feature_store.import_pickled_arrays`) or what they mean. Memory
+is bounded by the size of the data and by `MAX_OPERATIONS`: an opcode makes at most one small object, and no
+opcode copies contents.
 
-Source: CPython ``Lib/pickletools.py`` (opcodes); NumPy ``core/src/multiarray/methods.c`` array_reduce and
-``_core/numeric.py`` _frombuffer.
+Source: CPython ``Lib/pickletools.py``.
 """
 
 from __future__ import annotations
 
-import enum
-import math
 import pickletools
-import re
 import struct
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from foldfeed.feature_store.import_errors import UnsafePickleError
+from foldfeed.feature_store.import_pickled_arrays import (
+    NAMES,
+    REDUCERS,
+    SCALARS,
+    Name,
+    PickledArray,
+    PickledDType,
+    set_array,
+    set_dtype,
+)
 
 # A feature file of 100,000 rows with species takes 200,000 opcodes; an object takes up to about 250 bytes.
 MAX_OPERATIONS = 4_000_000
-MAX_DIMENSIONS = 16
 MAX_NESTING = 16
-# NumPy makes room for empty texts, and for one element of an array that has none.
-MAX_EMPTY_TEXTS = 1 << 20
-
-_DTYPE_NAME = re.compile(r"b1|\?|[iu][1248]|f[248]|c(?:8|16)|O8?|[SU]\d{1,9}")
-_SCALARS = (str, bytes, int, float, bool, type(None))
-
-
-class _Name(enum.Enum):
-    """What a name in the file stands for."""
-
-    RECONSTRUCT = enum.auto()
-    FROM_BUFFER = enum.auto()
-    SCALAR = enum.auto()
-    NDARRAY = enum.auto()
-    DTYPE = enum.auto()
-    ENCODE = enum.auto()
-    BYTES = enum.auto()
-
-
-_NAMES = {
-    ("numpy.core.multiarray", "_reconstruct"): _Name.RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _Name.RECONSTRUCT,
-    ("numpy.core.numeric", "_frombuffer"): _Name.FROM_BUFFER,
-    ("numpy._core.numeric", "_frombuffer"): _Name.FROM_BUFFER,
-    ("numpy.core.multiarray", "scalar"): _Name.SCALAR,
-    ("numpy._core.multiarray", "scalar"): _Name.SCALAR,
-    ("numpy", "ndarray"): _Name.NDARRAY,
-    ("numpy", "dtype"): _Name.DTYPE,
-    # Bytes in pickles of protocol 0 to 2.
-    ("_codecs", "encode"): _Name.ENCODE,
-    ("builtins", "bytes"): _Name.BYTES,
-    ("__builtin__", "bytes"): _Name.BYTES,
-}
-
-
-class _DType:
-    """A dtype under construction."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.order = "="
-
-    def build(self) -> np.dtype[Any]:
-        return np.dtype(self.name) if self.name in ("?", "O", "O8") else np.dtype(self.order + self.name)
-
-
-class _Array:
-    """An array under construction; `value` is None until its state was read."""
-
-    value: NDArray[Any] | None = None
 
 
 class _Mark:
@@ -244,22 +199,22 @@ class _Machine:
 
     def reduce(self, _: Any) -> None:
         name, arguments = self.take(2)
-        if not isinstance(name, _Name) or not isinstance(arguments, tuple):
+        if not isinstance(name, Name) or not isinstance(arguments, tuple):
             raise UnsafePickleError(self._where, f"it calls a {type(name).__name__}; nothing was called")
-        self._stack.append(_REDUCERS[name](*arguments))
+        self._stack.append(REDUCERS[name](*arguments))
 
     def build(self, _: Any) -> None:
         target, state = self.take(2)
-        if isinstance(target, _DType):
-            _set_dtype(target, *state)
-        elif isinstance(target, _Array):
-            _set_array(target, *state)
+        if isinstance(target, PickledDType):
+            set_dtype(target, *state)
+        elif isinstance(target, PickledArray):
+            set_array(target, *state)
         else:
             raise UnsafePickleError(self._where, f"it sets the state of a {type(target).__name__}")
         self._stack.append(target)
 
     def _push_name(self, module: object, name: object) -> None:
-        known = _NAMES.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
+        known = NAMES.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
         if known is None:
             raise UnsafePickleError(
                 self._where,
@@ -277,102 +232,18 @@ class _Machine:
     def _set_items(self, items: list[Any]) -> None:
         target = self._stack[-1]
         # Only plain keys: hashing a tuple of tuples that share their parts can take for ever.
-        if type(target) is not dict or len(items) % 2 or not all(type(key) in _SCALARS for key in items[::2]):
+        if type(target) is not dict or len(items) % 2 or not all(type(key) in SCALARS for key in items[::2]):
             raise ValueError("an item for something that is no dictionary, or a key that is no plain value")
         target.update(zip(items[::2], items[1::2], strict=True))
 
 
-def _set_dtype(target: _DType, version: int, order: str, *rest: Any) -> None:
-    if version not in (3, 4) or order not in ("<", ">", "|", "=") or any(rest[:3]):
-        raise ValueError("a dtype with fields or of an unknown version")
-    target.order = "=" if order == "|" else order
-
-
-def _make_dtype(name: object, *_: Any) -> _DType:
-    text = name.decode("ascii") if isinstance(name, bytes) else name
-    if not isinstance(text, str) or not _DTYPE_NAME.fullmatch(text):
-        raise ValueError(f"dtype {str(name)[:40]!r}")
-    return _DType(text)
-
-
-def _reconstruct(kind: object, *_: Any) -> _Array:
-    if kind is not _Name.NDARRAY:
-        raise ValueError("a subclass of ndarray")
-    return _Array()
-
-
-def _set_array(target: _Array, version: int, shape: Any, dtype: _DType, fortran: object, raw: Any) -> None:
-    if version != 1 or target.value is not None:
-        raise ValueError("an array state of an unknown version, or a second one")
-    target.value = _array(raw, dtype, shape, "F" if fortran else "C")
-
-
-def _from_buffer(raw: Any, dtype: _DType, shape: Any, order: object, *_: Any) -> _Array:
-    made = _Array()
-    made.value = _array(raw, dtype, shape, "F" if order == "F" else "C")
-    return made
-
-
-def _scalar(dtype: _DType, raw: Any) -> Any:
-    return _array(raw, dtype, (1,), "C")[0]
-
-
-def _encode(text: Any, encoding: Any = "latin1") -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise ValueError("bytes in an unusual encoding")
-    return text.encode("latin-1")
-
-
-def _bytes(*arguments: Any) -> bytes:
-    if arguments:
-        raise ValueError("a call of bytes()")
-    return b""
-
-
-def _array(raw: Any, dtype: _DType, shape: Any, order: str) -> NDArray[Any]:
-    """Returns an array from checked parts; nothing is allocated beyond the bytes that are there."""
-    if not isinstance(dtype, _DType) or not isinstance(shape, tuple) or len(shape) > MAX_DIMENSIONS:
-        raise ValueError("an array of an unusual shape or dtype")
-    if not all(type(size) is int and 0 <= size < 2**31 for size in shape):
-        raise ValueError("an array whose sides are no sizes")
-    kind = dtype.build()
-    count = math.prod(shape)
-    if kind.hasobject:
-        return _object_array(raw, count).reshape(shape, order="F" if order == "F" else "C")
-    # Protocol 0 to 2 of Python 2 wrote raw bytes as latin-1 text.
-    content = raw.encode("latin-1") if isinstance(raw, str) else raw
-    if not isinstance(content, bytes | bytearray) or len(content) != count * kind.itemsize:
-        raise ValueError(f"an array of shape {shape} and {kind} whose bytes are not {count * kind.itemsize}")
-    if not content:
-        return _without_bytes(shape, kind)
-    flat = np.frombuffer(content, dtype=kind)
-    if kind.kind == "U" and int(flat.view(kind.byteorder.replace("=", "<") + "u4").max()) > 0x10FFFF:
-        raise ValueError("text with characters that do not exist")
-    return flat.reshape(shape, order="F" if order == "F" else "C")
-
-
-def _without_bytes(shape: tuple[int, ...], kind: np.dtype[Any]) -> NDArray[Any]:
-    """Returns an array of no elements, or of empty texts, whose dtype has no bytes either."""
-    if math.prod(shape) > MAX_EMPTY_TEXTS or kind.itemsize > MAX_EMPTY_TEXTS:
-        raise ValueError(f"an array of shape {shape} and {kind} without bytes")
-    return np.zeros(shape, dtype=kind)
-
-
-def _object_array(raw: Any, count: int) -> NDArray[Any]:
-    if not isinstance(raw, list) or len(raw) != count or not all(type(item) in _SCALARS for item in raw):
-        raise ValueError("an array of objects that are not strings, bytes or numbers, one for each cell")
-    flat = np.empty(count, dtype=object)
-    flat[:] = raw
-    return flat
-
-
 def _resolve(value: Any, depth: int, known: dict[int, Any]) -> Any:
     """Returns a value with its finished arrays in place; each shared container is visited once."""
-    if isinstance(value, _Array):
+    if isinstance(value, PickledArray):
         if value.value is None:
             raise ValueError("an array without content")
         return value.value
-    if isinstance(value, (*_SCALARS, np.generic)):
+    if isinstance(value, (*SCALARS, np.generic)):
         return value
     if depth > MAX_NESTING or not isinstance(value, list | tuple | dict):
         raise ValueError(f"a {type(value).__name__}, or containers nested deeper than {MAX_NESTING}")
@@ -429,12 +300,4 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
     "STACK_GLOBAL": _Machine.stack_global,
     "REDUCE": _Machine.reduce,
     "BUILD": _Machine.build,
-}
-_REDUCERS: dict[_Name, Callable[..., Any]] = {
-    _Name.RECONSTRUCT: _reconstruct,
-    _Name.FROM_BUFFER: _from_buffer,
-    _Name.SCALAR: _scalar,
-    _Name.DTYPE: _make_dtype,
-    _Name.ENCODE: _encode,
-    _Name.BYTES: _bytes,
 }

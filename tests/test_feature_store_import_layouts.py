@@ -9,83 +9,14 @@ import lzma
 import numpy as np
 import pytest
 import zstandard
+from import_reference import BFD, MGNIFY, UNIREF90, assert_rows, naive_merge, read_all
 
 from foldfeed.feature_store import FeatureStore, InvalidRecordError, alphabet
-from foldfeed.feature_store.import_errors import LayoutError, SourceFileError, SourceTooLargeError
+from foldfeed.feature_store.import_errors import LayoutError
 from foldfeed.feature_store.import_layouts import LAYOUTS, AlignmentImport, detect_layout
-from foldfeed.feature_store.import_rows import ImportOptions, make_id, species_of
+from foldfeed.feature_store.import_names import make_id, mmseqs_scores, species_of
+from foldfeed.feature_store.import_rows import ImportOptions
 from foldfeed.feature_store.import_write import import_into
-
-UNIREF90 = """# STOCKHOLM 1.0
-#=GF ID query-i1
-#=GF AU jackhmmer (HMMER 3.3.2)
-
-query               AC-DE
-UniRef90_X/3-9      ACkD-
-tr|A0A146SKV9|A0A146SKV9_FUNHE/1-5  -C-DE
-//
-"""
-BFD = ">query\nACDE\n>hit1 some text\nAC-E\n>hit2\n-CDE\n>hit3\nACkkBE\n"
-MGNIFY = ">query\nACDE\n>MGYP1/1-4\nACBE\n>MGYP2/2-4\nACDE\n"
-
-
-def naive_rows(text: str) -> list[tuple[str, str, list[int]]]:
-    """Name, aligned letters and deletions of A3M or Stockholm, letter by letter."""
-    if text.startswith("# STOCKHOLM"):
-        lines = [line.split() for line in text.splitlines() if line and line[0] not in "#/"]
-        query = lines[0][1]
-        made = []
-        for name, row in lines:
-            letters, counts, seen = "", [], 0
-            for mine, theirs in zip(row, query, strict=True):
-                if theirs != "-":
-                    letters += mine.upper()
-                    counts.append(seen)
-                    seen = 0
-                elif mine != "-":
-                    seen += 1
-            made.append((name, letters, counts))
-        return made
-    made = []
-    for entry in text.split(">")[1:]:
-        header, row = entry.split("\n", 1)
-        letters, counts, seen = "", [], 0
-        for letter in row.replace("\n", ""):
-            if letter.islower():
-                seen += 1
-            else:
-                letters += letter
-                counts.append(seen)
-                seen = 0
-        made.append((header.split()[0], letters, counts))
-    return made
-
-
-def naive_merge(*texts: str, dedup: bool = True) -> list[tuple[int, str, str, list[int]]]:
-    """AlphaFold 2's make_msa_features: first occurrence of each row of letters."""
-    rows, seen = [], set()
-    for database, text in enumerate(texts):
-        for name, letters, counts in naive_rows(text):
-            if letters not in seen or not dedup:
-                seen.add(letters)
-                rows.append((database, name, letters, counts))
-    return rows
-
-
-def assert_rows(record, want) -> None:
-    assert record.depth == len(want)
-    for index, (database, name, letters, counts) in enumerate(want):
-        assert np.array_equal(record.msa[index], alphabet.encode(letters)), index
-        assert record.deletions[index].tolist() == counts
-        if index:
-            assert record.rows.database[index] == database
-            assert record.rows.hit_id[index] == name
-    assert record.rows.database[0] == -1
-
-
-def read_all(path, layout="auto", **options):
-    found = AlignmentImport(path, layout, ImportOptions(**options))
-    return found, list(found)
 
 
 @pytest.fixture
@@ -319,76 +250,6 @@ def test_colabfold(tmp_path):
     assert "announces 5 residues, the query has 4" in found.rejects[1].reason
 
 
-def af3_job(**protein):
-    chain = {"id": ["A", "B"], "sequence": "ACDE", **protein}
-    return {
-        "name": "my job",
-        "sequences": [{"protein": chain}, {"rna": {"id": "R", "sequence": "AC"}}],
-        "version": 1,
-    }
-
-
-def test_alphafold_3_json(tmp_path):
-    path = tmp_path / "job_data.json"
-    path.write_text(
-        json.dumps(af3_job(unpairedMsa=BFD, pairedMsa=">q\nACDE\n>sp|P69905|HBA_HUMAN/1-4\nAC--\n"))
-    )
-    (tmp_path / "ranking_scores.json").write_text('{"x": 1}')
-    found, (record,) = read_all(tmp_path)
-    assert (found.layout, record.record_id) == ("alphafold3-json", "my_job_A")
-    assert_rows(record, naive_merge(BFD))
-    (record,) = read_all(path, paired=True)[1]
-    assert [use.name for use in record.databases] == ["unpaired", "paired"]
-    assert record.rows.species[-1] == "HUMAN"
-    (tmp_path / "msa.a3m.gz").write_bytes(gzip.compress(BFD.encode()))
-    path.write_text(json.dumps(af3_job(unpairedMsaPath="msa.a3m.gz", pairedMsa="")))
-    assert_rows(read_all(path)[1][0], naive_merge(BFD))
-    path.write_text(json.dumps(af3_job(unpairedMsa="", pairedMsa="")))
-    assert read_all(path)[1][0].depth == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (af3_job(), "it was not searched yet"),
-        (af3_job(unpairedMsa=">q\nACDD\n"), "first row of database 'unpaired' is not the query"),
-        (af3_job(unpairedMsa=7), "must be a text"),
-        (af3_job(unpairedMsaPath="/etc/passwd"), "leads out of the folder"),
-        (af3_job(unpairedMsaPath="../x.a3m"), "leads out of the folder"),
-        (af3_job(unpairedMsaPath="x\0"), "cannot be followed"),
-        (af3_job(unpairedMsaPath="absent.a3m"), "No such file"),
-        (af3_job(sequence="AC-E", unpairedMsa=""), "has '-' at residue 3"),
-        (af3_job(sequence="ACé", unpairedMsa=""), "at residue 3"),
-        (af3_job(sequence="", unpairedMsa=""), "0 residues"),
-        ([af3_job()], "job list of AlphaFold Server"),
-        ({"sequences": 3}, "a list 'sequences'"),
-        ({"sequences": [{"ligand": {}}]}, "no protein chain"),
-        ({"sequences": [{"protein": {"id": "A"}}]}, "needs an 'id'"),
-    ],
-)
-def test_alphafold_3_json_that_cannot_be_used(tmp_path, content, reason):
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps(content))
-    found, records = read_all(path, "alphafold3-json")
-    assert records == []
-    assert reason in found.rejects[0].reason
-
-
-def test_bad_json_is_refused_before_it_is_built(tmp_path):
-    path = tmp_path / "x.json"
-    for text, error in (
-        ("[" * 100_000, SourceFileError),
-        ('{"sequences": [' + "[]," * 6_000_000 + "[]]}", SourceTooLargeError),
-        ('"' + '\\"' * 2_000_000, SourceFileError),
-        ('{"sequences": [', SourceFileError),
-    ):
-        path.write_text(text)
-        found, records = read_all(path, "alphafold3-json")
-        assert records == []
-        assert len(found.rejects) == 1
-        assert len(found.rejects[0].reason) < 500, error
-
-
 def test_detection_says_what_it_looked_for(tmp_path):
     with pytest.raises(LayoutError, match="there is nothing at that path"):
         AlignmentImport(tmp_path / "absent")
@@ -430,6 +291,21 @@ def test_species_of_hits():
     assert species_of("HBB_HUMAN/1-146") == "HUMAN"
     assert species_of("UniRef90_P69905/3-140") == ""
     assert species_of("sp|P0C2L1|A3X1_LOXLA_1") == "LOXLA"
+
+
+@pytest.mark.parametrize(
+    ("fields", "want"),
+    [
+        ("267\t0.926\t1.483E-77\t1\t205\t206\t0\t204\t205", (1.483e-77, 267.0)),
+        ("267\t0.926\t1.483E-77", (np.nan, np.nan)),
+        ("x\t0\t1\t1\t2\t3\t0\t2\t2", (np.nan, np.nan)),
+        ("1e300\t0\t1\t1\t2\t3\t0\t2\t2", (np.nan, np.nan)),
+        ("9\t0\t-1\t1\t2\t3\t0\t2\t2", (np.nan, np.nan)),
+        ("9\t0\tinf\t1\t2\t3\t0\t2\t2", (np.nan, np.nan)),
+    ],
+)
+def test_scores_of_mmseqs_headers(fields, want):
+    np.testing.assert_equal(mmseqs_scores(f"UniRef100_A\t{fields}"), want)
 
 
 def test_an_import_is_one_commit_and_done_once(tmp_path, chain):
