@@ -26,6 +26,10 @@ from foldfeed.feature_store.errors import (
     StoreUrlError,
     TagError,
 )
+from foldfeed.feature_store.export_write import ExportOptions, export_record
+from foldfeed.feature_store.import_layouts import AlignmentImport
+from foldfeed.feature_store.import_rows import ImportOptions
+from foldfeed.feature_store.import_write import import_into
 from foldfeed.feature_store.index import CommitResult
 from foldfeed.feature_store.index_log import LogEntry
 from foldfeed.feature_store.part_reader import Crop
@@ -38,6 +42,7 @@ from foldfeed.feature_store.store import FeatureStore, Record
 from foldfeed.feature_store.writer import WrittenPart, write_part
 
 __all__ = [
+    "AlignmentImport",
     "AlignmentParseError",
     "CommitConflictError",
     "CommitContentionError",
@@ -45,9 +50,11 @@ __all__ = [
     "CorruptDataError",
     "Crop",
     "DatabaseUse",
+    "ExportOptions",
     "FeatureStore",
     "FoldfeedError",
     "FormatVersionError",
+    "ImportOptions",
     "InvalidRecordError",
     "LeakageError",
     "LogEntry",
@@ -73,5 +80,7 @@ __all__ = [
     "StoreView",
     "TagError",
     "WrittenPart",
+    "export_record",
+    "import_into",
     "write_part",
 ]

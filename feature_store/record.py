@@ -152,6 +152,8 @@ class MsaRecord:
             return f"deletions holds {int(self.deletions.min())}; counts are never negative"
         if not np.array_equal(self.msa[0], alphabet.encode(self.sequence)):
             return "row 0 of msa is not the query sequence"
+        if "-" in self.sequence:
+            return f"its sequence has a gap at residue {self.sequence.index('-') + 1}; a query has none"
         for name in ("database", "e_value", "bit_score", "hit_id", "species"):
             if len(getattr(self.rows, name)) != self.depth:
                 return f"rows.{name} has {len(getattr(self.rows, name))} entries for {self.depth} rows"

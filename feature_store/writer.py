@@ -74,6 +74,8 @@ def write_part(
         with PartWriter(folder, settings) as writer:
             for record in records:
                 writer.add(record)
+                # Not held while the next one is made: two deep alignments would be in memory at once.
+                del record
             part_id, num_bytes = writer.finish()
         blobs.publish_folder(folder, f"parts/{part_id}")
     return WrittenPart(part_id=part_id, num_records=writer.num_records, num_bytes=num_bytes)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store import alphabet
 from foldfeed.feature_store.a3m import ParsedAlignment, parse_a3m
+from foldfeed.feature_store.import_names import species_of
 from foldfeed.feature_store.record import RowProvenance
 from foldfeed.feature_store.stockholm import parse_stockholm
 from foldfeed.pipelines.errors import ToolOutputError
@@ -29,14 +30,6 @@ _RANGE = re.compile(r"/\d+-\d+$")
 # A database of Pfam domains has names with a range already, and HMMER adds one.
 _RANGES = re.compile(r"(?:/\d+-\d+)+$")
 _NUMBER_PREFIX = re.compile(r"^\d+\|")
-
-# tr|A0A146SKV9|A0A146SKV9_FUNHE and, as small BFD writes it, with _1 behind the accession or the whole name.
-_UNIPROT = re.compile(
-    r"(?:tr|sp)\|[A-Za-z0-9]{6,10}(?:_\d)?\|[A-Za-z0-9]+(?:_\d)?_(?P<species>[A-Za-z0-9]{1,5})(?:_\d+)?"
-)
-# A bare UniProt entry name, HBB_HUMAN or A0A146SKV9_FUNHE: mnemonics have 3 to 5 characters, a letter among
-# them.
-_ENTRY_NAME = re.compile(r"(?:[A-Z0-9]{1,6}|[A-Z0-9]{10})_(?P<species>(?=[0-9]*[A-Z])[A-Z0-9]{3,5})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,16 +109,6 @@ def _target_scores(table: bytes) -> dict[str, tuple[float, float]]:
         fields = line.split(maxsplit=6)
         scores.setdefault(fields[0], (float(fields[4]), float(fields[5])))
     return scores
-
-
-def species_of(hit_id: str) -> str:
-    """Returns the UniProt species mnemonic in a row's name, or "".
-
-    ``tr|A0A146SKV9|A0A146SKV9_FUNHE/1-90`` gives ``FUNHE``, ``HBB_HUMAN/1-146`` gives ``HUMAN``.
-    """
-    name = _RANGES.sub("", hit_id)
-    found = _UNIPROT.fullmatch(name) or _ENTRY_NAME.fullmatch(name)
-    return found.group("species") if found else ""
 
 
 def merge(sequence: str, hits: Sequence[DatabaseHits], max_hits: Sequence[int | None]) -> MergedMsa:

@@ -153,6 +153,7 @@ def test_a_producer_that_fails_leaves_nothing_behind(tmp_path):
         ({"deletions": np.full((4, 6), -1, np.int32)}, "never negative"),
         ({"sequence": "AAAAAW"}, "not the query"),
         ({"databases": ()}, "rows.database"),
+        ({"sequence": "A-AAAA", "msa": np.array([[0, 21, 0, 0, 0, 0]] * 4, np.uint8)}, "a gap at residue 2"),
     ],
 )
 def test_a_record_the_format_cannot_hold_is_refused_with_the_rule(change, message):

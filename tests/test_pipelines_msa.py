@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from foldfeed.feature_store import alphabet
 from foldfeed.feature_store.a3m import parse_a3m
+from foldfeed.feature_store.import_names import species_of
 from foldfeed.pipelines import SearchResult, ToolIdentity
 from foldfeed.pipelines.errors import ToolOutputError
-from foldfeed.pipelines.msa import DatabaseHits, merge, read_hits, species_of
+from foldfeed.pipelines.msa import DatabaseHits, merge, read_hits
 from foldfeed.pipelines.subprocess_runner import Usage
 
 TOOL = ToolIdentity(name="tool", version="1", binary_sha256="0" * 64, argv_template=())
