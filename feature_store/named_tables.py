@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from foldfeed.feature_store import sealed
 from foldfeed.feature_store.blobs import Blobs
 from foldfeed.feature_store.errors import (
     CorruptDataError,
@@ -58,7 +59,10 @@ def write(
     """
     check_name(kind, name)
     document = about | {"format": kind, "version": VERSION, "name": name}
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    # What the columns say is in the fingerprint; the rest of the description has a digest of its own, because
+    # nothing in a Parquet file covers its metadata.
+    sealed_document = document | {sealed.KEY: sealed.digest(document)}
+    text = json.dumps(sealed_document, sort_keys=True, separators=(",", ":"))
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({METADATA_KEY: text}), buffer, compression="zstd")
     path = f"{folder}/{name}{SUFFIX}"
@@ -88,16 +92,19 @@ def read(
         raise NameNotFoundError(kind, name, tuple(names(blobs, folder))) from error
     try:
         table = pq.read_table(io.BytesIO(data), partitioning=None)
-        about = json.loads((table.schema.metadata or {})[METADATA_KEY])
+        # Bytes that are no text would fail later and without a name.
+        table.validate(full=True)
+        about = sealed.check_seal(json.loads((table.schema.metadata or {})[METADATA_KEY]), path)
+        columns = table.schema.names
         version, found = about["version"], (about["format"], about["name"], type(about["fingerprint"]))
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+    except (pa.ArrowException, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptDataError(path, f"it is no {kind} ({str(error).splitlines()[0]})") from error
     if version != VERSION:
         raise FormatVersionError(path, version, (VERSION,))
     if found != (kind, name, str):
         raise CorruptDataError(path, f"it says it is the {about['format']} {about['name']!r}")
     if not table.schema.equals(schema, check_metadata=False):
-        raise CorruptDataError(path, f"its columns are {table.schema.names}, not {schema.names}")
+        raise CorruptDataError(path, f"its columns are {columns}, not {schema.names}")
     return table.replace_schema_metadata(None), about
 
 

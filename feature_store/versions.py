@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import re
-from typing import Any
 
 from foldfeed.feature_store import index_log
 from foldfeed.feature_store.blobs import Blobs, open_blobs
 from foldfeed.feature_store.errors import CorruptDataError, TagError
 from foldfeed.feature_store.index import Index
+from foldfeed.feature_store.sealed import seal, unseal
 
 TAG_FOLDER = "tags"
 RETENTION_FILE = "retention.json"
@@ -42,31 +40,6 @@ class Tag:
     commit: str
     message: str
     time: str
-
-
-def seal(document: dict[str, Any]) -> bytes:
-    """Returns a JSON file that ends with the sha256 of its own content."""
-    return (json.dumps(document | {"sha256": _digest(document)}, indent=2, sort_keys=True) + "\n").encode()
-
-
-def unseal(data: bytes, where: str) -> dict[str, Any]:
-    """Returns what `seal` was given.
-
-    Raises:
-      CorruptDataError: it is not such a file, or not as it was written.
-    """
-    try:
-        document = json.loads(data)
-        claimed = document.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CorruptDataError(where, f"it is not a sealed JSON file ({error})") from error
-    if claimed != _digest(document):
-        raise CorruptDataError(where, "its content does not match its sha256")
-    return document
-
-
-def _digest(document: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def set_tag(

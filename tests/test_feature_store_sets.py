@@ -28,6 +28,7 @@ from foldfeed.feature_store import (
     QueryError,
     RecordSetMismatchError,
     SplitError,
+    sealed,
     splits,
     write_part,
 )
@@ -349,6 +350,9 @@ def rewritten(path, change):
     table = pq.read_table(path)
     about = json.loads(table.schema.metadata[b"foldfeed"])
     table, about = change(table, about)
+    if about:
+        rest = {key: value for key, value in about.items() if key != sealed.KEY}
+        about = rest | {sealed.KEY: sealed.digest(rest)}
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({b"foldfeed": json.dumps(about)}), buffer)
     path.write_bytes(buffer.getvalue())
