@@ -48,7 +48,10 @@ class LocalFile:
     def __call__(self, start: int, size: int) -> bytes:
         """Returns bytes of the file, fewer than asked for only at its end."""
         self.was_read = True
-        return os.pread((self._handle or self._reopen()).number, size, start)
+        # The name holds the handle until the read is over. Without it only the number would be left, and
+        # another thread could close it and open another file under it meanwhile.
+        handle = self._handle or self._reopen()
+        return os.pread(handle.number, size, start)
 
     def release(self) -> None:
         """Gives the descriptor back; the next read opens the file again."""
