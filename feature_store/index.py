@@ -254,10 +254,11 @@ class Index:
         return self._transact(plan, job_id, message, len(wanted))
 
     def merge_files(self, *, message: str = "") -> CommitResult:
-        """Writes the rows into as few files as possible; a reader opens all files of a version."""
+        """Writes small files into few; a reader opens all files of a version. Full ones stay as they are."""
 
         def plan() -> _Change | None:
-            return _Change(operation="compact", files=self.files) if len(self.files) > 1 else None
+            small = self._small_files()
+            return _Change(operation="compact", files=small) if len(small) > 1 else None
 
         return self._transact(plan, "", message, 0)
 
@@ -305,10 +306,9 @@ class Index:
         return pc.unique(keys["file"].filter(pc.is_in(keys["record_id"], value_set=record_ids))).to_pylist()
 
     def _small_files(self) -> list[str]:
-        """Returns the files that the next commit merges; none while there are few."""
+        """Returns the files that are worth merging."""
         counts = pc.value_counts(self._keys()["file"]).to_pylist()
-        small = [entry["values"] for entry in counts if entry["counts"] < SMALL_FILE_ROWS]
-        return small if len(small) >= MERGED_AT else []
+        return [entry["values"] for entry in counts if entry["counts"] < SMALL_FILE_ROWS]
 
     def _compare(self, rows: pa.Table) -> tuple[pa.Table, pa.Table]:
         """Returns the rows whose id is not in the store, and those whose content differs there."""
@@ -357,7 +357,9 @@ class Index:
     def _try(self, change: _Change, job_id: str, message: str) -> bool:
         """Writes the files of a change and tries to make them the next version."""
         drop = pa.array(change.drop, pa.string())
-        old = sorted({*change.files, *self._holders(drop), *self._small_files()})
+        small = self._small_files()
+        merged = small if len(small) >= MERGED_AT else []
+        old = sorted({*change.files, *self._holders(drop), *merged})
         before = read_files(self._table.blobs, old, self.schema)
         rows = before.filter(pc.invert(pc.is_in(before["record_id"], value_set=drop)))
         if change.rows is not None:

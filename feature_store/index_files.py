@@ -112,9 +112,11 @@ def read_file(blobs: Blobs, name: str, columns: Sequence[str] | None) -> pa.Tabl
 
 
 def read_files(blobs: Blobs, names: Sequence[str], schema: pa.Schema) -> pa.Table:
-    """Returns the rows of files, in the order of the files, with exactly the columns of a schema.
+    """Returns the rows of files with exactly the columns of a schema.
 
-    A column that a file does not have is null in its rows: it was added after the file was written.
+    A column that a file does not have is null in its rows: it was added after the file was written. With
+    ``record_id`` among the columns files come by their first id: each is sorted, so where they do not overlap
+    the whole is.
 
     Raises:
       CorruptDataError: see `read_checked`.
@@ -125,6 +127,8 @@ def read_files(blobs: Blobs, names: Sequence[str], schema: pa.Schema) -> pa.Tabl
 
     with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as pool:
         tables = list(pool.map(load, names))
+    if "record_id" in schema.names:
+        tables.sort(key=lambda rows: rows["record_id"][0].as_py() if len(rows) else "")
     return pa.concat_tables(tables) if tables else schema.empty_table()
 
 

@@ -25,7 +25,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from foldfeed.feature_store import index_log
 from foldfeed.feature_store.blobs import Blobs, disk_full_is_typed, open_blobs
-from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError
+from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError, StorageFullError
 from foldfeed.feature_store.index_files import INDEX_FOLDER, STATISTICS_COLUMNS, IndexFile
 from foldfeed.feature_store.index_log import AddedFile, Commit, CommitNote, files_digest, schema_digest
 from foldfeed.feature_store.schema import INDEX_SCHEMA
@@ -201,6 +201,9 @@ class IndexTable:
                 raise CorruptDataError(
                     index_log.LOG_FOLDER, f"version {next_version} vanished after its commit"
                 )
+            if "os error 28" in str(failure):
+                # delta-rs tells ENOSPC in words only.
+                raise StorageFullError(index_log.log_path(next_version)) from failure
             raise failure
         landed = index_log.read_commit(self.blobs, next_version)
         won.append(landed.checksum == metadata[index_log.CHECKSUM])

@@ -91,7 +91,7 @@ def read(
     except FileNotFoundError as error:
         raise NameNotFoundError(kind, name, tuple(names(blobs, folder))) from error
     try:
-        table = pq.read_table(io.BytesIO(data), partitioning=None)
+        table = pq.ParquetFile(io.BytesIO(data)).read()
         # Bytes that are no text would fail later and without a name.
         table.validate(full=True)
         about = sealed.check_seal(json.loads((table.schema.metadata or {})[METADATA_KEY]), path)

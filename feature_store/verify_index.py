@@ -112,7 +112,7 @@ def check_checkpoints(blobs: Blobs, log: list[Commit]) -> Iterator[Problem]:
             yield Problem(where=where, reason="it is newer than the newest version")
             continue
         try:
-            table = pq.read_table(io.BytesIO(blobs.read(where)))
+            table = pq.ParquetFile(io.BytesIO(blobs.read(where))).read()
             reason = _checkpoint_reason(table, log[: version + 1])
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             reason = f"it cannot be read ({error})"

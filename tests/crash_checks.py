@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import time
 from pathlib import Path
 
 from crash_harness import Server, bytes_of_parts, files_of
@@ -38,7 +39,7 @@ class State:
 
 
 class Case:
-    """One scenario: the store before, the store after, and how many steps lie between."""
+    """One scenario: the store before, the store after, how many steps and seconds lie between."""
 
     def __init__(self, server: Server, name: str, folder: Path) -> None:
         self.name = name
@@ -55,7 +56,9 @@ class Case:
                 assert server.run(step, self._base)[0] == 0
         self.before = self._state(self._copied())
         done = self._copied()
+        started = time.monotonic()
         status, self.steps = server.run(name, done)
+        self.seconds = time.monotonic() - started
         assert status == 0
         self.after = self._state(done)
         self._parts = bytes_of_parts(done)

@@ -11,6 +11,7 @@ from foldfeed.feature_store import (
     CommitConflictError,
     CommitContentionError,
     FeatureStore,
+    StorageFullError,
     StoreSettings,
     index,
     index_log,
@@ -121,6 +122,20 @@ def test_a_commit_that_fails_for_good_says_so(store, monkeypatch):
     monkeypatch.setattr(DeltaTable, "create_write_transaction", broken)
     part = write_part(store.url, [make_record("x", 3, 7)], store.settings).part_id
     with pytest.raises(OSError, match="the network is gone"):
+        store.commit([part], job_id="1")
+
+
+def test_a_full_disk_under_delta_is_typed(store, monkeypatch):
+    from deltalake import DeltaTable
+
+    def full(self, *args, **kwargs):
+        raise OSError(
+            "Generic LocalFileSystem error: Unable to sync data: No space left on device (os error 28)"
+        )
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", full)
+    part = write_part(store.url, [make_record("x", 3, 7)], store.settings).part_id
+    with pytest.raises(StorageFullError, match="no space left"):
         store.commit([part], job_id="1")
 
 

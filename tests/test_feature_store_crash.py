@@ -31,5 +31,5 @@ def test_a_kill_at_any_step_leaves_the_store_as_before_or_as_after(killer, tmp_p
 def test_kills_at_random_moments(killer, tmp_path):
     rng = random.Random(5)
     case = Case(killer, "commit", tmp_path)
-    outcomes = [case.kill(after_s=rng.uniform(0, 0.12)) for _ in range(NUM_RANDOM)]
+    outcomes = [case.kill(after_s=rng.uniform(0, case.seconds)) for _ in range(NUM_RANDOM)]
     assert "before" in outcomes

@@ -20,37 +20,39 @@ from crash_harness import server
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--every", type=int, default=1, help="kill at every n-th step")
+    parser.add_argument("--every", type=int, default=1, help="kill at every n-th step; 0: at none")
     parser.add_argument("--random", type=int, default=200, help="kills at random moments")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="an even one tears the other half of the writes")
     parser.add_argument("--only", choices=sorted(BEFORE), help="one scenario")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     started = time.monotonic()
     outcomes: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    faults = []
+    faults: list[str] = []
+
+    def kill(case: Case, label: str, **how) -> bool:
+        """Returns whether the process was killed before it was done."""
+        try:
+            outcome = case.kill(**how)
+        except AssertionError as error:
+            faults.append(f"{case.name} {how}: {error}")
+            outcome = "FAULT"
+        outcomes[label][outcome] += 1
+        total = sum(found.total() for found in outcomes.values())
+        if total % 50 == 0:
+            print(f"{total}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        return outcome != "done"
+
     with tempfile.TemporaryDirectory() as folder, server() as killer:
-        cases = {name: Case(killer, name, Path(folder)) for name in sorted(BEFORE)}
-        cases = {name: case for name, case in cases.items() if options.only in (None, name)}
-        plan = [
-            (name, {"step": step, "torn": step % 2 == 1})
-            for name, case in cases.items()
-            for step in range(1, case.steps + 1, options.every)
-        ]
-        for _ in range(options.random):
-            plan.append((rng.choice(sorted(cases)), {"after_s": rng.uniform(0, 0.15)}))
-        for number, (name, how) in enumerate(plan, start=1):
-            label = "random" if "after_s" in how else name
-            try:
-                outcomes[label][cases[name].kill(**how)] += 1
-            except AssertionError as error:
-                faults.append(f"{name} {how}: {error}")
-            if number % 50 == 0:
-                print(
-                    f"{number} of {len(plan)}, {time.monotonic() - started:.0f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        names = [name for name in sorted(BEFORE) if options.only in (None, name)]
+        cases = {name: Case(killer, name, Path(folder)) for name in names}
+        for name, case in cases.items():
+            for step in range(1, case.steps + 1, options.every) if options.every else ():
+                kill(case, name, step=step, torn=(step + options.seed) % 2 == 0)
+        hits = 0
+        while hits < options.random:
+            case = cases[rng.choice(names)]
+            hits += kill(case, "random", after_s=rng.uniform(0, case.seconds))
     report = {
         "kills": sum(found.total() - found["done"] for found in outcomes.values()),
         "outcomes": {name: dict(found) for name, found in outcomes.items()},
