@@ -79,10 +79,10 @@ def main(debug: bool) -> None:
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen."
 )
-@click.option("--version", type=int, help="An older version of the store (see `foldfeed log`).")
+@click.option("--version", help="An older version of the store, or a tag (see `foldfeed log`).")
 @click.option("--rows-of", metavar="CONDITION", help="The table `rows` holds the rows of these records only.")
 def query(
-    store: str, sql: str, form: str, output: Path | None, version: int | None, rows_of: str | None
+    store: str, sql: str, form: str, output: Path | None, version: str | None, rows_of: str | None
 ) -> None:
     """Answer a SQL question about the records of STORE.
 
@@ -110,8 +110,8 @@ def query(
 @click.argument("store")
 @click.argument("record_id", required=False)
 @click.option("--rows", "num_rows", type=click.IntRange(min=0), default=5, show_default=True)
-@click.option("--version", type=int, help="An older version of the store.")
-def show(store: str, record_id: str | None, num_rows: int, version: int | None) -> None:
+@click.option("--version", help="An older version of the store, or a tag.")
+def show(store: str, record_id: str | None, num_rows: int, version: str | None) -> None:
     """Show what STORE holds, or one RECORD of it with its first rows.
 
     \b
@@ -209,6 +209,8 @@ def log(store: str, form: str) -> None:
             "time": [entry.time.isoformat(timespec="seconds") for entry in entries],
             "operation": [entry.operation for entry in entries],
             "records": [entry.num_added for entry in entries],
+            "removed": [entry.num_removed for entry in entries],
+            "tags": [" ".join(entry.tags) for entry in entries],
             "job_id": [entry.job_id for entry in entries],
             "message": [entry.message for entry in entries],
         }

@@ -28,7 +28,7 @@ from foldfeed.feature_store.store import FeatureStore
 WINDOW = re.compile(r"(\d*):(\d*)")
 
 
-def open_store(url: str, version: int | None = None) -> FeatureStore:
+def open_store(url: str, version: int | str | None = None) -> FeatureStore:
     """Returns a store; a version that does not exist is bad usage."""
     try:
         return FeatureStore.open(url, version)

@@ -192,7 +192,7 @@ def ingest(
 @click.option(
     "--chai-source", type=click.Choice(CHAI_SOURCES), help="What databases that Chai does not know count as."
 )
-@click.option("--version", type=int, help="An older version of the store (see `foldfeed log`).")
+@click.option("--version", help="An older version of the store, or a tag (see `foldfeed log`).")
 def export_command(
     store: str,
     record_ids: tuple[str, ...],
@@ -201,7 +201,7 @@ def export_command(
     max_rows: int | None,
     compress: str | None,
     chai_source: str | None,
-    version: int | None,
+    version: str | None,
 ) -> None:
     """Write records of STORE in the formats of other programs.
 
@@ -275,7 +275,7 @@ def _is_folder(output: Path) -> bool:
     return output.is_dir() or str(output).endswith("/")
 
 
-def _open(url: str, version: int | None) -> FeatureStore:
+def _open(url: str, version: str | None) -> FeatureStore:
     try:
         return FeatureStore.open(url, version)
     except ValueError as error:

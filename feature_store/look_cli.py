@@ -60,7 +60,7 @@ ONLY_FOR = {"residues": "logo", "identity": "neff", "max_records": "neff"}
     help="Draw N_eff of so many records, evenly spaced by id.",
     show_default=str(NEFF_RECORDS),
 )
-@click.option("--version", type=int, help="An older version of the store.")
+@click.option("--version", help="An older version of the store, or a tag.")
 def plot(
     store: str,
     record_id: str | None,
@@ -69,7 +69,7 @@ def plot(
     residues: str | None,
     identity: float | None,
     max_records: int | None,
-    version: int | None,
+    version: str | None,
 ) -> None:
     """Draw one alignment, or what a whole STORE holds.
 
@@ -166,9 +166,9 @@ def _draw_store(store: FeatureStore, kind: str, identity: float, max_records: in
     show_default=True,
     help="Compute N_eff of so many records; 0 for none.",
 )
-@click.option("--version", type=int, help="An older version of the store.")
+@click.option("--version", help="An older version of the store, or a tag.")
 def report(
-    store: str, output: Path, results: str | None, title: str | None, neff_records: int, version: int | None
+    store: str, output: Path, results: str | None, title: str | None, neff_records: int, version: str | None
 ) -> None:
     """Write one page about STORE: numbers, pictures, databases, licences, jobs, dead letters.
 
@@ -229,8 +229,8 @@ def _shares(fractions: Mapping[str, float]) -> str:
 @click.argument("name")
 @click.argument("sql")
 @click.option("--within", help="SPLIT/PART: refuse records of any other part.")
-@click.option("--version", type=int, help="An older version of the store.")
-def save_set(store: str, name: str, sql: str, within: str | None, version: int | None) -> None:
+@click.option("--version", help="An older version of the store, or a tag.")
+def save_set(store: str, name: str, sql: str, within: str | None, version: str | None) -> None:
     """Save the answer of a query as record set NAME of STORE.
 
     The query needs a column record_id. A name never changes its meaning. Tables: records, rows, sets, splits.

@@ -142,3 +142,22 @@ def test_every_command_has_help_with_examples_and_refuses_what_is_no_store(run, 
 )
 def test_sizes(run, small_store, text, code):
     assert run("compact", small_store.url, "--dry-run", f"--target-size={text}").exit_code == code
+
+
+def test_log_shows_tags_and_commands_take_them(run, small_store):
+    run("tag", small_store.url, "paper")
+    run("delete", small_store.url, "a1")
+    lines = run("log", small_store.url, "--format", "csv").stdout.splitlines()
+    assert lines[0] == "version,time,operation,records,removed,tags,job_id,message"
+    assert [line.split(",")[4:6] for line in lines[1:]] == [["1", ""], ["0", "paper"], ["0", ""]]
+    counted = "select count(*) as n from records"
+    out = [
+        run("query", small_store.url, counted, "--format", "csv", *more).stdout
+        for more in ([], ["--version", "paper"])
+    ]
+    assert out == ["n\n2\n", "n\n3\n"]
+    result = run("show", small_store.url, "--version", "papers")
+    assert (result.exit_code, "no tag 'papers'; the tags of this store are: paper" in result.stderr) == (
+        2,
+        True,
+    )
