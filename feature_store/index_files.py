@@ -5,7 +5,8 @@ Owns the way from rows to files and back. Does not own which files are live (`in
 and page headers included, is an error and never a value. Parquet's own page checksums would leave those two
 open.
 
-Cost: sha256 of the files is 0.2 s per 300 MB on a core with SHA instructions, about a tenth of decoding them.
+Cost, measured on a million records (291 MB in 8 files, two cores with SHA instructions): sha256 0.18 s,
+decoding all columns 0.41 s, decoding with page checksums verified 0.47 s.
 Thread safe: files are immutable, and two threads that load the same one store equal tables.
 """
 
