@@ -25,6 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from foldfeed.feature_store.cli_tools import open_store
 from foldfeed.feature_store.export_jobs import CHAI_SOURCES
 from foldfeed.feature_store.export_write import (
     EXPORT_FORMATS,
@@ -39,6 +40,7 @@ from foldfeed.feature_store.import_layouts import AUTO, LAYOUTS, AlignmentImport
 from foldfeed.feature_store.import_rows import A2M_COLUMNS, DEDUP, ID_FROM, ImportOptions
 from foldfeed.feature_store.import_sources import Reject
 from foldfeed.feature_store.import_write import ImportReport, import_into
+from foldfeed.feature_store.index import ON_EXISTING
 from foldfeed.feature_store.store import FeatureStore
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -65,7 +67,7 @@ MAX_SHOWN_REJECTS = 20
 )
 @click.option(
     "--on-existing",
-    type=click.Choice(("error", "replace", "skip")),
+    type=click.Choice(ON_EXISTING),
     default="error",
     show_default=True,
     help="For a record id that the store has with other content.",
@@ -218,7 +220,7 @@ def export_command(
         options = ExportOptions(form=form, max_rows=max_rows, chai_source=chai_source)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    opened = _open(store, version)
+    opened = open_store(store, version)
     output = None if output == Path("-") else output
     if output is None or (len(record_ids) == 1 and not _is_folder(output)):
         _export_one(opened, record_ids, options, output, compress)
@@ -273,13 +275,6 @@ def _export_many(
 
 def _is_folder(output: Path) -> bool:
     return output.is_dir() or str(output).endswith("/")
-
-
-def _open(url: str, version: str | None) -> FeatureStore:
-    try:
-        return FeatureStore.open(url, version)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--version") from error
 
 
 def _caps(texts: tuple[str, ...]) -> dict[str, int]:
