@@ -34,11 +34,12 @@ from foldfeed.feature_store.index import CommitResult
 from foldfeed.feature_store.index_log import LogEntry
 from foldfeed.feature_store.part_reader import Crop
 from foldfeed.feature_store.record import DatabaseUse, MsaRecord, RowProvenance
+from foldfeed.feature_store.record_reader import Record
 from foldfeed.feature_store.record_sets import RecordSet
 from foldfeed.feature_store.settings import StoreSettings
 from foldfeed.feature_store.source import RecordSource, StoreView
 from foldfeed.feature_store.splits import Split
-from foldfeed.feature_store.store import FeatureStore, Record
+from foldfeed.feature_store.store import FeatureStore
 from foldfeed.feature_store.writer import WrittenPart, write_part
 
 __all__ = [

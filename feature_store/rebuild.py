@@ -21,7 +21,7 @@ from foldfeed.feature_store.blobs import Blobs, open_blobs
 from foldfeed.feature_store.errors import CorruptDataError, InvalidRecordError
 from foldfeed.feature_store.part_reader import PartReader
 from foldfeed.feature_store.record import DatabaseUse, MsaRecord, RowProvenance
-from foldfeed.feature_store.store import Record
+from foldfeed.feature_store.record_reader import Record
 from foldfeed.feature_store.writer import PartWriter
 
 _DATABASE_FIELDS = [field.name for field in dataclasses.fields(DatabaseUse)]

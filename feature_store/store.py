@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from foldfeed.feature_store import versions
 from foldfeed.feature_store.annotations import annotate
 from foldfeed.feature_store.blobs import TEMPORARY_PREFIX, open_blobs
 from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError, StoreSettingsError
-from foldfeed.feature_store.features import to_dataset
 from foldfeed.feature_store.garbage import mark_wanted
 from foldfeed.feature_store.index import CommitResult, Index
 from foldfeed.feature_store.index_log import LogEntry, entry_of
-from foldfeed.feature_store.layout import RowIndex, resolve_residues, resolve_rows
-from foldfeed.feature_store.part_reader import Crop, PartReader, RecordLocation
+from foldfeed.feature_store.part_reader import PartReader, RecordLocation
+from foldfeed.feature_store.record_reader import Record
 from foldfeed.feature_store.record_sets import fingerprint_of
 from foldfeed.feature_store.schema import INDEX_SCHEMA
 from foldfeed.feature_store.settings import SETTINGS_FILE, StoreSettings
@@ -278,144 +274,6 @@ class _RowAt(Mapping[str, Any]):
         if self._store.version != self._version:
             self._store = FeatureStore.open(self._store.url, self._version)
         return self._store._facts
-
-
-class Record:
-    """One record of one version of a store; cheap to make, reads when asked."""
-
-    def __init__(self, part: PartReader, row: Mapping[str, Any]) -> None:
-        """Use `FeatureStore.__getitem__`."""
-        self._part = part
-        self._row = row
-        self._at = RecordLocation(
-            depth=row["depth"],
-            length=row["length"],
-            first_tile=row["first_tile"],
-            first_row=row["first_row"],
-            first_hit_id_byte=row["first_hit_id_byte"],
-            first_residue=row["first_residue"],
-            first_overflow=row["first_overflow"],
-            num_overflow=row["num_overflow"],
-        )
-
-    def __repr__(self) -> str:
-        return f"Record({self.record_id!r}, length={self.length}, depth={self.depth})"
-
-    @property
-    def record_id(self) -> str:
-        """Unique in the store."""
-        return self._row["record_id"]
-
-    @property
-    def description(self) -> str:
-        """Free text, usually from the FASTA header."""
-        return self._row["description"]
-
-    @property
-    def sequence(self) -> str:
-        """Upper-case one-letter residues."""
-        return self._row["sequence"]
-
-    @property
-    def length(self) -> int:
-        """Number of residues."""
-        return self._at.length
-
-    @property
-    def depth(self) -> int:
-        """Number of rows of the alignment, the query included."""
-        return self._at.depth
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 (hex) of what the record says."""
-        return self._row["fingerprint"]
-
-    @property
-    def databases(self) -> list[dict[str, Any]]:
-        """What was searched, in merge order: name, digest, tool, tool_version, num_hits, num_rows."""
-        return self._row["databases"]
-
-    @property
-    def extra(self) -> dict[str, str]:
-        """Further facts that the writer recorded."""
-        return json.loads(self._row["extra"])
-
-    def crop(self, residues: slice | None = None, rows: RowIndex | None = None) -> Crop:
-        """Returns a piece of the alignment, reading only the tiles it touches.
-
-        Args:
-          residues: window ``slice(a, b)``, 0 <= a < b <= length; everything when None.
-          rows: ranks, the query is 0: ``slice(a, b)`` or int64 indices in any order; everything when None.
-        Returns: `Crop` of msa uint8 and deletions int32, both (rows, residues), owned by the caller.
-        Raises:
-          IndexError: outside the record. Nothing shrinks silently.
-          CorruptDataError: a tile does not match its checksum.
-        """
-        return self._part.crop(
-            self._at, resolve_residues(residues, self.length), resolve_rows(rows, self.depth)
-        )
-
-    def crop_bytes(self, residues: slice | None = None, rows: RowIndex | None = None) -> int:
-        """Returns the stored bytes of the tiles that `crop` would read for the same arguments."""
-        return self._part.crop_bytes(
-            self._at, resolve_residues(residues, self.length), resolve_rows(rows, self.depth)
-        )
-
-    def msa(self) -> NDArray[np.uint8]:
-        """Returns uint8 (depth, length), rows in rank order, the query first."""
-        return self.crop().msa
-
-    def deletions(self) -> NDArray[np.int32]:
-        """Returns int32 (depth, length): residues inserted immediately left of each column."""
-        return self.crop().deletions
-
-    def aatype(self) -> NDArray[np.uint8]:
-        """Returns uint8 (length,): codes of the query."""
-        return self._part.per_residue("aatype", self._at)
-
-    def profile(self) -> NDArray[np.float32]:
-        """Returns float32 (length, 22): share of each token over all rows."""
-        return self._part.per_residue("profile", self._at)
-
-    def deletion_mean(self) -> NDArray[np.float32]:
-        """Returns float32 (length,): mean deletion count over all rows."""
-        return self._part.per_residue("deletion_mean", self._at)
-
-    def gap_fraction(self) -> NDArray[np.float32]:
-        """Returns float32 (length,): share of rows with a gap."""
-        return self._part.per_residue("gap_fraction", self._at)
-
-    def rows(self) -> pa.Table:
-        """Returns the provenance of every row: rank, database, e_value, bit_score, hit_id, species."""
-        return self._part.row_table(self._at, [entry["name"] for entry in self.databases])
-
-    def features(self, *, msa: bool = False) -> dict[str, NDArray[Any]]:
-        """Returns the per-residue features by name: aatype, profile, deletion_mean, gap_fraction.
-
-        Args:
-          msa: also ``msa`` and ``deletions``, (depth, length) each; they are read only when asked for.
-        """
-        found: dict[str, NDArray[Any]] = {
-            "aatype": self.aatype(),
-            "profile": self.profile(),
-            "deletion_mean": self.deletion_mean(),
-            "gap_fraction": self.gap_fraction(),
-        }
-        if msa:
-            crop = self.crop()
-            found |= {"msa": crop.msa, "deletions": crop.deletions}
-        return found
-
-    def to_xarray(self, *, msa: bool = False) -> Any:
-        """Returns `features` as an ``xarray.Dataset``, see `features.to_dataset`.
-
-        Raises:
-          MissingExtraError: xarray is not installed.
-        """
-        facts = ("record_id", "description", "sequence", "depth", "fingerprint", "extra")
-        attributes = {name: self._row[name] for name in facts} | {"databases": json.dumps(self.databases)}
-        return to_dataset(self.features(msa=msa), self.sequence, attributes)
 
 
 def _arrays(rows: pa.Table) -> dict[str, pa.Array]:
