@@ -88,8 +88,9 @@ def query(
 
     The tables are `records` (`foldfeed show STORE` lists its columns), `rows` (one per alignment row:
     record_id, rank, database, e_value, bit_score, hit_id, species), `sets` and `splits` (see
-    `foldfeed sets`). A question about `rows` reads those of every record, about a million rows a second,
-    unless it says which: `where record_id = 'HBB_HUMAN'`, or --rows-of. The dialect is DuckDB's.
+    `foldfeed sets`). A question about `rows` reads the columns that it needs of every record (some million
+    rows a second), or of those that it names: `where record_id = 'HBB_HUMAN'`, or --rows-of. The dialect is
+    DuckDB's.
 
     \b
     Examples:

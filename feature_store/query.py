@@ -2,18 +2,21 @@
 
 Owns two rules. A query reads the tables it is given and nothing else: DuckDB's access to files, the network
 and its own settings is switched off before user text reaches it. And a `LazyTable` costs nothing until a
-query reads it, then one batch at a time, so that a question about a billion rows needs the memory of one
-record's.
+query reads it, then only the columns that the query needs, one batch at a time, so that a question about a
+billion rows needs the memory of one batch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
 
 from foldfeed.feature_store.errors import MissingExtraError, QueryError
 from foldfeed.feature_store.sql_shape import constant_keys
@@ -21,23 +24,27 @@ from foldfeed.feature_store.sql_shape import constant_keys
 RECORDS = "records"
 ANALYSIS_EXTRA = "analysis"
 
+BatchMaker: TypeAlias = "Callable[[frozenset[str] | None, Sequence[str]], Iterator[pa.RecordBatch]]"
+
 
 class LazyTable:
     """A table that is made when DuckDB reads it, and read again when a query names it twice.
 
     Attributes:
-      schema: of every batch.
+      schema: of all its columns.
       key: column whose values the maker can be asked for; None when there is no such column.
       was_read: a query has read from it.
     """
 
-    def __init__(
-        self,
-        schema: pa.Schema,
-        make: Callable[[frozenset[str] | None], Iterator[pa.RecordBatch]],
-        key: str | None = None,
-    ) -> None:
-        """Takes the maker: given the key values that the query can need (None: all), it yields batches."""
+    def __init__(self, schema: pa.Schema, make: BatchMaker, key: str | None = None) -> None:
+        """Takes the maker.
+
+        Args:
+          schema: of all columns.
+          make: given the key values that the query can need (None: all) and the columns that it needs, yields
+            batches of exactly these columns in that order.
+          key: see the class.
+        """
         self.schema = schema
         self.key = key
         self.was_read = False
@@ -49,21 +56,71 @@ class LazyTable:
         """Sets the only key values that will be asked for; None for all."""
         self._only = keys
 
-    def __arrow_c_schema__(self) -> object:
-        return self.schema.__arrow_c_schema__()
-
-    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
-        reader = pa.RecordBatchReader.from_batches(self.schema, self._batches())
-        return reader.__arrow_c_stream__(requested_schema)
-
-    def _batches(self) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: Sequence[str], condition: pc.Expression | None) -> Iterator[pa.RecordBatch]:
+        """Yields some columns of the rows that a condition keeps; reads the columns of both."""
         self.was_read = True
+        needed = _columns_of(self.schema, columns, condition)
         try:
-            yield from self._make(self._only)
+            for batch in self._make(self._only, needed):
+                if condition is None:
+                    yield batch.select(columns)
+                else:
+                    kept = pa.Table.from_batches([batch]).filter(condition).select(columns)
+                    yield from kept.to_batches()
         except Exception as error:
             # DuckDB would only keep its text; `sql` raises the error itself.
             self.error = error
             raise
+
+
+class _LazyDataset(pads.InMemoryDataset):
+    """How DuckDB sees a `LazyTable`: of a dataset it asks the columns and rows that it needs.
+
+    Of any other stream it reads all columns. The dataset itself is empty; only `scanner` is ever asked.
+    """
+
+    def __init__(self, lazy: LazyTable) -> None:
+        super().__init__(lazy.schema.empty_table())
+        self._lazy = lazy
+
+    def scanner(
+        self, columns: Sequence[str] | None = None, filter: pc.Expression | None = None, **_: object
+    ) -> _LazyScan:
+        """Returns what DuckDB reads from; the further arguments are hints about sizes."""
+        return _LazyScan(self._lazy, list(self.schema.names if columns is None else columns), filter)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _LazyScan:
+    """One reading of a `LazyTable`, the part of a ``pyarrow.dataset.Scanner`` that DuckDB uses."""
+
+    lazy: LazyTable
+    columns: list[str]
+    condition: pc.Expression | None
+
+    @property
+    def projected_schema(self) -> pa.Schema:
+        """Schema of the batches."""
+        return pa.schema([self.lazy.schema.field(name) for name in self.columns])
+
+    def to_reader(self) -> pa.RecordBatchReader:
+        """Returns the batches; the maker starts when the first one is asked for."""
+        batches = self.lazy.batches(self.columns, self.condition)
+        return pa.RecordBatchReader.from_batches(self.projected_schema, batches)
+
+
+def _columns_of(schema: pa.Schema, columns: Sequence[str], condition: pc.Expression | None) -> list[str]:
+    """Returns the columns that a selection and a condition need, in the order of the schema."""
+    needed = set(columns)
+    if condition is not None:
+        for name in schema.names:
+            # Arrow tells the columns of an expression to nobody; it needs one if it cannot do without it.
+            others = schema.empty_table().drop_columns([name])
+            try:
+                others.filter(condition)
+            except (pa.ArrowInvalid, KeyError):
+                needed.add(name)
+    return [name for name in schema.names if name in needed]
 
 
 Tables: TypeAlias = "Mapping[str, pa.Table | LazyTable]"
@@ -86,7 +143,7 @@ def sql(tables: Tables, text: str) -> pa.Table:
         for name, table in tables.items():
             if isinstance(table, LazyTable) and table.key is not None:
                 table.restrict(constant_keys(shape, name, table.key))
-            connection.register(name, table)
+            connection.register(name, _LazyDataset(table) if isinstance(table, LazyTable) else table)
         try:
             relation = connection.sql(text)
             if relation is None:
@@ -111,13 +168,23 @@ def table(rows: pa.Table, columns: Sequence[str] | None, where: str | None) -> p
     Raises:
       QueryError: an unknown column, or DuckDB refuses the condition.
     """
-    unknown = [name for name in columns or () if name not in rows.column_names]
-    if unknown:
-        raise QueryError(f"no column {unknown[0]!r}; the index has {', '.join(rows.column_names)}")
+    names = known_columns("the index", columns, rows.column_names)
     if where is not None:
         kept = sql({RECORDS: rows}, f"select * from {RECORDS} where ({where}) order by record_id")
         rows = kept.cast(rows.schema)
-    return rows.select(list(columns)) if columns is not None else rows
+    return rows.select(names)
+
+
+def known_columns(where: str, asked: Sequence[str] | None, there: Sequence[str]) -> list[str]:
+    """Returns the columns asked for, all when None.
+
+    Raises:
+      QueryError: one of them is not there; ``where`` says of what, for the message.
+    """
+    unknown = [name for name in asked or () if name not in there]
+    if unknown:
+        raise QueryError(f"no column {unknown[0]!r}; {where} has {', '.join(there)}")
+    return list(there if asked is None else asked)
 
 
 def to_pandas(answer: pa.Table) -> Any:
