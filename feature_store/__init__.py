@@ -3,6 +3,7 @@
 Imports nothing of the other rooms. Needs neither Beam nor torch.
 """
 
+from foldfeed.feature_store.effective_rows import EffectiveRows, measure_effective_rows
 from foldfeed.feature_store.errors import (
     AlignmentParseError,
     CommitConflictError,
@@ -40,6 +41,7 @@ from foldfeed.feature_store.settings import StoreSettings
 from foldfeed.feature_store.source import RecordSource, StoreView
 from foldfeed.feature_store.splits import Split
 from foldfeed.feature_store.store import FeatureStore
+from foldfeed.feature_store.structure import Structure
 from foldfeed.feature_store.writer import WrittenPart, write_part
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "CorruptDataError",
     "Crop",
     "DatabaseUse",
+    "EffectiveRows",
     "ExportOptions",
     "FeatureStore",
     "FoldfeedError",
@@ -79,9 +82,11 @@ __all__ = [
     "StoreSettingsError",
     "StoreUrlError",
     "StoreView",
+    "Structure",
     "TagError",
     "WrittenPart",
     "export_record",
     "import_into",
+    "measure_effective_rows",
     "write_part",
 ]

@@ -15,7 +15,8 @@ import click
 import pyarrow as pa
 
 from foldfeed.feature_store.cli_tools import failing_as_usage, open_store, parse_window, working
-from foldfeed.feature_store.measures import DEFAULT_IDENTITY, sample_positions, store_effective_rows
+from foldfeed.feature_store.effective_rows import DEFAULT_IDENTITY
+from foldfeed.feature_store.measures import sample_positions, store_effective_rows
 from foldfeed.feature_store.record_sets import Within
 from foldfeed.feature_store.render import FORMATS, write_table
 from foldfeed.feature_store.splits import MEMBER_COLUMNS, read_cluster_tsv

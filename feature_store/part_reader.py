@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from foldfeed.feature_store import alphabet
+from foldfeed.feature_store import alphabet, structure
 from foldfeed.feature_store.blobs import Blobs
 from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
 from foldfeed.feature_store.layout import (
@@ -26,10 +26,13 @@ from foldfeed.feature_store.layout import (
     num_rows_of,
     plan_crop,
 )
-from foldfeed.feature_store.schema import DELETION_OVERFLOW, GROUP_FILE, array_specs
+from foldfeed.feature_store.schema import DELETION_OVERFLOW, GROUP_FILE, INDEX_SCHEMA, array_specs
 from foldfeed.feature_store.settings import SUPPORTED_VERSIONS, StoreSettings
 from foldfeed.feature_store.shard_reader import ShardReader
 from foldfeed.feature_store.writer import PART_ID_HEX
+
+# What a row says that was written before a column came.
+_LATER_COLUMNS = {field.name: None for field in INDEX_SCHEMA if field.nullable}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +50,10 @@ class Crop:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RecordLocation:
-    """Where a record's entries start in the arrays of its part, and how many there are."""
+    """Where a record's entries start in the arrays of its part, and how many there are.
+
+    ``first_structure_residue`` is None for a record without a structure.
+    """
 
     depth: int
     length: int
@@ -57,6 +63,7 @@ class RecordLocation:
     first_residue: int
     first_overflow: int
     num_overflow: int
+    first_structure_residue: int | None
 
 
 class PartReader:
@@ -93,6 +100,8 @@ class PartReader:
                 self.files.get(spec.shard_path, {}).get("bytes"),
             )
             for name, spec in array_specs(self.settings).items()
+            # A part from before an array came has none of it, and its records have nothing there.
+            if name in about["lengths"]
         }
 
     def index_rows(self) -> list[dict[str, Any]]:
@@ -102,7 +111,8 @@ class PartReader:
           CorruptDataError: a chunk is missing or does not match its checksum.
         """
         array = self.arrays["record_json"]
-        return [json.loads(line) for line in array.read(0, array.length).tobytes().splitlines()]
+        lines = array.read(0, array.length).tobytes().splitlines()
+        return [_LATER_COLUMNS | json.loads(line) for line in lines]
 
     def crop(self, at: RecordLocation, window: tuple[int, int], rows: RowIndex) -> Crop:
         """Returns a crop of a record.
@@ -133,8 +143,21 @@ class PartReader:
         return sum(self.arrays[name].bytes_stored(numbers) for name in ("msa", "deletion"))
 
     def per_residue(self, name: str, at: RecordLocation) -> np.ndarray:
-        """Returns a per-residue array (``aatype``, ``profile``, ...) of a record."""
+        """Returns a per-residue array (``aatype``, ``profile``, ...) of a record.
+
+        All fill value (NaN) when the part was written before that array came.
+        """
+        if name not in self.arrays:
+            spec = array_specs(self.settings)[name]
+            return np.full((at.length, *spec.chunk[1:]), spec.fill_value, dtype=spec.dtype)
         return self.arrays[name].read(at.first_residue, at.first_residue + at.length)
+
+    def structure(self, at: RecordLocation, window: tuple[int, int]) -> dict[str, np.ndarray] | None:
+        """Returns the arrays of `structure.ARRAYS` for a window of residues; None when there are none."""
+        if at.first_structure_residue is None:
+            return None
+        start, stop = (at.first_structure_residue + edge for edge in window)
+        return {name: self.arrays[name].read(start, stop) for name in structure.ARRAYS}
 
     def row_table(self, at: RecordLocation, database_names: list[str]) -> pa.Table:
         """Returns the provenance of every row: rank, database, e_value, bit_score, hit_id, species.

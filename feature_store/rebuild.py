@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from foldfeed.feature_store.blobs import Blobs, open_blobs
+from foldfeed.feature_store.effective_rows import EffectiveRows
 from foldfeed.feature_store.errors import CorruptDataError, InvalidRecordError
 from foldfeed.feature_store.part_reader import PartReader
 from foldfeed.feature_store.record import DatabaseUse, MsaRecord, RowProvenance
@@ -52,12 +53,20 @@ def load_record(part: PartReader, row: Mapping[str, Any]) -> MsaRecord:
                 DatabaseUse(**{name: entry[name] for name in _DATABASE_FIELDS}) for entry in row["databases"]
             ),
             extra=json.loads(row["extra"]),
+            structure=reader.structure(),
+            neff=_neff(reader),
         )
     except (InvalidRecordError, UnicodeDecodeError, AssertionError, IndexError, ValueError) as error:
         raise CorruptDataError(where, f"it is not a valid record ({error})") from error
     if found.fingerprint != row["fingerprint"]:
         raise CorruptDataError(where, "its content does not match its fingerprint")
     return found
+
+
+def _neff(reader: Record) -> EffectiveRows | None:
+    if reader.neff is None:
+        return None
+    return EffectiveRows(total=reader.neff, per_residue=reader.neff_per_residue())
 
 
 def _provenance(reader: Record) -> RowProvenance:

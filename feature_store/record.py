@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foldfeed.feature_store import alphabet
+from foldfeed.feature_store.effective_rows import EffectiveRows
 from foldfeed.feature_store.errors import InvalidRecordError
+from foldfeed.feature_store.structure import Structure
 
 # Ids are file-name and SQL friendly and cannot walk out of a folder; UniProt, PDB and UniRef ids all fit.
 RECORD_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.|:+=@-]{0,254}")
@@ -80,6 +82,9 @@ class MsaRecord:
       rows: provenance of every row.
       databases: what was searched, in merge order.
       extra: small JSON-able facts about the record (e.g. ``{"source": "a.fasta"}``).
+      structure: atoms of the query's residues, when there are any; it belongs to what the record says.
+      neff: of `msa`, when whoever made the record computed it; it follows from the alignment, so it does not
+        belong to what the record says.
     """
 
     record_id: str
@@ -90,6 +95,8 @@ class MsaRecord:
     rows: RowProvenance
     databases: tuple[DatabaseUse, ...]
     extra: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    structure: Structure | None = None
+    neff: EffectiveRows | None = None
 
     def __post_init__(self) -> None:
         reason = self._problem()
@@ -123,6 +130,8 @@ class MsaRecord:
             digest.update(np.ascontiguousarray(array).tobytes())
         digest.update("\x00".join(self.rows.hit_id).encode())
         digest.update("\x00".join(self.rows.species).encode())
+        if self.structure is not None:
+            digest.update(self.structure.fingerprint.encode())
         return digest.hexdigest()
 
     def _problem(self) -> str | None:
@@ -161,4 +170,18 @@ class MsaRecord:
             return f"rows.database must be -1 or an index into the {len(self.databases)} databases"
         if any(len(name.encode()) > SPECIES_BYTES for name in self.rows.species):
             return f"a species name is longer than {SPECIES_BYTES} bytes"
+        return self._derived_problem()
+
+    def _derived_problem(self) -> str | None:
+        if self.structure is not None and self.structure.length != self.length:
+            return f"its structure has {self.structure.length} residues, its sequence {self.length}"
+        if self.neff is None:
+            return None
+        values = self.neff.per_residue
+        if values.dtype != np.float32 or values.shape != (self.length,):
+            return f"neff must be float32 ({self.length},), not {values.dtype} {values.shape}"
+        # No weight is above 1, and the query's own row counts.
+        inside = np.isfinite(values).all() and (values >= 0).all() and (values <= self.depth).all()
+        if not inside or not 0 < self.neff.total <= self.depth:
+            return f"neff {self.neff.total} is not above 0 and at most its {self.depth} rows, in all columns"
         return None

@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from foldfeed.feature_store.errors import CorruptDataError
 from foldfeed.feature_store.features import to_dataset
 from foldfeed.feature_store.layout import RowIndex, resolve_residues, resolve_rows
 from foldfeed.feature_store.part_reader import Crop, PartReader, RecordLocation
+from foldfeed.feature_store.structure import Structure
 
 
 class Record:
@@ -36,6 +38,7 @@ class Record:
             first_residue=row["first_residue"],
             first_overflow=row["first_overflow"],
             num_overflow=row["num_overflow"],
+            first_structure_residue=row["first_structure_residue"],
         )
 
     def __repr__(self) -> str:
@@ -126,12 +129,47 @@ class Record:
         """Returns float32 (length,): share of rows with a gap."""
         return self._part.per_residue("gap_fraction", self._at)
 
+    def entropy(self) -> NDArray[np.float32]:
+        """Returns float32 (length,): entropy in bits of the residues of each column, see `sidecars`.
+
+        NaN when the record was written before format v1 had it.
+        """
+        return self._part.per_residue("entropy", self._at)
+
+    @property
+    def neff(self) -> float | None:
+        """N_eff of the alignment at 80 % identity, or None when it was not computed; see `effective_rows`."""
+        return self._row["neff"]
+
+    def neff_per_residue(self) -> NDArray[np.float32]:
+        """Returns float32 (length,): sum of the weights of rows with a residue there; NaN if not computed."""
+        return self._part.per_residue("neff", self._at)
+
+    def structure(self, residues: slice | None = None) -> Structure | None:
+        """Returns the atoms of a window of residues, or None when the record has no structure.
+
+        Args:
+          residues: window ``slice(a, b)``, 0 <= a < b <= length; everything when None.
+        Raises:
+          IndexError: outside the record.
+          CorruptDataError: a chunk does not match its checksum, or the atoms are not a structure.
+        """
+        arrays = self._part.structure(self._at, resolve_residues(residues, self.length))
+        if arrays is None:
+            return None
+        try:
+            return Structure(**arrays, source=json.loads(self._row["structure"]))
+        except (ValueError, TypeError) as error:
+            raise CorruptDataError(f"{self._part.path}, record {self.record_id}", str(error)) from error
+
     def rows(self) -> pa.Table:
         """Returns the provenance of every row: rank, database, e_value, bit_score, hit_id, species."""
         return self._part.row_table(self._at, [entry["name"] for entry in self.databases])
 
     def features(self, *, msa: bool = False) -> dict[str, NDArray[Any]]:
-        """Returns the per-residue features by name: aatype, profile, deletion_mean, gap_fraction.
+        """Returns the per-residue features by name.
+
+        They are aatype, profile, deletion_mean, gap_fraction, entropy and neff.
 
         Args:
           msa: also ``msa`` and ``deletions``, (depth, length) each; they are read only when asked for.
@@ -141,6 +179,8 @@ class Record:
             "profile": self.profile(),
             "deletion_mean": self.deletion_mean(),
             "gap_fraction": self.gap_fraction(),
+            "entropy": self.entropy(),
+            "neff": self.neff_per_residue(),
         }
         if msa:
             crop = self.crop()

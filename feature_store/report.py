@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from foldfeed.feature_store import logo, measures, plots
 from foldfeed.feature_store.blobs import open_blobs
+from foldfeed.feature_store.effective_rows import DEFAULT_IDENTITY
 from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError
 from foldfeed.feature_store.markup import Child, Html, raw, tag
 from foldfeed.feature_store.report_style import STYLE
@@ -52,7 +53,7 @@ class ReportOptions:
     title: str | None = None
     results: str | None = None
     neff_records: int = 200
-    identity: float = measures.DEFAULT_IDENTITY
+    identity: float = DEFAULT_IDENTITY
     examples: int = 3
 
     def __post_init__(self) -> None:

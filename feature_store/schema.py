@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from foldfeed.feature_store import alphabet, record
+from foldfeed.feature_store import alphabet, record, structure
 from foldfeed.feature_store.settings import FORMAT_NAME, FORMAT_VERSION, StoreSettings
 
 ZSTD_LEVEL = 3
@@ -26,7 +26,11 @@ GROUP_FILE = "zarr.json"
 ROW_CHUNK = 4096
 RESIDUE_CHUNK = 512
 OVERFLOW_CHUNK = 1024
+# A chain of atoms is read whole or by window: 64 residues of positions are 28 KB.
+ATOM_CHUNK = 64
 TEXT_CHUNK = 1 << 16
+# First axis of the arrays of a structure.
+STRUCTURE_AXIS = "structure_residue"
 # A deletion count from this on does not fit its cell; the cell holds it and the exact count is in the
 # overflow.
 DELETION_OVERFLOW = 255
@@ -148,8 +152,26 @@ def array_specs(settings: StoreSettings) -> dict[str, ArraySpec]:
         ),
         ArraySpec(name="deletion_mean", dtype="<f4", chunk=(RESIDUE_CHUNK,), fill="NaN", dims=("residue",)),
         ArraySpec(name="gap_fraction", dtype="<f4", chunk=(RESIDUE_CHUNK,), fill="NaN", dims=("residue",)),
+        ArraySpec(name="entropy", dtype="<f4", chunk=(RESIDUE_CHUNK,), fill="NaN", dims=("residue",)),
+        ArraySpec(name="neff", dtype="<f4", chunk=(RESIDUE_CHUNK,), fill="NaN", dims=("residue",)),
+        *_structure_specs(),
     )
     return {spec.name: spec for spec in specs}
+
+
+def _structure_specs() -> list[ArraySpec]:
+    """Returns the arrays of `structure.ARRAYS`; only records with a structure take entries of them."""
+    axes = {(): (), (structure.NUM_ATOMS,): ("atom",), (structure.NUM_ATOMS, 3): ("atom", "xyz")}
+    return [
+        ArraySpec(
+            name=name,
+            dtype=dtype,
+            chunk=(ATOM_CHUNK if shape else RESIDUE_CHUNK, *shape),
+            fill=0,
+            dims=(STRUCTURE_AXIS, *axes[shape]),
+        )
+        for name, (dtype, shape) in structure.ARRAYS.items()
+    ]
 
 
 def fill_chunk(spec: ArraySpec) -> np.ndarray:
@@ -181,7 +203,7 @@ def group_metadata(
                 "foldfeed": {
                     "format": FORMAT_NAME,
                     "version": FORMAT_VERSION,
-                    "settings": dataclasses.asdict(settings),
+                    "settings": settings.to_dict(),
                     "alphabet": alphabet.TOKENS,
                     "num_records": num_records,
                     "lengths": lengths,
@@ -233,5 +255,9 @@ INDEX_SCHEMA = pa.schema(
         pa.field("first_overflow", pa.int64(), nullable=False),
         pa.field("num_overflow", pa.int64(), nullable=False),
         pa.field("job_id", pa.string(), nullable=False),
+        # Null: not computed, no structure, or written before the column came.
+        pa.field("neff", pa.float64(), nullable=True),
+        pa.field("structure", pa.string(), nullable=True),
+        pa.field("first_structure_residue", pa.int64(), nullable=True),
     ]
 )

@@ -8,6 +8,7 @@ integer counts and one IEEE division, so they are the same bits on every machine
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +27,15 @@ class Sidecars:
       profile: float32 (length, 22), share of each token over all rows: AlphaFold 2's ``hhblits_profile``.
       deletion_mean: float32 (length,), mean deletion count over all rows.
       gap_fraction: float32 (length,), share of rows with a gap.
+      entropy: float32 (length,), Shannon entropy in bits of the 20 residues of each column, 0 to log2(20);
+        gaps and X are left out, and a column without residues has 0.
       mean_gap_fraction: share of gap cells in the whole alignment.
     """
 
     profile: NDArray[np.float32]
     deletion_mean: NDArray[np.float32]
     gap_fraction: NDArray[np.float32]
+    entropy: NDArray[np.float32]
     mean_gap_fraction: float
 
 
@@ -50,6 +54,7 @@ def summarise(msa: NDArray[np.uint8], deletions: NDArray[np.int32]) -> Sidecars:
         profile=(counts / depth).astype(np.float32),
         deletion_mean=(deletions.sum(axis=0, dtype=np.int64) / depth).astype(np.float32),
         gap_fraction=(gaps / depth).astype(np.float32),
+        entropy=column_entropy(counts[:, : len(alphabet.RESIDUES)]).astype(np.float32),
         mean_gap_fraction=int(gaps.sum()) / (depth * length),
     )
 
@@ -64,3 +69,41 @@ def token_counts(msa: NDArray[np.uint8]) -> NDArray[np.int64]:
         cells = (msa[start : start + block] + offsets).ravel()
         counts += np.bincount(cells, minlength=counts.size)
     return counts.reshape(length, alphabet.NUM_TOKENS)
+
+
+def column_entropy(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Returns float64 (length,): Shannon entropy of each column in bits, 0 for an empty column.
+
+    (2, 1, 1) of a column of four give 0.5 * 1 + 0.25 * 2 + 0.25 * 2 = 1.5.
+
+    Args:
+      counts: int64 (length, kinds).
+    Source: C. E. Shannon, Bell Syst. Tech. J. 27 (1948).
+    """
+    total = np.maximum(counts.sum(axis=1), 1).astype(np.float64)
+    log_total = exact_log2(total)
+    entropy = np.zeros(len(counts), dtype=np.float64)
+    # Kind by kind, because the order in which NumPy adds along a row is not the same on every machine.
+    for kind in range(counts.shape[1]):
+        count = counts[:, kind].astype(np.float64)
+        entropy += count / total * (log_total - exact_log2(np.maximum(count, 1.0)))
+    return entropy
+
+
+def exact_log2(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns the base-2 logarithm of positive numbers, the same bits on every machine.
+
+    Libraries and processors disagree in the last bit of a logarithm. This one is made of IEEE operations in a
+    fixed order; it is exact for powers of two and off by at most 3e-16 relative to 1 otherwise.
+
+    Source: log(m) = 2 artanh((m - 1) / (m + 1)), by its power series, for m in sqrt(1/2)..sqrt(2).
+    """
+    mantissa, exponent = np.frexp(values)
+    low = mantissa < math.sqrt(0.5)
+    mantissa = np.where(low, mantissa * 2, mantissa)
+    ratio = (mantissa - 1) / (mantissa + 1)
+    square = ratio * ratio
+    series = np.zeros_like(square)
+    for odd in range(25, 0, -2):
+        series = series * square + 1 / odd
+    return (exponent - low) + ratio * series * (2 / math.log(2))

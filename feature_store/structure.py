@@ -65,8 +65,8 @@ class Structure:
 
     @property
     def observed(self) -> NDArray[np.bool_]:
-        """bool (length,), whether a residue has any atom."""
-        return self.atom_mask.any(axis=1)
+        """Whether a residue has any atom, (length,)."""
+        return np.asarray(self.atom_mask.any(axis=1))
 
     @property
     def arrays(self) -> dict[str, NDArray[np.generic]]:

@@ -36,6 +36,7 @@ from foldfeed.feature_store.schema import (
 from foldfeed.feature_store.settings import StoreSettings
 from foldfeed.feature_store.shard_writer import ShardWriter
 from foldfeed.feature_store.sidecars import summarise
+from foldfeed.feature_store.structure import Structure
 
 PART_ID_HEX = 40
 
@@ -110,6 +111,9 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
         self._append_tiles(record, row)
         self._append_rows(record)
         row["gap_fraction"] = self._append_sidecars(record)
+        if record.structure is not None:
+            for name, values in record.structure.arrays.items():
+                self._shards[name].append(values)
         line = json.dumps(row, sort_keys=True, separators=(",", ":")).encode() + b"\n"
         self._shards["record_json"].append(np.frombuffer(line, dtype=np.uint8))
         self._last_id = record.record_id
@@ -145,6 +149,16 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
             "first_hit_id_byte": self._shards["row_hit_id"].length,
             "first_residue": self._shards["aatype"].length,
             "first_overflow": self._shards["deletion_overflow"].length,
+            "neff": None if record.neff is None else record.neff.total,
+            **self._structure_columns(record.structure),
+        }
+
+    def _structure_columns(self, found: Structure | None) -> dict[str, Any]:
+        if found is None:
+            return {"structure": None, "first_structure_residue": None}
+        return {
+            "structure": json.dumps(dict(found.source), sort_keys=True),
+            "first_structure_residue": self._shards["atom_mask"].length,
         }
 
     def _append_tiles(self, record: MsaRecord, row: dict[str, Any]) -> None:
@@ -186,6 +200,9 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
         self._shards["profile"].append(sidecars.profile.astype("<f4"))
         self._shards["deletion_mean"].append(sidecars.deletion_mean.astype("<f4"))
         self._shards["gap_fraction"].append(sidecars.gap_fraction.astype("<f4"))
+        self._shards["entropy"].append(sidecars.entropy.astype("<f4"))
+        unknown = np.full(record.length, np.nan, dtype="<f4")
+        self._shards["neff"].append(unknown if record.neff is None else record.neff.per_residue.astype("<f4"))
         return sidecars.mean_gap_fraction
 
 

@@ -90,4 +90,25 @@ class ConformanceReader:
         for name in ("row_database", "row_e_value", "row_bit_score"):
             digest.update(group[name][lines].tobytes())
         digest.update(b"\0".join(hit_ids) + b"\0".join(species))
+        if row["structure"] is not None:
+            digest.update(self.structure_fingerprint(record_id).encode())
         return digest.hexdigest()
+
+    def structure(self, record_id: str) -> dict[str, np.ndarray]:
+        row = self.rows[record_id]
+        group = self.part(row["part_id"])
+        first = row["first_structure_residue"]
+        names = ("atom_positions", "atom_mask", "b_factor", "residue_number", "insertion_code")
+        return {name: group[name][first : first + row["length"]] for name in names}
+
+    def structure_fingerprint(self, record_id: str) -> str:
+        source = json.loads(self.rows[record_id]["structure"])
+        digest = hashlib.sha256(json.dumps(source, sort_keys=True, separators=(",", ":")).encode())
+        for values in self.structure(record_id).values():
+            digest.update(values.tobytes())
+        return digest.hexdigest()
+
+    def per_residue(self, record_id: str, name: str) -> np.ndarray:
+        row = self.rows[record_id]
+        first = row["first_residue"]
+        return self.part(row["part_id"])[name][first : first + row["length"]]

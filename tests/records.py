@@ -2,11 +2,16 @@
 
 import numpy as np
 
-from foldfeed.feature_store import DatabaseUse, MsaRecord, RowProvenance, alphabet
+from foldfeed.feature_store import DatabaseUse, MsaRecord, RowProvenance, Structure, alphabet
+from foldfeed.feature_store.effective_rows import measure_effective_rows
+from foldfeed.feature_store.structure import NO_NUMBER, NUM_ATOMS
 
 
 def make_record(name: str, depth: int, length: int, seed: int = 1, big_deletions: bool = True) -> MsaRecord:
-    """Returns a valid record of that size; some deletion counts are above 255."""
+    """Returns a valid record of that size; some deletion counts are above 255.
+
+    Odd lengths come with a structure, depths that three divides with N_eff.
+    """
     rng = np.random.default_rng((seed, depth, length))
     msa = rng.integers(0, alphabet.NUM_TOKENS, (depth, length)).astype(np.uint8)
     msa[0] = rng.integers(0, 21, length)
@@ -40,4 +45,22 @@ def make_record(name: str, depth: int, length: int, seed: int = 1, big_deletions
         rows=rows,
         databases=databases,
         extra={"source": "test"},
+        structure=make_structure(length, seed) if length % 2 else None,
+        neff=measure_effective_rows(msa) if depth % 3 == 0 else None,
+    )
+
+
+def make_structure(length: int, seed: int = 1) -> Structure:
+    """Returns random atoms; some residues have none, some have no number."""
+    rng = np.random.default_rng((seed, length, 37))
+    mask = (rng.random((length, NUM_ATOMS)) < 0.2) & (rng.random((length, 1)) < 0.8)
+    numbers = np.arange(-3, length - 3, dtype=np.int32)
+    numbers[rng.random(length) < 0.1] = NO_NUMBER
+    return Structure(
+        atom_positions=np.where(mask[..., None], rng.normal(0, 40, (length, NUM_ATOMS, 3)), 0).astype("f4"),
+        atom_mask=mask.astype(np.uint8),
+        b_factor=np.where(mask, rng.random((length, NUM_ATOMS)) * 90, 0).astype("f4"),
+        residue_number=numbers,
+        insertion_code=rng.choice([0, 0, 0, ord("A")], length).astype(np.uint8),
+        source={"entry_id": "1ABC", "label_asym_id": "A", "model": "1"},
     )

@@ -268,17 +268,27 @@ def test_a_record_is_read_back_whole(store):
         "rows",
         "databases",
         "extra",
+        "structure",
+        "neff",
     }
-    row = store.table(where="record_id = 'r1a'").to_pylist()[0]
-    found = load_record(PartReader(open_blobs(store.url), row["part_id"]), row)
-    want = make_record("r1a", 10, 20, seed=1)
-    assert found.fingerprint == want.fingerprint
-    assert found.databases == want.databases
-    assert found.extra == want.extra
+    wanted = [make_record("even", 10, 20), make_record("odd", 9, 21)]
+    part = write_part(store.url, wanted, store.settings)
+    store.commit([part.part_id], job_id="whole")
+    for want in wanted:
+        row = store.table(where=f"record_id = '{want.record_id}'").to_pylist()[0]
+        found = load_record(PartReader(open_blobs(store.url), row["part_id"]), row)
+        assert found.fingerprint == want.fingerprint
+        assert found.databases == want.databases
+        assert found.extra == want.extra
+        assert (found.structure is None) == (want.structure is None)
+        assert (found.neff is None) == (want.neff is None)
+    assert found.structure.fingerprint == wanted[1].structure.fingerprint
+    assert found.neff.total == wanted[1].neff.total
+    np.testing.assert_array_equal(found.neff.per_residue, wanted[1].neff.per_residue)
 
 
 def test_compaction_fills_parts_to_the_target(store):
-    report = compact(store.url, target_bytes=26_000)
+    report = compact(store.url, target_bytes=40_000)
     assert 1 < report.parts_after < 3
     assert verify(store.url, level="deep").problems == ()
 

@@ -23,6 +23,12 @@ def test_a_reader_written_from_the_format_text_agrees(tmp_path, tile):
         np.testing.assert_array_equal(msa, store[name].msa())
         np.testing.assert_array_equal(deletions, store[name].deletions())
         assert other.fingerprint(name) == store[name].fingerprint
+        for array, values in store[name].features().items():
+            np.testing.assert_array_equal(other.per_residue(name, array), values)
+        found = store[name].structure()
+        assert (found is None) == (len(store[name].sequence) % 2 == 0)
+        for array, values in (found.arrays if found else {}).items():
+            np.testing.assert_array_equal(other.structure(name)[array], values)
     assert store["b"].depth == 9
 
 

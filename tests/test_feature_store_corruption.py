@@ -32,6 +32,10 @@ def read_everything(url: str) -> list:
         record = store[name]
         found += [record.msa(), record.deletions(), record.profile(), record.aatype()]
         found += [record.deletion_mean(), record.gap_fraction(), record.rows().to_pylist()]
+        found += [record.entropy(), record.neff_per_residue()]
+        structure = record.structure()
+        if structure is not None:
+            found += [*structure.arrays.values(), dict(structure.source)]
     return found
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from records import make_record
 
-from foldfeed.feature_store import FeatureStore, alphabet, logo, measures, plots, write_part
+from foldfeed.feature_store import FeatureStore, alphabet, effective_rows, logo, measures, plots, write_part
 from foldfeed.feature_store.cli import main
 from foldfeed.feature_store.sidecars import token_counts
 
@@ -57,7 +57,7 @@ def weights_pair_by_pair(msa: np.ndarray, identity: float) -> list[float]:
 )
 def test_weights_are_those_of_comparing_every_pair(depth, length, identity):
     msa = family(np.random.default_rng((depth, length)), depth, length)
-    assert measures.row_weights(msa, identity).tolist() == weights_pair_by_pair(msa, identity)
+    assert effective_rows.row_weights(msa, identity).tolist() == weights_pair_by_pair(msa, identity)
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,45 +66,46 @@ def test_weights_for_any_block_size(data):
     depth, length = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 140))
     msa = family(np.random.default_rng(data.draw(st.integers(0, 2**32))), depth, length)
     identity = data.draw(st.sampled_from([0.01, 0.3, 0.5, 0.62, 0.8, 0.9, 1.0]))
-    before, measures.BLOCK_ROWS = measures.BLOCK_ROWS, data.draw(st.integers(1, 30))
+    before, effective_rows.BLOCK_ROWS = effective_rows.BLOCK_ROWS, data.draw(st.integers(1, 30))
     try:
-        assert measures.row_weights(msa, identity).tolist() == weights_pair_by_pair(msa, identity)
+        assert effective_rows.row_weights(msa, identity).tolist() == weights_pair_by_pair(msa, identity)
     finally:
-        measures.BLOCK_ROWS = before
+        effective_rows.BLOCK_ROWS = before
 
 
 def test_the_order_of_rows_does_not_matter():
     rng = np.random.default_rng(3)
     msa = family(rng, 200, 90)
     order = rng.permutation(200)
-    np.testing.assert_array_equal(measures.row_weights(msa[order]), measures.row_weights(msa)[order])
-    assert measures.effective_rows(msa[order]) == measures.effective_rows(msa)
+    weights = effective_rows.row_weights(msa)
+    np.testing.assert_array_equal(effective_rows.row_weights(msa[order]), weights[order])
+    assert effective_rows.effective_rows(msa[order]) == effective_rows.effective_rows(msa)
 
 
 def test_effective_rows_of_alignments_one_can_count():
     row = np.arange(10, dtype=np.uint8)
-    assert measures.effective_rows(np.tile(row, (50, 1))) == 1.0
+    assert effective_rows.effective_rows(np.tile(row, (50, 1))) == 1.0
     eight = row.copy()
     eight[:2] = 15
-    assert measures.effective_rows(np.stack([row, eight])) == 1.0  # 8 of 10 columns: 80 %
+    assert effective_rows.effective_rows(np.stack([row, eight])) == 1.0  # 8 of 10 columns: 80 %
     seven = row.copy()
     seven[:3] = 15
-    assert measures.effective_rows(np.stack([row, seven])) == 2.0
+    assert effective_rows.effective_rows(np.stack([row, seven])) == 2.0
     half = row.copy()
     half[5:] = alphabet.GAP
     # Five matches of ten columns in which either row has a residue.
-    assert measures.effective_rows(np.stack([row, half])) == 2.0
-    assert measures.effective_rows(np.stack([row, half]), 0.5) == 1.0
+    assert effective_rows.effective_rows(np.stack([row, half])) == 2.0
+    assert effective_rows.effective_rows(np.stack([row, half]), 0.5) == 1.0
     with pytest.raises(ValueError, match="above 0 and at most 1"):
-        measures.effective_rows(row[None], 0)
+        effective_rows.effective_rows(row[None], 0)
 
 
 def test_bits_are_counted_without_numpy_2(monkeypatch):
     words = np.random.default_rng(1).integers(0, 2**64, (7, 9), dtype=np.uint64)
     want = [[bin(word).count("1") for word in row] for row in words.tolist()]
-    assert measures._count_bits(words).tolist() == want
+    assert effective_rows._count_bits(words).tolist() == want
     monkeypatch.delattr(np, "bitwise_count", raising=False)
-    assert measures._count_bits(words).tolist() == want
+    assert effective_rows._count_bits(words).tolist() == want
 
 
 def test_information_of_columns_one_can_compute():
@@ -135,7 +136,7 @@ def test_counts_of_a_window_are_those_of_the_whole(small_store, monkeypatch):
 def test_neff_of_a_store(small_store):
     table = measures.store_effective_rows(small_store)
     assert table["record_id"].to_pylist() == small_store.ids
-    want = [measures.effective_rows(small_store[name].msa()) for name in small_store.ids]
+    want = [effective_rows.effective_rows(small_store[name].msa()) for name in small_store.ids]
     assert table["neff"].to_pylist() == want
     assert measures.store_effective_rows(small_store, max_records=2)["record_id"].to_pylist() == ["a1", "b2"]
     assert measures.sample_positions(10, 3) == [0, 3, 6]
