@@ -114,7 +114,9 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
         if record.structure is not None:
             for name, values in record.structure.arrays.items():
                 self._shards[name].append(values)
-        line = json.dumps(row, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+        # Left out, because a record that does not use a later column is then the same bytes as before it came.
+        known = {name: value for name, value in row.items() if value is not None}
+        line = json.dumps(known, sort_keys=True, separators=(",", ":")).encode() + b"\n"
         self._shards["record_json"].append(np.frombuffer(line, dtype=np.uint8))
         self._last_id = record.record_id
         self.num_records += 1
