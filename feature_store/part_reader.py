@@ -26,6 +26,7 @@ from foldfeed.feature_store.layout import (
     num_rows_of,
     plan_crop,
 )
+from foldfeed.feature_store.row_order import RowOrder
 from foldfeed.feature_store.schema import DELETION_OVERFLOW, GROUP_FILE, INDEX_SCHEMA, array_specs
 from foldfeed.feature_store.settings import SUPPORTED_VERSIONS, StoreSettings
 from foldfeed.feature_store.shard_reader import ShardReader
@@ -50,11 +51,12 @@ class Crop:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RecordLocation:
-    """Where a record's entries start in the arrays of its part, and how many there are.
+    """Which record it is, where its entries start in the arrays of its part, and how many there are.
 
     ``first_structure_residue`` is None for a record without a structure.
     """
 
+    record_id: str
     depth: int
     length: int
     first_tile: int
@@ -123,6 +125,7 @@ class PartReader:
           rows: checked by `layout.resolve_rows`.
         """
         grid = self._grid(at)
+        rows = self._order(at).stored_rows(rows)
         boxes = plan_crop(grid, window, rows)
         shape = (num_rows_of(rows), window[1] - window[0])
         # What a tile that is not stored would say: every cell is the fill value of its array.
@@ -139,6 +142,7 @@ class PartReader:
 
     def crop_bytes(self, at: RecordLocation, window: tuple[int, int], rows: RowIndex) -> int:
         """Returns the stored bytes of the tiles that such a crop reads."""
+        rows = self._order(at).stored_rows(rows)
         numbers = [box.tile for box in plan_crop(self._grid(at), window, rows)]
         return sum(self.arrays[name].bytes_stored(numbers) for name in ("msa", "deletion"))
 
@@ -188,6 +192,9 @@ class PartReader:
         first = at.first_hit_id_byte
         text = self.arrays["row_hit_id"].read(first, first + cuts[-1]).tobytes()
         return [text[a:b].decode() for a, b in itertools.pairwise(cuts)]
+
+    def _order(self, at: RecordLocation) -> RowOrder:
+        return RowOrder(self.settings, at.record_id, at.depth)
 
     def _grid(self, at: RecordLocation) -> RecordGrid:
         return grid_of(at.first_tile, at.depth, at.length, self.settings)

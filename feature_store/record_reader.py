@@ -30,6 +30,7 @@ class Record:
         self._part = part
         self._row = row
         self._at = RecordLocation(
+            record_id=row["record_id"],
             depth=row["depth"],
             length=row["length"],
             first_tile=row["first_tile"],

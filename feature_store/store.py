@@ -29,7 +29,7 @@ from foldfeed.feature_store.schema import INDEX_SCHEMA
 from foldfeed.feature_store.settings import SETTINGS_FILE, StoreSettings
 from foldfeed.feature_store.source import RecordSource
 
-PLACE_COLUMNS = ("record_id", "part_id", *RecordLocation.__slots__)
+PLACE_COLUMNS = ("part_id", *RecordLocation.__slots__)
 
 
 class FeatureStore(RecordSource["Record"]):

@@ -27,6 +27,7 @@ from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.errors import InvalidRecordError
 from foldfeed.feature_store.layout import grid_of
 from foldfeed.feature_store.record import SPECIES_BYTES, MsaRecord
+from foldfeed.feature_store.row_order import RowOrder
 from foldfeed.feature_store.schema import (
     DELETION_OVERFLOW,
     GROUP_FILE,
@@ -166,14 +167,17 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
     def _append_tiles(self, record: MsaRecord, row: dict[str, Any]) -> None:
         grid = grid_of(row["first_tile"], record.depth, record.length, self._settings)
         shape = (grid.tile_rows, grid.col_tiles * grid.tile_cols)
+        order = RowOrder(self._settings, record.record_id, record.depth)
         num_overflow = 0
         for band in range(grid.row_tiles):
-            rows = slice(band * grid.tile_rows, min(record.depth, (band + 1) * grid.tile_rows))
+            stored = slice(band * grid.tile_rows, min(record.depth, (band + 1) * grid.tile_rows))
+            num_rows = stored.stop - stored.start
+            rows = stored if order.is_rank else order.ranks(np.arange(stored.start, stored.stop))
             tokens = np.full(shape, alphabet.PADDING, dtype=np.uint8)
-            tokens[: rows.stop - rows.start, : record.length] = record.msa[rows]
+            tokens[:num_rows, : record.length] = record.msa[rows]
             self._shards["msa"].append(_to_tiles(tokens, grid.tile_cols))
             exact = np.zeros(shape, dtype=np.int32)
-            exact[: rows.stop - rows.start, : record.length] = record.deletions[rows]
+            exact[:num_rows, : record.length] = record.deletions[rows]
             tiles = _to_tiles(exact, grid.tile_cols)
             self._shards["deletion"].append(np.minimum(tiles, DELETION_OVERFLOW).astype(np.uint8))
             cells = np.flatnonzero(tiles.ravel() >= DELETION_OVERFLOW)
