@@ -25,6 +25,7 @@ from foldfeed.feature_store.errors import (
     StoreError,
     StoreSettingsError,
     StoreUrlError,
+    StructureParseError,
     TagError,
 )
 from foldfeed.feature_store.export_write import ExportOptions, export_record
@@ -83,6 +84,7 @@ __all__ = [
     "StoreUrlError",
     "StoreView",
     "Structure",
+    "StructureParseError",
     "TagError",
     "WrittenPart",
     "export_record",

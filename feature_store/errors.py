@@ -11,6 +11,8 @@
     │   ├── CommitContentionError     others kept committing; ours never got its turn
     │   ├── TagError                  a tag's name, or what it names, is not possible
     │   ├── StorageFullError          no space left where we must write
+    │   ├── StorageError              the network or the storage failed, however often it was tried
+    │   ├── StorageRefusedError       this kind of storage cannot do that, or not safely
     │   ├── NameTakenError            a record set or split of that name means something else
     │   └── RecordSetMismatchError    this version holds other content for records of a set
     ├── LeakageError (ValueError)            a cluster or a sequence lies in two parts of a split
@@ -19,6 +21,7 @@
     ├── RecordNotFoundError (KeyError)
     ├── InvalidRecordError (ValueError)      a record that the format cannot hold
     ├── AlignmentParseError (ValueError)     A3M or Stockholm text that breaks its own rules
+    ├── StructureParseError (ValueError)     mmCIF text that breaks its own rules, or ours
     ├── QueryError (ValueError)              SQL or column names the index does not understand
     ├── MissingExtraError (ImportError)      an optional dependency is not installed
     └── (pipelines.errors, loader.errors, trainer.errors add their own branches)
@@ -161,6 +164,53 @@ class StorageFullError(StoreError):
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
         return type(self), (self.path,)
+
+
+class StorageError(StoreError):
+    """Storage behind a network failed for good: every attempt of a bounded number, or one that need not repeat.
+
+    It says nothing about what is stored, so nobody may take it for damage.
+
+    Attributes:
+      url: the file or folder.
+      operation: what was tried, e.g. ``read``.
+      attempts: how often.
+      cause: what the last attempt met.
+    """
+
+    def __init__(self, url: str, operation: str, attempts: int, cause: str) -> None:
+        self.url = url
+        self.operation = operation
+        self.attempts = attempts
+        self.cause = cause
+        times = "once" if attempts == 1 else f"{attempts} times"
+        super().__init__(
+            f"{operation} {url!r} failed {times}; the last time: {cause}. Check the network, the credentials and "
+            "the endpoint, then run the same command again; FOLDFEED_STORAGE_ATTEMPTS sets how often a request "
+            "is tried"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, int, str]]:
+        return type(self), (self.url, self.operation, self.attempts, self.cause)
+
+
+class StorageRefusedError(StoreError):
+    """A kind of storage that cannot do what was asked, or not without the risk of losing something.
+
+    Attributes:
+      url: the store or file.
+      operation: what was asked.
+      reason: why not, and what to do instead.
+    """
+
+    def __init__(self, url: str, operation: str, reason: str) -> None:
+        self.url = url
+        self.operation = operation
+        self.reason = reason
+        super().__init__(f"cannot {operation} {url!r}: {reason}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.url, self.operation, self.reason)
 
 
 class NameTakenError(StoreError):
@@ -312,6 +362,32 @@ class AlignmentParseError(FoldfeedError, ValueError):
         return type(self), (self.reason, self.line)
 
 
+class StructureParseError(FoldfeedError, ValueError):
+    """A coordinate file that breaks the rules of its format, or says too little to be used.
+
+    Attributes:
+      where: the file.
+      reason: the value, the rule it breaks and what to do.
+      category: the mmCIF category at fault, e.g. ``_atom_site``; "" for the file as a whole.
+      row: 1-based row of that category, or None.
+      line: 1-based line of the file where the syntax is at fault, or None.
+    """
+
+    def __init__(
+        self, where: str, reason: str, category: str = "", row: int | None = None, line: int | None = None
+    ) -> None:
+        self.where = where
+        self.reason = reason
+        self.category = category
+        self.row = row
+        self.line = line
+        place = [where, *([f"line {line}"] if line is not None else []), *([category] if category else [])]
+        super().__init__(f"{', '.join(place)}{f' row {row}' if row is not None else ''}: {reason}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str, int | None, int | None]]:
+        return type(self), (self.where, self.reason, self.category, self.row, self.line)
+
+
 class QueryError(FoldfeedError, ValueError):
     """SQL, a column or a predicate that the index does not understand."""
 
@@ -328,3 +404,6 @@ class MissingExtraError(FoldfeedError, ImportError):
         self.package = package
         self.extra = extra
         super().__init__(f"{package} is not installed; run: pip install 'foldfeed[{extra}]'")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.package, self.extra)

@@ -1,0 +1,171 @@
+"""The tables of one mmCIF entry as columns: syntax, categories, numbers.
+
+Owns the use of gemmi's parser and how its answers become typed errors. Does not own what the tables mean
+(`foldfeed.feature_store.import_mmcif`). Invariants: nothing is kept but the columns that are needed; no array
+grows with the longest value of a column, so a hostile file takes memory in proportion to its size. Pure
+functions, safe from any thread.
+
+Source: the mmCIF (PDBx) dictionary; gemmi's documentation of ``gemmi.cif``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foldfeed.feature_store.errors import MissingExtraError, StructureParseError
+
+ATOM_SITE = "_atom_site"
+EXTRA = "structures"
+MAX_SHOWN = 80
+
+# Python's int() also takes "1_000" and digits of other alphabets.
+_INTEGER = re.compile(r"[+-]?[0-9]{1,10}", re.ASCII)
+_LINE = re.compile(r"^(?:string|data)?:?(\d+)(?::\d+\(\d+\))?(?: in [^:]*)?: (.*)$", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a category, each distinct value once.
+
+    Attributes:
+      values: distinct values without their quotes, in order of first appearance; None for ``?`` and ``.``.
+      codes: int64 (rows,), position in ``values``.
+    """
+
+    values: tuple[str | None, ...]
+    codes: NDArray[np.int64]
+
+    def each(self, of_value: Callable[[str | None], Any], dtype: Any) -> NDArray[Any]:
+        """Returns (rows,) of what a function says about every value; it is called once per distinct value."""
+        found = np.array([of_value(value) for value in self.values], dtype=dtype)
+        return found[self.codes] if len(found) else np.zeros(0, dtype=dtype)
+
+    def at(self, row: int) -> str | None:
+        """Returns the value of one row."""
+        return self.values[self.codes[row]]
+
+
+def gemmi_module() -> Any:
+    """Returns gemmi.
+
+    Raises:
+      MissingExtraError: it is not installed.
+    """
+    try:
+        import gemmi
+    except ImportError as error:
+        raise MissingExtraError("gemmi", EXTRA) from error
+    return gemmi
+
+
+class Tables:
+    """The categories of one data block, read by name."""
+
+    def __init__(self, data: bytes, where: str) -> None:
+        """Parses text.
+
+        Args:
+          data: mmCIF text, not compressed.
+          where: for messages.
+        Raises:
+          StructureParseError: it is not CIF, or not exactly one of its data blocks has atoms.
+          MissingExtraError: gemmi is not installed.
+        """
+        self.where = where
+        self._cif = gemmi_module().cif
+        try:
+            document = self._cif.read_string(data)
+        except (ValueError, RuntimeError) as error:
+            # gemmi raises ValueError for syntax and RuntimeError for repeated names and missing values.
+            raise _syntax_error(where, str(error)) from error
+        blocks = [block for block in document if block.find_mmcif_category(ATOM_SITE + ".").width()]
+        if len(blocks) != 1:
+            raise StructureParseError(
+                where,
+                f"{len(blocks)} of its {len(document)} data blocks have atoms; an entry is one block with "
+                "one table of atoms",
+                ATOM_SITE,
+            )
+        self._block = blocks[0]
+        self.name: str = shorten(self._block.name.strip())
+
+    def error(self, category: str, reason: str, row: int | None = None) -> StructureParseError:
+        """Returns the error for a row (0-based) of a category, or for all of it."""
+        return StructureParseError(self.where, reason, category, None if row is None else row + 1)
+
+    def num_rows(self, category: str) -> int:
+        """Returns the rows of a category; 0 when it is not there."""
+        return len(self._block.find_mmcif_category(category + "."))
+
+    def column(self, category: str, item: str) -> Column | None:
+        """Returns a column, or None when the file has none of that name."""
+        raw = self._raw(category, item)
+        if raw is None:
+            return None
+        seen: dict[str, int] = {}
+        codes = np.fromiter((seen.setdefault(text, len(seen)) for text in raw), dtype=np.int64)
+        return Column(tuple(self._unquoted(text) for text in seen), codes)
+
+    def need(self, category: str, item: str, fix: str = "give the file as it was deposited") -> Column:
+        """Returns a column that must be there.
+
+        Raises:
+          StructureParseError: it is not.
+        """
+        found = self.column(category, item)
+        if found is None:
+            what = "it has no such column" if self.num_rows(category) else "the file has no such table"
+            raise self.error(category, f"{what} ({category}.{item}); {fix}")
+        return found
+
+    def texts(self, category: str, item: str) -> list[str]:
+        """Returns the values of a column that are given, in order; empty when there is none."""
+        found = self.column(category, item)
+        return [] if found is None else [text for code in found.codes if (text := found.values[code])]
+
+    def numbers(self, category: str, item: str, missing: float | None = None) -> NDArray[np.float64]:
+        """Returns float64 (rows,); NaN where the value is no number. A standard uncertainty is left out.
+
+        Args:
+          category: of the column.
+          item: its name.
+          missing: for every row of a file without the column; None if it must be there.
+        Raises:
+          StructureParseError: there is no such column, and there must be.
+        """
+        raw = self._raw(category, item)
+        if raw is None:
+            if missing is None:
+                self.need(category, item)
+            return np.full(self.num_rows(category), missing, dtype=np.float64)
+        number = self._cif.as_number
+        return np.fromiter((number(text) for text in raw), dtype=np.float64)
+
+    def _raw(self, category: str, item: str) -> Iterable[str] | None:
+        found = self._block.find([f"{category}.{item}"])
+        return found.column(0) if found.width() else None
+
+    def _unquoted(self, text: str) -> str | None:
+        return None if self._cif.is_null(text) else self._cif.as_string(text)
+
+
+def shorten(text: str) -> str:
+    """Returns a value for a message, cut where a damaged file makes it endless."""
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def integer_of(text: str | None) -> int | None:
+    """Returns a decimal integer of at most ten digits, or None for anything else."""
+    return int(text) if text is not None and _INTEGER.fullmatch(text) else None
+
+
+def _syntax_error(where: str, text: str) -> StructureParseError:
+    found = _LINE.match(text)
+    reason = shorten(found[2] if found else text)
+    return StructureParseError(where, f"it is not CIF text ({reason})", line=int(found[1]) if found else None)
