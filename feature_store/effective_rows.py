@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store import alphabet
 
+# Deeper alignments are stored without N_eff unless asked for: 10,000 rows of 166 columns take half a second,
+# and the time grows with the square of the depth.
+NEFF_MAX_ROWS = 10_000
 # Jumper et al. 2021 count rows apart below this identity; HH-suite and MetaPSICOV use 0.62.
 DEFAULT_IDENTITY = 0.8
 WORD_BITS = 64

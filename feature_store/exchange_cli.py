@@ -26,6 +26,7 @@ from rich.progress import (
 )
 
 from foldfeed.feature_store.cli_tools import open_store
+from foldfeed.feature_store.effective_rows import NEFF_MAX_ROWS
 from foldfeed.feature_store.export_jobs import CHAI_SOURCES
 from foldfeed.feature_store.export_write import (
     EXPORT_FORMATS,
@@ -111,6 +112,14 @@ MAX_SHOWN_REJECTS = 20
     metavar="N",
     help="Largest file, decompressed.",
 )
+@click.option(
+    "--neff-max-rows",
+    type=click.IntRange(min=0),
+    default=NEFF_MAX_ROWS,
+    show_default=True,
+    metavar="N",
+    help="Store N_eff of alignments up to that depth (compares all pairs of rows); 0 for none.",
+)
 @click.option("--job-id", metavar="ID", help="Names the commit. [default: made from the content]")
 @click.option(
     "--rejects",
@@ -135,6 +144,7 @@ def ingest(
     a2m_columns: str,
     empty_as_no_hits: bool,
     max_bytes: int,
+    neff_max_rows: int,
     job_id: str | None,
     rejects_file: Path | None,
     fail_on_rejects: bool,
@@ -160,6 +170,7 @@ def ingest(
         a2m_columns=a2m_columns,
         empty_as_no_hits=empty_as_no_hits,
         max_bytes=max_bytes,
+        neff_max_rows=neff_max_rows,
     )
     try:
         found = AlignmentImport(alignments, layout, options)

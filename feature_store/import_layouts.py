@@ -252,6 +252,7 @@ class AlignmentImport:
         self.layout = detect_layout(root) if layout == AUTO else layout
         chosen_options = options or ImportOptions()
         _check_options(self.layout, chosen_options)
+        self._neff_max_rows = chosen_options.neff_max_rows
         self._scan_rejects: list[Reject] = []
         self._read_rejects: list[Reject] = []
         self.sources = self._scan(root, chosen_options)
@@ -277,7 +278,7 @@ class AlignmentImport:
         self._read_rejects = []
         for source in self.sources:
             try:
-                record = source.read()
+                record = source.read().with_neff(self._neff_max_rows)
             except (FoldfeedError, OSError) as error:
                 self._read_rejects.append(Reject(source.record_id, source.where, _reason(error)))
                 continue

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store import alphabet
 from foldfeed.feature_store.a3m import ParsedAlignment
+from foldfeed.feature_store.effective_rows import NEFF_MAX_ROWS
 from foldfeed.feature_store.import_errors import SourceTooLargeError, UnsupportedSourceError
 from foldfeed.feature_store.import_files import DEFAULT_MAX_BYTES
 from foldfeed.feature_store.import_names import first_word, mmseqs_scores, species_of
@@ -52,6 +53,7 @@ class ImportOptions:
         of the query, for files that write poorly aligned columns in lower case).
       empty_as_no_hits: an empty alignment file means "searched, nothing found" and not a failed run.
       max_bytes: most bytes of one file, decompressed.
+      neff_max_rows: alignments up to that depth are stored with their N_eff; 0 for none.
     """
 
     dedup: str = "source"
@@ -62,6 +64,7 @@ class ImportOptions:
     a2m_columns: str = "match"
     empty_as_no_hits: bool = False
     max_bytes: int = DEFAULT_MAX_BYTES
+    neff_max_rows: int = NEFF_MAX_ROWS
 
     def __post_init__(self) -> None:
         for name, allowed in (("dedup", DEDUP), ("id_from", ID_FROM), ("a2m_columns", A2M_COLUMNS)):
@@ -69,6 +72,8 @@ class ImportOptions:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.max_bytes < 1:
             raise ValueError(f"max_bytes {self.max_bytes} must be at least 1")
+        if self.neff_max_rows < 0:
+            raise ValueError(f"neff_max_rows {self.neff_max_rows} must not be negative; 0 computes no N_eff")
         if any(cap < 1 for cap in self.max_hits.values()):
             raise ValueError(f"max_hits {dict(self.max_hits)} must be at least 1 each: the query counts")
 

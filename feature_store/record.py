@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foldfeed.feature_store import alphabet
-from foldfeed.feature_store.effective_rows import EffectiveRows
+from foldfeed.feature_store.effective_rows import NEFF_MAX_ROWS, EffectiveRows, measure_effective_rows
 from foldfeed.feature_store.errors import InvalidRecordError
 from foldfeed.feature_store.structure import Structure
 
@@ -133,6 +133,12 @@ class MsaRecord:
         if self.structure is not None:
             digest.update(self.structure.fingerprint.encode())
         return digest.hexdigest()
+
+    def with_neff(self, max_rows: int = NEFF_MAX_ROWS) -> MsaRecord:
+        """Returns the record with its N_eff, or as it is when it has one or is deeper than ``max_rows``."""
+        if self.neff is not None or self.depth > max_rows:
+            return self
+        return dataclasses.replace(self, neff=measure_effective_rows(self.msa))
 
     def _problem(self) -> str | None:
         """Returns the first rule this record breaks, or None."""

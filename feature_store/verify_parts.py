@@ -11,7 +11,10 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from foldfeed.feature_store.blobs import Blobs
+from foldfeed.feature_store.effective_rows import measure_effective_rows
 from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
 from foldfeed.feature_store.part_reader import PartReader
 from foldfeed.feature_store.rebuild import load_record, rewritten
@@ -204,12 +207,29 @@ def _check_derived(blobs: Blobs, part: PartReader, rows: Sequence[Mapping[str, A
             )
             for name, reason in broken.items()
         ]
-    found = []
+    found = [problem for row in part.index_rows() for problem in _check_neff(part, row, rows)]
     with rewritten(blobs, part.part_id) as (scratch, new_id):
         other = PartReader(scratch, new_id)
         for name, array in part.arrays.items():
             found += _compare(part, array, other.arrays[name], rows)
     return found
+
+
+def _check_neff(
+    part: PartReader, row: Mapping[str, Any], visible: Sequence[Mapping[str, Any]]
+) -> list[Problem]:
+    """Computes N_eff anew where it is stored: rewriting a record takes it over as it is."""
+    record = load_record(part, row)
+    if record.neff is None:
+        return []
+    derived = measure_effective_rows(record.msa)
+    same = np.array_equal(derived.per_residue, record.neff.per_residue)
+    if same and derived.total == record.neff.total:
+        return []
+    name = row["record_id"]
+    ids = (name,) if any(other["record_id"] == name for other in visible) else ()
+    where = f"{part.path}, record {name}"
+    return [Problem(where=where, reason="its N_eff is not that of its alignment", record_ids=ids)]
 
 
 def _compare(

@@ -68,4 +68,4 @@ def build_record(
         # The tools knew the query by a neutral name, because records of equal sequence share their results.
         rows=dataclasses.replace(merged.rows, hit_id=[query.record_id, *merged.rows.hit_id[1:]]),
         databases=uses,
-    )
+    ).with_neff()

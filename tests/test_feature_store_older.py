@@ -1,4 +1,4 @@
-"""A store that an older foldfeed wrote is read, verified, added to and compacted; nothing is migrated by hand."""
+"""A store that an older foldfeed wrote is read, verified, added to and compacted; nothing is migrated."""
 
 import dataclasses
 import zipfile

@@ -38,6 +38,7 @@ def assert_equal(stored, record: MsaRecord) -> None:
     np.testing.assert_allclose(stored.profile(), one_hot.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(stored.deletion_mean(), record.deletions.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(stored.gap_fraction(), (record.msa == alphabet.GAP).mean(axis=0), rtol=1e-6)
+    assert_derived_and_atoms_equal(stored, record)
     table = stored.rows()
     assert table["hit_id"].to_pylist() == list(record.rows.hit_id)
     assert table["species"].to_pylist() == list(record.rows.species)
@@ -49,6 +50,24 @@ def assert_equal(stored, record: MsaRecord) -> None:
     assert stored.fingerprint == record.fingerprint
     assert stored.sequence == record.sequence
     assert stored.extra == dict(record.extra)
+
+
+def assert_derived_and_atoms_equal(stored, record: MsaRecord) -> None:
+    assert (stored.entropy() >= 0).all()
+    assert stored.neff == (record.neff.total if record.neff else None)
+    none = np.full(record.length, np.nan, np.float32)
+    np.testing.assert_array_equal(stored.neff_per_residue(), record.neff.per_residue if record.neff else none)
+    if record.structure is None:
+        assert stored.structure() is None
+        return
+    assert dict(stored.structure().source) == dict(record.structure.source)
+    window = slice(record.length // 3, record.length)
+    for found, want in (
+        (stored.structure(), record.structure),
+        (stored.structure(window), record.structure.window(window.start, window.stop)),
+    ):
+        for name, values in want.arrays.items():
+            np.testing.assert_array_equal(found.arrays[name], values)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
