@@ -23,6 +23,7 @@ from foldfeed.feature_store.blobs import Blobs
 from foldfeed.feature_store.errors import CorruptDataError
 
 LOG_FOLDER = "index/_delta_log"
+LAST_CHECKPOINT = f"{LOG_FOLDER}/_last_checkpoint"
 PREFIX = "foldfeed."
 CHECKSUM = "foldfeed.checksum"
 _READ_THREADS = 8
@@ -174,6 +175,11 @@ def _checksum(
 def log_path(version: int) -> str:
     """Returns the path of a version's log file."""
     return f"{LOG_FOLDER}/{version:020}.json"
+
+
+def checkpoint_path(version: int) -> str:
+    """Returns the path of the checkpoint that delta-rs may have written for a version."""
+    return f"{LOG_FOLDER}/{version:020}.checkpoint.parquet"
 
 
 def read_commit(blobs: Blobs, version: int) -> Commit:

@@ -210,6 +210,10 @@ class IndexTable:
         if not won[0]:
             return
         self.blobs.make_durable(index_log.log_path(next_version))
+        for path in (index_log.checkpoint_path(next_version), index_log.LAST_CHECKPOINT):
+            # Every hundredth commit has one. A torn one would stop readers until `repair` removes it.
+            with contextlib.suppress(FileNotFoundError):
+                self.blobs.make_durable(path)
         if self.version > next_version:
             # Others went on meanwhile; a committer is shown what its own commit made.
             with _damage_is_typed(self.blobs.url):
