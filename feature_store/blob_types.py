@@ -1,0 +1,115 @@
+"""What byte access to a store means: the contract that local and remote storage share.
+
+Owns the names of things (`Blobs`, `FileInfo`) and no behaviour. Invariant of every implementation: a reader
+that follows a published name sees all of the file or none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+# Names that start so are never part of a store: an interrupted writer may leave them, `gc` may remove them.
+TEMPORARY_PREFIX = ".tmp-"
+
+
+# A folder is complete when this file is there; it is uploaded last where a folder cannot appear at once.
+LAST_FILE = "zarr.json"
+
+
+RangeReader: TypeAlias = "Callable[[int, int], bytes]"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FileInfo:
+    """One file under a root.
+
+    Attributes:
+      path: relative to the root.
+      num_bytes: its size.
+      modified_s: when it was last written or touched, seconds since 1970; 0 where the storage does not say.
+    """
+
+    path: str
+    num_bytes: int
+    modified_s: float
+
+
+class Blobs(Protocol):
+    """Files under one root; every path is relative to it and uses ``/``."""
+
+    url: str
+
+    def read(self, path: str) -> bytes:
+        """Returns a whole file; FileNotFoundError when there is none."""
+        ...
+
+    def read_range(self, path: str, start: int, size: int) -> bytes:
+        """Returns up to ``size`` bytes from ``start``; fewer only at the end of the file."""
+        ...
+
+    def open_range(self, path: str) -> RangeReader:
+        """Returns a function ``(start, size) -> bytes`` over one file, for many reads of the same file.
+
+        FileNotFoundError when there is no such file (at once, or at the first read of a remote one).
+        """
+        ...
+
+    def write_atomic(self, path: str, data: bytes) -> None:
+        """Publishes a file whole, replacing one of that name."""
+        ...
+
+    def create_exclusive(self, path: str, data: bytes) -> bool:
+        """Publishes a file unless the name exists; returns whether it did."""
+        ...
+
+    def exists(self, path: str) -> bool:
+        """Returns whether a file or folder of that name exists."""
+        ...
+
+    def list(self, prefix: str) -> list[str]:
+        """Returns the names directly under a folder, sorted; [] when there is no such folder."""
+        ...
+
+    def staging_folder(self) -> contextlib.AbstractContextManager[Path]:
+        """Gives a local folder to fill; it is removed afterwards unless it was published."""
+        ...
+
+    def publish_folder(self, local: Path, path: str) -> None:
+        """Makes a staged folder visible under a name that stands for its content.
+
+        A folder that is there already is left, marked as wanted now (`touch`), unless it is damaged: then
+        the staged one takes its place.
+        """
+        ...
+
+    def info(self, path: str) -> FileInfo:
+        """Returns size and age of a file; FileNotFoundError when there is none."""
+        ...
+
+    def walk(self, prefix: str) -> tuple[FileInfo, ...]:
+        """Returns all files under a folder, at any depth, sorted by path; () when there is no such folder."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Removes a file or a folder with all it holds; nothing happens when there is none."""
+        ...
+
+    def touch(self, path: str) -> None:
+        """Sets a file's time to now; FileNotFoundError when there is none."""
+        ...
+
+    def make_durable(self, path: str) -> None:
+        """Forces to the disk a file that other software wrote."""
+        ...
+
+    def in_use(self, path: str) -> bool:
+        """Returns whether a living process on this file system fills that staging folder."""
+        ...
+
+    def rename_folder(self, path: str, name: str) -> bool:
+        """Renames a folder; returns False where the storage cannot do that in one step."""
+        ...

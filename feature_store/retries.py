@@ -1,0 +1,126 @@
+"""Requests to remote storage: tried again a bounded number of times, then one typed error.
+
+Owns the decision what is worth another attempt, the pauses, and the final `StorageError`. Does not own any
+protocol. Invariants: a call ends after `RetryPolicy.attempts` attempts; "there is no such file" and "the name
+is taken" are answers and never repeated; an error that is a fault of the program is not touched.
+
+Thread safe: no state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import http.client
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from foldfeed.feature_store.errors import StorageError
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+# Answers, not failures.
+ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+# Another attempt would meet the same.
+_FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError")
+# Packages below fsspec, whose errors share no base class.
+_CLIENT_PACKAGES = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "requests", "urllib3")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RetryPolicy:
+    """How long a request may take.
+
+    Attributes:
+      attempts: most attempts, the first one counted.
+      timeout_s: longest silence of a server within one attempt.
+      first_pause_s: pause after the first failure; doubles with each.
+      longest_pause_s: and ends here. A random part keeps a thousand workers from coming back at once.
+    """
+
+    attempts: int = 8
+    timeout_s: float = 60.0
+    first_pause_s: float = 0.1
+    longest_pause_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or self.timeout_s <= 0:
+            raise ValueError(
+                f"attempts {self.attempts} must be at least 1 and timeout_s {self.timeout_s} above 0 "
+                "(FOLDFEED_STORAGE_ATTEMPTS, FOLDFEED_STORAGE_TIMEOUT_S)"
+            )
+
+    def pause_s(self, attempt: int) -> float:
+        """Returns how long to wait after an attempt that failed, counted from 1."""
+        return random.uniform(0.5, 1.0) * min(
+            self.longest_pause_s, self.first_pause_s * 2 ** min(attempt - 1, 30)
+        )
+
+
+class ShortReadError(OSError):
+    """A server sent fewer bytes than it has; they are thrown away and asked for again."""
+
+
+def retry_policy() -> RetryPolicy:
+    """Returns the policy, as FOLDFEED_STORAGE_ATTEMPTS and FOLDFEED_STORAGE_TIMEOUT_S change it.
+
+    Raises:
+      ValueError: they hold no possible number.
+    """
+    default = RetryPolicy()
+    return RetryPolicy(
+        attempts=int(os.environ.get("FOLDFEED_STORAGE_ATTEMPTS") or default.attempts),
+        timeout_s=float(os.environ.get("FOLDFEED_STORAGE_TIMEOUT_S") or default.timeout_s),
+    )
+
+
+def retrying(call: Callable[[], T], operation: str, url: str) -> T:
+    """Returns what a call returns, after as many attempts as the policy allows.
+
+    Args:
+      call: one attempt; it can be repeated at any time.
+      operation: a verb for the message.
+      url: what it is about.
+    Raises:
+      StorageError: the last attempt failed too, or the storage denies access.
+      OSError: one of `ANSWERS`, or this machine's own disk is full.
+    """
+    policy = retry_policy()
+    attempt = 1
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            # All of them, because the packages below fsspec have no base class in common.
+            if not is_storage_failure(error):
+                raise
+            if attempt >= policy.attempts or _is_final(error):
+                raise StorageError(url, operation, attempt, describe(error)) from error
+            _log.info("%s %s: attempt %d failed (%s)", operation, url, attempt, describe(error))
+        time.sleep(policy.pause_s(attempt))
+        attempt += 1
+
+
+def is_storage_failure(error: Exception) -> bool:
+    """Returns whether an error is the network's or the storage's, and no answer of it."""
+    if isinstance(error, ANSWERS) or (isinstance(error, OSError) and error.errno in _NO_SPACE):
+        return False
+    if isinstance(error, (OSError, TimeoutError, EOFError, http.client.HTTPException)):
+        return True
+    return type(error).__module__.split(".")[0] in _CLIENT_PACKAGES
+
+
+def _is_final(error: Exception) -> bool:
+    return isinstance(error, PermissionError) or type(error).__name__ in _FINAL_NAMES
+
+
+def describe(error: BaseException) -> str:
+    """Returns an error in one line, its type included: many of these have no text of their own."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
