@@ -38,6 +38,7 @@ from foldfeed.feature_store.export_write import (
 from foldfeed.feature_store.import_errors import ExchangeError
 from foldfeed.feature_store.import_files import COMPRESSED_SUFFIXES, DEFAULT_MAX_BYTES
 from foldfeed.feature_store.import_layouts import AUTO, LAYOUTS, AlignmentImport
+from foldfeed.feature_store.import_mmcif_sequence import MODIFIED
 from foldfeed.feature_store.import_rows import A2M_COLUMNS, DEDUP, ID_FROM, ImportOptions
 from foldfeed.feature_store.import_sources import Reject
 from foldfeed.feature_store.import_write import ImportReport, import_into
@@ -120,6 +121,14 @@ MAX_SHOWN_REJECTS = 20
     metavar="N",
     help="Store N_eff of alignments up to that depth (compares all pairs of rows); 0 for none.",
 )
+@click.option(
+    "--modified",
+    type=click.Choice(MODIFIED),
+    default=MODIFIED[0],
+    show_default=True,
+    help="Letter of modified residues in mmCIF: of the residue they were made from, or X. MSE is M in both.",
+)
+@click.option("--model", type=click.IntRange(min=0), help="Model of mmCIF entries. [default: the first]")
 @click.option("--job-id", metavar="ID", help="Names the commit. [default: made from the content]")
 @click.option(
     "--rejects",
@@ -145,6 +154,8 @@ def ingest(
     empty_as_no_hits: bool,
     max_bytes: int,
     neff_max_rows: int,
+    modified: str,
+    model: int | None,
     job_id: str | None,
     rejects_file: Path | None,
     fail_on_rejects: bool,
@@ -159,6 +170,7 @@ def ingest(
       foldfeed ingest --alignments openproteinset/ --store my-store
       foldfeed ingest --alignments msas/ --layout a3m --id-from folder --store my-store
       foldfeed ingest --alignments job_data.json --store my-store --on-existing replace
+      foldfeed ingest --alignments pdb_mmcif/ --layout mmcif --store my-store
       foldfeed ingest --alignments af2_output/ --databases uniref90,mgnify --store my-store
     """  # noqa: D301 (click wants the backspace character)
     options = ImportOptions(
@@ -170,6 +182,8 @@ def ingest(
         a2m_columns=a2m_columns,
         empty_as_no_hits=empty_as_no_hits,
         max_bytes=max_bytes,
+        modified=modified,
+        model=model,
         neff_max_rows=neff_max_rows,
     )
     try:

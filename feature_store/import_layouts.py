@@ -27,6 +27,8 @@ from foldfeed.feature_store.import_chai import SUFFIXES as CHAI_SUFFIXES
 from foldfeed.feature_store.import_chai import scan_chai
 from foldfeed.feature_store.import_errors import LayoutError
 from foldfeed.feature_store.import_files import kind_of, read_file, read_head
+from foldfeed.feature_store.import_mmcif_layout import SUFFIXES as MMCIF_SUFFIXES
+from foldfeed.feature_store.import_mmcif_layout import scan_mmcif
 from foldfeed.feature_store.import_npz import NpzFile
 from foldfeed.feature_store.import_openfold import (
     MERGE_ORDER,
@@ -90,6 +92,7 @@ LAYOUTS = {
         ),
         Layout("boltz-npz", "*.npz with sequences, deletions, residues", scan_boltz),
         Layout("chai-pqt", "*.aligned.pqt (Parquet)", scan_chai),
+        Layout("mmcif", "*.cif, structures; one record per protein chain, without alignment", scan_mmcif),
     )
 }
 
@@ -102,6 +105,8 @@ _EFFECTIVE = {
     "databases": _MERGED,
     "empty_as_no_hits": _MERGED,
     "paired": (*_MERGED, "alphafold3-json"),
+    "modified": ("mmcif",),
+    "model": ("mmcif",),
 }
 
 
@@ -158,6 +163,9 @@ def _kind_of_files(root: Path) -> str:
             kind = _kind_of_file(path)
             if kind is not None:
                 kinds.setdefault(kind, path)
+    # Structures lie beside the alignments of many tools; alone they are what is meant.
+    if not kinds and next(walk_files(root, MMCIF_SUFFIXES), None) is not None:
+        return "mmcif"
     if not kinds:
         raise _unrecognised(root)
     return _only(root, kinds)
@@ -184,6 +192,8 @@ def _kind_of_file(path: Path) -> str | None:
         return "sto"
     if extension in CHAI_SUFFIXES:
         return "chai-pqt"
+    if extension in MMCIF_SUFFIXES:
+        return "mmcif"
     if extension == ".a3m":
         return "colabfold" if is_colabfold(read_head(path, 4096)) else "a3m"
     if extension == ".json":

@@ -49,6 +49,7 @@ DEFAULT_MAX_BYTES = 1 << 30
 # The largest entry of the PDB has some 313,000 residues (3J3Q). A small text can name a long entity many
 # times.
 MAX_ENTRY_RESIDUES = 2_000_000
+MAX_DESCRIPTION = 1000
 
 _REVISION_DATE = ("_pdbx_audit_revision_history", "revision_date")
 _RESOLUTIONS = (
@@ -68,6 +69,7 @@ class MmcifChain:
       entity_id: of the polymer.
       sequence: upper-case one-letter residues, one per monomer.
       monomers: three-letter names, one per residue; the first where a position lists several.
+      description: of the entity, free text.
       microheterogeneity: all names by residue (0-based) where there are several.
       altloc_residues: residues (0-based) with alternate locations.
       structure: the atoms; its ``source`` holds the facts of the entry.
@@ -78,6 +80,7 @@ class MmcifChain:
     entity_id: str
     sequence: str
     monomers: tuple[str, ...]
+    description: str
     microheterogeneity: dict[int, tuple[str, ...]]
     altloc_residues: tuple[int, ...]
     structure: Structure
@@ -144,6 +147,7 @@ class MmcifEntry:
         self._sequences = Sequences(tables, modified)
         self._atoms = Atoms(tables, model)
         self._types = proteins
+        self._descriptions = _descriptions(tables)
         self._entities = {
             name: entity for name, entity in self._atoms.entities().items() if entity in proteins
         }
@@ -204,6 +208,7 @@ class MmcifEntry:
             entity_id=entity,
             sequence=monomers.sequence,
             monomers=monomers.names,
+            description=self._descriptions.get(entity, ""),
             microheterogeneity=monomers.several,
             altloc_residues=placed.altloc_residues,
             structure=Structure(
@@ -232,6 +237,15 @@ def _facts(tables: Tables) -> dict[str, str]:
     if dates:
         facts["release_date"] = min(dates)
     return facts
+
+
+def _descriptions(tables: Tables) -> dict[str, str]:
+    """Returns entity id -> description, on one line."""
+    ids, texts = tables.column("_entity", "id"), tables.column("_entity", "pdbx_description")
+    if ids is None or texts is None:
+        return {}
+    rows = range(len(ids.codes))
+    return {str(ids.at(row)): " ".join((texts.at(row) or "").split())[:MAX_DESCRIPTION] for row in rows}
 
 
 def _date(tables: Tables, text: str) -> str:

@@ -24,6 +24,7 @@ from foldfeed.feature_store.a3m import ParsedAlignment
 from foldfeed.feature_store.effective_rows import NEFF_MAX_ROWS
 from foldfeed.feature_store.import_errors import SourceTooLargeError, UnsupportedSourceError
 from foldfeed.feature_store.import_files import DEFAULT_MAX_BYTES
+from foldfeed.feature_store.import_mmcif_sequence import MODIFIED
 from foldfeed.feature_store.import_names import first_word, mmseqs_scores, species_of
 from foldfeed.feature_store.record import DatabaseUse, MsaRecord, RowProvenance
 
@@ -53,6 +54,8 @@ class ImportOptions:
         of the query, for files that write poorly aligned columns in lower case).
       empty_as_no_hits: an empty alignment file means "searched, nothing found" and not a failed run.
       max_bytes: most bytes of one file, decompressed.
+      modified: letter of modified residues in mmCIF: ``parent`` (of what they were made from) or ``X``.
+      model: of mmCIF entries with several; the first of the file when None.
       neff_max_rows: alignments up to that depth are stored with their N_eff; 0 for none.
     """
 
@@ -64,10 +67,17 @@ class ImportOptions:
     a2m_columns: str = "match"
     empty_as_no_hits: bool = False
     max_bytes: int = DEFAULT_MAX_BYTES
+    modified: str = MODIFIED[0]
+    model: int | None = None
     neff_max_rows: int = NEFF_MAX_ROWS
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dedup", DEDUP), ("id_from", ID_FROM), ("a2m_columns", A2M_COLUMNS)):
+        for name, allowed in (
+            ("dedup", DEDUP),
+            ("id_from", ID_FROM),
+            ("a2m_columns", A2M_COLUMNS),
+            ("modified", MODIFIED),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.max_bytes < 1:
