@@ -28,6 +28,7 @@ from foldfeed.feature_store.index import ON_EXISTING
 from foldfeed.feature_store.progress import Progress
 from foldfeed.feature_store.repair import repair
 from foldfeed.feature_store.repair_index import ON_AMBIGUOUS
+from foldfeed.feature_store.report_tables import in_bytes
 from foldfeed.feature_store.store import FeatureStore
 from foldfeed.feature_store.verify import VerifyReport, verify
 from foldfeed.feature_store.verify_parts import LEVELS
@@ -330,16 +331,6 @@ def print_problems(report: VerifyReport) -> None:
         more = len(problem.record_ids) - _NAMED_RECORDS
         suffix = f" [{names}{f' and {more} more' if more > 0 else ''}]" if names else ""
         click.echo(f"damaged  {problem.where}: {problem.reason}{suffix}")
-
-
-def in_bytes(count: int) -> str:
-    """Returns a size for people, e.g. ``1.5 GB``."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 @contextlib.contextmanager

@@ -159,6 +159,7 @@ def _draw_store(store: FeatureStore, kind: str, identity: float, max_records: in
     help="The page.",
 )
 @click.option("--results", help="Folder of a build's results (`build --results`), to list its dead letters.")
+@click.option("--dead-letters", metavar="FILE", help="One file of dead letters, instead of --results.")
 @click.option("--title", help="Title of the page.", show_default="the store's name")
 @click.option(
     "--neff-records",
@@ -169,9 +170,15 @@ def _draw_store(store: FeatureStore, kind: str, identity: float, max_records: in
 )
 @click.option("--version", help="An older version of the store, or a tag.")
 def report(
-    store: str, output: Path, results: str | None, title: str | None, neff_records: int, version: str | None
+    store: str,
+    output: Path,
+    results: str | None,
+    dead_letters: str | None,
+    title: str | None,
+    neff_records: int,
+    version: str | None,
 ) -> None:
-    """Write one page about STORE: numbers, pictures, databases, licences, jobs, dead letters.
+    """Write one page about STORE: numbers, pictures, databases, licences, sizes, jobs, dead letters.
 
     The page is one HTML file without scripts and loads nothing from elsewhere.
 
@@ -182,7 +189,11 @@ def report(
     """  # noqa: D301
     from foldfeed.feature_store.report import ReportOptions, make_report
 
-    options = ReportOptions(title=title, results=results, neff_records=neff_records)
+    if results is not None and dead_letters is not None:
+        raise click.UsageError("--results and --dead-letters both name dead letters; give one.")
+    options = ReportOptions(
+        title=title, results=results, dead_letters=dead_letters, neff_records=neff_records
+    )
     opened = open_store(store, version)
     with working("writing the report"):
         page = make_report(opened, options)

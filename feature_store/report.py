@@ -8,33 +8,27 @@ policy forbids everything else. The same store gives the same bytes.
 from __future__ import annotations
 
 import base64
-import collections
 import dataclasses
 import datetime
-import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from foldfeed.feature_store import logo, measures, plots
-from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.effective_rows import DEFAULT_IDENTITY
-from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError
 from foldfeed.feature_store.markup import Child, Html, raw, tag
+from foldfeed.feature_store.report_data import data_card, sizes_section
+from foldfeed.feature_store.report_letters import letters_of_file, letters_of_results
 from foldfeed.feature_store.report_style import STYLE
+from foldfeed.feature_store.report_tables import data_table, more
 from foldfeed.feature_store.source import RecordSource
-from foldfeed.feature_store.splits import EXTRA_PREFIX, column_values
 from foldfeed.feature_store.store import FeatureStore, Record
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-LICENCE_KEYS = ("licence", "license")
 MAX_RECORDS_LISTED = 200
-MAX_LETTERS_LISTED = 200
 MAX_LOG_LISTED = 50
 LOGO_COLUMNS = 100
-DEAD_LETTERS = "dead_letters.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +38,7 @@ class ReportOptions:
     Attributes:
       title: of the page; the store's folder when None.
       results: folder of a build's results, whose dead letters are listed; none when None.
+      dead_letters: one file of dead letters instead; none when None.
       neff_records: at most so many records have their N_eff computed (all pairs of rows); 0 for no such
         picture.
       identity: of N_eff.
@@ -52,11 +47,17 @@ class ReportOptions:
 
     title: str | None = None
     results: str | None = None
+    dead_letters: str | None = None
     neff_records: int = 200
     identity: float = DEFAULT_IDENTITY
     examples: int = 3
 
     def __post_init__(self) -> None:
+        if self.results is not None and self.dead_letters is not None:
+            raise ValueError(
+                f"results {self.results!r} and dead_letters {self.dead_letters!r} both name dead letters; "
+                "give one of them"
+            )
         if self.neff_records < 0 or self.examples < 0:
             raise ValueError(
                 f"neff_records {self.neff_records} and examples {self.examples} must not be negative"
@@ -76,20 +77,25 @@ def make_report(
       on_step: told what is done next.
     Raises:
       NotAStoreError: ``options.results`` is no folder of results.
+      FileNotFoundError: there is no file ``options.dead_letters``.
       CorruptDataError: a file of dead letters is damaged.
     """
     options = options or ReportOptions()
     name = options.title or store.url.rstrip("/").rsplit("/", 1)[-1]
     # First, because it can fail: nobody waits for pictures of a page that will not be.
-    letters = None if options.results is None else _dead_letters(options.results)
+    letters: Child = None
+    if options.results is not None:
+        letters = letters_of_results(options.results)
+    elif options.dead_letters is not None:
+        letters = letters_of_file(options.dead_letters)
     sections: list[tuple[str, str, Child]] = [("numbers", "Numbers", _numbers(store))]
     if len(store):
         on_step("drawing")
         sections.append(("distributions", "Lengths, depths, N_eff", _distributions(store, name, options)))
         sections.append(("examples", "Examples", _examples(store, options.examples)))
     on_step("collecting")
-    sections += [("data", "Data card", _data_card(store)), ("names", "Sets and splits", _names(store))]
-    sections.append(("jobs", "Jobs", _jobs(store)))
+    sections += [("data", "Data card", data_card(store)), ("names", "Sets and splits", _names(store))]
+    sections += [("sizes", "Size on disk", sizes_section(store)), ("jobs", "Jobs", _jobs(store))]
     if letters is not None:
         sections.append(("dead-letters", "Dead letters", letters))
     sections.append(("records", "Records", _records(store)))
@@ -136,7 +142,7 @@ def _numbers(store: FeatureStore) -> Child:
     heads = ["", "least", "5 %", "25 %", "median", "75 %", "95 %", "most"]
     return [
         tag("dl", [tag("div", tag("dt", what), tag("dd", value)) for what, value in tiles], class_="tiles"),
-        _table(heads, rows, numeric=range(1, 8)) if rows else None,
+        data_table(heads, rows, numeric=range(1, 8)) if rows else None,
         tag("p", "Fingerprint ", tag("code", store.fingerprint)),
         tag("p", f"Tiles of {store.settings.tile_rows} rows x {store.settings.tile_cols} residues."),
     ]
@@ -196,51 +202,6 @@ def _busiest_window(record: Record) -> slice:
     return slice(start, start + LOGO_COLUMNS)
 
 
-def _data_card(store: RecordSource[Record]) -> Child:
-    uses: dict[tuple[str, str, str, str], list[int]] = {}
-    for databases in store.table(["databases"])["databases"].to_pylist():
-        for use in databases:
-            key = (use["name"], use["digest"], use["tool"], use["tool_version"])
-            counts = uses.setdefault(key, [0, 0])
-            counts[0] += 1
-            counts[1] += use["num_rows"]
-    heads = ["database", "sha256 of its manifest", "tool", "version", "records", "rows kept"]
-    found: list[list[Child]] = [
-        [name, tag("code", digest[:16], title=digest), tool, version, f"{records:,}", f"{rows:,}"]
-        for (name, digest, tool, version), (records, rows) in sorted(uses.items())
-    ]
-    return [
-        tag("h3", "Databases and tools"),
-        _table(heads, found, numeric=(4, 5)) if found else tag("p", "No database was searched."),
-        tag("h3", "Licences"),
-        _licences(store),
-        tag("h3", "Release dates"),
-        tag("p", _dates(store)),
-    ]
-
-
-def _licences(store: RecordSource[Record]) -> Child:
-    counts: collections.Counter[tuple[str, str]] = collections.Counter()
-    for text in store.table(["extra"])["extra"].to_pylist():
-        for key, value in json.loads(text).items():
-            if key.lower().startswith(LICENCE_KEYS):
-                counts[key, str(value)] += 1
-    if not counts:
-        return tag("p", "None given. A build or import may give one in the record's extra facts, as licence.")
-    rows = [[key, value, f"{count:,}"] for (key, value), count in sorted(counts.items())]
-    return _table(["fact", "licence", "records"], rows, numeric=(2,))
-
-
-def _dates(store: RecordSource[Record]) -> str:
-    table = store.table()
-    column = "release_date" if "release_date" in table.column_names else f"{EXTRA_PREFIX}release_date"
-    dates = sorted(str(value) for value in column_values(table, column) if value is not None)
-    if not dates:
-        return "No record has a release date."
-    missing = len(table) - len(dates)
-    return f"{dates[0]} to {dates[-1]} ({len(dates):,} records; {missing:,} have none)."
-
-
 def _names(store: RecordSource[Record]) -> Child:
     sets = [store.set(name) for name in store.set_names()]
     cuts = [store.split(name) for name in store.split_names()]
@@ -262,8 +223,8 @@ def _names(store: RecordSource[Record]) -> Child:
     ]
     heads = ["set", "records", "from version", "within", "fingerprint", "question"]
     return [
-        _table(heads, set_rows, numeric=(1, 2)) if sets else tag("p", "No record set is saved."),
-        _table(["split", "seed", "clusters", "part", "share", "records"], split_rows, numeric=(1, 4, 5))
+        data_table(heads, set_rows, numeric=(1, 2)) if sets else tag("p", "No record set is saved."),
+        data_table(["split", "seed", "clusters", "part", "share", "records"], split_rows, numeric=(1, 4, 5))
         if cuts
         else tag("p", "No split is saved."),
     ]
@@ -284,43 +245,9 @@ def _jobs(store: FeatureStore) -> Child:
     ]
     heads = ["version", "time (UTC)", "operation", "records", "job", "message"]
     return [
-        _more(len(rows), len(entries), "version", ", the newest first"),
-        _table(heads, rows, numeric=(0, 3)),
+        more(len(rows), len(entries), "version", ", the newest first"),
+        data_table(heads, rows, numeric=(0, 3)),
     ]
-
-
-def _dead_letters(results: str) -> Child:
-    """Lists entries that a build could not put into the store: RESULTS/jobs/*/dead_letters.jsonl."""
-    blobs = open_blobs(results)
-    jobs = blobs.list("jobs")
-    if not jobs:
-        raise NotAStoreError(results, "it is no folder of results either: it has no jobs/")
-    rows: list[Sequence[Child]] = []
-    total = 0
-    for job in jobs:
-        path = f"jobs/{job}/{DEAD_LETTERS}"
-        if not blobs.exists(path):
-            continue
-        for number, line in enumerate(blobs.read(path).splitlines(), start=1):
-            total += 1
-            if len(rows) < MAX_LETTERS_LISTED:
-                letter = _letter(line, f"{path}, line {number}")
-                keys = ("record_id", "stage", "reason", "source", "line")
-                rows.append([*(str(letter.get(key, "")) for key in keys), job])
-    if not total:
-        return tag("p", f"None: every entry of {len(jobs):,} jobs is in the store.")
-    heads = ["record", "stage", "reason", "file", "line", "job"]
-    return [_more(len(rows), total, "dead letter"), _table(heads, rows, numeric=(4,))]
-
-
-def _letter(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise CorruptDataError(where, f"it is not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise CorruptDataError(where, "it is no JSON object")
-    return found
 
 
 def _records(store: RecordSource[Record]) -> Child:
@@ -339,24 +266,9 @@ def _records(store: RecordSource[Record]) -> Child:
     ]
     heads = ["record", "description", "length", "depth", "gaps"]
     return [
-        _more(len(rows), len(table), "record", ", the deepest first"),
-        _table(heads, rows, numeric=(2, 3, 4)),
+        more(len(rows), len(table), "record", ", the deepest first"),
+        data_table(heads, rows, numeric=(2, 3, 4)),
     ]
-
-
-def _more(shown: int, total: int, noun: str, order: str = "") -> Html:
-    count = f"{total:,} {noun}{'' if total == 1 else 's'}{order}."
-    return tag("p", count if shown == total else f"{shown:,} of {count}")
-
-
-def _table(heads: Sequence[Child], rows: Sequence[Sequence[Child]], numeric: Sequence[int] = ()) -> Html:
-    kinds = ["num" if number in numeric else None for number in range(len(heads))]
-    head = tag("tr", [tag("th", text, class_=kind) for text, kind in zip(heads, kinds, strict=True)])
-    body = [
-        tag("tr", [tag("td", cell, class_=kind) for cell, kind in zip(row, kinds, strict=True)])
-        for row in rows
-    ]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", body)), class_="wide")
 
 
 def _picture(figure: Figure, suffix: str, alt: str, caption: str = "") -> Html:

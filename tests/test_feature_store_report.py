@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -22,6 +23,7 @@ from foldfeed.feature_store import CorruptDataError, FeatureStore, NotAStoreErro
 from foldfeed.feature_store.cli import main
 from foldfeed.feature_store.markup import VOID, tag
 from foldfeed.feature_store.report import ReportOptions, make_report
+from foldfeed.feature_store.report_data import array_sizes
 
 EVIL = "<script>alert('x')</script>&\"' \x00 onload=1 </td></table> ü\u202e"
 
@@ -191,11 +193,92 @@ def test_results_that_are_none_and_damaged_letters_are_errors(evil_store, tmp_pa
         report()
     job = tmp_path / "jobs" / "job-1"
     job.mkdir(parents=True)
-    assert "every entry of 1 jobs is in the store" in report()
+    assert "every entry of 1 job is in the store" in report()
     for damage, message in ((b"{", "not JSON"), (b"5", "no JSON object"), (b"\xff", "not JSON")):
         (job / "dead_letters.jsonl").write_bytes(b"{}\n" + damage + b"\n")
         with pytest.raises(CorruptDataError, match=rf"line 2: .*{message}"):
             report()
+
+
+def flat(page: str) -> str:
+    return re.sub(r"\s*\n\s*", "|", Page(page).text)
+
+
+def test_one_file_of_dead_letters_is_enough(evil_store, tmp_path):
+    def report():
+        options = ReportOptions(dead_letters=str(path), neff_records=0, examples=0)
+        return flat(make_report(evil_store, options))
+
+    path = tmp_path / "letters.jsonl"
+    with pytest.raises(FileNotFoundError):
+        report()
+    path.write_text("")
+    assert "|None: the file is empty.|" in report()
+    letters = [
+        {"record_id": f"bad{n}", "stage": "search", "reason": "too long", "line": n} for n in range(250)
+    ]
+    path.write_text("".join(json.dumps(letter) + "\n" for letter in letters))
+    shown = report()
+    assert "|200 of 250 dead letters.|" in shown
+    assert "|bad0|search|too long|0|" in shown
+    path.write_text(path.read_text() + "[]\n")
+    with pytest.raises(CorruptDataError, match=r"line 251: .*no JSON object"):
+        report()
+    with pytest.raises(ValueError, match="give one of them"):
+        ReportOptions(dead_letters="a", results="b")
+
+
+def test_licences_stand_by_database(tmp_path):
+    store = FeatureStore.create(tmp_path / "s")
+    facts = [
+        {"licence": "CC BY 4.0", "licence.mgnify": "CC0"},
+        {"licence": "ODbL"},
+        {},
+        {"license.uniref90": "A"},
+    ]
+    records = [
+        dataclasses.replace(make_record(f"r{number}", 3, 5, number), extra=fact)
+        for number, fact in enumerate(facts)
+    ]
+    store.commit([write_part(store.url, records, store.settings).part_id], job_id="j")
+    options = ReportOptions(neff_records=0, examples=0)
+    shown = flat(make_report(store, options))
+    for words in (
+        "|mgnify|CC0|1|mgnify|ODbL|1|mgnify|not given|2|",
+        "|uniref90|A|1|uniref90|CC BY 4.0|1|uniref90|ODbL|1|uniref90|not given|1|",
+        "|licence|CC BY 4.0|1|licence|ODbL|1|licence.mgnify|CC0|1|license.uniref90|A|1|",
+        "|1 of 4 records have no licence.|",
+    ):
+        assert words in shown, words
+    # A column that somebody annotated later counts as well.
+    store.annotate(pa.table({"record_id": ["r2"], "licence": ["MIT"]}))
+    shown = flat(make_report(store, options))
+    assert "|mgnify|CC0|1|mgnify|MIT|1|mgnify|ODbL|1|mgnify|not given|1|" in shown
+    assert "records have no licence" not in shown
+
+
+def test_sizes_are_those_on_the_disk(tmp_path):
+    store = FeatureStore.create(tmp_path / "s")
+    ids = [
+        write_part(store.url, [make_record(f"r{n}", 300, 40 + n)], store.settings).part_id for n in range(2)
+    ]
+    store.commit(ids, job_id="j")
+    sizes = array_sizes(store)
+    folders: dict[str, int] = {}
+    for path in (tmp_path / "s" / "parts").glob("*/**/*"):
+        if path.is_file():
+            inside = path.relative_to(tmp_path / "s" / "parts").parts[1:]
+            name = inside[0] if len(inside) > 1 else ""
+            folders[name] = folders.get(name, 0) + path.stat().st_size
+    assert {name: size.stored_bytes for name, size in sizes.items()} == folders
+    # One tile of 512 x 64 for each record, whatever zstd makes of it.
+    assert sizes["msa"].plain_bytes == sizes["deletion"].plain_bytes == 2 * 512 * 64
+    assert sizes["aatype"].plain_bytes == 81
+    assert sizes["row_e_value"].plain_bytes == 600 * 8
+    shown = flat(make_report(store, ReportOptions(neff_records=0, examples=0)))
+    ratio = sizes["msa"].plain_bytes / sizes["msa"].stored_bytes
+    assert f"|65.5 kB|{ratio:.1f}|" in shown
+    assert "|index, files of this version|" in shown
 
 
 def test_report_from_the_command_line(small_store, tmp_path):
@@ -212,6 +295,14 @@ def test_report_from_the_command_line(small_store, tmp_path):
     result = run("--output", path, "--results", tmp_path)
     assert result.exit_code == 1
     assert "no folder of results" in result.stderr
+    (tmp_path / "letters").write_text('{"record_id": "lost"}\n')
+    result = run("--output", path, "--dead-letters", tmp_path / "letters")
+    assert result.exit_code == 0, result.output
+    assert "|1 dead letter.|" in flat(path.read_text())
+    assert run("--output", path, "--dead-letters", "x", "--results", "y").exit_code == 2
+    result = run("--output", path, "--dead-letters", tmp_path / "none")
+    assert result.exit_code == 1
+    assert "none" in result.stderr
 
 
 @given(st.text(), st.text())
