@@ -42,6 +42,8 @@ class Blobs(Protocol):
     """Files under one root; every path is relative to it and uses ``/``."""
 
     url: str
+    # Whether the storage tells which files there are; a web server does not.
+    can_list: bool
 
     def read(self, path: str) -> bytes:
         """Returns a whole file; FileNotFoundError when there is none."""

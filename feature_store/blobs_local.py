@@ -58,6 +58,8 @@ def disk_full_is_typed(path: str | os.PathLike[str]) -> Iterator[None]:
 class LocalBlobs:
     """Files in a local folder (or on a mounted file system)."""
 
+    can_list = True
+
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self.url = str(self.root)

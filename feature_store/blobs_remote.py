@@ -41,11 +41,7 @@ class RemoteBlobs:
         self._files: RemoteFiles = (
             HttpFiles(self.url) if protocol_of(url) in HTTP_PROTOCOLS else open_files(self.url)
         )
-
-    @property
-    def can_list(self) -> bool:
-        """Whether the storage tells which files there are."""
-        return self._files.can_list
+        self.can_list = self._files.can_list
 
     def read(self, path: str) -> bytes:
         def whole() -> bytes:
@@ -86,7 +82,7 @@ class RemoteBlobs:
                 pass
             else:
                 return True
-        return not self._files.can_list or bool(self.list(path))
+        return not self.can_list or bool(self.list(path))
 
     def list(self, prefix: str) -> list[str]:
         return sorted(self._retrying("list", prefix, lambda: self._files.names(prefix)))

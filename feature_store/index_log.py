@@ -15,6 +15,7 @@ import concurrent.futures
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -26,7 +27,12 @@ LOG_FOLDER = "index/_delta_log"
 LAST_CHECKPOINT = f"{LOG_FOLDER}/_last_checkpoint"
 PREFIX = "foldfeed."
 CHECKSUM = "foldfeed.checksum"
-_READ_THREADS = 8
+# What a store without a log is told.
+NO_INDEX = (
+    "it has no index/ (its creation was interrupted, or the index is lost: "
+    "build again, or `foldfeed repair --rebuild-index`)"
+)
+_READ_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +94,7 @@ class Commit:
       added: each file that the commit added, by name.
       removed: names of the files it removed.
       sha256: of the log file; the next commit names it as its parent.
+      metadata: Delta's ``metaData`` action (schema and configuration) where the commit has one.
     """
 
     version: int
@@ -96,6 +103,7 @@ class Commit:
     added: Mapping[str, AddedFile]
     removed: tuple[str, ...]
     sha256: str
+    metadata: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,10 +201,19 @@ def read_commit(blobs: Blobs, version: int) -> Commit:
         data = blobs.read(where)
     except FileNotFoundError as error:
         raise CorruptDataError(where, "the file is missing") from error
+    return parse_commit(version, data)
+
+
+def parse_commit(version: int, data: bytes) -> Commit:
+    """Returns the commit in a log file's bytes.
+
+    Raises:
+      CorruptDataError: they are not what its committer wrote.
+    """
     try:
         return _parse_commit(version, data)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptDataError(where, f"it is not a commit of foldfeed ({error})") from error
+        raise CorruptDataError(log_path(version), f"it is not a commit of foldfeed ({error})") from error
 
 
 def _parse_commit(version: int, data: bytes) -> Commit:
@@ -216,9 +233,9 @@ def _parse_commit(version: int, data: bytes) -> Commit:
     if claimed != _checksum(version, fields, added, removed, jobs):
         raise ValueError("its content does not match its checksum")
     note = _parse_note(fields)
-    for action in actions.get("metaData", []):
-        if schema_digest(action["schemaString"]) != note.schema_sha256:
-            raise ValueError("the schema does not match its checksum")
+    (metadata,) = actions.get("metaData") or [None]
+    if metadata is not None and schema_digest(metadata["schemaString"]) != note.schema_sha256:
+        raise ValueError("the schema does not match its checksum")
     return Commit(
         version=version,
         note=note,
@@ -226,6 +243,7 @@ def _parse_commit(version: int, data: bytes) -> Commit:
         added=added,
         removed=removed,
         sha256=hashlib.sha256(data).hexdigest(),
+        metadata=metadata,
     )
 
 
@@ -245,13 +263,17 @@ def read_log(blobs: Blobs, newest: int) -> list[Commit]:
     """
     with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as pool:
         commits = list(pool.map(lambda version: read_commit(blobs, version), range(newest + 1)))
-    parent = ""
-    for commit in commits:
-        if commit.note.parent != parent:
-            reason = f"version {commit.version} was committed on top of other bytes"
-            raise CorruptDataError(log_path(commit.version - 1), reason)
-        parent = commit.sha256
+    for before, after in itertools.pairwise([None, *commits]):
+        assert after is not None
+        check_follows(before, after)
     return commits
+
+
+def check_follows(before: Commit | None, after: Commit) -> None:
+    """Raises `CorruptDataError` unless a commit was made on top of the one before (None: of nothing)."""
+    if after.note.parent != ("" if before is None else before.sha256):
+        reason = f"version {after.version} was committed on top of other bytes"
+        raise CorruptDataError(log_path(after.version - 1), reason)
 
 
 def live_files(commits: Iterable[Commit]) -> dict[str, AddedFile]:

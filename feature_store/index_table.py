@@ -1,31 +1,25 @@
 """One version of the index's Delta table, held against what its committer wrote, and one try to follow it.
 
-Owns everything that talks to delta-rs. Does not own what the rows mean (`index`). Invariants: files and
-columns of a `IndexTable` are those its committer named; `try_commit` makes version N + 1 of exactly the
-version N that is shown, or nothing.
-
-Delta's own retries are off, because its conflict checker lets two appends of the same record id pass: one of
-two committers that start from the same version loses here and looks again.
+Owns what goes into a commit and the decision whose commit made a version. Does not own what the rows mean
+(`index`) nor how the log is read and written: `index_delta` on a disk, `index_objects` elsewhere. Invariants:
+files and columns of a `IndexTable` are those its committer named; `try_commit` makes version N + 1 of exactly
+the version N that is shown, or nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import deltalake
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
-from deltalake.exceptions import DeltaError, SchemaMismatchError, TableNotFoundError
-from deltalake.transaction import AddAction, RemoveAction
 
-from foldfeed.feature_store import index_log
-from foldfeed.feature_store.blobs import Blobs, disk_full_is_typed, open_blobs
-from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError, StorageFullError
+from foldfeed.feature_store import index_delta, index_log, index_objects
+from foldfeed.feature_store.blobs import Blobs, LocalBlobs, disk_full_is_typed, open_blobs
+from foldfeed.feature_store.errors import CorruptDataError, StorageError, StorageFullError
 from foldfeed.feature_store.index_files import INDEX_FOLDER, STATISTICS_COLUMNS, IndexFile
 from foldfeed.feature_store.index_log import AddedFile, Commit, CommitNote, files_digest, schema_digest
 from foldfeed.feature_store.schema import INDEX_SCHEMA
@@ -35,8 +29,56 @@ CONFIGURATION = {
     # Delta would delete log files after 30 days, and old versions with them; here `gc` decides that.
     "delta.enableExpiredLogCleanup": "false",
 }
-# Said again with each commit: the table's own word for it stands in a checkpoint, which has no checksum.
-_AFTER_COMMIT = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
+
+
+class TableLog(Protocol):
+    """One version of a Delta log, and the way to the next."""
+
+    @property
+    def version(self) -> int:
+        """The version that is shown."""
+        ...
+
+    @property
+    def head(self) -> Commit:
+        """The commit that made it."""
+        ...
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the live files, sorted."""
+        ...
+
+    @property
+    def schema(self) -> deltalake.Schema:
+        """The table's schema."""
+        ...
+
+    def has_job(self, job_id: str) -> bool:
+        """Returns whether a job has committed."""
+        ...
+
+    def refresh(self) -> None:
+        """Moves to the newest version."""
+        ...
+
+    def show(self, version: int) -> None:
+        """Moves to an older version."""
+        ...
+
+    def append(
+        self,
+        metadata: Mapping[str, str],
+        job_id: str,
+        added: Mapping[str, AddedFile],
+        removed: Sequence[str],
+    ) -> None:
+        """Tries to write the next version; whether it became ours, `refresh` and the log tell."""
+        ...
+
+    def add_columns(self, metadata: Mapping[str, str], fields: Sequence[deltalake.Field]) -> None:
+        """Tries to write a next version with more columns; see `append`."""
+        ...
 
 
 class IndexTable:
@@ -46,36 +88,39 @@ class IndexTable:
       blobs: the store's files.
     """
 
-    def __init__(self, blobs: Blobs, table: DeltaTable) -> None:
+    def __init__(self, blobs: Blobs, log: TableLog) -> None:
         """Use `open` or `create`."""
         self.blobs = blobs
-        self._table = table
+        self._log = log
         self._load()
 
     @classmethod
     def create(cls, store_url: str, settings_sha256: str) -> IndexTable:
-        """Returns the table of a new store; one that exists already is opened at its newest version."""
-        uri = _uri(store_url)
-        with disk_full_is_typed(uri):
-            if not DeltaTable.is_deltatable(uri):
-                _create(uri, settings_sha256)
-                open_blobs(store_url).make_durable(index_log.log_path(0))
+        """Returns the table of a new store; one that exists already is opened at its newest version.
+
+        Raises:
+          StorageRefusedError: this storage cannot be written to safely.
+        """
+        blobs = open_blobs(store_url)
+        schema = deltalake.Schema.from_arrow(INDEX_SCHEMA)
+        note = CommitNote(
+            operation="create",
+            time=index_log.now(),
+            settings_sha256=settings_sha256,
+            schema_sha256=schema_digest(schema.to_json()),
+            files_sha256=files_digest([]),
+        )
+        create_log = index_delta.create_log if isinstance(blobs, LocalBlobs) else index_objects.create_log
+        with disk_full_is_typed(blobs.url):
+            create_log(blobs, schema, CONFIGURATION, index_log.metadata_of(0, note, {}, []))
         return cls.open(store_url, None)
 
     @classmethod
     def open(cls, store_url: str, version: int | None) -> IndexTable:
         """Returns the table at a version, the newest by default; see `Index.open` for errors."""
-        with _damage_is_typed(store_url):
-            table = DeltaTable(_uri(store_url))
-            newest = table.version()
-        if version is not None:
-            if not 0 <= version <= newest:
-                raise ValueError(
-                    f"version {version} does not exist; {store_url!r} has versions 0 to {newest}"
-                )
-            with _damage_is_typed(store_url):
-                table.load_as_version(version)
-        return cls(open_blobs(store_url), table)
+        blobs = open_blobs(store_url)
+        kind = index_delta.DeltaLog if isinstance(blobs, LocalBlobs) else index_objects.ObjectLog
+        return cls(blobs, kind(blobs, version))
 
     @property
     def head(self) -> Commit:
@@ -100,13 +145,12 @@ class IndexTable:
     @property
     def lacking(self) -> list[pa.Field]:
         """Fields of `INDEX_SCHEMA` that came after this table was made and are not in it yet."""
-        there = {field.name for field in self._table.schema().fields}
+        there = {field.name for field in self._log.schema.fields}
         return [field for field in INDEX_SCHEMA if field.name not in there]
 
     def refresh(self) -> None:
         """Moves to the newest version."""
-        with _damage_is_typed(self.blobs.url):
-            self._table.update_incremental()
+        self._log.refresh()
         self._load()
 
     def knows_job(self, job_id: str) -> bool:
@@ -115,15 +159,7 @@ class IndexTable:
         Raises:
           CorruptDataError: Delta lists it, and no commit is by that job.
         """
-        if not job_id or self._table.transaction_version(job_id) is None:
-            return False
-        # Delta's list has no checksum; the commit that the entry came with has one.
-        for version in range(self.version, -1, -1):
-            if index_log.read_commit(self.blobs, version).note.job_id == job_id:
-                return True
-        raise CorruptDataError(
-            index_log.LOG_FOLDER, f"it lists job {job_id!r} as done, and no commit is by that job"
-        )
+        return bool(job_id) and self._log.has_job(job_id)
 
     def try_commit(self, note: CommitNote, added: Mapping[str, IndexFile], removed: Sequence[str]) -> bool:
         """Makes the next version and shows it, unless somebody else made it; then shows the newest one.
@@ -141,34 +177,19 @@ class IndexTable:
             name: AddedFile(num_bytes=len(file.data), statistics=file.statistics)
             for name, file in added.items()
         }
-        now_ms = int(time.time() * 1000)
-        adds = [
-            AddAction(name, file.num_bytes, {}, now_ms, True, file.statistics) for name, file in files.items()
-        ]
-        removes = [RemoveAction(name, True, now_ms, partition_values={}) for name in removed]
         metadata = index_log.metadata_of(self.version + 1, note, files, removed)
         with self._at_most_once(metadata) as won:
-            self._table.create_write_transaction(
-                [*adds, *removes],
-                "append",
-                self._table.schema(),
-                commit_properties=_properties(metadata, note.job_id),
-                post_commithook_properties=_AFTER_COMMIT,
-            )
+            self._log.append(metadata, note.job_id, files, removed)
         return won[0]
 
     def try_columns(self, note: CommitNote, fields: Sequence[pa.Field]) -> bool:
         """Makes the next version with more columns, unless somebody else has made it; see `try_commit`."""
         new = deltalake.Schema.from_arrow(pa.schema(fields)).fields
-        schema = deltalake.Schema([*self._table.schema().fields, *new])
+        schema = deltalake.Schema([*self._log.schema.fields, *new])
         note = self._complete(note, schema_sha256=schema_digest(schema.to_json()))
         metadata = index_log.metadata_of(self.version + 1, note, {}, [])
         with self._at_most_once(metadata) as won:
-            self._table.alter.add_columns(
-                new,
-                commit_properties=_properties(metadata, note.job_id),
-                post_commithook_properties=_AFTER_COMMIT,
-            )
+            self._log.add_columns(metadata, new)
         return won[0]
 
     def _complete(self, note: CommitNote, files_sha256: str = "", schema_sha256: str = "") -> CommitNote:
@@ -192,7 +213,7 @@ class IndexTable:
         try:
             with disk_full_is_typed(self.blobs.url):
                 yield won
-        except (DeltaError, SchemaMismatchError, OSError) as error:
+        except (*index_delta.COMMIT_FAILURES, StorageError) as error:
             # Lost the race; or the answer got lost on its way after the commit had landed.
             failure = error
         self.refresh()
@@ -216,55 +237,18 @@ class IndexTable:
                 self.blobs.make_durable(path)
         if self.version > next_version:
             # Others went on meanwhile; a committer is shown what its own commit made.
-            with _damage_is_typed(self.blobs.url):
-                self._table.load_as_version(next_version)
+            self._log.show(next_version)
             self._load()
 
     def _load(self) -> None:
-        """Reads what the version's commit says and holds Delta's view of the table against it."""
-        with _damage_is_typed(self.blobs.url):
-            version = self._table.version()
-            files = sorted(uri.rsplit("/", 1)[-1] for uri in self._table.file_uris())
-            schema = self._table.schema()
-        head = index_log.read_commit(self.blobs, version)
-        where = f"{INDEX_FOLDER}, version {version}"
+        """Reads what the version's commit says and holds the log's view of the table against it."""
+        files, schema, head = self._log.files, self._log.schema, self._log.head
+        where = f"{INDEX_FOLDER}, version {head.version}"
         if files_digest(files) != head.note.files_sha256:
             raise CorruptDataError(where, "the log names other files than the commit did")
         if schema_digest(schema.to_json()) != head.note.schema_sha256:
             raise CorruptDataError(where, "the log names other columns than the commit did")
         self._head, self._files, self._schema = head, files, _rows_schema(schema)
-
-
-def _create(uri: str, settings_sha256: str) -> None:
-    schema = deltalake.Schema.from_arrow(INDEX_SCHEMA)
-    note = CommitNote(
-        operation="create",
-        time=index_log.now(),
-        settings_sha256=settings_sha256,
-        schema_sha256=schema_digest(schema.to_json()),
-        files_sha256=files_digest([]),
-    )
-    properties = _properties(index_log.metadata_of(0, note, {}, []), "")
-    try:
-        DeltaTable.create(
-            uri,
-            schema=schema,
-            name="foldfeed-index",
-            configuration=CONFIGURATION,
-            commit_properties=properties,
-        )
-    except DeltaError:
-        # Of two creators one writes version 0; the other finds it there.
-        if not DeltaTable.is_deltatable(uri):
-            raise
-
-
-def _properties(metadata: Mapping[str, str], job_id: str) -> CommitProperties:
-    return CommitProperties(
-        custom_metadata=dict(metadata),
-        max_commit_retries=0,
-        app_transactions=[Transaction(job_id, 1)] if job_id else None,
-    )
 
 
 def _rows_schema(table_schema: deltalake.Schema) -> pa.Schema:
@@ -294,22 +278,3 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list_view(kind):
         return pa.list_(_plain(kind.value_type))
     return kind
-
-
-def _uri(store_url: str) -> str:
-    return os.path.join(store_url, INDEX_FOLDER)
-
-
-@contextlib.contextmanager
-def _damage_is_typed(store_url: str) -> Iterator[None]:
-    """Turns what delta-rs says about an absent or unreadable log into our errors."""
-    try:
-        yield
-    except TableNotFoundError as error:
-        raise NotAStoreError(
-            store_url,
-            "it has no index/ (its creation was interrupted, or the index is lost: "
-            "build again, or `foldfeed repair --rebuild-index`)",
-        ) from error
-    except (DeltaError, ValueError) as error:
-        raise CorruptDataError(index_log.LOG_FOLDER, f"delta-rs cannot read it: {error}") from error

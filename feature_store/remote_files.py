@@ -292,16 +292,16 @@ class S3Files:
                 raise OSError(f"{failed.get('Code')} for {failed.get('Key')}: {failed.get('Message')}")
 
     def touch(self, path: str) -> None:
-        # Copied onto itself and not written anew: of an object that `gc` has just removed nothing comes back.
+        # S3 dates an object by its last PUT (a copy onto itself does not count everywhere). It must not bring
+        # back an object that `gc` has just removed, alone of all its part.
         key = self._key(path)
-        now = datetime.datetime.now(datetime.UTC).isoformat()
-        self._call(
-            "copy_object",
-            Key=key,
-            CopySource={"Bucket": self._bucket, "Key": key},
-            MetadataDirective="REPLACE",
-            Metadata={"foldfeed-wanted": now},
-        )
+        answer, data = self._run(self._fetch, Key=key)
+        try:
+            self._call("put_object", Key=key, Body=data, IfMatch=answer["ETag"])
+        except OSError as error:
+            if _status_of(error) == _PRECONDITION_FAILED:
+                raise FileNotFoundError(path) from error
+            raise
 
     def _upload_pieces(
         self, key: str, upload: str, local: Path, size: int, retried: Callable[[Callable[[], Any]], Any]
