@@ -10,34 +10,29 @@ Libraries are imported inside the methods, so that a missing one is reported and
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
-import importlib
-import os
+import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zstandard
+from our_readers import (
+    Arrays,
+    Ceiling,
+    Foldfeed,
+    Place,
+    TensorStore,
+    ZarrFused,
+    ZarrPython,
+    Zarrs,
+    module,
+)
 
-from foldfeed.feature_store import FeatureStore, MsaRecord, alphabet, write_part
-from foldfeed.feature_store.layout import grid_of, plan_crop
-
-Arrays = tuple[np.ndarray, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Place:
-    """Where a crop lies."""
-
-    number: int
-    rows: slice
-    cols: slice
-
-
-def module(name: str) -> Any:
-    return importlib.import_module(name)
+from foldfeed.feature_store import MsaRecord, alphabet
+from foldfeed.feature_store.schema import DELETION_OVERFLOW
 
 
 def cut(msa: np.ndarray, deletions: np.ndarray, place: Place) -> Arrays:
@@ -45,158 +40,16 @@ def cut(msa: np.ndarray, deletions: np.ndarray, place: Place) -> Arrays:
     return msa[window].copy(), deletions[window].astype(np.int32)
 
 
-class Foldfeed:
-    """Ours."""
-
-    def write(self, records: list[MsaRecord], folder: Path) -> None:
-        store = FeatureStore.create(folder / "s")
-        part = write_part(store.url, records, store.settings)
-        store.commit([part.part_id], job_id="bench")
-
-    def open(self, folder: Path) -> None:
-        self.store = FeatureStore.open(folder / "s")
-
-    def crop(self, place: Place) -> Arrays:
-        piece = self.store.at(place.number).crop(residues=place.cols, rows=place.rows)
-        return piece.msa, piece.deletions
-
-    def close(self) -> None:
-        pass
+CODES = {letter: code for code, letter in enumerate(alphabet.TOKENS)}
+_encoded: dict[tuple[str, int], bytes] = {}
 
 
-class Ceiling(Foldfeed):
-    """The same tiles by plain pread + libzstd + copy: no checksum, and the plans are made before."""
-
-    def open(self, folder: Path) -> None:
-        super().open(folder)
-        self.plans: dict[tuple[int, ...], list[tuple[Any, ...]]] = {}
-        self.decompress = zstandard.ZstdDecompressor().decompress
-
-    def plan(self, place: Place) -> list[tuple[Any, ...]]:
-        record = self.store.at(place.number)
-        part, at = record._part, record._at
-        grid = grid_of(at.first_tile, at.depth, at.length, part.settings)
-        steps = []
-        for name in ("msa", "deletion"):
-            shard = part.arrays[name]
-            _, index = shard._open()
-            handle = self._handle(shard._blobs.root / shard._path)
-            for box in plan_crop(grid, (place.cols.start, place.cols.stop), place.rows):
-                offset, size = (int(value) for value in index[box.tile])
-                if offset != 2**64 - 1:
-                    steps.append((name, handle, offset, size - 4, box, shard.spec.chunk[1:]))
-        return steps
-
-    def _handle(self, path: Path) -> int:
-        handles = self.__dict__.setdefault("handles", {})
-        return handles.setdefault(path, handles.get(path) or os.open(path, os.O_RDONLY))
-
-    def crop(self, place: Place) -> Arrays:
-        key = place.number, place.rows.start, place.cols.start, place.rows.stop, place.cols.stop
-        steps = self.plans.get(key)
-        if steps is None:
-            steps = self.plans[key] = self.plan(place)
-        shape = (place.rows.stop - place.rows.start, place.cols.stop - place.cols.start)
-        msa, deletions = np.empty(shape, np.uint8), np.zeros(shape, np.int32)
-        for name, handle, offset, size, box, tile_shape in steps:
-            raw = self.decompress(os.pread(handle, size, offset))
-            tile = np.frombuffer(raw, np.uint8).reshape(tile_shape)[box.tile_rows, box.tile_cols]
-            (msa if name == "msa" else deletions)[box.out_rows, box.out_cols] = tile
-        if self.store.at(place.number)._at.num_overflow:
-            deletions = self.store.at(place.number).crop(residues=place.cols, rows=place.rows).deletions
-        return msa, deletions
-
-    def close(self) -> None:
-        for handle in self.__dict__.get("handles", {}).values():
-            os.close(handle)
-
-
-class ZarrPython(Foldfeed):
-    """Our part through zarr-python, one orthogonal selection of tiles per array."""
-
-    def open(self, folder: Path) -> None:
-        super().open(folder)
-        zarr = module("zarr")
-        self.groups = {
-            part: zarr.open_group(f"{self.store.url}/parts/{part}", mode="r")
-            for part in set(self.store.table(["part_id"])["part_id"].to_pylist())
-        }
-        self.arrays = {part: (group["msa"], group["deletion"]) for part, group in self.groups.items()}
-        self.configure(zarr)
-
-    def configure(self, zarr: Any) -> None:
-        pass
-
-    def crop(self, place: Place) -> Arrays:
-        record = self.store.at(place.number)
-        at, part = record._at, record._part
-        grid = grid_of(at.first_tile, at.depth, at.length, part.settings)
-        boxes = plan_crop(grid, (place.cols.start, place.cols.stop), place.rows)
-        shape = (place.rows.stop - place.rows.start, place.cols.stop - place.cols.start)
-        out = (np.empty(shape, np.uint8), np.empty(shape, np.int32))
-        numbers = [box.tile for box in boxes]
-        for array, values in zip(self.arrays[part.part_id], out, strict=True):
-            tiles = array.oindex[numbers]
-            for box, tile in zip(boxes, tiles, strict=True):
-                values[box.out_rows, box.out_cols] = tile[box.tile_rows, box.tile_cols]
-        if at.num_overflow:
-            return out[0], record.crop(residues=place.cols, rows=place.rows).deletions
-        return out
-
-
-class Zarrs(ZarrPython):
-    """Our part through zarr-python with the zarrs (Rust) pipeline."""
-
-    def configure(self, zarr: Any) -> None:
-        module("zarrs")
-        zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
-        self.arrays = {
-            part: (zarr.open_group(f"{self.store.url}/parts/{part}", mode="r")["msa"],
-                   zarr.open_group(f"{self.store.url}/parts/{part}", mode="r")["deletion"])
-            for part in self.groups
-        }  # fmt: skip
-
-    def close(self) -> None:
-        module("zarr").config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"})
-
-
-class TensorStore(ZarrPython):
-    """Our part through TensorStore: a cache pool that holds every shard index, a crop's reads in flight."""
-
-    def open(self, folder: Path) -> None:
-        Foldfeed.open(self, folder)
-        tensorstore = module("tensorstore")
-        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 512 << 20}})
-        self.tensors = {
-            part: tuple(
-                tensorstore.open(
-                    {
-                        "driver": "zarr3",
-                        "kvstore": {"driver": "file", "path": f"{self.store.url}/parts/{part}/{name}/"},
-                        "recheck_cached_data": "open",
-                    },
-                    context=context,
-                    read=True,
-                ).result()
-                for name in ("msa", "deletion")
-            )
-            for part in set(self.store.table(["part_id"])["part_id"].to_pylist())
-        }
-
-    def crop(self, place: Place) -> Arrays:
-        record = self.store.at(place.number)
-        at, part = record._at, record._part
-        grid = grid_of(at.first_tile, at.depth, at.length, part.settings)
-        boxes = plan_crop(grid, (place.cols.start, place.cols.stop), place.rows)
-        shape = (place.rows.stop - place.rows.start, place.cols.stop - place.cols.start)
-        out = (np.empty(shape, np.uint8), np.empty(shape, np.int32))
-        reads = [[(box, tensor[box.tile].read()) for box in boxes] for tensor in self.tensors[part.part_id]]
-        for values, read in zip(out, reads, strict=True):
-            for box, future in read:
-                values[box.out_rows, box.out_cols] = future.result()[box.tile_rows, box.tile_cols]
-        if at.num_overflow:
-            return out[0], record.crop(residues=place.cols, rows=place.rows).deletions
-        return out
+def once(record: MsaRecord, encode: Callable[[MsaRecord], bytes]) -> bytes:
+    """Returns the encoded record; copies of an alignment share its array, and are encoded only once."""
+    key = encode.__name__, id(record.msa)
+    if key not in _encoded:
+        _encoded[key] = encode(record)
+    return _encoded[key]
 
 
 class A3mGz:
@@ -204,7 +57,7 @@ class A3mGz:
 
     def write(self, records: list[MsaRecord], folder: Path) -> None:
         for record in records:
-            (folder / f"{record.record_id}.a3m.gz").write_bytes(gzip.compress(a3m_text(record), 6))
+            (folder / f"{record.record_id}.a3m.gz").write_bytes(once(record, a3m_gz))
 
     def open(self, folder: Path) -> None:
         self.files = sorted(folder.iterdir())
@@ -217,6 +70,30 @@ class A3mGz:
 
     def close(self) -> None:
         pass
+
+
+class A3mGzPlain(A3mGz):
+    """The same text read letter by letter, as AlphaFold 2's parser and its descendants do in Python."""
+
+    def crop(self, place: Place) -> Arrays:
+        lines = gzip.decompress(self.files[place.number].read_bytes()).decode().splitlines()
+        msa, deletions = [], []
+        for line in lines[1::2]:
+            codes, counts, inserted = [], [], 0
+            for letter in line:
+                if letter.islower():
+                    inserted += 1
+                else:
+                    codes.append(CODES[letter])
+                    counts.append(inserted)
+                    inserted = 0
+            msa.append(codes)
+            deletions.append(counts)
+        return cut(np.array(msa, np.uint8), np.array(deletions, np.int32), place)
+
+
+def a3m_gz(record: MsaRecord) -> bytes:
+    return gzip.compress(a3m_text(record), 6)
 
 
 def a3m_text(record: MsaRecord) -> bytes:
@@ -241,8 +118,7 @@ class Npz:
 
     def write(self, records: list[MsaRecord], folder: Path) -> None:
         for record in records:
-            arrays = {"msa": record.msa, "deletions": record.deletions.astype(np.int16)}
-            np.savez_compressed(folder / f"{record.record_id}.npz", **arrays)
+            (folder / f"{record.record_id}.npz").write_bytes(once(record, npz))
 
     def open(self, folder: Path) -> None:
         self.files = sorted(folder.iterdir())
@@ -255,14 +131,18 @@ class Npz:
         pass
 
 
+def npz(record: MsaRecord) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, msa=record.msa, deletions=record.deletions.astype(np.int16))
+    return buffer.getvalue()
+
+
 class PickleGz(Npz):
     """Gzip pickle per record with sparse deletions, as Uni-Fold."""
 
     def write(self, records: list[MsaRecord], folder: Path) -> None:
         for record in records:
-            where = np.nonzero(record.deletions)
-            content = (record.msa, record.deletions.shape, where, record.deletions[where].astype(np.int16))
-            (folder / f"{record.record_id}.pkl.gz").write_bytes(gzip.compress(pickle.dumps(content, 5), 6))
+            (folder / f"{record.record_id}.pkl.gz").write_bytes(once(record, pickle_gz))
 
     def crop(self, place: Place) -> Arrays:
         data = gzip.decompress(self.files[place.number].read_bytes())
@@ -272,30 +152,51 @@ class PickleGz(Npz):
         return cut(msa, deletions, place)
 
 
+def pickle_gz(record: MsaRecord) -> bytes:
+    where = np.nonzero(record.deletions)
+    content = (record.msa, record.deletions.shape, where, record.deletions[where].astype(np.int16))
+    return gzip.compress(pickle.dumps(content, 5), 6)
+
+
+def zstd_packed(record: MsaRecord) -> bytes:
+    return zstandard.ZstdCompressor(level=3).compress(packed(record))
+
+
 def packed(record: MsaRecord) -> bytes:
-    """Returns shape, msa and deletions (uint8 clipped at 255 would lose counts, so int16) as raw bytes."""
-    head = np.array(record.msa.shape, np.int64).tobytes()
-    return head + record.msa.tobytes() + record.deletions.astype(np.int16).tobytes()
+    """Returns shape, msa, deletions as uint8 and exact counts above 254 as raw bytes.
+
+    Tuned for the peers: dense int16 deletions made their values larger and their crops up to twice as slow.
+    """
+    rows, cols = np.nonzero(record.deletions >= DELETION_OVERFLOW)
+    overflow = np.stack([rows, cols, record.deletions[rows, cols]]).astype(np.int64)
+    head = np.array([*record.msa.shape, len(rows)], np.int64).tobytes()
+    clipped = np.minimum(record.deletions, DELETION_OVERFLOW).astype(np.uint8)
+    return head + overflow.tobytes() + record.msa.tobytes() + clipped.tobytes()
 
 
 def unpacked(data: bytes, place: Place) -> Arrays:
-    depth, length = np.frombuffer(data, np.int64, 2)
-    size = int(depth * length)
-    msa = np.frombuffer(data, np.uint8, size, 16).reshape(depth, length)
-    deletions = np.frombuffer(data, np.int16, size, 16 + size).reshape(depth, length)
-    return cut(msa, deletions, place)
+    depth, length, num_overflow = np.frombuffer(data, np.int64, 3).tolist()
+    start, size = 24 * (1 + num_overflow), depth * length
+    msa = np.frombuffer(data, np.uint8, size, start).reshape(depth, length)
+    deletions = np.frombuffer(data, np.uint8, size, start + size).reshape(depth, length)
+    found = cut(msa, deletions, place)
+    if num_overflow:
+        rows, cols, counts = np.frombuffer(data, np.int64, 3 * num_overflow, 24).reshape(3, num_overflow)
+        inside = (rows >= place.rows.start) & (rows < place.rows.stop)
+        inside &= (cols >= place.cols.start) & (cols < place.cols.stop)
+        found[1][rows[inside] - place.rows.start, cols[inside] - place.cols.start] = counts[inside]
+    return found
 
 
 class Lmdb:
     """LMDB, one zstd value per record."""
 
     def write(self, records: list[MsaRecord], folder: Path) -> None:
-        compress = zstandard.ZstdCompressor(level=3).compress
         with module("lmdb").open(str(folder), map_size=64 << 30) as env:
             for start in range(0, len(records), 200):
                 with env.begin(write=True) as txn:
                     for number in range(start, min(start + 200, len(records))):
-                        txn.put(b"%08d" % number, compress(packed(records[number])))
+                        txn.put(b"%08d" % number, once(records[number], zstd_packed))
 
     def open(self, folder: Path) -> None:
         self.env = module("lmdb").open(str(folder), readonly=True, lock=False, readahead=False)
@@ -340,12 +241,11 @@ class Lance:
 
     def write(self, records: list[MsaRecord], folder: Path) -> None:
         lance, pa = module("lance"), module("pyarrow")
-        compress = zstandard.ZstdCompressor(level=3).compress
         schema = pa.schema([pa.field("data", pa.large_binary())])
 
         def batches() -> Any:
             for start in range(0, len(records), 64):
-                values = [compress(packed(record)) for record in records[start : start + 64]]
+                values = [once(record, zstd_packed) for record in records[start : start + 64]]
                 yield pa.record_batch([pa.array(values, pa.large_binary())], schema=schema)
 
         lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches()), str(folder / "d.lance"))
@@ -367,10 +267,9 @@ class ArrayRecord:
 
     def write(self, records: list[MsaRecord], folder: Path) -> None:
         array_record = module("array_record.python.array_record_module")
-        compress = zstandard.ZstdCompressor(level=3).compress
         writer = array_record.ArrayRecordWriter(str(folder / "a"), "group_size:1,uncompressed")
         for record in records:
-            writer.write(compress(packed(record)))
+            writer.write(once(record, zstd_packed))
         writer.close()
 
     def open(self, folder: Path) -> None:
@@ -392,11 +291,10 @@ class Streaming:
     """MosaicML streaming: MDS shards of 64 MB, one zstd value per sample, local, random access by index."""
 
     def write(self, records: list[MsaRecord], folder: Path) -> None:
-        compress = zstandard.ZstdCompressor(level=3).compress
         writer = module("streaming").MDSWriter(out=str(folder / "mds"), columns={"data": "bytes"})
         with writer as out:
             for record in records:
-                out.write({"data": compress(packed(record))})
+                out.write({"data": once(record, zstd_packed)})
 
     def open(self, folder: Path) -> None:
         streaming = module("streaming")
@@ -415,11 +313,10 @@ class LitData:
     """LitData: chunks of 64 MB, one zstd value per sample, local, random access by index."""
 
     def write(self, records: list[MsaRecord], folder: Path) -> None:
-        compress = zstandard.ZstdCompressor(level=3).compress
         module("litdata")
         cache = module("litdata.streaming.cache").Cache(str(folder), chunk_bytes="64MB")
         for number, record in enumerate(records):
-            cache._add_item(number, {"data": compress(packed(record))})
+            cache._add_item(number, {"data": once(record, zstd_packed)})
         cache.done()
         cache.merge()
 
@@ -438,9 +335,11 @@ PEERS: dict[str, type] = {
     "foldfeed": Foldfeed,
     "ceiling": Ceiling,
     "zarr-python": ZarrPython,
+    "zarr-python fused": ZarrFused,
     "zarrs": Zarrs,
     "tensorstore": TensorStore,
     "a3m.gz": A3mGz,
+    "a3m.gz plain Python": A3mGzPlain,
     "npz": Npz,
     "pickle.gz": PickleGz,
     "lmdb+zstd": Lmdb,

@@ -5,10 +5,9 @@ Run: python bench/store_peers.py [--copies 104] [--seconds 5] [--cold] [--only N
 The real alignments (or synthetic ones) are replicated under new names. Every peer stores the same msa (uint8)
 and deletions, and gives back the same crop as two fresh arrays, which is checked against the source. Two
 crops: 256 residues x up to 512 rows, and 384 x up to 5,120, at the same random places for everybody. One
-  process,
-one thread, warm page cache unless --cold (then the page cache is dropped before each peer; needs root). The
-ceiling reads the very bytes of the tiles with pread, decodes them with libzstd and copies them, without any
-arithmetic of ours.
+process, one thread, warm page cache unless --cold (then the page cache is dropped before each measurement;
+needs root). The ceiling reads the very bytes of the tiles with pread, decodes them with libzstd and copies
+them, without any arithmetic of ours.
 
 Peers that are not installed are named and skipped. See bench/README.md for what was tuned.
 """
@@ -89,9 +88,8 @@ def measure(
     name: str, records: list[MsaRecord], folder: Path, options: argparse.Namespace
 ) -> dict[str, float]:
     peer = PEERS[name]()
-    started = time.perf_counter()
     peer.write(records, folder)
-    result: dict[str, float] = {"write_s": time.perf_counter() - started}
+    result: dict[str, float] = {}
     result["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     peer.open(folder)
     for crop, size in CROPS.items():
