@@ -34,7 +34,8 @@ from foldfeed.feature_store.import_rows import ImportOptions
 from foldfeed.feature_store.import_write import import_into
 from foldfeed.feature_store.index import CommitResult
 from foldfeed.feature_store.index_log import LogEntry
-from foldfeed.feature_store.part_reader import Crop
+from foldfeed.feature_store.layout import StoredRun
+from foldfeed.feature_store.many_crops import CropRequest
 from foldfeed.feature_store.record import DatabaseUse, MsaRecord, RowProvenance
 from foldfeed.feature_store.record_reader import Record
 from foldfeed.feature_store.record_sets import RecordSet
@@ -43,6 +44,7 @@ from foldfeed.feature_store.source import RecordSource, StoreView
 from foldfeed.feature_store.splits import Split
 from foldfeed.feature_store.store import FeatureStore
 from foldfeed.feature_store.structure import Structure
+from foldfeed.feature_store.tile_reader import Crop, CropPlan, Slab
 from foldfeed.feature_store.writer import WrittenPart, write_part
 
 __all__ = [
@@ -53,6 +55,8 @@ __all__ = [
     "CommitResult",
     "CorruptDataError",
     "Crop",
+    "CropPlan",
+    "CropRequest",
     "DatabaseUse",
     "EffectiveRows",
     "ExportOptions",
@@ -75,6 +79,7 @@ __all__ = [
     "RecordSetMismatchError",
     "RecordSource",
     "RowProvenance",
+    "Slab",
     "Split",
     "SplitError",
     "StorageFullError",
@@ -83,6 +88,7 @@ __all__ = [
     "StoreSettingsError",
     "StoreUrlError",
     "StoreView",
+    "StoredRun",
     "Structure",
     "StructureParseError",
     "TagError",

@@ -14,39 +14,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from foldfeed.feature_store import alphabet, structure
-from foldfeed.feature_store.blobs import Blobs
+from foldfeed.feature_store import structure
+from foldfeed.feature_store.blobs import Blobs, LocalBlobs
 from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
-from foldfeed.feature_store.layout import (
-    RecordGrid,
-    RowIndex,
-    grid_of,
-    num_rows_of,
-    plan_crop,
-)
+from foldfeed.feature_store.layout import Rows, grid_of
+from foldfeed.feature_store.read_pool import DEFAULT_IN_FLIGHT, REMOTE_READ_BYTES, run_tasks
 from foldfeed.feature_store.row_order import RowOrder
-from foldfeed.feature_store.schema import DELETION_OVERFLOW, GROUP_FILE, INDEX_SCHEMA, array_specs
+from foldfeed.feature_store.schema import GROUP_FILE, INDEX_SCHEMA, array_specs
 from foldfeed.feature_store.settings import SUPPORTED_VERSIONS, StoreSettings
 from foldfeed.feature_store.shard_reader import ShardReader
+from foldfeed.feature_store.tile_reader import Crop, CropArrays, TiledRecord, TileReader
 from foldfeed.feature_store.writer import PART_ID_HEX
 
 # What a row says that was written before a column came.
 _LATER_COLUMNS = {field.name: None for field in INDEX_SCHEMA if field.nullable}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Crop:
-    """A piece of an alignment, in buffers of its own.
-
-    Attributes:
-      msa: uint8 (rows, residues), codes of `alphabet`.
-      deletions: int32 (rows, residues).
-    """
-
-    msa: NDArray[np.uint8]
-    deletions: NDArray[np.int32]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +61,8 @@ class PartReader:
         """
         self.part_id = part_id
         self.path = f"parts/{part_id}"
-        self._blobs = blobs
+        # A read of a local file is over before a thread would have been told about it.
+        self.is_local = isinstance(blobs, LocalBlobs)
         where = f"{self.path}/{GROUP_FILE}"
         try:
             data = blobs.read(where)
@@ -105,6 +88,7 @@ class PartReader:
             # A part from before an array came has none of it, and its records have nothing there.
             if name in about["lengths"]
         }
+        self.tiles = TileReader(part_id, self.path, self.arrays)
 
     def index_rows(self) -> list[dict[str, Any]]:
         """Returns the index row of every record of the part, without the part's id and the job's.
@@ -116,45 +100,47 @@ class PartReader:
         lines = array.read(0, array.length).tobytes().splitlines()
         return [_LATER_COLUMNS | json.loads(line) for line in lines]
 
-    def crop(self, at: RecordLocation, window: tuple[int, int], rows: RowIndex) -> Crop:
+    def tiled(self, at: RecordLocation) -> TiledRecord:
+        """Returns what reading a record's tiles needs to know."""
+        return TiledRecord(
+            at.record_id,
+            grid_of(at.first_tile, at.depth, at.length, self.settings),
+            RowOrder(self.settings, at.record_id, at.depth),
+            at.first_residue,
+            at.first_overflow,
+            at.num_overflow,
+        )
+
+    def crop(
+        self, at: RecordLocation, window: tuple[int, int], rows: Rows, out: CropArrays | None = None
+    ) -> Crop:
         """Returns a crop of a record.
 
         Args:
           at: the record.
           window: residues ``[start, stop)``, checked by `layout.resolve_residues`.
-          rows: checked by `layout.resolve_rows`.
+          rows: ranks checked by `layout.resolve_rows`, or stored rows checked by `layout.resolve_run`.
+          out: arrays of the crop's shape to fill; fresh ones when None.
+        Returns: a `Slab` for a run of stored rows.
         """
-        grid = self._grid(at)
-        rows = self._order(at).stored_rows(rows)
-        boxes = plan_crop(grid, window, rows)
-        shape = (num_rows_of(rows), window[1] - window[0])
-        # What a tile that is not stored would say: every cell is the fill value of its array.
-        msa = np.full(shape, alphabet.PADDING, dtype=np.uint8)
-        deletions = np.zeros(shape, dtype=np.int32)
-        numbers = [box.tile for box in boxes]
-        for name, out in (("msa", msa), ("deletion", deletions)):
-            for box, (_, tile) in zip(boxes, self.arrays[name].chunks(numbers), strict=True):
-                if tile is not None:
-                    out[box.out_rows, box.out_cols] = tile[0][box.tile_rows, box.tile_cols]
-        if at.num_overflow:
-            self._restore_overflow(at, grid, window, rows, deletions)
-        return Crop(msa=msa, deletions=deletions)
+        job = self.tiles.job(self.tiled(at), window, rows, out)
+        if self.is_local:
+            return self.tiles.read(job)
+        run_tasks(self.tiles.openers(), DEFAULT_IN_FLIGHT)
+        run_tasks(self.tiles.tasks([job], REMOTE_READ_BYTES), DEFAULT_IN_FLIGHT)
+        self.tiles.finish(job)
+        return self.tiles.result(job)
 
-    def crop_bytes(self, at: RecordLocation, window: tuple[int, int], rows: RowIndex) -> int:
-        """Returns the stored bytes of the tiles that such a crop reads."""
-        rows = self._order(at).stored_rows(rows)
-        numbers = [box.tile for box in plan_crop(self._grid(at), window, rows)]
-        return sum(self.arrays[name].bytes_stored(numbers) for name in ("msa", "deletion"))
-
-    def per_residue(self, name: str, at: RecordLocation) -> np.ndarray:
-        """Returns a per-residue array (``aatype``, ``profile``, ...) of a record.
+    def per_residue(self, name: str, at: RecordLocation, window: tuple[int, int] | None = None) -> np.ndarray:
+        """Returns a per-residue array (``aatype``, ``profile``, ...) of a record, or of a window of it.
 
         All fill value (NaN) when the part was written before that array came.
         """
+        start, stop = window or (0, at.length)
         if name not in self.arrays:
             spec = array_specs(self.settings)[name]
-            return np.full((at.length, *spec.chunk[1:]), spec.fill_value, dtype=spec.dtype)
-        return self.arrays[name].read(at.first_residue, at.first_residue + at.length)
+            return np.full((stop - start, *spec.chunk[1:]), spec.fill_value, dtype=spec.dtype)
+        return self.arrays[name].read(at.first_residue + start, at.first_residue + stop)
 
     def structure(self, at: RecordLocation, window: tuple[int, int]) -> dict[str, np.ndarray] | None:
         """Returns the arrays of `structure.ARRAYS` for a window of residues; None when there are none."""
@@ -192,37 +178,6 @@ class PartReader:
         first = at.first_hit_id_byte
         text = self.arrays["row_hit_id"].read(first, first + cuts[-1]).tobytes()
         return [text[a:b].decode() for a, b in itertools.pairwise(cuts)]
-
-    def _order(self, at: RecordLocation) -> RowOrder:
-        return RowOrder(self.settings, at.record_id, at.depth)
-
-    def _grid(self, at: RecordLocation) -> RecordGrid:
-        return grid_of(at.first_tile, at.depth, at.length, self.settings)
-
-    def _restore_overflow(
-        self,
-        at: RecordLocation,
-        grid: RecordGrid,
-        window: tuple[int, int],
-        rows: RowIndex,
-        deletions: NDArray[np.int32],
-    ) -> None:
-        """Replaces cells that hold 255 by their exact counts, in place."""
-        out_row, out_col = np.nonzero(deletions == DELETION_OVERFLOW)
-        if out_row.size == 0:
-            return
-        entries = self.arrays["deletion_overflow"].read(
-            at.first_overflow, at.first_overflow + at.num_overflow
-        )
-        row = rows.start + out_row if isinstance(rows, slice) else rows[out_row]
-        col = window[0] + out_col
-        tile = (row // grid.tile_rows) * grid.col_tiles + col // grid.tile_cols
-        cell = (tile * grid.tile_rows + row % grid.tile_rows) * grid.tile_cols + col % grid.tile_cols
-        order = np.argsort(entries[:, 0])
-        found = order[np.searchsorted(entries[order, 0], cell).clip(max=len(order) - 1)]
-        if not np.array_equal(entries[found, 0], cell):
-            raise CorruptDataError(self.path, "a deletion count above 254 has no entry in deletion_overflow")
-        deletions[out_row, out_col] = entries[found, 1]
 
 
 def _nullable(values: np.ndarray) -> pa.Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +17,35 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store.errors import CorruptDataError
 from foldfeed.feature_store.features import to_dataset
-from foldfeed.feature_store.layout import RowIndex, resolve_residues, resolve_rows
-from foldfeed.feature_store.part_reader import Crop, PartReader, RecordLocation
+from foldfeed.feature_store.layout import (
+    RowIndex,
+    Rows,
+    StoredRun,
+    num_rows_of,
+    resolve_residues,
+    resolve_rows,
+    resolve_run,
+)
+from foldfeed.feature_store.part_reader import PartReader, RecordLocation
 from foldfeed.feature_store.structure import Structure
+from foldfeed.feature_store.tile_reader import Crop, CropArrays, CropPlan, Slab, TiledRecord
+
+
+class CropShape(NamedTuple):
+    """What a crop covers, checked against its record.
+
+    Attributes:
+      window: residues ``[start, stop)``.
+      rows: ranks or a run of stored rows.
+    """
+
+    window: tuple[int, int]
+    rows: Rows
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and residues."""
+        return num_rows_of(self.rows), self.window[1] - self.window[0]
 
 
 class Record:
@@ -85,26 +111,99 @@ class Record:
         """Further facts that the writer recorded."""
         return json.loads(self._row["extra"])
 
-    def crop(self, residues: slice | None = None, rows: RowIndex | None = None) -> Crop:
+    @property
+    def part(self) -> PartReader:
+        """The part that holds it."""
+        return self._part
+
+    @property
+    def tiled(self) -> TiledRecord:
+        """What reading its tiles needs to know."""
+        return self._part.tiled(self._at)
+
+    def resolve(self, residues: slice | None, rows: Rows | None) -> CropShape:
+        """Returns what a crop covers, checked.
+
+        Raises:
+          IndexError: outside the record.
+        """
+        window = resolve_residues(residues, self.length)
+        if isinstance(rows, StoredRun):
+            return CropShape(window, resolve_run(rows, self.depth))
+        return CropShape(window, resolve_rows(rows, self.depth))
+
+    def crop(
+        self, residues: slice | None = None, rows: RowIndex | None = None, *, out: CropArrays | None = None
+    ) -> Crop:
         """Returns a piece of the alignment, reading only the tiles it touches.
 
         Args:
           residues: window ``slice(a, b)``, 0 <= a < b <= length; everything when None.
           rows: ranks, the query is 0: ``slice(a, b)`` or int64 indices in any order; everything when None.
+          out: uint8 and int32 arrays of exactly that shape, of any strides, to read into. What they hold
+            after an error is undefined.
         Returns: `Crop` of msa uint8 and deletions int32, both (rows, residues), owned by the caller.
         Raises:
           IndexError: outside the record. Nothing shrinks silently.
+          ValueError: ``out`` has another shape or dtype.
           CorruptDataError: a tile does not match its checksum.
         """
-        return self._part.crop(
-            self._at, resolve_residues(residues, self.length), resolve_rows(rows, self.depth)
-        )
+        shape = self.resolve(residues, rows)
+        if out is not None:
+            _check_out(out, shape.size)
+        return self._part.crop(self._at, shape.window, shape.rows, out)
 
-    def crop_bytes(self, residues: slice | None = None, rows: RowIndex | None = None) -> int:
+    def slab(
+        self,
+        residues: slice | None = None,
+        *,
+        start: int = 0,
+        num_rows: int | None = None,
+        out: CropArrays | None = None,
+    ) -> Slab:
+        """Returns the query and a contiguous cyclic run of hits in stored order.
+
+        In a store of row order ``permuted`` that is a uniform sample of the hits without repeats when
+        ``start`` is uniform in 0..depth-2, and it reads few tiles; in one of ``rank`` it is a run of ranks.
+
+        Args:
+          residues: as for `crop`.
+          start: the first hit, counted in stored order from 0 to depth - 2.
+          num_rows: rows, the query counted; all when None.
+          out: as for `crop`.
+        Returns: `Slab`, whose ``ranks`` say which rows it holds; row 0 is the query.
+        Raises:
+          IndexError: outside the record.
+          ValueError: ``out`` has another shape or dtype.
+          CorruptDataError: a tile does not match its checksum.
+        """
+        run = StoredRun(start, self.depth if num_rows is None else num_rows)
+        shape = self.resolve(residues, run)
+        if out is not None:
+            _check_out(out, shape.size)
+        slab = self._part.crop(self._at, shape.window, shape.rows, out)
+        assert isinstance(slab, Slab)
+        return slab
+
+    def plan(self, residues: slice | None = None, rows: Rows | None = None) -> CropPlan:
+        """Returns which tiles such a crop reads, how many cells that is and how many bytes.
+
+        Arithmetic, but for the number of bytes, which the shard indices know: these are read when the first
+        crop of a part is planned or read, and kept (16 bytes per tile).
+
+        Args:
+          residues: as for `crop`.
+          rows: as for `crop`, or a `StoredRun` as for `slab`.
+        Raises:
+          IndexError: outside the record.
+          CorruptDataError: a shard index is damaged.
+        """
+        window, found = self.resolve(residues, rows)
+        return self._part.tiles.plan(self.tiled, window, found)
+
+    def crop_bytes(self, residues: slice | None = None, rows: Rows | None = None) -> int:
         """Returns the stored bytes of the tiles that `crop` would read for the same arguments."""
-        return self._part.crop_bytes(
-            self._at, resolve_residues(residues, self.length), resolve_rows(rows, self.depth)
-        )
+        return self.plan(residues, rows).num_bytes
 
     def msa(self) -> NDArray[np.uint8]:
         """Returns uint8 (depth, length), rows in rank order, the query first."""
@@ -114,13 +213,13 @@ class Record:
         """Returns int32 (depth, length): residues inserted immediately left of each column."""
         return self.crop().deletions
 
-    def aatype(self) -> NDArray[np.uint8]:
-        """Returns uint8 (length,): codes of the query."""
-        return self._part.per_residue("aatype", self._at)
+    def aatype(self, residues: slice | None = None) -> NDArray[np.uint8]:
+        """Returns uint8 (length,): codes of the query; of a window as for `crop` when one is given."""
+        return self._part.per_residue("aatype", self._at, resolve_residues(residues, self.length))
 
-    def profile(self) -> NDArray[np.float32]:
-        """Returns float32 (length, 22): share of each token over all rows."""
-        return self._part.per_residue("profile", self._at)
+    def profile(self, residues: slice | None = None) -> NDArray[np.float32]:
+        """Returns float32 (length, 22): share of each token over all rows; of a window when one is given."""
+        return self._part.per_residue("profile", self._at, resolve_residues(residues, self.length))
 
     def deletion_mean(self) -> NDArray[np.float32]:
         """Returns float32 (length,): mean deletion count over all rows."""
@@ -197,3 +296,12 @@ class Record:
         facts = ("record_id", "description", "sequence", "depth", "fingerprint", "extra")
         attributes = {name: self._row[name] for name in facts} | {"databases": json.dumps(self.databases)}
         return to_dataset(self.features(msa=msa), self.sequence, attributes)
+
+
+def _check_out(out: CropArrays, shape: tuple[int, int]) -> None:
+    """Raises unless arrays can take a crop of that shape."""
+    for name, array, dtype in (("msa", out[0], np.uint8), ("deletions", out[1], np.int32)):
+        if array.dtype != dtype or array.shape != shape:
+            raise ValueError(
+                f"out: {name} is {array.dtype} {array.shape}; this crop needs {np.dtype(dtype)} {shape}"
+            )

@@ -3,10 +3,13 @@
 zarr-python and TensorStore (without a cache pool) read and decode the shard index again on every partial
 read. Here it is read once, its checksum is verified once, and 16 bytes per chunk stay in memory.
 
+Two ways lead to a chunk. `ShardReader.chunks` yields chunk after chunk, simply; `ShardReader.runs`, `fetch`
+and `decode` are its steps one by one, so that whoever has many chunks to read may choose order and threads.
+They must agree (a test).
+
 Invariants: every chunk's crc32c is verified on every read, and a decoded chunk has exactly the size the
-  schema
-says, so a flipped or missing byte is an error and never a value. Thread safe: the index is immutable once
-loaded (two threads that race load the same bytes), reads carry their own offsets, decompressors are per
+schema says, so a flipped or missing byte is an error and never a value. Thread safe: the index is immutable
+once loaded (two threads that race load the same bytes), reads carry their own offsets, decompressors are per
 thread.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -38,6 +42,20 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     if found is None:
         found = _decompressors.value = zstandard.ZstdDecompressor()
     return found
+
+
+class ReadRun(NamedTuple):
+    """Chunks that one read brings.
+
+    Attributes:
+      start: first byte in the shard.
+      end: last byte + 1.
+      entries: (place in the list asked for, chunk number, first byte in the run, bytes) of each chunk.
+    """
+
+    start: int
+    end: int
+    entries: list[tuple[int, int, int, int]]
 
 
 class ShardReader:
@@ -65,6 +83,7 @@ class ShardReader:
         self._blobs = blobs
         self._path = f"{part_path}/{spec.shard_path}"
         self._num_bytes = num_bytes
+        self._chunk_bytes = spec.chunk_bytes
         self._opened: tuple[RangeReader, NDArray[np.uint64]] | None = None
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -95,7 +114,7 @@ class ShardReader:
         if self._num_bytes is None:
             yield from ((number, None) for number in numbers)
             return
-        source, index = self._open()
+        index = self._open()[1]
         entries = zip(numbers, index[np.asarray(numbers, dtype=np.int64)].tolist(), strict=True)
         run: list[tuple[int, int, int]] = []
         start = end = 0
@@ -105,13 +124,76 @@ class ShardReader:
                 run.append((number, -1, 0))
                 continue
             if end and not (0 <= offset - end <= MAX_GAP_BYTES and offset + size - start <= MAX_READ_BYTES):
-                yield from self._read_run(source, run, start, end)
+                yield from self._read_run(run, start, end)
                 run, end = [], 0
             if not end:
                 start = offset
             end = offset + size
             run.append((number, offset, size))
-        yield from self._read_run(source, run, start, end)
+        yield from self._read_run(run, start, end)
+
+    def runs(
+        self, numbers: Sequence[int], max_read_bytes: int = MAX_READ_BYTES
+    ) -> tuple[list[ReadRun], list[int]]:
+        """Returns the reads that bring some chunks; reads nothing but the shard's index, once.
+
+        Args:
+          numbers: chunk numbers, ascending for few reads; a number may come several times in a row.
+          max_read_bytes: of one read, unless a single chunk is larger.
+        Returns: runs, in which every chunk that is stored has an entry for every time it was asked for, and
+          the places in ``numbers`` of those that are not stored because they hold only the fill value.
+        Raises:
+          CorruptDataError: the index is damaged.
+        """
+        if self._num_bytes is None:
+            return [], list(range(len(numbers)))
+        index = self._open()[1]
+        runs: list[ReadRun] = []
+        missing: list[int] = []
+        entries: list[tuple[int, int, int, int]] = []
+        start = end = last = 0
+        for place, (offset, size) in enumerate(index[np.asarray(numbers, dtype=np.int64)].tolist()):
+            if offset == MISSING:
+                missing.append(place)
+                continue
+            stop = offset + size
+            if entries and not (
+                (0 <= offset - end <= MAX_GAP_BYTES and stop - start <= max_read_bytes) or offset == last
+            ):
+                runs.append(ReadRun(start, end, entries))
+                entries = []
+            if not entries:
+                start = offset
+            entries.append((place, numbers[place], offset - start, size))
+            last, end = offset, stop
+        if entries:
+            runs.append(ReadRun(start, end, entries))
+        return runs, missing
+
+    def fetch(self, run: ReadRun) -> bytes:
+        """Returns the bytes of a run.
+
+        Raises:
+          CorruptDataError: the file is gone.
+        """
+        return self._read(run.start, run.end - run.start)
+
+    def decode(self, number: int, encoded: bytes) -> bytes:
+        """Returns the bytes of a chunk, from its encoded ones; C order of the schema's chunk shape.
+
+        Raises:
+          CorruptDataError: a checksum or a size does not agree.
+        """
+        body = encoded[:-CRC_BYTES]
+        if len(body) == 0 or google_crc32c.value(body) != int.from_bytes(encoded[-CRC_BYTES:], "little"):
+            raise self._damaged(number, "it does not match its crc32c")
+        # The size in the frame is looked at before memory is taken for it.
+        if zstandard.frame_content_size(body) != self._chunk_bytes:
+            raise self._damaged(number, f"it does not decode to {self._chunk_bytes} bytes")
+        try:
+            return _decompressor().decompress(body)
+        except zstandard.ZstdError as error:
+            raise self._damaged(number, f"zstd: {error}") from error
 
     def bytes_stored(self, numbers: Sequence[int]) -> int:
         """Returns how many bytes of those chunks lie on disk; reads at most the shard's index."""
@@ -120,6 +202,20 @@ class ShardReader:
         _, index = self._open()
         sizes = index[np.asarray(numbers, dtype=np.int64), 1]
         return int(sizes[sizes != MISSING].sum())
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the index is in memory, or there is none."""
+        return self._opened is not None or self._num_bytes is None
+
+    def open(self) -> None:
+        """Reads the index unless it is there.
+
+        Raises:
+          CorruptDataError: it is damaged or the file is missing.
+        """
+        if self._num_bytes is not None:
+            self._open()
 
     def _open(self) -> tuple[RangeReader, NDArray[np.uint64]]:
         opened = self._opened
@@ -147,28 +243,23 @@ class ShardReader:
             raise CorruptDataError(self._path, "the shard index points outside the file")
         return index
 
+    def _read(self, start: int, size: int) -> bytes:
+        # A file that was open may be gone at a later read: another process collected garbage meanwhile.
+        try:
+            return self._open()[0](start, size)
+        except FileNotFoundError as error:
+            raise CorruptDataError(self._path, "the file is missing") from error
+
     def _read_run(
-        self, source: RangeReader, run: list[tuple[int, int, int]], start: int, end: int
+        self, run: list[tuple[int, int, int]], start: int, end: int
     ) -> Iterator[tuple[int, np.ndarray | None]]:
-        data = source(start, end - start) if end else b""
+        data = self._read(start, end - start) if end else b""
         for number, offset, size in run:
             if offset < 0:
                 yield number, None
             else:
-                yield number, self._decode(number, data[offset - start : offset - start + size])
-
-    def _decode(self, number: int, encoded: bytes) -> np.ndarray:
-        body = encoded[:-CRC_BYTES]
-        if len(body) == 0 or google_crc32c.value(body) != int.from_bytes(encoded[-CRC_BYTES:], "little"):
-            raise self._damaged(number, "it does not match its crc32c")
-        # The size in the frame is looked at before memory is taken for it.
-        if zstandard.frame_content_size(body) != self.spec.chunk_bytes:
-            raise self._damaged(number, f"it does not decode to {self.spec.chunk_bytes} bytes")
-        try:
-            raw = _decompressor().decompress(body)
-        except zstandard.ZstdError as error:
-            raise self._damaged(number, f"zstd: {error}") from error
-        return np.frombuffer(raw, dtype=self.spec.dtype).reshape(self.spec.chunk)
+                raw = self.decode(number, data[offset - start : offset - start + size])
+                yield number, np.frombuffer(raw, dtype=self.spec.dtype).reshape(self.spec.chunk)
 
     def _damaged(self, number: int, reason: str) -> CorruptDataError:
         return CorruptDataError(f"{self._path}, chunk {number}", reason)

@@ -87,8 +87,12 @@ class RecordSource(abc.ABC, Generic[RecordT]):
         """
         position = self.find(record_id)
         if position is None:
-            raise RecordNotFoundError(record_id, tuple(difflib.get_close_matches(record_id, self.ids, n=3)))
+            raise self.not_found(record_id)
         return self.at(position)
+
+    def not_found(self, record_id: str) -> RecordNotFoundError:
+        """Returns the error for an id that is not here; it names similar ones."""
+        return RecordNotFoundError(record_id, tuple(difflib.get_close_matches(record_id, self.ids, n=3)))
 
     def find(self, record_id: str) -> int | None:
         """Returns the position of a record id, or None."""

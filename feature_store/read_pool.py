@@ -1,0 +1,77 @@
+"""Runs independent reads, a bounded number at a time.
+
+Storage behind a network answers after milliseconds, and then what counts is how many questions are open. This
+module owns the threads for that: one pool per bound, made when it is first needed and shared by everybody in
+the process who asks for that bound, so that the bound holds for all of them together. Local files are read
+without it.
+
+Invariants: when `run_tasks` returns or raises, none of its tasks runs any more, so nobody writes to the
+caller's arrays later; of several failures the first one in the order of the tasks is raised. A fork leaves
+threads behind, so a child starts with no pools and makes its own.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+# Reads in flight for storage behind a network unless a caller says otherwise. At 30 ms and 32 in flight that
+# is a thousand reads per second.
+DEFAULT_IN_FLIGHT = 32
+MAX_IN_FLIGHT = 1024
+# Largest read behind a network: a deep alignment then comes in several, side by side.
+REMOTE_READ_BYTES = 4 << 20
+
+_lock = threading.Lock()
+_pools: dict[int, concurrent.futures.ThreadPoolExecutor] = {}
+
+
+def run_tasks(tasks: Sequence[Callable[[], object]], in_flight: int) -> None:
+    """Runs all tasks and returns when they are done.
+
+    Args:
+      tasks: independent of each other; a task must not call this function.
+      in_flight: how many run at once; with 1 they run here, one after the other.
+    Raises:
+      ValueError: in_flight is outside 1..1024.
+      Exception: what the first failing task raised; tasks that had not begun are dropped.
+    """
+    if not isinstance(in_flight, int) or not 1 <= in_flight <= MAX_IN_FLIGHT:
+        raise ValueError(
+            f"in_flight {in_flight!r} is not possible; it is an integer from 1 to {MAX_IN_FLIGHT}"
+        )
+    if in_flight == 1 or len(tasks) < 2:
+        for task in tasks:
+            task()
+        return
+    pool = _pool(in_flight)
+    futures = [pool.submit(task) for task in tasks]
+    try:
+        for future in futures:
+            future.result()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        concurrent.futures.wait(futures)
+        raise
+
+
+def _pool(in_flight: int) -> concurrent.futures.ThreadPoolExecutor:
+    with _lock:
+        found = _pools.get(in_flight)
+        if found is None:
+            found = concurrent.futures.ThreadPoolExecutor(in_flight, thread_name_prefix="feature-store-read")
+            _pools[in_flight] = found
+        return found
+
+
+def _forget_pools() -> None:
+    global _lock
+    # The fork may have happened while another thread held the lock.
+    _lock = threading.Lock()
+    _pools.clear()
+
+
+os.register_at_fork(after_in_child=_forget_pools)
