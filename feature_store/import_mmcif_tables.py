@@ -109,8 +109,11 @@ class Tables:
         if raw is None:
             return None
         seen: dict[str, int] = {}
-        codes = np.fromiter((seen.setdefault(text, len(seen)) for text in raw), dtype=np.int64)
-        return Column(tuple(self._unquoted(text) for text in seen), codes)
+        spelled = np.fromiter((seen.setdefault(text, len(seen)) for text in raw), dtype=np.int64)
+        # One value may be spelled in several ways: with quotes and without, ? and .
+        values: dict[str | None, int] = {}
+        code = [values.setdefault(self._unquoted(text), len(values)) for text in seen]
+        return Column(tuple(values), np.array(code, dtype=np.int64)[spelled])
 
     def need(self, category: str, item: str, fix: str = "give the file as it was deposited") -> Column:
         """Returns a column that must be there.

@@ -1,0 +1,171 @@
+"""Real mmCIF entries: answers from their tables, OpenFold's templates, Biopython as AlphaFold 2 uses it."""
+
+import gzip
+import io
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+from foldfeed.feature_store import StructureParseError, alphabet
+from foldfeed.feature_store.import_mmcif import load_mmcif
+from foldfeed.feature_store.structure import ATOM_NAMES
+
+pytest.importorskip("gemmi", reason="gemmi is not installed; pip install 'foldfeed[structures]'")
+
+ODD = {
+    "6wqa_no_entity_poly.cif.gz": "_entity_poly: the file has no such table",
+    "altloc_edge.cif": "_entity_poly: the file has no such table",
+    "res_ids_edge.cif": "_entity_poly: the file has no such table",
+    "721p-assembly1.cif.gz": "_atom_site row 1322: label_seq_id 167 is not in the sequence of entity 4",
+}
+# Entries with alternate locations, insertion codes, several models, MSE, HYP and missing residues.
+SECOND_OPINION = ("102l 1a8o 1as5 1dix 1o1z 2q2k 3jqh 3o5r 4cup 4i39 4zey 4zhl 5kc1 5ugo").split()  # noqa: SIM905
+CA = ATOM_NAMES.index("CA")
+
+
+@pytest.fixture(scope="module")
+def structures(shared_data):
+    return shared_data / "structures"
+
+
+def chain_of(entry, auth_asym_id: str):
+    (chain,) = [chain for chain in entry if chain.auth_asym_id == auth_asym_id]
+    return chain
+
+
+def test_every_answer_is_met(structures):
+    answers = json.loads((structures / "answers.json").read_text())
+    assert {answer["file"] for answer in answers} == {path.name for path in structures.glob("*.cif*")}
+    for answer in answers:
+        entry = load_mmcif(structures / answer["file"], modified="X")
+        wanted = {
+            "entry_id": answer["id"],
+            "method": ", ".join(answer["method"]),
+            "resolution_angstrom": answer["resolution"],
+            "release_date": answer["first_revision_date"],
+            "num_models": str(answer["n_models"]),
+        }
+        assert {name: entry.facts.get(name) for name in wanted} == wanted
+        chains = list(entry)
+        assert [chain.label_asym_id for chain in chains] == [one["label_asym_id"] for one in answer["chains"]]
+        for chain, one in zip(chains, answer["chains"], strict=True):
+            assert_chain(chain, one)
+
+
+def assert_chain(chain, answer) -> None:
+    structure = chain.structure
+    found = {
+        "auth_asym_id": chain.auth_asym_id,
+        "entity_id": chain.entity_id,
+        "length": structure.length,
+        "sequence_1letter": chain.sequence,
+        "microheterogeneity": {str(at + 1): list(names) for at, names in chain.microheterogeneity.items()},
+        "observed_mask": "".join("01"[seen] for seen in structure.observed.astype(int)),
+        "n_observed": int(structure.observed.sum()),
+        "n_residues_with_altloc": len(chain.altloc_residues),
+        "n_residues_with_insertion_code": int((structure.insertion_code != 0).sum()),
+        "n_ca": int(structure.atom_mask[:, CA].sum()),
+    }
+    assert found == {name: answer[name] for name in found}
+    alphas = structure.atom_positions[structure.atom_mask[:, CA] == 1, CA].astype(np.float64)
+    np.testing.assert_allclose(
+        alphas.sum(axis=0), answer["ca_sum_xyz"], rtol=0, atol=1e-3 * len(alphas) ** 0.5
+    )
+    # Three decimals of the file, at the precision of 32 bits.
+    np.testing.assert_array_equal(alphas[0].astype(np.float32), np.float32(answer["ca_first"]))
+    np.testing.assert_array_equal(alphas[-1].astype(np.float32), np.float32(answer["ca_last"]))
+    names = {str(at + 1): [name] for at, name in enumerate(chain.monomers) if chain.modified[at]}
+    several = answer["microheterogeneity"]
+    assert names == {at: name for at, name in answer["non_standard"].items() if at not in several}
+
+
+@pytest.mark.parametrize(("file", "reason"), ODD.items())
+def test_odd_files_are_refused_with_the_reason(structures, file, reason):
+    with pytest.raises(StructureParseError) as caught:
+        list(load_mmcif(structures / "odd" / file))
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "chain_id", "num_atoms", "start"),
+    [("2crb", "A", 157, 32), ("4zey", "A", 151, 26), ("1psm", "A", 129, 14), ("2q2k", "A", 123, 54)],
+)
+def test_every_atom_of_openfold_s_templates(shared_data, structures, name, chain_id, num_atoms, start):
+    with np.load(shared_data / "golden" / "openfold_short" / "expected.npz") as features:
+        at = features["template_domain_names"].tolist().index(f"{name}_{chain_id}")
+        positions = features["template_all_atom_positions"][at]
+        mask = features["template_all_atom_masks"][at]
+        aligned = str(features["template_sequence"][at])
+    chain = chain_of(load_mmcif(structures / f"{name}.cif.gz"), chain_id)
+    columns = [column for column, letter in enumerate(aligned) if letter != "-"]
+    letters = aligned.replace("-", "")
+    offset = chain.sequence.index(letters)
+    assert offset + 1 == start
+    residues = slice(offset, offset + len(letters))
+    assert int(mask.sum()) == num_atoms == int(chain.structure.atom_mask[residues].sum())
+    np.testing.assert_array_equal(chain.structure.atom_mask[residues], mask[columns])
+    np.testing.assert_array_equal(chain.structure.atom_positions[residues], positions[columns])
+
+
+def test_sequence_and_aatype_of_helixfold(shared_data, structures):
+    chain = chain_of(load_mmcif(structures / "102l.cif.gz"), "A")
+    with np.load(shared_data / "golden" / "helixfold_102l_A" / "features.npz") as features:
+        assert chain.sequence == str(features["sequence"][0])
+        np.testing.assert_array_equal(alphabet.encode(chain.sequence), features["aatype"].argmax(axis=1))
+        assert len(features["residue_index"]) == chain.structure.length
+
+
+@pytest.mark.parametrize("name", SECOND_OPINION)
+def test_biopython_read_as_alphafold_2_reads_it(structures, name):
+    pytest.importorskip("Bio", reason="Biopython is not installed")
+    from Bio.PDB.MMCIFParser import MMCIFParser
+
+    path = structures / f"{name}.cif.gz"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = next(
+            MMCIFParser(QUIET=True)
+            .get_structure(name, io.StringIO(gzip.decompress(path.read_bytes()).decode()))
+            .get_models()
+        )
+    for chain in load_mmcif(path, fix_arginine=False):
+        structure = chain.structure
+        place_of = {
+            (int(number), chr(code) if code else " "): at
+            for at, (number, code) in enumerate(
+                zip(structure.residue_number, structure.insertion_code, strict=True)
+            )
+            if structure.observed[at]
+        }
+        positions, mask = np.zeros_like(structure.atom_positions), np.zeros_like(structure.atom_mask)
+        b_factor = np.zeros_like(structure.b_factor)
+        for residue in model[chain.auth_asym_id]:
+            at = place_of.get(residue.id[1:])
+            if at is None or residue.id[0] == "W":
+                continue
+            if residue.is_disordered() == 2:
+                # Biopython selects the last monomer of several; the sequence has the first.
+                residue.disordered_select(chain.monomers[at])
+            if residue.get_resname() != chain.monomers[at]:
+                continue
+            for atom in residue:
+                atom_name = "SD" if (atom.name, residue.get_resname()) == ("SE", "MSE") else atom.name
+                if atom_name in ATOM_NAMES:
+                    slot = ATOM_NAMES.index(atom_name)
+                    positions[at, slot], mask[at, slot], b_factor[at, slot] = atom.coord, 1, atom.bfactor
+        np.testing.assert_array_equal(structure.atom_mask, mask)
+        np.testing.assert_array_equal(structure.atom_positions, positions)
+        np.testing.assert_array_equal(structure.b_factor, b_factor)
+
+
+def test_parent_letters_are_biopython_s_but_for_names_on_which_the_pdb_differs(structures):
+    data = pytest.importorskip("Bio.Data.PDBData", reason="Biopython is not installed")
+    letters = {name.strip(): letter for name, letter in data.protein_letters_3to1_extended.items()}
+    seen = set()
+    for path in sorted(structures.glob("*.cif*")):
+        for chain in load_mmcif(path):
+            assert chain.sequence == "".join(letters.get(name, "X") for name in chain.monomers)
+            seen.update(np.array(chain.monomers)[chain.modified])
+    assert seen == {"MSE", "HYP", "NH2"}
