@@ -134,6 +134,7 @@ def _show_store(store: FeatureStore) -> None:
     click.echo(f"version      {store.version}")
     click.echo(f"records      {len(store)}")
     click.echo(f"tokens       {tokens}")
+    click.echo(f"structures   {store.table(['record_id'], 'structure is not null').num_rows}")
     click.echo(f"fingerprint  {store.fingerprint}")
     click.echo(f"tiles        {store.settings.tile_rows} rows x {store.settings.tile_cols} residues")
     click.echo("columns of the table `records`:")
@@ -146,6 +147,12 @@ def _show_record(record: Record, num_rows: int) -> None:
     click.echo(f"description  {record.description}")
     click.echo(f"length       {record.length}")
     click.echo(f"depth        {record.depth}")
+    if record.neff is not None:
+        click.echo(f"N_eff        {record.neff:.1f} (rows at 80 % identity share one vote)")
+    structure = record.structure()
+    if structure is not None:
+        facts = ", ".join(f"{name} {value}" for name, value in sorted(structure.source.items()))
+        click.echo(f"structure    {int(structure.observed.sum())} of {record.length} residues observed; {facts}")
     for use in record.databases:
         click.echo(
             f"database     {use['name']}: {use['num_rows']} rows of {use['num_hits']} hits "

@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from records import make_record
 
+from foldfeed.feature_store import write_part
 from foldfeed.feature_store.cli import main
 from foldfeed.feature_store.plots import coverage_image
 
@@ -53,6 +55,15 @@ def test_show_store_and_record(run, small_store):
     assert "depth        700" in out
     assert small_store["b2"].sequence in out
     assert out.count("Hit_") == 2
+    assert "N_eff" not in out
+    assert "structure" not in out
+    whole = small_store["c3"].structure()
+    shown = run("show", small_store.url, "c3").stdout
+    assert f"structure    {whole.observed.sum()} of 65 residues observed; entry_id 1ABC" in shown
+    part = write_part(small_store.url, [make_record("d4", 6, 4)], small_store.settings)
+    small_store.commit([part.part_id], job_id="with N_eff")
+    assert f"N_eff        {small_store['d4'].neff:.1f} " in run("show", small_store.url, "d4").stdout
+    assert "structures   2" in run("show", small_store.url).stdout
 
 
 def test_crop_prints_and_saves_what_the_api_reads(run, small_store):
