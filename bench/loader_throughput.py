@@ -42,7 +42,7 @@ def measure(store: FeatureStore, recipe: Recipe, arguments: argparse.Namespace) 
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         after = loader.stats
         stored = [
-            store.at(plan.address.record).crop_bytes(slice(*plan.columns), plan.rows)
+            store.at(plan.address.record).crop_bytes(slice(*plan.columns), plan.selection)
             for plan in map(loader.plan, range(64))
         ]
     delta = {name: after[name] - before[name] for name in after}

@@ -52,7 +52,7 @@ def compare(loaders: dict[str, CropLoader], num_samples: int) -> dict[str, float
             plan = loaders[name].plan(g)
             record = loaders[name].store.at(plan.address.record)
             read[name]["cells"].append(plan.num_cells)
-            read[name]["stored_bytes"].append(record.crop_bytes(slice(*plan.columns), plan.rows))
+            read[name]["stored_bytes"].append(record.crop_bytes(slice(*plan.columns), plan.selection))
     row = {
         "assignment_agreement": float(np.mean(same)),
         "assignment_agreement_p10": float(np.quantile(same, 0.1)),

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from foldfeed.feature_store.errors import CorruptDataError
 from foldfeed.feature_store.features import to_dataset
 from foldfeed.feature_store.layout import (
-    RowIndex,
     Rows,
     StoredRun,
     num_rows_of,
@@ -133,13 +132,14 @@ class Record:
         return CropShape(window, resolve_rows(rows, self.depth))
 
     def crop(
-        self, residues: slice | None = None, rows: RowIndex | None = None, *, out: CropArrays | None = None
+        self, residues: slice | None = None, rows: Rows | None = None, *, out: CropArrays | None = None
     ) -> Crop:
         """Returns a piece of the alignment, reading only the tiles it touches.
 
         Args:
           residues: window ``slice(a, b)``, 0 <= a < b <= length; everything when None.
           rows: ranks, the query is 0: ``slice(a, b)`` or int64 indices in any order; everything when None.
+            Or a `StoredRun`, see `slab`.
           out: uint8 and int32 arrays of exactly that shape, of any strides, to read into. What they hold
             after an error is undefined.
         Returns: `Crop` of msa uint8 and deletions int32, both (rows, residues), owned by the caller.

@@ -33,6 +33,7 @@ class Purpose(enum.StrEnum):
     ROWS = "rows"
     CROP = "crop"
     MASKING = "masking"
+    SLAB = "slab"
 
 
 class Stream:

@@ -86,11 +86,9 @@ def fetch(record: Record, plan: SamplePlan) -> RawSample:
       OSError: the file system or the network failed.
     """
     assert (record.length, record.depth) == (plan.length, plan.depth), (record, plan)
+    columns = slice(*plan.columns)
+    crop = record.crop(columns, plan.selection)
     rows = plan.rows
-    contiguous = int(rows[-1]) - int(rows[0]) + 1 == len(rows)
-    # A slice lets the store copy whole tiles instead of gathering single rows.
-    wanted = slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else rows
-    crop = record.crop(residues=slice(*plan.columns), rows=wanted)
     start, stop = plan.crop_in_columns
     centre_at = np.searchsorted(rows, plan.centres)
     is_member = np.ones(len(rows), dtype=bool)
@@ -98,8 +96,8 @@ def fetch(record: Record, plan: SamplePlan) -> RawSample:
     return RawSample(
         msa=torch.from_numpy(crop.msa),
         deletions=torch.from_numpy(np.ascontiguousarray(crop.deletions[:, start:stop])),
-        aatype=torch.from_numpy(record.aatype()[slice(*plan.crop)]),
-        profile=torch.from_numpy(record.profile()[slice(*plan.columns)]),
+        aatype=torch.from_numpy(record.aatype(slice(*plan.crop))),
+        profile=torch.from_numpy(record.profile(columns)),
         centre_at=torch.from_numpy(centre_at),
         extra_at=torch.from_numpy(np.searchsorted(rows, plan.extras)),
         member_at=torch.from_numpy(np.flatnonzero(is_member)),

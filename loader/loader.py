@@ -239,7 +239,8 @@ class CropLoader:
             record = self.store.at(address.record)
         except (FoldfeedError, OSError) as error:
             raise SampleError(sample, self.store.ids[address.record], str(error)) from error
-        return make_plan(self.recipe, self.order.seed, address, record.length, record.depth), record
+        order = self.store.settings.row_order
+        return make_plan(self.recipe, self.order.seed, address, record.length, record.depth, order), record
 
     def _state(self, step: int) -> LoaderState:
         return LoaderState(

@@ -5,8 +5,11 @@ is read: which rows, which residues, which of the rows are cluster centres and e
 positions of the centres something is masked. Both recipes draw the same crop, rows and masked positions; see
 `foldfeed.loader.recipe` for where they part.
 
+From a store of row order ``permuted``, `crop_first` reads a slab: the query and a run of rows that lie side
+by side in the store, which is a uniform sample of the hits (see `draw_slab`).
+
 Does not own reading (fetch) or arithmetic on residues (featurise). Pure functions: a plan is f(recipe, seed,
-address, length, depth), equal in any thread and on any machine.
+address, length, depth, row order), equal in any thread and on any machine.
 
 Shape legend: N rows of the record, S rows that survive block deletion, C centres, E extra rows, L residues of
 the record, W residues read.
@@ -19,10 +22,12 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from foldfeed.feature_store import alphabet
+from foldfeed.feature_store import StoredRun, alphabet
+from foldfeed.feature_store.layout import Rows
+from foldfeed.feature_store.settings import PERMUTED, RANK
 from foldfeed.loader.counter_rng import Purpose, Stream, stream
 from foldfeed.loader.order import SampleAddress
-from foldfeed.loader.recipe import AF2, Recipe
+from foldfeed.loader.recipe import AF2, CROP_FIRST, Recipe
 
 NUM_AMINO_ACIDS = 20
 # What happens to a position of a cluster centre. 0..19: becomes that residue; `alphabet.MASK` (22): becomes
@@ -57,9 +62,10 @@ class SamplePlan:
       depth: N.
       crop: residues ``[start, stop)`` of the sample.
       columns: residues ``[start, stop)`` to read, W of them; contains the crop.
-      rows: int64 (n,), ranks to read, ascending.
-      centres: int64 (C,), ranks of the cluster centres in their order; the first is 0, the query.
-      extras: int64 (E,), ranks of the extra rows in their order.
+      slab: the run of stored rows to read; None where single ranks are read.
+      rows: int64 (n,), rows to read, ascending: ranks, or places in the slab (0..n-1) where there is one.
+      centres: int64 (C,), the rows that are cluster centres, in their order; the first is 0, the query.
+      extras: int64 (E,), the extra rows in their order.
       masking: for the columns read.
     """
 
@@ -68,6 +74,7 @@ class SamplePlan:
     depth: int
     crop: tuple[int, int]
     columns: tuple[int, int]
+    slab: StoredRun | None
     rows: NDArray[np.int64]
     centres: NDArray[np.int64]
     extras: NDArray[np.int64]
@@ -79,12 +86,23 @@ class SamplePlan:
         return len(self.rows) * (self.columns[1] - self.columns[0])
 
     @property
+    def selection(self) -> Rows:
+        """The rows to read, as the store wants them: `Record.crop`, `Record.plan`, `CropRequest`."""
+        if self.slab is not None:
+            return self.slab
+        first, last = int(self.rows[0]), int(self.rows[-1])
+        # A slice lets the store copy whole tiles instead of gathering single rows.
+        return slice(first, last + 1) if last - first + 1 == len(self.rows) else self.rows
+
+    @property
     def crop_in_columns(self) -> tuple[int, int]:
         """The crop, counted from the first column read."""
         return self.crop[0] - self.columns[0], self.crop[1] - self.columns[0]
 
 
-def make_plan(recipe: Recipe, seed: int, address: SampleAddress, length: int, depth: int) -> SamplePlan:
+def make_plan(
+    recipe: Recipe, seed: int, address: SampleAddress, length: int, depth: int, row_order: str = RANK
+) -> SamplePlan:
     """Returns the plan of a sample.
 
     Args:
@@ -93,13 +111,19 @@ def make_plan(recipe: Recipe, seed: int, address: SampleAddress, length: int, de
       address: which sample.
       length: residues of its record, at least 1.
       depth: rows of its record, at least 1.
+      row_order: of the store.
     """
-    survivors, centres, extras = draw_rows(recipe, seed, address.sample, depth)
     crop = draw_crop(recipe, stream(seed, address.sample, Purpose.CROP), length)
-    if recipe.name == AF2:
-        columns, rows = (0, length), survivors
+    slab = None
+    if recipe.name == CROP_FIRST and row_order == PERMUTED:
+        slab, centres, extras = draw_slab(recipe, seed, address.sample, depth)
+        columns, rows = crop, np.arange(slab.num_rows, dtype=np.int64)
     else:
-        columns, rows = crop, np.sort(np.concatenate([centres, extras]))
+        survivors, centres, extras = draw_rows(recipe, seed, address.sample, depth)
+        if recipe.name == AF2:
+            columns, rows = (0, length), survivors
+        else:
+            columns, rows = crop, np.sort(np.concatenate([centres, extras]))
     masking = draw_masking(
         recipe, stream(seed, address.sample, Purpose.MASKING), len(centres), length, columns
     )
@@ -109,11 +133,34 @@ def make_plan(recipe: Recipe, seed: int, address: SampleAddress, length: int, de
         depth=depth,
         crop=crop,
         columns=columns,
+        slab=slab,
         rows=rows,
         centres=centres,
         extras=extras,
         masking=masking,
     )
+
+
+def draw_slab(
+    recipe: Recipe, seed: int, sample: int, depth: int
+) -> tuple[StoredRun, NDArray[np.int64], NDArray[np.int64]]:
+    """Returns a run of stored rows of a permuted store, and which of them are centres and extra rows.
+
+    As many rows are taken as `draw_rows` would leave: with block deletion as many as survive it, capped by
+    what centres and extra rows take. Which ones is another matter: a uniform sample of the hits, where block
+    deletion leaves runs of rank (and prefers early ones). That is what makes them a single run of the store.
+    The run starts at any hit, all equally likely, so every hit is in it with the same chance.
+
+    Returns: the run; int64 (C,) and int64 (E,), places in it: the query, then a random order of its hits.
+    """
+    num_hits = depth - 1
+    if recipe.block_delete:
+        num_hits = len(delete_blocks(recipe, stream(seed, sample, Purpose.BLOCK_DELETE), depth)) - 1
+    num_hits = min(num_hits, recipe.num_clusters - 1 + recipe.num_extra)
+    start = int(stream(seed, sample, Purpose.SLAB).integers(max(depth - 1, 1), 1)[0])
+    hits = 1 + stream(seed, sample, Purpose.ROWS).order(num_hits)
+    centres = np.concatenate([np.zeros(1, dtype=np.int64), hits[: recipe.num_clusters - 1]])
+    return StoredRun(start, 1 + num_hits), centres, hits[recipe.num_clusters - 1 :]
 
 
 def draw_rows(

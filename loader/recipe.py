@@ -11,8 +11,13 @@ deletion mean) and in nothing else:
                   the centre they agree with inside the crop. So (1) agreement is counted over fewer columns,
                   and (2) clusters are formed from at most ``num_extra`` rows instead of all survivors.
 
+From a store of row order ``permuted``, ``crop_first`` takes as many rows as otherwise, but a uniform sample
+of the hits instead of what block deletion leaves (see `foldfeed.loader.plan.draw_slab`): they lie side by
+side in the store, so a sample reads little more than it uses. ``af2`` is the same from either kind of store;
+from a permuted one it reads nearly every row of a record.
+
 The two are equal when the crop covers the record and no more rows survive than centres and extra rows take
-(a test). How much they differ elsewhere is measured by ``bench/recipe_difference.py``.
+(a test; rank order). How much they differ elsewhere is measured by ``bench/recipe_difference.py``.
 
 Owns validity and the digest that binds a saved position to a recipe; knows nothing of stores or tensors.
 """
