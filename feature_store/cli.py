@@ -152,7 +152,8 @@ def _show_record(record: Record, num_rows: int) -> None:
     structure = record.structure()
     if structure is not None:
         facts = ", ".join(f"{name} {value}" for name, value in sorted(structure.source.items()))
-        click.echo(f"structure    {int(structure.observed.sum())} of {record.length} residues observed; {facts}")
+        observed = int(structure.observed.sum())
+        click.echo(f"structure    {observed} of {record.length} residues observed; {facts}")
     for use in record.databases:
         click.echo(
             f"database     {use['name']}: {use['num_rows']} rows of {use['num_hits']} hits "
