@@ -81,12 +81,12 @@ def column_entropy(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     Source: C. E. Shannon, Bell Syst. Tech. J. 27 (1948).
     """
     total = np.maximum(counts.sum(axis=1), 1).astype(np.float64)
-    log_total = exact_log2(total)
+    shares = counts / total[:, None]
+    surprise = exact_log2(total)[:, None] - exact_log2(np.maximum(counts, 1).astype(np.float64))
     entropy = np.zeros(len(counts), dtype=np.float64)
     # Kind by kind, because the order in which NumPy adds along a row is not the same on every machine.
     for kind in range(counts.shape[1]):
-        count = counts[:, kind].astype(np.float64)
-        entropy += count / total * (log_total - exact_log2(np.maximum(count, 1.0)))
+        entropy += shares[:, kind] * surprise[:, kind]
     return entropy
 
 

@@ -17,6 +17,7 @@ from foldfeed.feature_store import (
     StoreSettings,
     alphabet,
     write_part,
+    writer,
 )
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -210,3 +211,17 @@ def test_a_crop_reads_only_the_tiles_it_touches(small_store):
     assert 0 < corner < whole / 2
     # 700 x 130 in tiles of 512 x 64 is 2 x 3 tiles; rows 511 and 512 lie in two of them.
     assert record.crop_bytes(residues=slice(63, 65), rows=slice(511, 513)) > corner
+
+
+names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.one_of(st.lists(names), st.lists(st.text("ABC/_-0 ", max_size=8))))
+def test_names_in_ascii_take_a_short_way_to_the_same_bytes(some):
+    some = [name for name in some if len(name.encode()) <= 8]
+    sizes, text = writer.encode_names(some)
+    assert sizes.tolist() == [len(name.encode()) for name in some]
+    assert text == "".join(some).encode()
+    padded = writer.fixed_width(some, 8)
+    assert [row.tobytes().rstrip(b"\0").decode() for row in padded] == some
