@@ -13,12 +13,49 @@ import pyarrow.parquet as pq
 import zarr
 
 
+def permuted_ranks(seed: int, record_id: str, depth: int) -> list[int]:
+    """The rank of every stored row, by FORMAT.md, "Row order"."""
+    n = depth - 1
+    word = int.from_bytes(hashlib.sha256(record_id.encode()).digest()[:8], "big")
+    message = json.dumps(["foldfeed/permutation/1", seed, word, depth], separators=(",", ":"))
+    keys = hashlib.shake_256(message.encode()).digest(192)
+    numbers = [int.from_bytes(keys[8 * i : 8 * i + 8], "little") for i in range(24)]
+    b = max(4, (n - 1).bit_length())
+    right, left = (b + 1) // 2, b // 2
+
+    def mixed(v: int, key: int, bits: int) -> int:
+        x = (v + key) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return (x ^ x >> 31) >> (64 - bits)
+
+    def f(v: int) -> int:
+        for i in range(12):
+            if i % 2 == 0:
+                v ^= mixed(v % 2**right, numbers[i], left) << right
+            else:
+                v ^= mixed(v >> right, numbers[i], right)
+            v = (v + numbers[12 + i]) % 2**b
+        return v
+
+    ranks = [0]
+    for i in range(n):
+        v = f(i)
+        while v >= n:
+            v = f(v)
+        ranks.append(1 + v)
+    return ranks
+
+
 class ConformanceReader:
     def __init__(self, url: str) -> None:
         self.root = Path(url)
         about = json.loads((self.root / "foldfeed.json").read_text())
         assert (about["format"], about["version"]) == ("foldfeed", 1)
-        assert about["settings"]["row_order"] == "rank"
+        self.row_order = about["settings"]["row_order"]
+        assert self.row_order in ("rank", "permuted")
+        self.seed = about["settings"].get("row_order_seed")
+        assert (self.seed is None) == (self.row_order == "rank")
         self.tile_rows = about["settings"]["tile_rows"]
         self.tile_cols = about["settings"]["tile_cols"]
         self.rows = {
@@ -71,6 +108,11 @@ class ConformanceReader:
             place = band * self.tile_rows + in_row, col_tile * self.tile_cols + in_col
             assert deletions[place] == 255
             deletions[place] = count
+        if self.row_order == "permuted":
+            ranks = permuted_ranks(self.seed, record_id, depth)
+            # Stored row i is the row of rank ranks[i]: in order of rank, the inverse.
+            stored = np.argsort(ranks)
+            return msa[stored], deletions[stored]
         return msa, deletions
 
     def fingerprint(self, record_id: str) -> str:

@@ -2,15 +2,20 @@
 
 import numpy as np
 import pytest
-from conformance_reader import ConformanceReader
+from conformance_reader import ConformanceReader, permuted_ranks
 from records import make_record
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
+from foldfeed.feature_store.row_order import RowOrder
+
+ORDERS = ({}, {"row_order": "permuted"}, {"row_order": "permuted", "row_order_seed": 2**53 - 1})
 
 
+@pytest.mark.parametrize("order", ORDERS, ids=["rank", "permuted", "permuted-seed"])
 @pytest.mark.parametrize("tile", [(512, 64), (7, 5), (1, 1)])
-def test_a_reader_written_from_the_format_text_agrees(tmp_path, tile):
-    store = FeatureStore.create(tmp_path / "s", StoreSettings(tile_rows=tile[0], tile_cols=tile[1]))
+def test_a_reader_written_from_the_format_text_agrees(tmp_path, tile, order):
+    settings = StoreSettings(tile_rows=tile[0], tile_cols=tile[1], **order)
+    store = FeatureStore.create(tmp_path / "s", settings)
     first = [make_record("a", 1, 1), make_record("b", 23, 31), make_record("c", 40, 6)]
     second = [make_record("b", 9, 31, seed=4), make_record("d", 2, 17)]
     for number, records in enumerate((first, second)):
@@ -44,3 +49,19 @@ def test_the_worked_example_of_the_format_text(tmp_path):
     assert group["deletion"][3, 0, 1] == 255
     assert group["deletion_overflow"][:].tolist() == [[25, 300]]
     assert store["x"].deletions()[2, 5] == 300
+
+
+def test_the_vectors_of_the_format_text(root):
+    """Text, conformance reader and code say the same orders."""
+    text = " ".join((root / "FORMAT.md").read_text().split())
+    for seed, name, depth, num_first, num_last in (
+        (0, "P69905", 6, 6, 0),
+        (7, "P69905", 12, 12, 0),
+        (7, "x", 1000, 8, 3),
+    ):
+        settings = StoreSettings.with_row_order("permuted", seed)
+        ranks = RowOrder(settings, name, depth).ranks(np.arange(depth)).tolist()
+        assert ranks == permuted_ranks(seed, name, depth)
+        assert " ".join(map(str, ranks[:num_first])) in text
+        assert " ".join(map(str, ranks[depth - num_last :])) in text
+    assert "10153084231484037918" in text
