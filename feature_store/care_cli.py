@@ -227,7 +227,7 @@ def gc_command(store: str, grace_hours: float, keep_days: float | None, dry_run:
 def copy_command(source: str, target: str, version: str | None, on_existing: str) -> None:
     """Copy one version of the store SOURCE to TARGET. Run it again to go on after an interruption.
 
-    Tags, named sets and older versions stay behind.
+    Named sets, splits and the tags of that version come along; other versions stay behind.
 
     \b
     Examples:
@@ -241,6 +241,10 @@ def copy_command(source: str, target: str, version: str | None, on_existing: str
         f"{report.parts_skipped} were there"
     )
     click.echo(f"records  {report.num_added} added")
+    for path in report.names_copied:
+        click.echo(f"name     {path}")
+    for name in report.tags_left:
+        click.echo(f"left     tag {name}: the copy holds other records as well")
     click.echo(f"version  {report.source_version} of the source is {report.version} of the copy")
 
 

@@ -2,8 +2,8 @@
 
 Owns the order: parts first, each checked byte by byte against its own metadata on the way, the index last, in
 one transaction. So an interrupted copy is an older (or empty) store beside parts that nothing names yet, and
-the same command goes on where it stopped. Copies the chosen version only: its history, tags and named sets
-stay behind.
+the same command goes on where it stopped. Copies the chosen version with its tags, and all named sets and
+splits (`copy_names`); other versions stay behind.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from foldfeed.feature_store.blobs import LAST_FILE, Blobs, open_blobs
+from foldfeed.feature_store.copy_names import collect_names, write_names
 from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
 from foldfeed.feature_store.garbage import PARTS_FOLDER, mark_wanted
 from foldfeed.feature_store.index import Index
@@ -43,6 +44,8 @@ class CopyReport:
       parts_copied: parts written.
       parts_skipped: parts that were there already, checked byte by byte.
       bytes_copied: size of the parts written.
+      names_copied: paths of the sets, splits and tags that the copy did not have.
+      tags_left: tags of the version that were not set, because the copy holds other records as well.
     """
 
     source_version: int
@@ -51,6 +54,8 @@ class CopyReport:
     parts_copied: int
     parts_skipped: int
     bytes_copied: int
+    names_copied: tuple[str, ...]
+    tags_left: tuple[str, ...]
 
 
 def copy_store(
@@ -68,17 +73,21 @@ def copy_store(
       target_url: an empty place, or a store of the same settings; its other records stay.
       version: of the source, the newest when None.
       on_existing: for a record that the target has with other content: ``error``, ``replace`` or ``skip``.
+        A set or split never changes its meaning: ``replace`` is an error there, too.
       progress: told after each part.
     Raises:
       CorruptDataError: a part of the source is damaged; it is not published in the target.
       StoreSettingsError: the target has other settings.
       CommitConflictError: see ``on_existing``; the parts are there, the index is as it was.
+      NameTakenError: see ``on_existing``; nothing was copied.
+      TagError: the target has a tag of the version's that names something else; all else was copied.
     """
     source = FeatureStore.open(source_url, version)
     target = FeatureStore.create(target_url, source.settings)
     rows = source.index_rows()
     part_ids = sorted(pc.unique(rows["part_id"]).to_pylist())
     from_blobs, to_blobs = open_blobs(source.url), open_blobs(target.url)
+    names = collect_names(from_blobs, to_blobs, source.settings, source.version, on_existing)
     sizes: list[int] = []
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         waiting = [pool.submit(copy_part, from_blobs, to_blobs, part_id) for part_id in part_ids]
@@ -99,6 +108,8 @@ def copy_store(
         message=f"copy of {source.url}, version {source.version}",
         on_existing=on_existing,
     )
+    same = FeatureStore.open(target.url, result.version).fingerprint == source.fingerprint
+    written = write_names(to_blobs, names, result.version if same else None)
     return CopyReport(
         source_version=source.version,
         version=result.version,
@@ -106,6 +117,8 @@ def copy_store(
         parts_copied=sum(size > 0 for size in sizes),
         parts_skipped=sum(size == 0 for size in sizes),
         bytes_copied=sum(sizes),
+        names_copied=written,
+        tags_left=() if same else tuple(tag.name for tag in names.tags),
     )
 
 

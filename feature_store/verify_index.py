@@ -5,6 +5,7 @@ Owns the checks; `verify` runs them. Reads only; damage is returned as `Problem`
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from foldfeed.feature_store import index_log, named_tables, record_sets, splits, versions
 from foldfeed.feature_store.blobs import Blobs
-from foldfeed.feature_store.errors import CorruptDataError, FoldfeedError
+from foldfeed.feature_store.errors import CorruptDataError, FoldfeedError, TagError
 from foldfeed.feature_store.index import Index
 from foldfeed.feature_store.index_files import INDEX_FOLDER, read_checked
 from foldfeed.feature_store.index_log import AddedFile, Commit
@@ -58,10 +59,20 @@ def check_names(blobs: Blobs, settings: StoreSettings) -> list[Problem]:
         problems += _tried(lambda name=name: versions.open_index(blobs.url, name))  # type: ignore[misc]
     problems += _tried(lambda: versions.oldest_version(blobs))
     for name in named_tables.names(blobs, record_sets.FOLDER):
-        problems += _tried(lambda name=name: record_sets.load(blobs, settings, name))  # type: ignore[misc]
+        problems += _tried(lambda name=name: _check_set(blobs, settings, name))  # type: ignore[misc]
     for name in named_tables.names(blobs, splits.FOLDER):
         problems += _tried(lambda name=name: splits.load(blobs, name))  # type: ignore[misc]
     return problems
+
+
+def _check_set(blobs: Blobs, settings: StoreSettings, name: str) -> None:
+    found = record_sets.load(blobs, settings, name)
+    if found.within is not None:
+        cut = splits.load(blobs, found.within.split)
+        cut.check_inside(found.within.part, found.ids)
+        if cut.fingerprint != found.within.fingerprint:
+            reason = f"it promises to lie within another split {cut.name!r} than the one there is"
+            raise CorruptDataError(f"{record_sets.FOLDER}/{name}", reason)
 
 
 def _tried(check: Callable[[], object]) -> list[Problem]:
@@ -79,8 +90,7 @@ def _problem_of(error: Exception) -> Problem:
 
 
 def _check_files(blobs: Blobs, log: list[Commit], level: str) -> Iterator[Problem]:
-    oldest = versions.oldest_version(blobs)
-    tagged = {tag.version for tag in versions.list_tags(blobs.url)}
+    oldest, tagged = _kept(blobs, len(log) - 1)
     needed: dict[str, AddedFile] = {}
     live: dict[str, AddedFile] = {}
     for commit in log:
@@ -100,6 +110,20 @@ def _check_files(blobs: Blobs, log: list[Commit], level: str) -> Iterator[Proble
         else:
             if found != file.num_bytes:
                 yield Problem(where=where, reason=f"it has {found} bytes, not {file.num_bytes}")
+
+
+def _kept(blobs: Blobs, newest: int) -> tuple[int, set[int]]:
+    """Returns the oldest version from which on all are kept, and those that tags keep.
+
+    Where a file that says so is damaged (`check_names` reports it), no more is asked for than is certain.
+    """
+    oldest, tagged = newest, set()
+    with contextlib.suppress(CorruptDataError):
+        oldest = versions.oldest_version(blobs)
+    for name in versions.tag_names(blobs):
+        with contextlib.suppress(CorruptDataError, TagError):
+            tagged.add(versions.read_tag(blobs, name).version)
+    return oldest, tagged
 
 
 def check_checkpoints(blobs: Blobs, log: list[Commit]) -> Iterator[Problem]:
