@@ -127,7 +127,8 @@ class MsaRecord:
         }
         digest.update(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
         for array in (self.msa, self.deletions, self.rows.database, self.rows.e_value, self.rows.bit_score):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            # The bytes as they lie, not a copy of them: an alignment may fill half of the memory.
+            digest.update(np.ascontiguousarray(array).data.cast("B"))
         digest.update("\x00".join(self.rows.hit_id).encode())
         digest.update("\x00".join(self.rows.species).encode())
         if self.structure is not None:
