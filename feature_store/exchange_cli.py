@@ -331,10 +331,11 @@ def _print_report(report: ImportReport, store: str) -> None:
             "columns and "
             f"not in the stored sequence: {names}"
         )
-    _print_rejects(report.rejects)
+    print_rejects(report.rejects)
 
 
-def _print_rejects(rejects: tuple[Reject, ...]) -> None:
+def print_rejects(rejects: tuple[Reject, ...]) -> None:
+    """Prints what was refused, the first of it by name."""
     click.echo(f"rejected   {len(rejects)}", err=bool(rejects))
     for reject in rejects[:MAX_SHOWN_REJECTS]:
         name = f"{reject.record_id} ({reject.where})" if reject.record_id else reject.where

@@ -41,7 +41,13 @@ from numpy.typing import NDArray
 from foldfeed.feature_store.import_files import read_file
 from foldfeed.feature_store.import_mmcif_atoms import Atoms, fix_arginines
 from foldfeed.feature_store.import_mmcif_sequence import MODIFIED, SCHEME, STANDARD, Sequences, polypeptides
-from foldfeed.feature_store.import_mmcif_tables import ATOM_SITE, Tables, gemmi_module, shorten
+from foldfeed.feature_store.import_mmcif_tables import (
+    ATOM_SITE,
+    Tables,
+    gemmi_module,
+    is_plain_number,
+    shorten,
+)
 from foldfeed.feature_store.structure import Structure
 
 # The largest entries of the PDB are about 400 MB of text; parsing takes some ten times the size.
@@ -231,7 +237,8 @@ def _facts(tables: Tables) -> dict[str, str]:
     for category, item in _RESOLUTIONS:
         texts, numbers = tables.texts(category, item), tables.numbers(category, item, missing=np.nan)
         if texts and np.isfinite(numbers[0]):
-            facts["resolution_angstrom"] = shorten(texts[0])
+            # Without a standard uncertainty, so that anybody's parser takes it.
+            facts["resolution_angstrom"] = texts[0] if is_plain_number(texts[0]) else repr(float(numbers[0]))
             break
     dates = [_date(tables, text) for text in tables.texts(*_REVISION_DATE)]
     if dates:

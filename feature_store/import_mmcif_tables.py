@@ -26,6 +26,7 @@ MAX_SHOWN = 80
 
 # Python's int() also takes "1_000" and digits of other alphabets.
 _INTEGER = re.compile(r"[+-]?[0-9]{1,10}", re.ASCII)
+_PLAIN_NUMBER = re.compile(r"[0-9]{1,10}(\.[0-9]{1,10})?", re.ASCII)
 _LINE = re.compile(r"^(?:string|data)?:?(\d+)(?::\d+\(\d+\))?(?: in [^:]*)?: (.*)$", re.DOTALL)
 
 
@@ -84,7 +85,7 @@ class Tables:
         except (ValueError, RuntimeError) as error:
             # gemmi raises ValueError for syntax and RuntimeError for repeated names and missing values.
             raise _syntax_error(where, str(error)) from error
-        blocks = [block for block in document if block.find_mmcif_category(ATOM_SITE + ".").width()]
+        blocks = [block for block in document if len(block.find_mmcif_category(ATOM_SITE + "."))]
         if len(blocks) != 1:
             raise StructureParseError(
                 where,
@@ -166,6 +167,11 @@ def shorten(text: str) -> str:
 def integer_of(text: str | None) -> int | None:
     """Returns a decimal integer of at most ten digits, or None for anything else."""
     return int(text) if text is not None and _INTEGER.fullmatch(text) else None
+
+
+def is_plain_number(text: str) -> bool:
+    """Returns whether a text is a short decimal number as anybody writes it."""
+    return _PLAIN_NUMBER.fullmatch(text) is not None
 
 
 def _syntax_error(where: str, text: str) -> StructureParseError:

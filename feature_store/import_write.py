@@ -93,7 +93,7 @@ def import_into(
                 on_record()
 
     store: FeatureStore | None = None
-    for batch in _batches(watched()):
+    for batch in batches(watched()):
         store = store or FeatureStore.create(store_url, settings)
         parts.append(write_part(store.url, batch, store.settings).part_id)
     version, added, unchanged, done, job = None, 0, 0, False, ""
@@ -125,7 +125,7 @@ def _job_id(parts: list[str], on_existing: str) -> str:
     return "import-" + hashlib.sha256("\n".join([on_existing, *parts]).encode()).hexdigest()[:32]
 
 
-def _batches(records: Iterator[MsaRecord]) -> Iterator[Iterator[MsaRecord]]:
+def batches(records: Iterator[MsaRecord]) -> Iterator[Iterator[MsaRecord]]:
     """Yields the records of one part after the other; each must be used up before the next."""
     for first in records:
         yield _batch(itertools.chain([first], records))

@@ -230,13 +230,13 @@ class Index:
         job_id: str = "",
         message: str = "",
     ) -> CommitResult:
-        """Changes rows of records in one transaction, without changing what the records say.
+        """Changes rows of records in one transaction.
 
         Args:
           record_ids: those that are gone meanwhile are left out.
           change: from the rows as they are (all columns, sorted by id) to as they shall be; may leave some
             out, which then stay. Called again after a lost race.
-          operation: for the log.
+          operation: for the log; ``replace`` says that the records say something else now.
           job_id: see `commit`.
           message: for the log.
         """
@@ -247,9 +247,10 @@ class Index:
             now = rows.filter(pc.is_in(rows["record_id"], value_set=wanted)).sort_by("record_id")
             then = change(now)
             drop = then["record_id"].to_pylist()
-            return (
-                None if then.equals(now) or not drop else _Change(operation=operation, rows=then, drop=drop)
-            )
+            if then.equals(now) or not drop:
+                return None
+            num_added = len(drop) if operation == "replace" else 0
+            return _Change(operation=operation, rows=then, drop=drop, num_added=num_added)
 
         return self._transact(plan, job_id, message, len(wanted))
 
