@@ -137,6 +137,8 @@ def _show_store(store: FeatureStore) -> None:
     click.echo(f"structures   {store.table(['record_id'], 'structure is not null').num_rows}")
     click.echo(f"fingerprint  {store.fingerprint}")
     click.echo(f"tiles        {store.settings.tile_rows} rows x {store.settings.tile_cols} residues")
+    seed = store.settings.row_order_seed
+    click.echo(f"row order    {store.settings.row_order}{'' if seed is None else f' (seed {seed})'}")
     click.echo("columns of the table `records`:")
     for field in store.table().schema:
         click.echo(f"  {field.name:<16} {field.type}")

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import click
 from rich.console import Console
@@ -23,7 +23,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from foldfeed.feature_store.store import FeatureStore
+from foldfeed.feature_store.settings import MAX_ROW_ORDER_SEED, ROW_ORDERS, StoreSettings
+from foldfeed.feature_store.store import FeatureStore, choose_settings
 
 WINDOW = re.compile(r"(\d*):(\d*)")
 
@@ -34,6 +35,31 @@ def open_store(url: str, version: int | str | None = None) -> FeatureStore:
         return FeatureStore.open(url, version)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--version") from error
+
+
+def row_order_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds ``--row-order`` and ``--row-order-seed`` to a command that may make a store."""
+    order = click.option(
+        "--row-order",
+        type=click.Choice(ROW_ORDERS),
+        help="How a new store keeps alignment rows: as ranked, or permuted, so that a random sample of rows "
+        "is one short read. Readers see ranks in both. [default: rank, or what the store has]",
+    )
+    seed = click.option(
+        "--row-order-seed",
+        type=click.IntRange(0, MAX_ROW_ORDER_SEED),
+        metavar="N",
+        help="Seed of permuted. [default: 0]",
+    )
+    return order(seed(command))
+
+
+def new_store_settings(url: str, row_order: str | None, seed: int | None) -> StoreSettings | None:
+    """Returns `choose_settings`; an option that cannot take effect is bad usage."""
+    try:
+        return choose_settings(url, row_order, seed)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--row-order-seed") from error
 
 
 def parse_window(option: str, text: str, size: int) -> slice:

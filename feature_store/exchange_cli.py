@@ -25,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from foldfeed.feature_store.cli_tools import open_store
+from foldfeed.feature_store.cli_tools import new_store_settings, open_store, row_order_options
 from foldfeed.feature_store.effective_rows import NEFF_MAX_ROWS
 from foldfeed.feature_store.export_jobs import CHAI_SOURCES
 from foldfeed.feature_store.export_write import (
@@ -60,6 +60,7 @@ MAX_SHOWN_REJECTS = 20
 )
 @click.option("--layout", type=click.Choice((AUTO, *LAYOUTS)), default=AUTO, show_default=True)
 @click.option("--store", required=True, metavar="URL", help="Feature store to add to; made when absent.")
+@row_order_options
 @click.option(
     "--id-from",
     type=click.Choice(ID_FROM),
@@ -144,6 +145,8 @@ def ingest(
     alignments: Path,
     layout: str,
     store: str,
+    row_order: str | None,
+    row_order_seed: int | None,
     id_from: str,
     on_existing: str,
     dedup: str,
@@ -192,8 +195,11 @@ def ingest(
         raise
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    settings = new_store_settings(store, row_order, row_order_seed)
     with _counting("importing", len(found)) as advance:
-        report = import_into(store, found, on_existing=on_existing, job_id=job_id, on_record=advance)
+        report = import_into(
+            store, found, settings=settings, on_existing=on_existing, job_id=job_id, on_record=advance
+        )
     _print_report(report, store)
     if rejects_file is not None:
         lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in report.rejects]

@@ -28,7 +28,7 @@ from foldfeed.feature_store.read_pool import DEFAULT_IN_FLIGHT, run_tasks
 from foldfeed.feature_store.record_reader import Record
 from foldfeed.feature_store.record_sets import fingerprint_of
 from foldfeed.feature_store.schema import INDEX_SCHEMA
-from foldfeed.feature_store.settings import SETTINGS_FILE, StoreSettings
+from foldfeed.feature_store.settings import PERMUTED, SETTINGS_FILE, StoreSettings
 from foldfeed.feature_store.source import RecordSource
 from foldfeed.feature_store.tile_reader import Crop, CropPlan
 
@@ -300,6 +300,40 @@ class FeatureStore(RecordSource["Record"]):
             # Two threads may both open it; either copy serves, so no lock is held over the read.
             part = self._parts.setdefault(part_id, PartReader(self._blobs, part_id))
         return part
+
+
+def choose_settings(
+    url: str | os.PathLike[str], row_order: str | None, row_order_seed: int | None
+) -> StoreSettings | None:
+    """Returns the settings for `FeatureStore.create` where a person may choose the row order.
+
+    Args:
+      url: an absent or empty folder, or a store.
+      row_order: for a new store; one that exists must have it. None: whatever it has, or the default.
+      row_order_seed: of ``permuted``; None: whatever the store has, or 0.
+    Returns: the settings of the store that is there, those of a new one, or None for the default.
+    Raises:
+      ValueError: an unknown order, or a seed without ``permuted``.
+      StoreSettingsError: the store exists with another row order or another seed.
+    """
+    if row_order is None:
+        if row_order_seed is not None:
+            raise ValueError(
+                f"row_order_seed {row_order_seed} has no effect without row_order {PERMUTED!r}; add it"
+            )
+        return None
+    wanted = StoreSettings.with_row_order(row_order, row_order_seed)
+    blobs = open_blobs(url)
+    if not blobs.exists(SETTINGS_FILE):
+        return wanted
+    found = StoreSettings.from_json(blobs.read(SETTINGS_FILE), blobs.url)
+    if found.row_order != row_order or row_order_seed not in (None, found.row_order_seed):
+        raise StoreSettingsError(
+            f"{blobs.url!r} exists with row order {found.row_order!r} (seed {found.row_order_seed}), not "
+            f"{row_order!r} (seed {wanted.row_order_seed}); a store keeps the order it was made with, so "
+            "leave the option out or choose another folder"
+        )
+    return found
 
 
 class _RowAt(Mapping[str, Any]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import click
 
+from foldfeed.feature_store.cli_tools import row_order_options
 from foldfeed.feature_store.index import ON_EXISTING
 from foldfeed.pipelines.databases import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError, EngineError
@@ -34,6 +35,7 @@ MAX_SHOWN_LETTERS = 20
     help="What to search: a FASTA file (jackhmmer) or an HH-suite prefix (hhblits); may be repeated.",
 )
 @click.option("--store", required=True, metavar="URL", help="Feature store to add to; made when absent.")
+@row_order_options
 @click.option(
     "--results", metavar="URL", help="Where search results are kept and reused. [default: STORE.results]"
 )
@@ -82,6 +84,8 @@ def build(
     queries: tuple[str, ...],
     databases: tuple[str, ...],
     store: str,
+    row_order: str | None,
+    row_order_seed: int | None,
     results: str | None,
     max_hits: tuple[str, ...],
     cpus_per_search: int,
@@ -114,6 +118,8 @@ def build(
             queries=queries,
             databases=tuple(DatabaseSpec.parse(text) for text in databases),
             store=store,
+            row_order=row_order,
+            row_order_seed=row_order_seed,
             results=results,
             max_hits=dict(_parse_max_hits(text) for text in max_hits),
             cpus_per_search=cpus_per_search,

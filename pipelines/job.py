@@ -29,7 +29,7 @@ from foldfeed.feature_store.errors import MissingExtraError
 from foldfeed.feature_store.index import ON_EXISTING
 from foldfeed.feature_store.record import MAX_RESIDUES
 from foldfeed.feature_store.settings import StoreSettings
-from foldfeed.feature_store.store import FeatureStore
+from foldfeed.feature_store.store import FeatureStore, choose_settings
 from foldfeed.pipelines.databases import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError, NothingCommittedError
 from foldfeed.pipelines.fasta import open_query_file
@@ -59,6 +59,9 @@ class BuildConfig:
       queries: FASTA files, paths or fsspec URLs.
       databases: what to search; the order decides only among names that AlphaFold 2 does not know.
       store: URL of the feature store, made when there is none.
+      row_order: of a new store, ``rank`` or ``permuted``; one that exists must have it. None: whatever it
+        has, or ``rank``.
+      row_order_seed: of ``permuted``; None: whatever the store has, or 0.
       results: URL of the result store; ``STORE.results`` when None.
       max_hits: caps by database name that replace AlphaFold 2's (the query counts).
       cpus_per_search: threads of one search.
@@ -76,6 +79,8 @@ class BuildConfig:
     queries: tuple[str, ...]
     databases: tuple[DatabaseSpec, ...]
     store: str
+    row_order: str | None = None
+    row_order_seed: int | None = None
     results: str | None = None
     max_hits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     cpus_per_search: int = 1
@@ -247,7 +252,7 @@ def _prepare(config: BuildConfig) -> tuple[JobContext, Plan]:
         open_query_file(url).close()
     if open_blobs(config.store).exists(""):
         # Refuse a folder that is no store before hours of search; a new one is made only when needed.
-        FeatureStore.create(config.store)
+        FeatureStore.create(config.store, _settings(config))
     databases = prepare_databases(
         config.databases,
         max_hits=config.max_hits,
@@ -256,9 +261,21 @@ def _prepare(config: BuildConfig) -> tuple[JobContext, Plan]:
         digests=open_blobs(config.results_url),
     )
     plan = make_plan(config.queries, databases, config.max_residues)
-    settings = FeatureStore.create(config.store).settings if plan.num_queries else StoreSettings()
+    settings = _settings(config)
+    settings = (
+        FeatureStore.create(config.store, settings).settings
+        if plan.num_queries
+        else settings or StoreSettings()
+    )
     num_parts = config.parts or default_num_parts(plan.num_queries)
     return _context(config, databases, settings, plan, num_parts), plan
+
+
+def _settings(config: BuildConfig) -> StoreSettings | None:
+    try:
+        return choose_settings(config.store, config.row_order, config.row_order_seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _context(
