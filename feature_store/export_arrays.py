@@ -18,6 +18,9 @@ from foldfeed.feature_store import alphabet
 from foldfeed.feature_store.export_rows import ExportRows
 from foldfeed.feature_store.import_alphafold2 import HHBLITS_CODES
 from foldfeed.feature_store.import_boltz import FIRST_RESIDUE_TOKEN, GAP_TOKEN, UNKNOWN_TOKEN
+from foldfeed.feature_store.import_mmcif_tables import is_plain_number
+from foldfeed.feature_store.point_in_time import RELEASE_DATE
+from foldfeed.feature_store.structure import Structure
 
 BOLTZ_SEQUENCE = np.dtype(
     [
@@ -41,16 +44,19 @@ _BOLTZ_OF_CODE = np.array(
 
 
 def to_alphafold2_npz(rows: ExportRows) -> bytes:
-    """Returns AlphaFold 2's features of one chain (those of sequence and alignment; no templates).
+    """Returns AlphaFold 2's features of one chain (sequence, alignment, labels if there are; no templates).
 
     Shapes: aatype int32 (length, 21) one-hot; residue_index, between_segment_residues, seq_length,
     num_alignments int32 (length,); msa (HHblits codes), deletion_matrix_int int32 (depth, length);
     msa_species_identifiers bytes (depth,); sequence, domain_name bytes (1,), where AlphaFold 2 has object
-    arrays.
+    arrays. Of a record with a structure also all_atom_positions float32 (length, 37, 3), angstrom,
+    all_atom_mask float32 (length, 37) and, where they are known, resolution float32 (1,), angstrom, and
+    release_date bytes (1,).
     """
     length = rows.length
     aatype = np.zeros((length, len(alphabet.RESIDUES) + 1), dtype=np.int32)
     aatype[np.arange(length), rows.msa[0]] = 1
+    labels = {} if rows.structure is None else _labels(rows.structure)
     return _npz(
         {
             "aatype": aatype,
@@ -63,8 +69,23 @@ def to_alphafold2_npz(rows: ExportRows) -> bytes:
             "msa": _HHBLITS_OF_CODE[rows.msa],
             "num_alignments": np.full(length, rows.depth, dtype=np.int32),
             "msa_species_identifiers": _bytes(rows.species),
+            **labels,
         }
     )
+
+
+def _labels(structure: Structure) -> dict[str, NDArray[Any]]:
+    """Returns what AlphaFold 2's training adds to the features of a chain that has atoms."""
+    found: dict[str, NDArray[Any]] = {
+        "all_atom_positions": structure.atom_positions,
+        "all_atom_mask": structure.atom_mask.astype(np.float32),
+    }
+    resolution, date = structure.source.get("resolution_angstrom"), structure.source.get(RELEASE_DATE)
+    if resolution is not None and is_plain_number(resolution):
+        found["resolution"] = np.array([resolution], dtype=np.float32)
+    if date is not None:
+        found[RELEASE_DATE] = _bytes([date])
+    return found
 
 
 def to_boltz_npz(rows: ExportRows) -> bytes:

@@ -18,6 +18,7 @@ from foldfeed.feature_store import alphabet
 from foldfeed.feature_store.import_errors import ExportError
 from foldfeed.feature_store.record import MsaRecord
 from foldfeed.feature_store.store import Record
+from foldfeed.feature_store.structure import Structure
 
 MAX_TEXT_BYTES = 4 << 30
 INSERTED = ord("x")
@@ -38,6 +39,7 @@ class ExportRows:
       databases: name of the database of every row; "" for the query.
       hit_ids: name of every row.
       species: of every row, or "".
+      structure: of the query; None where there is none, or where the format does not ask for it.
     """
 
     record_id: str
@@ -48,6 +50,7 @@ class ExportRows:
     databases: Sequence[str]
     hit_ids: Sequence[str]
     species: Sequence[str]
+    structure: Structure | None = None
 
     @property
     def depth(self) -> int:
@@ -81,12 +84,13 @@ class ExportRows:
         )
 
 
-def rows_of_record(record: Record, max_rows: int | None = None) -> ExportRows:
+def rows_of_record(record: Record, max_rows: int | None = None, structure: bool = False) -> ExportRows:
     """Returns the rows of a record of a store.
 
     Args:
       record: of any version.
       max_rows: most rows, in rank order; all when None. Fewer are read, too.
+      structure: read the structure, too, if there is one.
     Raises:
       CorruptDataError: a tile does not match its checksum.
     """
@@ -102,6 +106,7 @@ def rows_of_record(record: Record, max_rows: int | None = None) -> ExportRows:
         databases=[name or "" for name in table["database"].to_pylist()],
         hit_ids=table["hit_id"].to_pylist(),
         species=table["species"].to_pylist(),
+        structure=record.structure() if structure else None,
     )
 
 
@@ -117,6 +122,7 @@ def rows_of_msa(record: MsaRecord) -> ExportRows:
         databases=["" if code < 0 else names[code] for code in record.rows.database.tolist()],
         hit_ids=list(record.rows.hit_id),
         species=list(record.rows.species),
+        structure=record.structure,
     )
 
 

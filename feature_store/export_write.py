@@ -21,6 +21,7 @@ import zstandard
 from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.export_arrays import to_alphafold2_npz, to_boltz_npz
 from foldfeed.feature_store.export_jobs import CHAI_SOURCES, chai_file_name, to_alphafold3_json, to_chai_pqt
+from foldfeed.feature_store.export_mmcif import to_mmcif
 from foldfeed.feature_store.export_rows import ExportRows, rows_of_record
 from foldfeed.feature_store.export_text import to_a2m, to_a3m, to_stockholm
 from foldfeed.feature_store.store import Record
@@ -36,11 +37,15 @@ class ExportFormat:
       name: as a user types it.
       extension: of its files.
       is_text: may go to a terminal.
+      has_structure: holds the atoms of a record that has some.
+      has_alignment: holds rows besides the query.
     """
 
     name: str
     extension: str
     is_text: bool
+    has_structure: bool = False
+    has_alignment: bool = True
 
 
 EXPORT_FORMATS = {
@@ -52,7 +57,8 @@ EXPORT_FORMATS = {
         ExportFormat("alphafold3-json", ".json", True),
         ExportFormat("boltz-npz", ".npz", False),
         ExportFormat("chai-pqt", ".aligned.pqt", False),
-        ExportFormat("alphafold2-npz", ".npz", False),
+        ExportFormat("alphafold2-npz", ".npz", False, has_structure=True),
+        ExportFormat("mmcif", ".cif", True, has_structure=True, has_alignment=False),
     )
 }
 
@@ -83,6 +89,8 @@ class ExportOptions:
             raise ValueError(f"format {self.form!r} is not one of {', '.join(EXPORT_FORMATS)}")
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows {self.max_rows} must be at least 1: the query is a row")
+        if self.max_rows is not None and not EXPORT_FORMATS[self.form].has_alignment:
+            raise ValueError(f"max_rows {self.max_rows} has no effect on {self.form}, which has no rows")
         if self.chai_source is not None and (self.form != "chai-pqt" or self.chai_source not in CHAI_SOURCES):
             raise ValueError(
                 f"chai_source is one of {', '.join(CHAI_SOURCES)} and goes with the format chai-pqt only"
@@ -96,7 +104,9 @@ def export_record(record: Record, options: ExportOptions) -> bytes:
       ExportError: the format cannot hold it.
       CorruptDataError: a tile does not match its checksum.
     """
-    return render(rows_of_record(record, options.max_rows), options)
+    form = EXPORT_FORMATS[options.form]
+    max_rows = options.max_rows if form.has_alignment else 1
+    return render(rows_of_record(record, max_rows, form.has_structure), options)
 
 
 def render(rows: ExportRows, options: ExportOptions) -> bytes:
@@ -114,6 +124,7 @@ def render(rows: ExportRows, options: ExportOptions) -> bytes:
         "alphafold3-json": to_alphafold3_json,
         "boltz-npz": to_boltz_npz,
         "alphafold2-npz": to_alphafold2_npz,
+        "mmcif": to_mmcif,
     }
     return writers[options.form](rows)
 
