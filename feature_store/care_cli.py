@@ -28,6 +28,7 @@ from foldfeed.feature_store.index import ON_EXISTING
 from foldfeed.feature_store.progress import Progress
 from foldfeed.feature_store.repair import repair
 from foldfeed.feature_store.repair_index import ON_AMBIGUOUS
+from foldfeed.feature_store.repair_rollback import message_of
 from foldfeed.feature_store.report_tables import in_bytes
 from foldfeed.feature_store.store import FeatureStore
 from foldfeed.feature_store.verify import VerifyReport, verify
@@ -78,6 +79,7 @@ def verify_command(store: str, level: str, version: str | None) -> None:
 @click.argument("store")
 @click.option("--from", "source", metavar="STORE2", help="A copy to take damaged files from.")
 @click.option("--quarantine", is_flag=True, help="Delete records that stay damaged from the index.")
+@click.option("--roll-back", is_flag=True, help="Go back to the last version that can be read.")
 @click.option("--rebuild-index", is_flag=True, help="Make a new index from the parts when it is lost.")
 @click.option("--add-missing", is_flag=True, help="Make records visible that parts hold and the index lost.")
 @click.option(
@@ -92,6 +94,7 @@ def repair_command(
     store: str,
     source: str | None,
     quarantine: bool,
+    roll_back: bool,
     rebuild_index: bool,
     add_missing: bool,
     on_ambiguous: str,
@@ -104,13 +107,19 @@ def repair_command(
       foldfeed repair my-store --dry-run
       foldfeed repair my-store --from s3://backup/my-store
       foldfeed repair my-store --quarantine
+      foldfeed repair my-store --roll-back --add-missing
       foldfeed repair my-store --rebuild-index --on-ambiguous newest
     """
+    if roll_back and rebuild_index:
+        raise click.UsageError(
+            "--roll-back keeps the history, --rebuild-index makes a new one; try the first."
+        )
     with bars() as progress:
         report = repair(
             store,
             source_url=source,
             quarantine=quarantine,
+            roll_back_index=roll_back,
             rebuild_lost_index=rebuild_index,
             add_missing=add_missing,
             on_ambiguous=on_ambiguous,
@@ -122,6 +131,12 @@ def repair_command(
         click.echo(f"{would}restored  {path}")
     for name in report.quarantined:
         click.echo(f"{would}quarantined  {name}")
+    for path in report.rolled_back.set_aside if report.rolled_back else ():
+        click.echo(f"{would}set aside  {path}")
+    for name in report.rolled_back.lost if report.rolled_back else ():
+        click.echo(f"{would}out of sight  {name}")
+    if report.rolled_back:
+        click.echo(f"{would}rolled back: {message_of(report.rolled_back)}")
     for name in report.added:
         click.echo(f"{would}added  {name}")
     if report.index_rebuilt:
@@ -318,7 +333,10 @@ def summary(report: VerifyReport) -> str:
 def advice(report: VerifyReport) -> str:
     """Returns what to do about damage that is left."""
     if report.version is None:
-        return "the index cannot be read: repair --rebuild-index makes a new one from the parts"
+        return (
+            "the index cannot be read: repair --roll-back goes back to the last version that can, "
+            "repair --rebuild-index makes a new one from the parts"
+        )
     if report.damaged_records:
         return "restore from a copy (--from), or take the damaged records out of sight (--quarantine)"
     parts = sorted({match[1] for p in report.problems if (match := re.match(r"parts/(\w+)", p.where))})

@@ -2,8 +2,8 @@
 
 Owns the order of the steps. Without flags only exact repairs are made: files whose restored bytes hash to
 what they should. What may lose or change something is done on request alone: ``quarantine`` deletes damaged
-records from the index (the parts stay), ``rebuild_index`` makes a new index, ``add_missing`` makes records
-visible that no row names.
+records from the index (the parts stay), ``roll_back`` goes back to the last version that can be read,
+``rebuild_index`` makes a new index, ``add_missing`` makes records visible that no row names.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from foldfeed.feature_store.repair_index import (
     store_settings,
 )
 from foldfeed.feature_store.repair_parts import restore_part
+from foldfeed.feature_store.repair_rollback import RollBack, roll_back
 from foldfeed.feature_store.schema import INDEX_SCHEMA
 from foldfeed.feature_store.settings import SETTINGS_FILE
 from foldfeed.feature_store.verify import VerifyReport, verify
@@ -45,6 +46,7 @@ class RepairReport:
       quarantined: records that were deleted from the index because they are damaged.
       added: records made visible again.
       index_rebuilt: there is a new index.
+      rolled_back: what going back to an older version took out of sight; None when nothing went back.
       ambiguous: ids that several parts hold with different content.
       after: what `verify` finds now; equal to ``before`` in a dry run.
       dry_run: nothing was done; the other fields say what would be.
@@ -55,6 +57,7 @@ class RepairReport:
     quarantined: tuple[str, ...]
     added: tuple[str, ...]
     index_rebuilt: bool
+    rolled_back: RollBack | None
     ambiguous: tuple[str, ...]
     after: VerifyReport
     dry_run: bool
@@ -65,6 +68,7 @@ def repair(
     *,
     source_url: str | os.PathLike[str] | None = None,
     quarantine: bool = False,
+    roll_back_index: bool = False,
     rebuild_lost_index: bool = False,
     add_missing: bool = False,
     on_ambiguous: str = "error",
@@ -77,6 +81,8 @@ def repair(
       store_url: the store.
       source_url: another store that holds the same parts (a copy): damaged files are taken from it.
       quarantine: delete from the index, in one transaction, the records that stay damaged.
+      roll_back_index: when the newest version cannot be read, go back to the last one that can, in a new
+        commit; see `repair_rollback`. Records of later versions are named and stay in their parts.
       rebuild_lost_index: make a new index from the parts when the index cannot be read.
       add_missing: make records visible that parts hold and the index does not name: rows that got lost, but
         also records that were deleted on purpose.
@@ -85,13 +91,21 @@ def repair(
       progress: told how far it is.
     Raises:
       CommitConflictError: see ``on_ambiguous``.
+      ValueError: ``roll_back_index`` and ``rebuild_lost_index``: one keeps the history, one does not.
     """
+    if roll_back_index and rebuild_lost_index:
+        raise ValueError(
+            "roll_back_index and rebuild_lost_index exclude each other: the first keeps the history up to "
+            "the last good version, the second makes a new one; try the first"
+        )
     blobs = open_blobs(store_url)
     restored = [*drop_wrong_checkpoints(blobs, dry_run)]
     if restore_settings(blobs, dry_run):
         restored.append(SETTINGS_FILE)
     ambiguous: tuple[str, ...] = ()
     lost = not _readable(blobs)
+    rolled_back = roll_back(blobs, dry_run) if lost and roll_back_index else None
+    lost = not _readable(blobs) if rolled_back else lost
     if lost and rebuild_lost_index and not dry_run:
         ambiguous = rebuild_index(blobs, on_ambiguous).ambiguous
     if not lost and not dry_run:
@@ -114,6 +128,7 @@ def repair(
         quarantined=quarantined,
         added=added,
         index_rebuilt=lost and rebuild_lost_index,
+        rolled_back=rolled_back,
         ambiguous=ambiguous,
         after=after,
         dry_run=dry_run,
