@@ -1,4 +1,4 @@
-"""`crop_first` from a permuted store: one run of stored rows, drawn evenly, equal for any number of threads."""
+"""`crop_first` from a permuted store: one run of stored rows, drawn evenly, equal on any threads."""
 
 import dataclasses
 import json
