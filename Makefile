@@ -4,6 +4,7 @@
 #   make test     all tests
 #   make check    format, lint, types, wheel, tests: what CI runs
 #   make bench    benchmarks; one JSON row each
+#   make s3-server  build the server that the tests of object stores need (Go, two minutes); without it they skip
 #   make clean    remove the demo's output and the environment
 
 VENV ?= .venv
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.ready-$(shell (echo "$(PY_FILES)"; cat pyproject.toml constrai
 # Where HMMER's tutorial lies: unpacked beside the environment where the system leaves documentation out.
 EXAMPLES = $$([ -d "$(VENV)/examples/tutorial" ] && echo "$(abspath $(VENV))/examples" || echo "$${FOLDFEED_EXAMPLES:-/usr/share/doc/hmmer/examples}")
 
-.PHONY: demo test check lint format types wheel bench clean setup
+.PHONY: demo test check lint format types wheel bench clean setup s3-server
 
 setup: $(STAMP)
 
@@ -45,6 +46,9 @@ types: setup
 
 wheel: setup
 	@bash deploy/check_wheel.sh "$(VENV)"
+
+s3-server:
+	@bash deploy/s3_server.sh "$(BIN)"
 
 bench: setup
 	@for script in bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done

@@ -55,7 +55,7 @@ fi
 
 say "installing foldfeed and its extras into $venv (the first time this downloads a few GB: torch, Beam)"
 "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt \
-    --config-settings editable_mode=strict -e '.[pipelines,train,dev]'
+    --config-settings editable_mode=strict -e '.[pipelines,train,dev,s3]'
 
 missing=()
 command -v jackhmmer >/dev/null || missing+=(hmmer)

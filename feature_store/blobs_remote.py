@@ -82,7 +82,8 @@ class RemoteBlobs:
                 pass
             else:
                 return True
-        return not self.can_list or bool(self.list(path))
+        # Where nothing can be listed a folder is not known to exist; of the root that is assumed.
+        return bool(self.list(path)) if self.can_list else not path
 
     def list(self, prefix: str) -> list[str]:
         return sorted(self._retrying("list", prefix, lambda: self._files.names(prefix)))

@@ -258,6 +258,8 @@ def copy_command(source: str, target: str, version: str | None, on_existing: str
     click.echo(f"records  {report.num_added} added")
     for path in report.names_copied:
         click.echo(f"name     {path}")
+    if not report.names_known:
+        click.echo("named sets, splits and tags stay behind: a web server does not tell which there are")
     for name in report.tags_left:
         click.echo(f"left     tag {name}: the copy holds other records as well")
     click.echo(f"version  {report.source_version} of the source is {report.version} of the copy")

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from foldfeed.feature_store.blobs import LAST_FILE, Blobs, open_blobs
-from foldfeed.feature_store.copy_names import collect_names, write_names
+from foldfeed.feature_store.copy_names import Names, collect_names, write_names
 from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
 from foldfeed.feature_store.garbage import PARTS_FOLDER, mark_wanted
 from foldfeed.feature_store.index import Index
@@ -46,6 +46,8 @@ class CopyReport:
       bytes_copied: size of the parts written.
       names_copied: paths of the sets, splits and tags that the copy did not have.
       tags_left: tags of the version that were not set, because the copy holds other records as well.
+      names_known: false where the source is on a web server: which sets, splits and tags it has cannot be
+        asked there, and none were copied.
     """
 
     source_version: int
@@ -56,6 +58,7 @@ class CopyReport:
     bytes_copied: int
     names_copied: tuple[str, ...]
     tags_left: tuple[str, ...]
+    names_known: bool
 
 
 def copy_store(
@@ -87,7 +90,11 @@ def copy_store(
     rows = source.index_rows()
     part_ids = sorted(pc.unique(rows["part_id"]).to_pylist())
     from_blobs, to_blobs = open_blobs(source.url), open_blobs(target.url)
-    names = collect_names(from_blobs, to_blobs, source.settings, source.version, on_existing)
+    names = (
+        collect_names(from_blobs, to_blobs, source.settings, source.version, on_existing)
+        if from_blobs.can_list
+        else Names(files={}, tags=())
+    )
     sizes: list[int] = []
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         waiting = [pool.submit(copy_part, from_blobs, to_blobs, part_id) for part_id in part_ids]
@@ -119,6 +126,7 @@ def copy_store(
         bytes_copied=sum(sizes),
         names_copied=written,
         tags_left=() if same else tuple(tag.name for tag in names.tags),
+        names_known=from_blobs.can_list,
     )
 
 

@@ -62,15 +62,17 @@ class HttpFiles:
         self._url = url.rstrip("/")
 
     def get(self, path: str, start: int, size: int | None) -> Fetched:
-        if size is None and start == 0:
-            answer, data = self._ask("GET", path, {})
-            return Fetched(data, _size_of(answer))
+        # An open range also for the whole: its answer names the size of the file besides that of the body, so
+        # a body that something on the way cut short, with a length to match, is found out.
         last = "" if size is None else start + size - 1
         answer, data = self._ask("GET", path, {"Range": f"bytes={start}-{last}"})
         total = answer.headers.get("Content-Range", "").rpartition("/")[2]
         if answer.status == _RANGE_NOT_SATISFIABLE:
             # Behind the end of the file.
             return Fetched(b"", int(total) if total.isdecimal() else self.head(path).num_bytes)
+        if answer.status == _OK and size is None and start == 0:
+            # A server that knows no ranges; the length of the body is all it says.
+            return Fetched(data, _size_of(answer))
         if answer.status == _OK:
             raise StorageRefusedError(
                 f"{self._url}/{path}",

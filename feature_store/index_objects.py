@@ -25,10 +25,12 @@ import deltalake
 
 from foldfeed.feature_store import index_log
 from foldfeed.feature_store.blobs import Blobs
-from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError
+from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError, StorageRefusedError
 from foldfeed.feature_store.index_log import LOG_FOLDER, AddedFile, Commit
 
 _ENGINE = "foldfeed"
+# A commit every second would take thirty years.
+_MAX_VERSION = 1 << 30
 # What a table needs that has nothing but files: no deletion vectors, no column mapping.
 _PROTOCOL = {"minReaderVersion": 1, "minWriterVersion": 2}
 
@@ -208,6 +210,12 @@ def _newest_by_asking(blobs: Blobs) -> int | None:
     low, high = 0, 1
     while there(high):
         low, high = high, 2 * high
+        if high > _MAX_VERSION:
+            raise StorageRefusedError(
+                blobs.url,
+                "open",
+                "the server claims to have every file that it is asked for; ask its operator",
+            )
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if there(middle) else (low, middle)

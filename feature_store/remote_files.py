@@ -240,6 +240,8 @@ class S3Files:
         new = {"IfNoneMatch": "*"} if exclusive else {}
         try:
             self._call("put_object", Key=self._key(path), Body=data, **new)
+        except FileNotFoundError as error:
+            raise self._no_bucket() from error
         except OSError as error:
             if exclusive and _status_of(error) == _PRECONDITION_FAILED:
                 raise FileExistsError(path) from error
@@ -251,7 +253,10 @@ class S3Files:
             retried(lambda: self.put(path, local.read_bytes(), exclusive=False))
             return
         key = self._key(path)
-        upload = retried(lambda: self._call("create_multipart_upload", Key=key))["UploadId"]
+        try:
+            upload = retried(lambda: self._call("create_multipart_upload", Key=key))["UploadId"]
+        except FileNotFoundError as error:
+            raise self._no_bucket() from error
         try:
             pieces = self._upload_pieces(key, upload, local, size, retried)
             retried(lambda: self._complete(path, upload, pieces, size))
@@ -340,7 +345,11 @@ class S3Files:
         pages = []
         token: dict[str, str] = {}
         while True:
-            page = self._call("list_objects_v2", **request, **token)
+            try:
+                page = self._call("list_objects_v2", **request, **token)
+            except FileNotFoundError:
+                # There is no such bucket, so nothing in it.
+                return []
             pages.append(page)
             if not page.get("IsTruncated"):
                 return pages
@@ -357,6 +366,9 @@ class S3Files:
     def _run(self, work: Callable[..., Awaitable[Any]], **request: Any) -> Any:
         files = file_system(self._url)[0]
         return fsspec.asyn.sync(files.loop, work, files, Bucket=self._bucket, **request)
+
+    def _no_bucket(self) -> StoreUrlError:
+        return StoreUrlError(self._url, f"there is no bucket {self._bucket!r}; make it first")
 
     def _key(self, path: str) -> str:
         return f"{self._prefix}/{path}" if self._prefix else path

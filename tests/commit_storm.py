@@ -116,8 +116,13 @@ def _content(store: FeatureStore) -> dict[str, str]:
 
 
 def run_storm(folder: Path, num_workers: int, seconds: float) -> dict[str, int]:
-    """Runs the workers, checks the outcome, returns counts."""
-    store = FeatureStore.create(folder / "storm")
+    """Runs the workers on a store in a folder, checks the outcome, returns counts."""
+    return storm_at(folder / "storm", num_workers, seconds)
+
+
+def storm_at(url: str | Path, num_workers: int, seconds: float) -> dict[str, int]:
+    """Runs the workers on a new store, checks the outcome, returns counts."""
+    store = FeatureStore.create(url)
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     workers = [

@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from records import make_record
+from s3_server import FOREIGN_VARIABLES, client_environment, running_server
 
 from foldfeed.feature_store import FeatureStore, write_part
 
@@ -51,3 +54,21 @@ def small_store(tmp_path) -> FeatureStore:
     part = write_part(store.url, records, store.settings)
     store.commit([part.part_id], job_id="job-1", message="first")
     return store
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory) -> Iterator[str]:
+    """URL of a real S3-compatible server, when one was built."""
+    pytest.importorskip("s3fs", reason="no s3fs: pip install 'foldfeed[s3]'")
+    with running_server(tmp_path_factory.mktemp("s3")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3(s3_endpoint, monkeypatch) -> str:
+    """URL of an empty place in a bucket; clients of this process and its children find the server."""
+    for name in FOREIGN_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in client_environment(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://bucket/{uuid.uuid4().hex}"
