@@ -34,14 +34,15 @@ CRC_BYTES = 4
 MAX_GAP_BYTES = 16 << 10
 MAX_READ_BYTES = 32 << 20
 
-_decompressors = threading.local()
+
+class _Codec(threading.local):
+    """zstd's decompressor of each thread, made when the thread first needs it."""
+
+    def __init__(self) -> None:
+        self.decompress = zstandard.ZstdDecompressor().decompress
 
 
-def _decompressor() -> zstandard.ZstdDecompressor:
-    found = getattr(_decompressors, "value", None)
-    if found is None:
-        found = _decompressors.value = zstandard.ZstdDecompressor()
-    return found
+_codec = _Codec()
 
 
 class ReadRun(NamedTuple):
@@ -148,11 +149,12 @@ class ShardReader:
         if self._num_bytes is None:
             return [], list(range(len(numbers)))
         index = self._open()[1]
+        found = index[np.asarray(numbers, dtype=np.int64)].tolist()
         runs: list[ReadRun] = []
         missing: list[int] = []
         entries: list[tuple[int, int, int, int]] = []
         start = end = last = 0
-        for place, (offset, size) in enumerate(index[np.asarray(numbers, dtype=np.int64)].tolist()):
+        for place, (offset, size) in enumerate(found):
             if offset == MISSING:
                 missing.append(place)
                 continue
@@ -178,20 +180,26 @@ class ShardReader:
         """
         return self._read(run.start, run.end - run.start)
 
-    def decode(self, number: int, encoded: bytes) -> bytes:
-        """Returns the bytes of a chunk, from its encoded ones; C order of the schema's chunk shape.
+    def decode(self, number: int, data: bytes, at: int, size: int) -> bytes:
+        """Returns the bytes of a chunk, in C order of the schema's chunk shape.
 
+        Args:
+          number: of the chunk, for messages.
+          data: what `fetch` brought.
+          at: where the chunk begins in it.
+          size: its encoded size.
         Raises:
           CorruptDataError: a checksum or a size does not agree.
         """
-        body = encoded[:-CRC_BYTES]
-        if len(body) == 0 or google_crc32c.value(body) != int.from_bytes(encoded[-CRC_BYTES:], "little"):
+        end = at + size - CRC_BYTES
+        body = data[at:end]
+        if not body or google_crc32c.value(body) != int.from_bytes(data[end : at + size], "little"):
             raise self._damaged(number, "it does not match its crc32c")
         # The size in the frame is looked at before memory is taken for it.
         if zstandard.frame_content_size(body) != self._chunk_bytes:
             raise self._damaged(number, f"it does not decode to {self._chunk_bytes} bytes")
         try:
-            return _decompressor().decompress(body)
+            return _codec.decompress(body)
         except zstandard.ZstdError as error:
             raise self._damaged(number, f"zstd: {error}") from error
 
@@ -258,7 +266,7 @@ class ShardReader:
             if offset < 0:
                 yield number, None
             else:
-                raw = self.decode(number, data[offset - start : offset - start + size])
+                raw = self.decode(number, data, offset - start, size)
                 yield number, np.frombuffer(raw, dtype=self.spec.dtype).reshape(self.spec.chunk)
 
     def _damaged(self, number: int, reason: str) -> CorruptDataError:

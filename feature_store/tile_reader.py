@@ -143,12 +143,9 @@ class CropJob(NamedTuple):
     deletions: NDArray[np.int32]
 
 
-class _Target(NamedTuple):
-    """Where a tile goes: ``out[box.out_rows, box.out_cols] = tile[box.tile_rows, box.tile_cols]``."""
-
-    box: TileBox
-    out: NDArray[np.uint8] | NDArray[np.int32]
-    job: CropJob
+# A box of a tile, the array it goes to, and the crop it belongs to:
+# ``out[box.out_rows, box.out_cols] = tile[box.tile_rows, box.tile_cols]``. A plain tuple: a crop has dozens.
+_Target: TypeAlias = "tuple[TileBox, NDArray[np.uint8] | NDArray[np.int32], CropJob]"
 
 
 def boxes_of(
@@ -248,14 +245,14 @@ class TileReader:
           jobs: crops of records of this part.
           max_read_bytes: of one task.
         """
-        msa = [_Target(box, job.msa, job) for job in jobs for box in job.msa_boxes]
-        deletion = [_Target(box, job.deletions, job) for job in jobs for box in job.deletion_boxes]
+        msa: list[_Target] = [(box, job.msa, job) for job in jobs for box in job.msa_boxes]
+        deletion: list[_Target] = [(box, job.deletions, job) for job in jobs for box in job.deletion_boxes]
         if len(jobs) > 1:
             msa.sort(key=_tile_of)
             deletion.sort(key=_tile_of)
         found: list[Task] = []
         for array, targets in ((self._msa, msa), (self._deletion, deletion)):
-            runs, missing = array.runs([target.box.tile for target in targets], max_read_bytes)
+            runs, missing = array.runs([box.tile for box, _, _ in targets], max_read_bytes)
             found += [functools.partial(_fill, array, run, targets) for run in runs]
             if array is self._msa:
                 # Every cell of a tile that is not stored is the fill value; `deletions` are zero already.
@@ -305,7 +302,7 @@ class TileReader:
 
 
 def _tile_of(target: _Target) -> int:
-    return target.box.tile
+    return target[0].tile
 
 
 def _fill(array: ShardReader, run: ReadRun, targets: list[_Target]) -> None:
@@ -322,13 +319,13 @@ def _fill(array: ShardReader, run: ReadRun, targets: list[_Target]) -> None:
         for place, number, at, size in run.entries:
             # Two crops, or both ends of a run that wraps around, may want the same tile.
             if number != last:
-                tile = np.ndarray(shape, np.uint8, array.decode(number, data[at : at + size]))
+                tile = np.ndarray(shape, np.uint8, array.decode(number, data, at, size))
                 last = number
-            box, out, _ = targets[place]
-            out[box.out_rows, box.out_cols] = tile[box.tile_rows, box.tile_cols]
+            (_, tile_rows, tile_cols, out_rows, out_cols), out, _ = targets[place]
+            out[out_rows, out_cols] = tile[tile_rows, tile_cols]
     except CorruptDataError as error:
-        record_id = targets[place].job.record.record_id
+        record_id = targets[place][2].record.record_id
         raise CorruptDataError(f"{error.where} (record {record_id})", error.reason) from error
     except Exception as error:
-        error.add_note(f"while reading record {targets[place].job.record.record_id}")
+        error.add_note(f"while reading record {targets[place][2].record.record_id}")
         raise
