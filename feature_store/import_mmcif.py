@@ -52,8 +52,9 @@ from foldfeed.feature_store.structure import Structure
 
 # The largest entries of the PDB are about 400 MB of text; parsing takes some ten times the size.
 DEFAULT_MAX_BYTES = 1 << 30
-# The largest entry of the PDB has some 313,000 residues (3J3Q). A small text can name a long entity many
-# times.
+# The largest entry of the PDB, 3J3Q, has 1,356 chains with some 313,000 residues. A small text can name a
+# long entity many times.
+MAX_ENTRY_CHAINS = 50_000
 MAX_ENTRY_RESIDUES = 2_000_000
 MAX_DESCRIPTION = 1000
 
@@ -160,6 +161,10 @@ class MmcifEntry:
         if not self._entities:
             raise tables.error(
                 ATOM_SITE, f"model {self._atoms.model} has no atom of a polypeptide; there is nothing to take"
+            )
+        if len(self._entities) > MAX_ENTRY_CHAINS:
+            raise tables.error(
+                ATOM_SITE, f"it has {len(self._entities)} protein chains; the most is {MAX_ENTRY_CHAINS}"
             )
         num_residues = sum(self._sequences.num_rows(entity) for entity in self._entities.values())
         if num_residues > MAX_ENTRY_RESIDUES:

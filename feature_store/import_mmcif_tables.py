@@ -11,6 +11,7 @@ Source: the mmCIF (PDBx) dictionary; gemmi's documentation of ``gemmi.cif``.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,10 +24,14 @@ from foldfeed.feature_store.errors import MissingExtraError, StructureParseError
 ATOM_SITE = "_atom_site"
 EXTRA = "structures"
 MAX_SHOWN = 80
+# Files of entries have one; those with definitions of ligands beside it a few.
+MAX_BLOCKS = 1000
 
 # Python's int() also takes "1_000" and digits of other alphabets.
 _INTEGER = re.compile(r"[+-]?[0-9]{1,10}", re.ASCII)
 _PLAIN_NUMBER = re.compile(r"[0-9]{1,10}(\.[0-9]{1,10})?", re.ASCII)
+_BLOCK = re.compile(rb"(?:\A|\s)data_", re.IGNORECASE)
+_PIECE_BYTES = 1 << 20
 _LINE = re.compile(r"^(?:string|data)?:?(\d+)(?::\d+\(\d+\))?(?: in [^:]*)?: (.*)$", re.DOTALL)
 
 
@@ -80,12 +85,13 @@ class Tables:
         """
         self.where = where
         self._cif = gemmi_module().cif
+        _check_blocks(data, where)
         try:
             document = self._cif.read_string(data)
         except (ValueError, RuntimeError) as error:
             # gemmi raises ValueError for syntax and RuntimeError for repeated names and missing values.
             raise _syntax_error(where, str(error)) from error
-        blocks = [block for block in document if len(block.find_mmcif_category(ATOM_SITE + "."))]
+        blocks = [block for block in document if self._rows_in(block, ATOM_SITE)]
         if len(blocks) != 1:
             raise StructureParseError(
                 where,
@@ -102,7 +108,7 @@ class Tables:
 
     def num_rows(self, category: str) -> int:
         """Returns the rows of a category; 0 when it is not there."""
-        return len(self._block.find_mmcif_category(category + "."))
+        return self._rows_in(self._block, category)
 
     def column(self, category: str, item: str) -> Column | None:
         """Returns a column, or None when the file has none of that name."""
@@ -151,6 +157,15 @@ class Tables:
         number = self._cif.as_number
         return np.fromiter((number(text) for text in raw), dtype=np.float64)
 
+    def _rows_in(self, block: Any, category: str) -> int:
+        try:
+            return len(block.find_mmcif_category(category + "."))
+        except RuntimeError as error:
+            # gemmi's only reason: a loop that mixes items of two categories.
+            raise self.error(
+                category, f"its table is not one of a single category ({shorten(str(error))})"
+            ) from error
+
     def _raw(self, category: str, item: str) -> Iterable[str] | None:
         found = self._block.find([f"{category}.{item}"])
         return found.column(0) if found.width() else None
@@ -172,6 +187,17 @@ def integer_of(text: str | None) -> int | None:
 def is_plain_number(text: str) -> bool:
     """Returns whether a text is a short decimal number as anybody writes it."""
     return _PLAIN_NUMBER.fullmatch(text) is not None
+
+
+def _check_blocks(data: bytes, where: str) -> None:
+    """Raises for text of very many data blocks, whose names gemmi compares each with each (24 s for 8 MB)."""
+    pieces = range(0, len(data), _PIECE_BYTES)
+    if sum(data[start : start + _PIECE_BYTES].lower().count(b"data_") for start in pieces) <= MAX_BLOCKS:
+        return
+    if sum(1 for _ in itertools.islice(_BLOCK.finditer(data), MAX_BLOCKS + 1)) > MAX_BLOCKS:
+        raise StructureParseError(
+            where, f"it has more than {MAX_BLOCKS} data blocks; an entry is one of them"
+        )
 
 
 def _syntax_error(where: str, text: str) -> StructureParseError:

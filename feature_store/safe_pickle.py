@@ -71,6 +71,8 @@ def load_pickled_arrays(data: bytes, where: str) -> dict[str, Any]:
         AttributeError,
         OverflowError,
         struct.error,
+        # Python's own for an escape that no pickler writes, where warnings are errors.
+        DeprecationWarning,
     ) as error:
         raise UnsafePickleError(where, f"the pickle is damaged or unusual ({_short(error)})") from error
     if not isinstance(result, dict) or not all(isinstance(key, str) for key in result):

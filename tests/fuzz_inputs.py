@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
+from mmcif_samples import sample
 from records import make_record
 
 from foldfeed.feature_store.export_rows import rows_of_msa
@@ -239,6 +241,33 @@ def rebuild_pickle(rng: random.Random, data: bytes) -> bytes:
     return pickle.dumps(features, protocol=rng.randrange(6))
 
 
+def rebuild_mmcif(rng: random.Random, data: bytes) -> bytes:
+    """A change of cells, rows, items or whole tables of a text that stays CIF."""
+    lines = data.decode().splitlines()
+    rows = [at for at, line in enumerate(lines) if line.startswith(("ATOM", "HETATM", "1 "))]
+    items = [at for at, line in enumerate(lines) if line.startswith("_")]
+    odd = ["?", ".", "''", "0", "-1", "1e400", "nan", "1.5(3)", "99999999999", "x" * 300, "data_", "A", "MSE"]
+    odd += ["GLY", "SE", "NH1", "2", "B", '";"', "_atom_site.x", "\n;text\n;\n", "7B", "2020-13-45"]
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at, kind = rng.choice(rows), rng.randrange(7)
+        cells = lines[at].split()
+        if kind <= 2:
+            cells[rng.randrange(len(cells))] = rng.choice(odd)
+            lines[at] = " ".join(cells)
+        elif kind == 3:
+            lines[at] = lines[at] + "\n" + rng.choice([lines[at], lines[rng.choice(rows)]])
+        elif kind == 4:
+            other = rng.choice(rows)
+            lines[at], lines[other] = lines[other], lines[at]
+        elif kind == 5:
+            lines[at] = ""
+        else:
+            item = rng.choice(items)
+            name, _, value = lines[item].partition(" ")
+            lines[item] = f"{name}{rng.choice(['', 'x'])} {rng.choice(odd) if value else ''}"
+    return "\n".join(lines).encode() + b"\n"
+
+
 SMALL_A3M = (
     b">q text\nACDE\n>tr|A0A146SKV9|A0A146SKV9_FUNHE/1-4\nAxxC-E\n>h\t9\t1\t1e-5\t0\t3\t4\t0\t3\t4\n-CDE\n"
 )
@@ -280,10 +309,14 @@ def targets(data: Path | None = None) -> dict[str, Target]:
         "features-pkl": Target("features.pkl", "alphafold2", _pickles(), rebuild_pickle),
         "chai-pqt": Target("x.pqt", "chai-pqt", (pqt,), rebuild_parquet),
     }
+    if importlib.util.find_spec("gemmi") is not None:
+        seeds = (sample("9ABC", {"A": "H", "B": "L"}), seed_inputs("mmcif"))
+        made["mmcif"] = Target("x.cif", "mmcif", seeds, rebuild_mmcif)
     real = {"a3m": "msas/1psm_A/bfd_uniclust_hits.a3m", "sto": "golden/openfold_short/uniref90_hits.sto"}
     real |= {"colabfold": "msas/4OT_59/colabfold.a3m.gz", "a2m": "msas/PTEN_HUMAN/jackhmmer.a2m.gz"}
+    real |= {"mmcif": "structures/5y2e.cif"}
     for name, file in real.items():
-        if data is not None and (data / file).is_file():
+        if name in made and data is not None and (data / file).is_file():
             text = (data / file).read_bytes()
             whole = gzip.decompress(text) if file.endswith(".gz") else text
             made[name] = dataclasses.replace(made[name], seeds=(*made[name].seeds, whole[:SEED_BYTES]))

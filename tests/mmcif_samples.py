@@ -1,5 +1,6 @@
 """A small hand-made mmCIF entry, as text: five residues, the second not observed. Needs no gemmi."""
 
+MONOMERS = "1 1 ALA\n1 2 GLY\n1 3 MSE\n1 4 SER\n1 5 HYP\n"
 HEAD = """data_{name}
 _entry.id {name}
 _entity.id 1

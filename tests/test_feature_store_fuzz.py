@@ -16,6 +16,7 @@ from fuzz_feature_store import attempt
 from fuzz_inputs import Target, mutate, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmcif_samples import HEAD, MONOMERS
 
 ROW_TEXT = st.text(alphabet="ACDEFX-acde.>\n# \t\0/é*", max_size=30)
 A3M = st.lists(st.tuples(ROW_TEXT, ROW_TEXT), max_size=6).map(
@@ -65,6 +66,18 @@ INDEX = st.dictionaries(
 )
 
 
+CELL = st.sampled_from([*"?.ABHX1230", "-5", "CA", "SE", "MSE", "ALA", "ARG", "1e999", "9" * 20])
+ATOM = st.lists(CELL, min_size=18, max_size=18).map(" ".join)
+ENTITY = st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["ALA", "MSE", "ARG", "?"])), max_size=5).map(
+    lambda rows: "".join(f"1 {number} {name}\n" for number, name in rows)
+)
+ENTRY = st.tuples(ENTITY, st.lists(ATOM, max_size=5)).map(
+    lambda pieces: (
+        HEAD.format(name="9ABC", date="2020-02-01").replace(MONOMERS, pieces[0]) + "\n".join(pieces[1]) + "\n"
+    )
+)
+
+
 def run(file: str, layout: str, data: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         return attempt(Target(file, layout, ()), data, Path(folder))
@@ -93,6 +106,13 @@ def test_any_alphafold_3_job(job):
 @given(index=INDEX | JSON)
 def test_any_alignment_index(index):
     run("x.index", "openfold-db", json.dumps(index).encode())
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=ENTRY | ROW_TEXT)
+def test_any_mmcif(text):
+    pytest.importorskip("gemmi", reason="gemmi is not installed; pip install 'foldfeed[structures]'")
+    run("x.cif", "mmcif", text.encode())
 
 
 @settings(max_examples=100, deadline=None)

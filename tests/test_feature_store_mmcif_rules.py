@@ -267,6 +267,11 @@ def test_a_small_text_cannot_stand_for_a_huge_entry():
     chains = [row.replace(" A 1 1 ", f" C{number} 1 1 ") for number in range(101) for row in ROWS[:1]]
     with pytest.raises(StructureParseError, match="its chains have 2020000 residues; the most"):
         read_mmcif(text(chains, a=("1 5 HYP\n", "1 5 HYP\n" + long)))
+    with pytest.raises(StructureParseError, match="more than 1000 data blocks"):
+        read_mmcif(b"".join(b"Data_%d _a.b 1 " % number for number in range(400_000)))
+    many = [row.replace(" A 1 1 ", f" C{number} 1 1 ") for number in range(50_001) for row in ROWS[:1]]
+    with pytest.raises(StructureParseError, match="it has 50001 protein chains; the most is 50000"):
+        read_mmcif(text(many))
     longer = "".join(f"1 {number} GLY\n" for number in range(6, 100_002))
     with pytest.raises(StructureParseError, match="entity 1 has more than 100000 residues"):
         list(read_mmcif(text(a=("1 5 HYP\n", "1 5 HYP\n" + longer))))
