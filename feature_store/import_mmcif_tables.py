@@ -85,6 +85,7 @@ class Tables:
         """
         self.where = where
         self._cif = gemmi_module().cif
+        _check_text(data, where)
         _check_blocks(data, where)
         try:
             document = self._cif.read_string(data)
@@ -187,6 +188,17 @@ def integer_of(text: str | None) -> int | None:
 def is_plain_number(text: str) -> bool:
     """Returns whether a text is a short decimal number as anybody writes it."""
     return _PLAIN_NUMBER.fullmatch(text) is not None
+
+
+def _check_text(data: bytes, where: str) -> None:
+    """Raises for bytes that are no text; gemmi takes any byte between quotes."""
+    if data.isascii():
+        return
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise StructureParseError(where, f"byte {data[error.start]:#x} is no UTF-8", line=line) from error
 
 
 def _check_blocks(data: bytes, where: str) -> None:

@@ -227,6 +227,13 @@ def test_what_breaks_a_rule_is_refused_with_the_place(changes, message):
     assert str(caught.value).startswith("x.cif")
 
 
+def test_any_language_is_text_and_other_bytes_are_not():
+    chain = only(text(a=("_entry.id 9ABC", "_entry.id 'Größe'")))
+    assert chain.structure.source["entry_id"] == "Größe"
+    with pytest.raises(StructureParseError, match="x.cif, line 2: byte 0xf6 is no UTF-8"):
+        only(text(a=("_entry.id 9ABC", "_entry.id 'Größe'")).decode().encode("latin-1"))
+
+
 def test_messages_stay_short_and_errors_travel_between_processes():
     with pytest.raises(StructureParseError) as caught:
         list(read_mmcif(text(a=("1 3 MSE", "1 3 " + "L" * 100_000))))
