@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from foldfeed.feature_store import structure
-from foldfeed.feature_store.blobs import Blobs, LocalBlobs
+from foldfeed.feature_store.blobs import Blobs, LocalBlobs, open_blobs
 from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
 from foldfeed.feature_store.layout import Rows, grid_of
 from foldfeed.feature_store.read_pool import DEFAULT_IN_FLIGHT, REMOTE_READ_BYTES, run_tasks
@@ -61,6 +61,7 @@ class PartReader:
         """
         self.part_id = part_id
         self.path = f"parts/{part_id}"
+        self._url = blobs.url
         # A read of a local file is over before a thread would have been told about it.
         self.is_local = isinstance(blobs, LocalBlobs)
         where = f"{self.path}/{GROUP_FILE}"
@@ -89,6 +90,10 @@ class PartReader:
             if name in about["lengths"]
         }
         self.tiles = TileReader(part_id, self.path, self.arrays)
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        # Open files and thread pools stay behind; another process reads the metadata again.
+        return _open_part, (self._url, self.part_id)
 
     def index_rows(self) -> list[dict[str, Any]]:
         """Returns the index row of every record of the part, without the part's id and the job's.
@@ -178,6 +183,10 @@ class PartReader:
         first = at.first_hit_id_byte
         text = self.arrays["row_hit_id"].read(first, first + cuts[-1]).tobytes()
         return [text[a:b].decode() for a, b in itertools.pairwise(cuts)]
+
+
+def _open_part(url: str, part_id: str) -> PartReader:
+    return PartReader(open_blobs(url), part_id)
 
 
 def _nullable(values: np.ndarray) -> pa.Array:

@@ -67,6 +67,9 @@ class Record:
             first_structure_residue=row["first_structure_residue"],
         )
 
+    def __reduce__(self) -> tuple[Any, tuple[PartReader, dict[str, Any]]]:
+        return Record, (self._part, dict(self._row))
+
     def __repr__(self) -> str:
         return f"Record({self.record_id!r}, length={self.length}, depth={self.depth})"
 
