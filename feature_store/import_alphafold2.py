@@ -5,14 +5,15 @@
     TARGET/features.pkl[.gz], features.npz      used where TARGET has no msas/
 
 The pickles are not executed (`foldfeed.feature_store.safe_pickle`). Owns the meaning of the feature
-dictionary: HHblits codes, one row per alignment row, species. Features do not say which database a row came
-from, so they become one database called ``features``.
+dictionary: HHblits codes, one row per alignment row, species, labels. Features do not say which database a
+row came from, so they become one database called ``features``; nor how the author numbered the residues.
 
 Source: AlphaFold 2 ``run_alphafold.py``, ``data/pipeline.py``, ``data/pipeline_multimer.py``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from foldfeed.feature_store.a3m import ParsedAlignment
 from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.import_errors import SourceFileError, UnsupportedSourceError
 from foldfeed.feature_store.import_files import kind_of, read_file, stem_of
+from foldfeed.feature_store.import_labels import structure_of_labels
 from foldfeed.feature_store.import_names import fit_species, make_id
 from foldfeed.feature_store.import_npz import NpzFile
 from foldfeed.feature_store.import_openfold import folder_files, merge_files
@@ -38,6 +40,7 @@ from foldfeed.feature_store.import_sources import (
     relative,
     sub_folders,
 )
+from foldfeed.feature_store.point_in_time import RELEASE_DATE
 from foldfeed.feature_store.record import MAX_DELETION, MsaRecord
 from foldfeed.feature_store.safe_pickle import load_pickled_arrays
 
@@ -53,6 +56,10 @@ _FEATURES = (
     "domain_name",
     "msa_species_identifiers",
     "msa_uniprot_accession_identifiers",
+    "all_atom_positions",
+    "all_atom_mask",
+    "resolution",
+    "release_date",
 )
 _COMPLEX_FEATURES = ("asym_id", "assembly_num_chains", "entity_id")
 
@@ -174,7 +181,9 @@ def record_of_features(
     Args:
       record_id: its id.
       features: ``sequence`` (1,), ``msa`` (depth, length) integers in HHblits codes, ``deletion_matrix_int``
-        of the same shape; ``msa_species_identifiers`` (depth,) and ``domain_name`` (1,) where they are.
+        of the same shape; ``msa_species_identifiers`` (depth,) and ``domain_name`` (1,) where they are; and
+        the labels ``all_atom_positions`` (length, 37, 3), ``all_atom_mask`` (length, 37), ``resolution``
+        (1,), ``release_date`` (1,) where they are.
       where: for messages.
       options: of the import.
       extra: further facts.
@@ -206,7 +215,10 @@ def record_of_features(
         tool=TOOL,
     )
     description = _text(features, "domain_name", where) if "domain_name" in features else ""
-    return build_record(
+    structure = structure_of_labels(features, len(sequence), where)
+    if structure is not None and RELEASE_DATE in structure.source:
+        extra = {**extra, RELEASE_DATE: structure.source[RELEASE_DATE]}
+    record = build_record(
         record_id,
         [rows],
         sequence=sequence,
@@ -215,6 +227,7 @@ def record_of_features(
         max_hits=options.max_hits,
         extra=extra,
     )
+    return record if structure is None else dataclasses.replace(record, structure=structure)
 
 
 def _integers(features: Mapping[str, Any], name: str, where: str, largest: int) -> NDArray[Any]:

@@ -15,7 +15,8 @@ from foldfeed.feature_store.cli import main
 from foldfeed.feature_store.export_mmcif import decimals, to_mmcif
 from foldfeed.feature_store.export_rows import ExportRows, rows_of_msa
 from foldfeed.feature_store.export_write import export_record, render
-from foldfeed.feature_store.import_errors import ExportError
+from foldfeed.feature_store.import_errors import ExportError, SourceFileError
+from foldfeed.feature_store.import_labels import structure_of_labels
 from foldfeed.feature_store.import_layouts import AlignmentImport
 from foldfeed.feature_store.import_mmcif import load_mmcif, read_mmcif
 from foldfeed.feature_store.structure import ATOM_NAMES, NO_NUMBER
@@ -147,6 +148,38 @@ def test_what_mmcif_cannot_hold_is_refused(changes, reason):
     assert reason in str(caught.value)
 
 
+LABELS = {
+    "all_atom_positions": np.ones((5, 37, 3), dtype=np.float32),
+    "all_atom_mask": np.ones((5, 37), dtype=np.float32),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"all_atom_mask": None}, "'all_atom_positions' is there without its other half"),
+        ({"all_atom_mask": np.ones((5, 36))}, "'all_atom_mask' must be numbers of shape (5, 37)"),
+        ({"all_atom_mask": np.full((5, 37), 0.5)}, "'all_atom_mask' has other values than 0 and 1"),
+        ({"all_atom_positions": np.full((5, 37, 3), "x")}, "must be numbers of shape (5, 37, 3)"),
+        ({"all_atom_positions": np.full((5, 37, 3), 1e39)}, "a number that 32 bits cannot hold"),
+        ({"release_date": np.array([b"soon"])}, "release_date 'soon' is no date"),
+    ],
+)
+def test_labels_that_are_none_are_refused(changes, reason):
+    features = {name: value for name, value in (LABELS | changes).items() if value is not None}
+    with pytest.raises(SourceFileError) as caught:
+        structure_of_labels(features, 5, "features.npz")
+    assert reason in str(caught.value)
+
+
+def test_what_is_no_atom_has_no_place_and_an_unknown_resolution_is_absent():
+    mask = np.eye(5, 37)
+    found = structure_of_labels(LABELS | {"all_atom_mask": mask, "resolution": np.zeros(1, "f4")}, 5, "x")
+    assert (found.atom_positions == mask[..., None]).all()
+    assert found.source == {"source_format": "alphafold2"}
+    assert structure_of_labels({}, 5, "x") is None
+
+
 @pytest.fixture
 def store(tmp_path):
     (tmp_path / "9abc.cif").write_bytes(sample("9ABC", {"A": "H"}))
@@ -188,6 +221,13 @@ def test_labels_of_alphafold_2(store, tmp_path):
     assert found["release_date"].tolist() == [b"2020-02-01"]
     with np.load(io.BytesIO(export_record(store["x"], options))) as arrays:
         assert not any("atom" in name for name in arrays.files)
+    (tmp_path / "features.npz").write_bytes(export_record(store["9abc_H"], options))
+    (back,) = AlignmentImport(tmp_path / "features.npz")
+    np.testing.assert_array_equal(back.structure.atom_positions, structure.atom_positions)
+    np.testing.assert_array_equal(back.structure.atom_mask, structure.atom_mask)
+    assert (back.structure.residue_number == NO_NUMBER).all()
+    assert back.structure.source["resolution_angstrom"] == "1.5"
+    assert back.extra["release_date"] == back.structure.source["release_date"] == "2020-02-01"
     # A record that is not in a store yet has its structure, too.
     (record,) = AlignmentImport(tmp_path / "9abc.cif", "mmcif")
     assert render(rows_of_msa(record), options) == export_record(store["9abc_H"], options)

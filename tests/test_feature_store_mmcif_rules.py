@@ -230,7 +230,7 @@ def test_what_breaks_a_rule_is_refused_with_the_place(changes, message):
 def test_any_language_is_text_and_other_bytes_are_not():
     chain = only(text(a=("_entry.id 9ABC", "_entry.id 'Größe'")))
     assert chain.structure.source["entry_id"] == "Größe"
-    with pytest.raises(StructureParseError, match="x.cif, line 2: byte 0xf6 is no UTF-8"):
+    with pytest.raises(StructureParseError, match=r"x\.cif, line 2: byte 0xf6 is no UTF-8"):
         only(text(a=("_entry.id 9ABC", "_entry.id 'Größe'")).decode().encode("latin-1"))
 
 
