@@ -32,6 +32,8 @@ from foldfeed.feature_store.errors import (
 )
 from foldfeed.feature_store.export_write import ExportOptions, export_record
 from foldfeed.feature_store.import_layouts import AlignmentImport
+from foldfeed.feature_store.import_mmcif import MmcifChain, MmcifEntry, load_mmcif, read_mmcif
+from foldfeed.feature_store.import_mmcif_attach import AttachOptions, attach_structures
 from foldfeed.feature_store.import_rows import ImportOptions
 from foldfeed.feature_store.import_write import import_into
 from foldfeed.feature_store.index import CommitResult
@@ -52,6 +54,7 @@ from foldfeed.feature_store.writer import WrittenPart, write_part
 __all__ = [
     "AlignmentImport",
     "AlignmentParseError",
+    "AttachOptions",
     "CommitConflictError",
     "CommitContentionError",
     "CommitResult",
@@ -70,6 +73,8 @@ __all__ = [
     "LeakageError",
     "LogEntry",
     "MissingExtraError",
+    "MmcifChain",
+    "MmcifEntry",
     "MsaRecord",
     "NameNotFoundError",
     "NameTakenError",
@@ -97,8 +102,11 @@ __all__ = [
     "StructureParseError",
     "TagError",
     "WrittenPart",
+    "attach_structures",
     "export_record",
     "import_into",
+    "load_mmcif",
     "measure_effective_rows",
+    "read_mmcif",
     "write_part",
 ]
