@@ -4,15 +4,19 @@ import dataclasses
 import datetime
 import gzip
 import json
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from mmcif_samples import HEAD, sample
-from records import make_record
+from records import make_record, make_structure
 
-from foldfeed.feature_store import FeatureStore, MsaRecord, alphabet, import_into, write_part
+from foldfeed.feature_store import FeatureStore, MsaRecord, StoreSettings, alphabet, import_into, write_part
 from foldfeed.feature_store.cli import main
+from foldfeed.feature_store.export_mmcif import to_mmcif
+from foldfeed.feature_store.export_rows import rows_of_msa
 from foldfeed.feature_store.import_layouts import AlignmentImport, detect_layout
 from foldfeed.feature_store.import_mmcif import read_mmcif
 from foldfeed.feature_store.import_mmcif_attach import AttachOptions, attach_structures
@@ -132,6 +136,53 @@ def test_by_sequence_every_record_gets_the_best_chain_of_its_sequence(store, ent
         assert (source["entry_id"], source["label_asym_id"]) == ("9ABC", "A"), (
             "most residues, then first by id"
         )
+
+
+def exported(folder, record, structure) -> None:
+    """Writes an entry whose only chain has the sequence of a record."""
+    rows = rows_of_msa(dataclasses.replace(record, structure=structure))
+    (folder / f"{record.record_id}.cif").write_bytes(to_mmcif(rows))
+
+
+def assert_attached(store, records, structures) -> None:
+    for record in records:
+        found = store[record.record_id]
+        np.testing.assert_array_equal(found.msa(), record.msa)
+        np.testing.assert_array_equal(found.deletions(), record.deletions)
+        assert found.rows()["hit_id"].to_pylist() == list(record.rows.hit_id)
+        for name, array in structures[record.record_id].arrays.items():
+            np.testing.assert_array_equal(getattr(found.structure(), name), array)
+    assert verify(store.url, level="deep").problems == ()
+
+
+@pytest.mark.parametrize("settings", [StoreSettings(), StoreSettings(row_order="permuted", tile_rows=16)])
+def test_alignments_of_any_store_stay_what_they_are(tmp_path, settings):
+    store = FeatureStore.create(tmp_path / "store", settings)
+    records = [make_record(f"r{number}", 30 + number, 9 + number, seed=number) for number in range(6)]
+    records = [dataclasses.replace(record, structure=None) for record in records]
+    store.commit([write_part(store.url, records, store.settings).part_id], job_id="msas")
+    (tmp_path / "cif").mkdir()
+    wanted = {record.record_id: make_structure(record.length, seed=7) for record in records}
+    for record in records:
+        exported(tmp_path / "cif", record, wanted[record.record_id])
+    report = attach_structures(store.url, tmp_path / "cif", AttachOptions(by="sequence"))
+    assert (report.num_attached, report.rejects) == (6, ())
+    assert_attached(FeatureStore.open(store.url), records, wanted)
+
+
+def test_a_store_from_before_structures_gets_some(tmp_path):
+    archive = Path(__file__).parent / "data" / "store_before_structures.zip"
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(tmp_path / "older")
+    record = dataclasses.replace(make_record("b", 20, 12), structure=None, neff=None)
+    (tmp_path / "cif").mkdir()
+    wanted = {"b": make_structure(12, seed=3)}
+    exported(tmp_path / "cif", record, wanted["b"])
+    report = attach_structures(tmp_path / "older", tmp_path / "cif", AttachOptions(by="sequence"))
+    assert (report.num_attached, report.rejects) == (1, ())
+    store = FeatureStore.open(tmp_path / "older")
+    assert_attached(store, [record], wanted)
+    assert store["a"].structure() is None
 
 
 def test_columns_of_one_s_own_stay(store, entries):
