@@ -142,7 +142,15 @@ class Index:
         schema = pa.schema([self.schema.field(name) for name in dict.fromkeys(["record_id", *names])])
         rows = read_files(self._table.blobs, self.files, schema)
         order = self._order_of(rows["record_id"])
-        return (rows if order is None else rows.take(order)).select(names).combine_chunks()
+        rows = rows.select(names)
+        joined = []
+        for name in names:
+            column = rows.select([name])
+            # A table's joining copies, and leaves apart what is too large for one array of text.
+            joined.append((column if order is None else column.take(order)).combine_chunks()[name])
+            # All columns twice would be the most memory that opening a store needs.
+            rows, column = rows.drop_columns([name]), None
+        return pa.Table.from_arrays(joined, schema=pa.schema([schema.field(name) for name in names]))
 
     def log(self) -> list[Commit]:
         """Returns the commits up to this version, oldest first.

@@ -366,12 +366,13 @@ class _RowAt(Mapping[str, Any]):
 def _arrays(rows: pa.Table) -> dict[str, pa.Array]:
     # One array per column: indexing a chunked column by position costs a search of its chunks every time.
     # Few parts hold many records, so their long names are kept once.
-    return {
-        name: rows[name].combine_chunks().dictionary_encode()
-        if name == "part_id"
-        else rows[name].combine_chunks()
-        for name in rows.column_names
-    }
+    found = {}
+    for name in rows.column_names:
+        column = rows[name]
+        # Joining copies even a single chunk.
+        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        found[name] = array.dictionary_encode() if name == "part_id" else array
+    return found
 
 
 def _refuse_foreign(url: str, names: list[str], is_file: bool) -> None:
