@@ -1,30 +1,39 @@
-"""How large tiles should be, in which order their cells, and with which codec.
+"""How large tiles should be, in which order their cells, and with which codec; what samples of rows read.
 
-Measures size, decode time and bytes read per crop.
+Measures size, decode time and bytes read per crop; then, for stores of both row orders, what the loader's own
+plans of the recipe `crop_first` read, and the tiles that a random sample of a deep alignment touches.
 Run: python bench/tile_layout.py [--output bench/results/tile_layout.jsonl]
-Prints a table and one JSON row. Times are medians of CPU time on one thread.
+Prints tables and one JSON row. Times are medians of CPU time on one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import alignments
 import numcodecs
 import numpy as np
 import rows
 import zstandard
+from remote_reads import Late
 
-from foldfeed.feature_store import alphabet
+from foldfeed.feature_store import FeatureStore, MsaRecord, StoredRun, StoreSettings, alphabet, write_part
+from foldfeed.feature_store.layout import RecordGrid, plan_crop, plan_run
 from foldfeed.feature_store.permutation import KeyedPermutation
+from foldfeed.loader import CropLoader, Recipe
+from foldfeed.loader.fetch import fetch
 
 SHAPES = ((64, 64), (128, 64), (256, 64), (512, 32), (512, 64), (512, 128), (1024, 64), (2048, 32))
 CROPS = {"256x512": (256, 512), "384x5120": (384, 5120)}
 NUM_CROPS = 300
+SLAB_SHAPES = ((64, 64), (128, 64), (256, 64), (512, 64), (128, 32))
+NUM_SAMPLES = 1000
 
 
 def zstd(level: int) -> tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]:
@@ -105,6 +114,82 @@ def measure(msas: list[np.ndarray], shape: tuple[int, int], cell_order: str, cod
     return result
 
 
+def sample_reads(records: list[MsaRecord], settings: StoreSettings, recipe: Recipe) -> dict[str, float]:
+    """Returns what the loader's plans read of a store, and what their tokens cost at its own compression.
+
+    Per sample: tiles of `msa` and bytes of the tiles of both arrays, from the plan; bytes of everything a
+    sample reads (also sidecars, and gaps between tiles), counted as they are read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        made = FeatureStore.create(f"{folder}/s", settings)
+        part = write_part(made.url, records, settings)
+        made.commit([part.part_id], job_id="bench")
+        store = FeatureStore.open(made.url)
+        late = store._blobs = Late(store._blobs, 0.0)
+        loader = CropLoader(store, recipe, seed=0, global_batch=1)
+        whole = {name: store[name].crop_bytes() for name in store.ids}
+        tiles, read, used = [], [], []
+        for sample in range(NUM_SAMPLES):
+            plan = loader.plan(sample)
+            record = store.at(plan.address.record)
+            found = record.plan(slice(*plan.columns), plan.selection)
+            tiles.append(len(found.msa_tiles))
+            read.append(found.num_bytes)
+            share = plan.num_cells / (record.depth * record.length)
+            used.append(share * whole[record.record_id])
+        late.num_bytes = 0
+        for sample in range(NUM_SAMPLES // 5):
+            plan = loader.plan(sample)
+            fetch(store.at(plan.address.record), plan)
+        all_bytes = late.num_bytes / (NUM_SAMPLES // 5)
+    shares = np.array(read) / np.array(used)
+    return {
+        "store_bytes_per_token": sum(whole.values()) / sum(record.msa.size for record in records),
+        "msa_tiles": float(np.mean(tiles)),
+        "kb_read": float(np.mean(read)) / 1e3,
+        "kb_used": float(np.mean(used)) / 1e3,
+        "read_over_used": sum(read) / float(sum(used)),
+        "median_over_samples": float(np.median(shares)),
+        "kb_with_sidecars": all_bytes / 1e3,
+    }
+
+
+def deep_tiles(tile_rows: int, depth: int = 16384, num_rows: int = 512) -> dict[str, float]:
+    """Returns which share of a deep alignment's bands of tiles a random sample of rows touches."""
+    rng = np.random.default_rng(2)
+    grid = RecordGrid(first_tile=0, depth=depth, length=64, tile_rows=tile_rows, tile_cols=64)
+    slabs, ranks = [], []
+    for _ in range(200):
+        run = StoredRun(int(rng.integers(depth - 1)), num_rows)
+        slabs.append(len({box.tile for box in plan_run(grid, (0, 64), run)[0]}))
+        hits = np.sort(1 + rng.choice(depth - 1, num_rows - 1, replace=False))
+        ranks.append(len(plan_crop(grid, (0, 64), np.concatenate([[0], hits]))))
+    return {"bands": grid.row_tiles, "touched_by_slab": np.mean(slabs), "touched_by_ranks": np.mean(ranks)}
+
+
+def sample_table() -> list[dict[str, Any]]:
+    """Returns `sample_reads` and `deep_tiles` of stores that differ in row order and tile."""
+    records = list(alignments.records())
+    table = []
+    for row_order, shapes in (("rank", ((512, 64),)), ("permuted", SLAB_SHAPES)):
+        for tile_rows, tile_cols in shapes:
+            settings = StoreSettings(tile_rows=tile_rows, tile_cols=tile_cols, row_order=row_order)
+            for block_delete in (True, False):
+                recipe = Recipe.named("crop_first", block_delete=block_delete)
+                row = {"tile": f"{tile_rows}x{tile_cols}", "rows": row_order, "block_delete": block_delete}
+                table.append(row | sample_reads(records, settings, recipe) | deep_tiles(tile_rows))
+    return table
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    names = list(table[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for entry in table:
+        values = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in entry.values()]
+        lines.append("| " + " | ".join(values) + " |")
+    print("\n".join(lines), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -124,20 +209,18 @@ def main() -> None:
             {"tile": f"{shape[0]}x{shape[1]}", "rows": row_order, "cells": cell_order, "codec": codec}
             | result
         )
-    names = list(table[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for entry in table:
-        values = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in entry.values()]
-        lines.append("| " + " | ".join(values) + " |")
-    print("\n".join(lines))
+    show(table)
+    samples = sample_table()
+    show(samples)
     tokens = sum(msa.size for msa in msas)
     config = {
         "num_msas": len(msas),
         "tokens": tokens,
         "real": bool(alignments.a3m_files()),
         "crops": NUM_CROPS,
+        "samples": NUM_SAMPLES,
     }
-    rows.emit("tile_layout", config, {"table": table}, options.output)
+    rows.emit("tile_layout", config, {"table": table, "samples": samples}, options.output)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ ROW_ORDERS = (RANK, PERMUTED)
 # Whatever reads JSON numbers as float64 reads these exactly.
 MAX_ROW_ORDER_SEED = 2**53 - 1
 # Rows of a tile that `StoreSettings.with_row_order` chooses. Over the real MSAs and the loader's own plans a
-# uniform sample of up to 1,152 rows x 256 residues of a permuted store reads 1.32 times the bytes that its
-# tokens cost with tiles of 128 rows, 1.53 with 256 and 1.89 with 512 (bench/tile_layout.py).
+# uniform sample of up to 1,152 rows x 256 residues of a permuted store reads 1.31 times the bytes that its
+# tokens cost with tiles of 128 rows, 1.52 with 256 and 1.90 with 512; 64 rows give 1.20 and store 5 % more
+# than 128 (bench/tile_layout.py).
 ROW_ORDER_TILE_ROWS = {RANK: 512, PERMUTED: 128}
 
 
