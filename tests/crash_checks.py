@@ -1,6 +1,7 @@
 """What must hold after a kill, for every scenario of crash_harness.py."""
 
 import dataclasses
+import importlib.util
 import shutil
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ BEFORE = {
     "tag": ("old",),
     "copy": (),
 }
+if importlib.util.find_spec("gemmi") is not None:
+    BEFORE["structures"] = ("old",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

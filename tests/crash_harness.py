@@ -8,6 +8,7 @@ this is in foldfeed itself.
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import shutil
@@ -84,11 +85,19 @@ def server() -> Iterator[Server]:
 
 def scenarios() -> dict:
     """Returns what can be interrupted, by name; each is a function of the store's path."""
-    from records import make_record
+    from records import make_record, make_structure
 
-    from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
+    from foldfeed.feature_store import (
+        AttachOptions,
+        FeatureStore,
+        StoreSettings,
+        attach_structures,
+        write_part,
+    )
     from foldfeed.feature_store.compact import compact
     from foldfeed.feature_store.copy_store import copy_store
+    from foldfeed.feature_store.export_mmcif import to_mmcif
+    from foldfeed.feature_store.export_rows import rows_of_msa
     from foldfeed.feature_store.garbage import collect_garbage
     from foldfeed.feature_store.versions import set_tag
 
@@ -100,6 +109,21 @@ def scenarios() -> dict:
         part = write_part(root, records, settings)
         store.commit([part.part_id], job_id=job_id, **options)
 
+    # Imported once here, and not by every child.
+    with contextlib.suppress(ImportError):
+        import gemmi  # noqa: F401
+
+    def attach(root: Path) -> None:
+        # Beside the stores of all kills: what is under the root counts as a step.
+        folder = root.parents[1] / "entries"
+        folder.mkdir(exist_ok=True)
+        for name, seed in (("a", 1), ("d", 2)):
+            record = make_record(name, 9 + seed, 13, seed=seed)
+            rows = rows_of_msa(dataclasses.replace(record, structure=make_structure(13, seed=9)))
+            (folder / f"{name}.cif").write_bytes(to_mmcif(rows))
+        report = attach_structures(root, folder, AttachOptions(by="sequence", on_existing="replace"))
+        assert (report.num_matched, report.rejects) == (4, ())
+
     return {
         "old": lambda root: (job(root, "ab", "old", 1), job(root, "cd", "older", 2)),
         "create": lambda root: FeatureStore.create(root, settings),
@@ -109,6 +133,7 @@ def scenarios() -> dict:
         "compact": lambda root: compact(root),
         "gc": lambda root: collect_garbage(root, grace_s=0),
         "drop": lambda root: collect_garbage(root, grace_s=0, keep_days=0),
+        "structures": attach,
         "tag": lambda root: set_tag(root, "named", 1),
         "copy": lambda root: copy_store(Path(f"{root}-source"), root),
     }
