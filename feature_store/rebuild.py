@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,18 @@ def _provenance(reader: Record) -> RowProvenance:
 
 
 @contextlib.contextmanager
-def rewritten(blobs: Blobs, part_id: str) -> Iterator[tuple[Blobs, str]]:
+def rewritten(
+    blobs: Blobs, part_id: str, check: Callable[[MsaRecord], None] = lambda _: None
+) -> Iterator[tuple[Blobs, str]]:
     """Gives a scratch copy of a part that was written anew from its records, and the copy's id.
 
     The id is the part's own when the same release of zstd writes it; the arrays hold the same values with
     any.
 
+    Args:
+      blobs: the store's files.
+      part_id: the part.
+      check: is shown each record on the way, so that nobody has to read it twice.
     Raises:
       CorruptDataError: the part's metadata or a record cannot be read.
     """
@@ -97,7 +103,11 @@ def rewritten(blobs: Blobs, part_id: str) -> Iterator[tuple[Blobs, str]]:
         staging.mkdir()
         with PartWriter(staging, part.settings) as writer:
             for row in part.index_rows():
-                writer.add(load_record(part, row))
+                record = load_record(part, row)
+                check(record)
+                writer.add(record)
+                # Not held while the next one is read: two deep alignments would be in memory at once.
+                del record
             new_id, _ = writer.finish()
         target = Path(folder, "parts", new_id)
         target.parent.mkdir()
