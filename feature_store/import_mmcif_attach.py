@@ -276,8 +276,8 @@ class _Attachment:
         if is_other and self._options.on_existing == "error":
             assert there is not None
             reason = (
-                f"the record has another structure ({dict(there.source)}); choose with --on-existing which "
-                "one to keep: replace or skip"
+                f"the record has another structure ({_name(there.source)}, not {_name(structure.source)}); "
+                "choose with --on-existing which one to keep: replace or skip"
             )
             self._rejects.append(Reject(record.record_id, choice.where, reason))
             return None
@@ -333,6 +333,12 @@ def disagreement(chain: MmcifChain, sequence: str) -> str | None:
         return None
     at = int(np.argmax(differs))
     return f"residue {at + 1} is {chain.sequence[at]} in the chain and {sequence[at]} in the record"
+
+
+def _name(source: Mapping[str, str]) -> str:
+    """Returns what tells structures apart, for a message."""
+    known = [f"{key} {source[key]}" for key in ("entry_id", "label_asym_id", "model") if key in source]
+    return ", ".join(known) or "of unknown origin"
 
 
 def _texts(column: pa.ChunkedArray) -> Iterator[str]:
