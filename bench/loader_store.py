@@ -7,17 +7,18 @@ from typing import Any
 import alignments
 import numpy as np
 
-from foldfeed.feature_store import FeatureStore, write_part
+from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 
 
-def build(url: str, min_depth: int) -> tuple[FeatureStore, dict[str, Any]]:
+def build(url: str, min_depth: int, row_order: str = "rank") -> tuple[FeatureStore, dict[str, Any]]:
     """Returns a new store and what a reader should know of it.
 
     Args:
       url: an absent folder.
       min_depth: leave out alignments with fewer rows; shallow ones cost nothing and would hide the rest.
+      row_order: of the store.
     """
-    store = FeatureStore.create(url)
+    store = FeatureStore.create(url, StoreSettings.with_row_order(row_order))
     wanted = (record for record in alignments.records() if record.depth >= min_depth)
     store.commit([write_part(store.url, wanted, store.settings).part_id], job_id="bench")
     table = store.table(["depth", "length"])

@@ -97,6 +97,9 @@ def main() -> None:
         results = {
             name: measure(store, Recipe.named(name, **values), arguments) for name in ("af2", "crop_first")
         }
+        permuted, _ = loader_store.build(f"{folder}/permuted", arguments.min_depth, "permuted")
+        recipe = Recipe.named("crop_first", **values)
+        results["crop_first, permuted store"] = measure(permuted, recipe, arguments)
         emit(NAME, config | about, results, arguments.output)
 
 

@@ -66,7 +66,7 @@ def read_crops(
     groups = list(by_part.values())
     if in_flight is None:
         in_flight = 1 if all(part.is_local for part, _ in groups) else DEFAULT_IN_FLIGHT
-    run_tasks([task for part, _ in groups for task in part.tiles.openers()], in_flight)
+    run_tasks([task for part, found in groups for task in part.tiles.openers(found)], in_flight)
     tasks: list[Task] = []
     finishers: list[Task] = []
     for part, found in groups:
@@ -74,7 +74,7 @@ def read_crops(
         finishers += part.tiles.finishers(found)
     run_tasks(tasks, in_flight)
     run_tasks(finishers, in_flight)
-    return [part.tiles.result(job) for job, part in zip(jobs, (r.part for r in records), strict=True)]
+    return [record.part.tiles.result(job) for record, job in zip(records, jobs, strict=True)]
 
 
 def _slots(

@@ -131,7 +131,7 @@ class PartReader:
         job = self.tiles.job(self.tiled(at), window, rows, out)
         if self.is_local:
             return self.tiles.read(job)
-        run_tasks(self.tiles.openers(), DEFAULT_IN_FLIGHT)
+        run_tasks(self.tiles.openers([job]), DEFAULT_IN_FLIGHT)
         run_tasks(self.tiles.tasks([job], REMOTE_READ_BYTES), DEFAULT_IN_FLIGHT)
         self.tiles.finish(job)
         return self.tiles.result(job)

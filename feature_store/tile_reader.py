@@ -184,9 +184,12 @@ class TileReader:
         self._overflow = arrays["deletion_overflow"]
         self._aatype = arrays["aatype"]
 
-    def openers(self) -> list[Task]:
-        """Returns tasks that read what every crop of the part needs first: the indices of its shards."""
-        return [array.open for array in (self._msa, self._deletion) if not array.is_open]
+    def openers(self, jobs: Sequence[CropJob]) -> list[Task]:
+        """Returns tasks that read what crops need first and nobody read yet: the indices of shards."""
+        arrays = [self._msa, self._deletion]
+        if any(job.query_apart for job in jobs):
+            arrays.append(self._aatype)
+        return [array.open for array in arrays if not array.is_open]
 
     def plan(self, record: TiledRecord, window: tuple[int, int], rows: Rows) -> CropPlan:
         """Returns what a crop would read; see `boxes_of` for the arguments."""
@@ -259,26 +262,26 @@ class TileReader:
                 for place in missing:
                     box, out, _ = targets[place]
                     out[box.out_rows, box.out_cols] = alphabet.PADDING
-        return found
+        return found + [functools.partial(self._fill_query, job) for job in jobs if job.query_apart]
 
     def finish(self, job: CropJob) -> None:
-        """Completes a crop whose tasks are done: the query of a slab, and deletion counts above 254."""
-        if job.query_apart:
-            start = job.record.first_residue
-            job.msa[0] = self._aatype.read(start + job.window[0], start + job.window[1])
+        """Completes a crop whose tasks are done: deletion counts above 254."""
         if job.record.num_overflow:
             self._restore_overflow(job)
 
     def finishers(self, jobs: Sequence[CropJob]) -> list[Task]:
         """Returns tasks that `finish` those of some crops that may need it."""
-        unfinished = [job for job in jobs if job.query_apart or job.record.num_overflow]
-        return [functools.partial(self.finish, job) for job in unfinished]
+        return [functools.partial(self.finish, job) for job in jobs if job.record.num_overflow]
 
     def result(self, job: CropJob) -> Crop:
         """Returns a finished crop: a `Slab` for a run of stored rows."""
         if isinstance(job.selection, StoredRun):
             return Slab(msa=job.msa, deletions=job.deletions, run=job.selection, _order=job.record.order)
         return Crop(msa=job.msa, deletions=job.deletions)
+
+    def _fill_query(self, job: CropJob) -> None:
+        start, stop = (job.record.first_residue + edge for edge in job.window)
+        job.msa[0] = self._aatype.read(start, stop)
 
     def _restore_overflow(self, job: CropJob) -> None:
         """Replaces cells that hold 255 by their exact counts, in place."""
