@@ -31,6 +31,7 @@ from foldfeed.feature_store.export_jobs import CHAI_SOURCES
 from foldfeed.feature_store.export_write import (
     EXPORT_FORMATS,
     ExportOptions,
+    export_files,
     export_record,
     file_name,
     write_file,
@@ -246,6 +247,7 @@ def export_command(
       foldfeed export my-store HBB_HUMAN > HBB_HUMAN.a3m
       foldfeed export my-store HBB_HUMAN --format sto --output HBB_HUMAN.sto.gz
       foldfeed export my-store HBB_HUMAN MYG_HUMAN --format alphafold3-json --output jobs/
+      foldfeed export my-store HBB_HUMAN --format openproteinset --output alignments/
     """  # noqa: D301 (click wants the backspace character)
     try:
         options = ExportOptions(form=form, max_rows=max_rows, chai_source=chai_source)
@@ -253,7 +255,10 @@ def export_command(
         raise click.UsageError(str(error)) from error
     opened = open_store(store, version)
     output = None if output == Path("-") else output
-    if output is None or (len(record_ids) == 1 and not _is_folder(output)):
+    is_folder = EXPORT_FORMATS[form].is_folder
+    if output is None and is_folder:
+        raise click.UsageError(f"{form} is a folder of files for each record; add --output FOLDER.")
+    if output is None or (len(record_ids) == 1 and not is_folder and not _is_folder(output)):
         _export_one(opened, record_ids, options, output, compress)
         return
     _export_many(opened, record_ids, options, output, compress)
@@ -290,18 +295,22 @@ def _export_many(
 ) -> None:
     # Unknown ids are found before the first file is written.
     records = [store[record_id] for record_id in dict.fromkeys(record_ids)]
-    names = [file_name(record.record_id, record.sequence, options, compress or "") for record in records]
+    names = [file_name(record.record_id, record.sequence, options) for record in records]
     for name in names:
         if names.count(name) > 1:
             raise ExchangeError(
                 f"several of these records would be called {name!r}; export them to other folders"
             )
     output.mkdir(parents=True, exist_ok=True)
+    num_files = 0
     with _counting("exporting", len(records)) as advance:
-        for record, name in zip(records, names, strict=True):
-            write_file(output / name, export_record(record, options))
+        for record in records:
+            files = export_files(record, options, compress or "")
+            for name, data in files.items():
+                write_file(output / name, data)
+            num_files += len(files)
             advance()
-    click.echo(f"{len(records)} files in {output}", err=True)
+    click.echo(f"{num_files} files in {output}", err=True)
 
 
 def _is_folder(output: Path) -> bool:

@@ -39,6 +39,7 @@ class ExportRows:
       databases: name of the database of every row; "" for the query.
       hit_ids: name of every row.
       species: of every row, or "".
+      searched: names of all databases, in merge order, also of those without a row.
       structure: of the query; None where there is none, or where the format does not ask for it.
     """
 
@@ -50,6 +51,7 @@ class ExportRows:
     databases: Sequence[str]
     hit_ids: Sequence[str]
     species: Sequence[str]
+    searched: Sequence[str] = ()
     structure: Structure | None = None
 
     @property
@@ -106,6 +108,7 @@ def rows_of_record(record: Record, max_rows: int | None = None, structure: bool 
         databases=[name or "" for name in table["database"].to_pylist()],
         hit_ids=table["hit_id"].to_pylist(),
         species=table["species"].to_pylist(),
+        searched=[use["name"] for use in record.databases],
         structure=record.structure() if structure else None,
     )
 
@@ -122,6 +125,7 @@ def rows_of_msa(record: MsaRecord) -> ExportRows:
         databases=["" if code < 0 else names[code] for code in record.rows.database.tolist()],
         hit_ids=list(record.rows.hit_id),
         species=list(record.rows.species),
+        searched=names,
         structure=record.structure,
     )
 

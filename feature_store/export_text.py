@@ -8,10 +8,13 @@ Inserted residues are ``x``: a store keeps their number, not their names. Readin
 alignment and deletions. The first row is named by the record, the others by their hits; Stockholm needs
 unique names, so a name that comes again gets its rank. Pure functions.
 
-Source: HH-suite user guide (A3M); SAM documentation (A2M); Pfam/HMMER user guide (Stockholm).
+Source: HH-suite user guide (A3M); ColabFold ``colabfold/batch.py`` unserialize_msa; SAM documentation (A2M);
+Pfam/HMMER user guide (Stockholm).
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +24,9 @@ from foldfeed.feature_store.export_rows import INSERTED, MAX_TEXT_BYTES, ExportR
 
 # Temporaries cost about 30 bytes a character.
 BLOCK_CHARACTERS = 4 << 20
+
+# ColabFold numbers the chains of a query from here.
+COLABFOLD_QUERY = "101"
 
 _NEWLINE = ord("\n")
 
@@ -43,6 +49,16 @@ def to_a3m(rows: ExportRows) -> bytes:
         pieces.extend(b">%s\n%s" % pair for pair in zip(names[start:stop], lines, strict=True))
         start = stop
     return b"".join(pieces)
+
+
+def to_colabfold(rows: ExportRows) -> bytes:
+    """Returns ColabFold's A3M of a single chain: a line of length and copies, and a query called 101.
+
+    Raises:
+      ExportError: see `to_a3m`.
+    """
+    named = dataclasses.replace(rows, record_id=COLABFOLD_QUERY, description="")
+    return b"#%d\t1\n%s" % (rows.length, to_a3m(named))
 
 
 def to_a2m(rows: ExportRows) -> bytes:

@@ -1,7 +1,7 @@
 """The front door of export: formats by name, file names, compression, whole files or none.
 
 Owns the list of formats and what files are called. Does not own any format. Invariant: a file appears whole
-under its name or not at all.
+under its name or not at all; of a format with several files for a record, each by itself.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import zstandard
 
 from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.export_arrays import to_alphafold2_npz, to_boltz_npz
+from foldfeed.feature_store.export_folders import to_openproteinset
 from foldfeed.feature_store.export_jobs import CHAI_SOURCES, chai_file_name, to_alphafold3_json, to_chai_pqt
 from foldfeed.feature_store.export_mmcif import to_mmcif
 from foldfeed.feature_store.export_rows import ExportRows, rows_of_record
-from foldfeed.feature_store.export_text import to_a2m, to_a3m, to_stockholm
+from foldfeed.feature_store.export_text import to_a2m, to_a3m, to_colabfold, to_stockholm
 from foldfeed.feature_store.store import Record
 
 _NOT_IN_FILE_NAMES = re.compile(r"[^A-Za-z0-9_.+=@-]")
@@ -39,6 +40,7 @@ class ExportFormat:
       is_text: may go to a terminal.
       has_structure: holds the atoms of a record that has some.
       has_alignment: holds rows besides the query.
+      is_folder: a record is a folder of several files.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ExportFormat:
     is_text: bool
     has_structure: bool = False
     has_alignment: bool = True
+    is_folder: bool = False
 
 
 EXPORT_FORMATS = {
@@ -54,6 +57,8 @@ EXPORT_FORMATS = {
         ExportFormat("a3m", ".a3m", True),
         ExportFormat("a2m", ".a2m", True),
         ExportFormat("sto", ".sto", True),
+        ExportFormat("colabfold", ".a3m", True),
+        ExportFormat("openproteinset", "", False, is_folder=True),
         ExportFormat("alphafold3-json", ".json", True),
         ExportFormat("boltz-npz", ".npz", False),
         ExportFormat("chai-pqt", ".aligned.pqt", False),
@@ -98,29 +103,53 @@ class ExportOptions:
 
 
 def export_record(record: Record, options: ExportOptions) -> bytes:
-    """Returns a record of a store in another program's format.
+    """Returns a record of a store in another program's format, one that is a single file.
 
     Raises:
       ExportError: the format cannot hold it.
       CorruptDataError: a tile does not match its checksum.
     """
+    return render(_rows(record, options), options)
+
+
+def export_files(record: Record, options: ExportOptions, suffix: str = "") -> dict[str, bytes]:
+    """Returns the files of a record in another program's format, by path in the folder of the export.
+
+    Args:
+      record: of a store.
+      options: of the export.
+      suffix: of a compression, e.g. ``.gz``; `write_file` does it.
+    Raises:
+      ExportError: the format cannot hold it.
+      CorruptDataError: a tile does not match its checksum.
+    """
+    name = file_name(record.record_id, record.sequence, options)
+    if not EXPORT_FORMATS[options.form].is_folder:
+        return {name + suffix: export_record(record, options)}
+    files = to_openproteinset(_rows(record, options))
+    return {f"{name}/{file}{suffix}": data for file, data in files.items()}
+
+
+def _rows(record: Record, options: ExportOptions) -> ExportRows:
     form = EXPORT_FORMATS[options.form]
     max_rows = options.max_rows if form.has_alignment else 1
-    return render(rows_of_record(record, max_rows, form.has_structure), options)
+    return rows_of_record(record, max_rows, form.has_structure)
 
 
 def render(rows: ExportRows, options: ExportOptions) -> bytes:
-    """Returns rows in a format.
+    """Returns rows in a format that is a single file.
 
     Raises:
       ExportError: the format cannot hold them.
     """
+    assert not EXPORT_FORMATS[options.form].is_folder, options.form
     if options.form == "chai-pqt":
         return to_chai_pqt(rows, options.chai_source)
     writers: dict[str, Callable[[ExportRows], bytes]] = {
         "a3m": to_a3m,
         "a2m": to_a2m,
         "sto": to_stockholm,
+        "colabfold": to_colabfold,
         "alphafold3-json": to_alphafold3_json,
         "boltz-npz": to_boltz_npz,
         "alphafold2-npz": to_alphafold2_npz,

@@ -112,7 +112,7 @@ def test_options_reach_the_import(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "form", ["a3m", "a2m", "sto", "alphafold3-json", "boltz-npz", "chai-pqt", "alphafold2-npz"]
+    "form", ["a3m", "a2m", "sto", "colabfold", "alphafold3-json", "boltz-npz", "chai-pqt", "alphafold2-npz"]
 )
 def test_several_records_go_to_a_folder_and_come_back(run, small_store, tmp_path, form):
     # Stockholm has no place for residues inserted in the query, which these records have.
