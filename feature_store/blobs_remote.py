@@ -59,7 +59,7 @@ class RemoteBlobs:
         return functools.partial(self.read_range, path)
 
     def write_atomic(self, path: str, data: bytes) -> None:
-        self._retrying("write", path, lambda: self._files.put(path, data, exclusive=False))
+        self._retrying("write", path, lambda: self._files.put(path, data))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """See `Blobs`.
@@ -152,16 +152,15 @@ class RemoteBlobs:
         self._files.upload(target, local / name, lambda call: self._retrying("upload", target, call))
 
     def _create(self, path: str, data: bytes) -> bool:
-        attempts = 0
+        token = uuid.uuid4().hex
 
         def attempt() -> bool:
-            nonlocal attempts
-            attempts += 1
             try:
-                self._files.put(path, data, exclusive=True)
+                self._files.create(path, data, token)
             except FileExistsError:
-                # An earlier attempt may have landed though its answer did not: then the file is ours.
-                return attempts > 1 and self.read(path) == data
+                # An earlier attempt may have landed though its answer did not, and clients make more of them
+                # than we see: then the file is ours.
+                return self._files.is_ours(path, data, token)
             return True
 
         return self._retrying("create", path, attempt)

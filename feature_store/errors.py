@@ -167,7 +167,7 @@ class StorageFullError(StoreError):
 
 
 class StorageError(StoreError):
-    """Storage behind a network failed for good: every attempt of a bounded number, or one that need not repeat.
+    """Storage behind a network failed: after a bounded number of attempts, or at once where it said no.
 
     It says nothing about what is stored, so nobody may take it for damage.
 
@@ -185,9 +185,9 @@ class StorageError(StoreError):
         self.cause = cause
         times = "once" if attempts == 1 else f"{attempts} times"
         super().__init__(
-            f"{operation} {url!r} failed {times}; the last time: {cause}. Check the network, the credentials and "
-            "the endpoint, then run the same command again; FOLDFEED_STORAGE_ATTEMPTS sets how often a request "
-            "is tried"
+            f"{operation} {url!r} failed {times}; the last time: {cause}. Check the network, the credentials "
+            "and the endpoint, then run the same command again; FOLDFEED_STORAGE_ATTEMPTS sets how often a "
+            "request is tried"
         )
 
     def __reduce__(self) -> tuple[type, tuple[str, str, int, str]]:
@@ -211,6 +211,10 @@ class StorageRefusedError(StoreError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.url, self.operation, self.reason)
+
+
+# What goes wrong on the way to a store. Whoever takes errors for damage lets these pass.
+NOT_DAMAGE = (StorageError, StorageRefusedError, StorageFullError)
 
 
 class NameTakenError(StoreError):

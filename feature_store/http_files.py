@@ -95,8 +95,14 @@ class HttpFiles:
         modified_s = email.utils.parsedate_to_datetime(when).timestamp() if when else 0.0
         return FileInfo(path=path, num_bytes=size, modified_s=modified_s)
 
-    def put(self, path: str, data: bytes, *, exclusive: bool) -> None:
+    def put(self, path: str, data: bytes) -> None:
         self._refuse("write", path)
+
+    def create(self, path: str, data: bytes, token: str) -> None:
+        self._refuse("write", path)
+
+    def is_ours(self, path: str, data: bytes, token: str) -> bool:
+        return False
 
     def upload(self, path: str, local: Path, retried: Callable[[Callable[[], Any]], Any]) -> None:
         self._refuse("write", path)

@@ -170,7 +170,7 @@ def create_log(
     Raises:
       StorageRefusedError: this storage cannot be written to safely.
     """
-    table = {
+    table: dict[str, Any] = {
         "id": str(uuid.uuid4()),
         "name": "foldfeed-index",
         "description": None,

@@ -37,6 +37,8 @@ UPLOAD_PIECE_BYTES = 32 << 20
 # S3 takes no more pieces than this of one file.
 _MAX_PIECES = 10_000
 _DELETE_BATCH = 1000
+# Metadata of an object that was created exclusively: by whom.
+_TOKEN = "foldfeed-token"
 _PRECONDITION_FAILED, _RANGE_NOT_SATISFIABLE = 412, 416
 
 
@@ -66,8 +68,16 @@ class RemoteFiles(Protocol):
         """Returns bytes from ``start``, ``size`` of them or all; FileNotFoundError when there is no file."""
         ...
 
-    def put(self, path: str, data: bytes, *, exclusive: bool) -> None:
-        """Publishes a file; FileExistsError when it must be new and is not."""
+    def put(self, path: str, data: bytes) -> None:
+        """Publishes a file, in place of one of that name."""
+        ...
+
+    def create(self, path: str, data: bytes, token: str) -> None:
+        """Publishes a file; FileExistsError when the name is taken."""
+        ...
+
+    def is_ours(self, path: str, data: bytes, token: str) -> bool:
+        """Returns whether a `create` with that token made the file that is there."""
         ...
 
     def upload(self, path: str, local: Path, retried: Callable[[Callable[[], Any]], Any]) -> None:
@@ -142,7 +152,8 @@ class FsspecFiles:
     can_list = True
 
     def __init__(self, url: str, root: str) -> None:
-        self.can_create_exclusively = protocol_of(url) in ("memory", *GCS_PROTOCOLS)
+        self._is_google = protocol_of(url) in GCS_PROTOCOLS
+        self.can_create_exclusively = self._is_google or protocol_of(url) == "memory"
         self.identity = f"{protocol_of(url)}://{root.split('/')[0]}"
         self._url = url
         self._root = root
@@ -162,13 +173,18 @@ class FsspecFiles:
             return Fetched(self.files.cat_file(self.at(path), start=start), total - start)
         return Fetched(self.files.cat_file(self.at(path), start=start, end=start + size), None)
 
-    def put(self, path: str, data: bytes, *, exclusive: bool) -> None:
-        if not exclusive:
-            self.files.pipe_file(self.at(path), data)
-            return
+    def put(self, path: str, data: bytes) -> None:
+        self.files.pipe_file(self.at(path), data)
+
+    def create(self, path: str, data: bytes, token: str) -> None:
         # fsspec's files in memory look and then write; all else that may come here does both in one request.
         with _memory_lock:
             self.files.pipe_file(self.at(path), data, mode="create")
+
+    def is_ours(self, path: str, data: bytes, token: str) -> bool:
+        # Nothing gets lost on the way to memory. Google's client repeats requests by itself, and its files
+        # carry no token of ours, so equal bytes have to do: of two that create the same both may have won.
+        return self._is_google and self.files.cat_file(self.at(path)) == data
 
     def upload(self, path: str, local: Path, retried: Callable[[Callable[[], Any]], Any]) -> None:
         retried(lambda: self.files.put_file(str(local), self.at(path)))
@@ -236,21 +252,30 @@ class S3Files:
         total = answer.get("ContentRange", "").rpartition("/")[2]
         return Fetched(data, int(total) if total.isdecimal() else None)
 
-    def put(self, path: str, data: bytes, *, exclusive: bool) -> None:
-        new = {"IfNoneMatch": "*"} if exclusive else {}
+    def put(self, path: str, data: bytes) -> None:
         try:
-            self._call("put_object", Key=self._key(path), Body=data, **new)
+            self._call("put_object", Key=self._key(path), Body=data)
+        except FileNotFoundError as error:
+            raise self._no_bucket() from error
+
+    def create(self, path: str, data: bytes, token: str) -> None:
+        request = {"Key": self._key(path), "Body": data, "Metadata": {_TOKEN: token}, "IfNoneMatch": "*"}
+        try:
+            self._call("put_object", **request)
         except FileNotFoundError as error:
             raise self._no_bucket() from error
         except OSError as error:
-            if exclusive and _status_of(error) == _PRECONDITION_FAILED:
+            if _status_of(error) == _PRECONDITION_FAILED:
                 raise FileExistsError(path) from error
             raise
+
+    def is_ours(self, path: str, data: bytes, token: str) -> bool:
+        return self._call("head_object", Key=self._key(path)).get("Metadata", {}).get(_TOKEN) == token
 
     def upload(self, path: str, local: Path, retried: Callable[[Callable[[], Any]], Any]) -> None:
         size = local.stat().st_size
         if size <= UPLOAD_PIECE_BYTES:
-            retried(lambda: self.put(path, local.read_bytes(), exclusive=False))
+            retried(lambda: self.put(path, local.read_bytes()))
             return
         key = self._key(path)
         try:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ import pyarrow as pa
 from foldfeed.feature_store import index_log
 from foldfeed.feature_store.blobs import LAST_FILE, TEMPORARY_PREFIX, Blobs
 from foldfeed.feature_store.errors import (
+    NOT_DAMAGE,
     CommitConflictError,
     CorruptDataError,
     FoldfeedError,
@@ -95,16 +96,28 @@ def rows_of_parts(blobs: Blobs, part_ids: Sequence[str], on_ambiguous: str) -> P
 
 def _settings_bytes(blobs: Blobs) -> bytes:
     """Returns ``foldfeed.json``, written again from the settings of a part when it is lost or unreadable."""
-    with contextlib.suppress(FileNotFoundError, FoldfeedError):
+    with _passing_over_damage():
         data = blobs.read(SETTINGS_FILE)
         StoreSettings.from_json(data, blobs.url)
         return data
     for part_id in part_ids_of(blobs):
-        with contextlib.suppress(FoldfeedError):
+        with _passing_over_damage():
             data = PartReader(blobs, part_id).settings.to_json()
             blobs.write_atomic(SETTINGS_FILE, data)
             return data
     raise NotAStoreError(blobs.url, f"it has no readable {SETTINGS_FILE} and no readable part")
+
+
+@contextlib.contextmanager
+def _passing_over_damage() -> Iterator[None]:
+    """Ends the block at damage, and at nothing else, without an error."""
+    try:
+        yield
+    except NOT_DAMAGE:
+        raise
+    except (FileNotFoundError, FoldfeedError):
+        # The caller goes on to another way.
+        return
 
 
 def _modified(blobs: Blobs, part_id: str) -> float:
@@ -155,6 +168,8 @@ def restore_settings(blobs: Blobs, dry_run: bool) -> bool:
     for part_id in part_ids_of(blobs):
         try:
             data = PartReader(blobs, part_id).settings.to_json()
+        except NOT_DAMAGE:
+            raise
         except FoldfeedError:
             continue
         if hashlib.sha256(data).hexdigest() == wanted:
@@ -167,6 +182,8 @@ def restore_settings(blobs: Blobs, dry_run: bool) -> bool:
 def _settings_sha256(blobs: Blobs) -> str | None:
     try:
         return Index.open(blobs.url, None).head.note.settings_sha256
+    except NOT_DAMAGE:
+        raise
     except FoldfeedError:
         return None
 

@@ -7,13 +7,12 @@ or stays as it was.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
 
 from foldfeed.feature_store.blobs import Blobs
-from foldfeed.feature_store.errors import FoldfeedError
+from foldfeed.feature_store.errors import NOT_DAMAGE, FoldfeedError
 from foldfeed.feature_store.garbage import PARTS_FOLDER
 from foldfeed.feature_store.part_reader import PartReader
 from foldfeed.feature_store.rebuild import rewritten
@@ -62,10 +61,15 @@ def restore_part(
                 path: sha for path, sha in wrong.items() if f"{PARTS_FOLDER}/{part_id}/{path}" not in restored
             }
         if wrong:
-            with contextlib.suppress(FoldfeedError):
+            try:
                 for path, data in finder(blobs, part_id, sorted(wrong), source):
                     if hashlib.sha256(data).hexdigest() == wrong[path]:
                         put(path, data)
+            except NOT_DAMAGE:
+                raise
+            except FoldfeedError:
+                # This way does not lead there; the next one may.
+                continue
     return restored
 
 
@@ -153,6 +157,8 @@ def _count_lines(blobs: Blobs, root: str, settings: StoreSettings, lengths: dict
         size = blobs.info(root + spec.shard_path).num_bytes
         array = ShardReader(blobs, root.rstrip("/"), spec, lengths["record_json"], size)
         return array.read(0, array.length).tobytes().count(b"\n")
+    except NOT_DAMAGE:
+        raise
     except (FoldfeedError, FileNotFoundError):
         return None
 

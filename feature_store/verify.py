@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from foldfeed.feature_store.blobs import TEMPORARY_PREFIX, Blobs, open_blobs
-from foldfeed.feature_store.errors import FoldfeedError, NotAStoreError
+from foldfeed.feature_store.errors import NOT_DAMAGE, FoldfeedError, NotAStoreError
 from foldfeed.feature_store.garbage import PARTS_FOLDER
 from foldfeed.feature_store.index import Index
 from foldfeed.feature_store.index_files import INDEX_FOLDER
@@ -116,6 +116,8 @@ def _open(blobs: Blobs, version: int | str | None, problems: list[Problem]) -> F
     try:
         store = FeatureStore.open(blobs.url, version)
         store.index_rows()
+    except NOT_DAMAGE:
+        raise
     except FoldfeedError as error:
         where = getattr(error, "where", "the store")
         problems.append(Problem(where=where, reason=getattr(error, "reason", str(error))))

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from foldfeed.feature_store import index_log, named_tables, record_sets, splits, versions
 from foldfeed.feature_store.blobs import Blobs
-from foldfeed.feature_store.errors import CorruptDataError, FoldfeedError, TagError
+from foldfeed.feature_store.errors import NOT_DAMAGE, CorruptDataError, FoldfeedError, TagError
 from foldfeed.feature_store.index import Index
 from foldfeed.feature_store.index_files import INDEX_FOLDER, read_checked
 from foldfeed.feature_store.index_log import AddedFile, Commit
@@ -78,6 +78,8 @@ def _check_set(blobs: Blobs, settings: StoreSettings, name: str) -> None:
 def _tried(check: Callable[[], object]) -> list[Problem]:
     try:
         check()
+    except NOT_DAMAGE:
+        raise
     except (FoldfeedError, ValueError) as error:
         return [_problem_of(error)]
     return []

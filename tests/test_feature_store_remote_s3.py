@@ -154,8 +154,8 @@ def test_copies_there_and_back_resume(store, tmp_path, s3):
 
 
 def test_four_processes_commit_at_once_and_nothing_is_lost(s3):
-    counts = storm_at(s3, 4, 5.0)
-    assert counts["versions"] >= 8
+    counts = storm_at(s3, 4, 3.0)
+    assert counts["versions"] >= 4
 
 
 def test_of_many_creators_of_one_name_one_wins(s3):
@@ -171,11 +171,8 @@ def test_of_many_creators_of_one_name_one_wins(s3):
 def test_a_server_that_replaces_a_name_that_is_there_is_refused(s3, monkeypatch):
     """Old servers ignore If-None-Match: two commits at once would both seem to win."""
     monkeypatch.setattr(blobs_remote, "_exclusive_storages", set())
-    original = remote_files.S3Files.put
     monkeypatch.setattr(
-        remote_files.S3Files,
-        "put",
-        lambda self, path, data, exclusive: original(self, path, data, exclusive=False),
+        remote_files.S3Files, "create", lambda self, path, data, token: self.put(path, data)
     )
     with pytest.raises(StorageRefusedError, match="two commits at once could lose one"):
         FeatureStore.create(s3, SETTINGS)
