@@ -32,7 +32,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,10}", re.ASCII)
 _PLAIN_NUMBER = re.compile(r"[0-9]{1,10}(\.[0-9]{1,10})?", re.ASCII)
 _BLOCK = re.compile(rb"(?:\A|\s)data_", re.IGNORECASE)
 _PIECE_BYTES = 1 << 20
-_LINE = re.compile(r"^(?:string|data)?:?(\d+)(?::\d+\(\d+\))?(?: in [^:]*)?: (.*)$", re.DOTALL)
+_LINE = re.compile(r"^(?:string|data)?:?(\d+)(?::\d+(?:\(\d+\))?)?(?: in [^:]*)?: (.*)$", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
