@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -31,6 +31,7 @@ from foldfeed.feature_store.export_jobs import CHAI_SOURCES
 from foldfeed.feature_store.export_write import (
     EXPORT_FORMATS,
     ExportOptions,
+    export_database,
     export_files,
     export_record,
     file_name,
@@ -44,7 +45,7 @@ from foldfeed.feature_store.import_rows import A2M_COLUMNS, DEDUP, ID_FROM, Impo
 from foldfeed.feature_store.import_sources import Reject
 from foldfeed.feature_store.import_write import ImportReport, import_into
 from foldfeed.feature_store.index import ON_EXISTING
-from foldfeed.feature_store.store import FeatureStore
+from foldfeed.feature_store.store import FeatureStore, Record
 
 HELP = {"help_option_names": ["-h", "--help"]}
 # Rejects printed on the terminal; --rejects writes all of them.
@@ -255,9 +256,11 @@ def export_command(
         raise click.UsageError(str(error)) from error
     opened = open_store(store, version)
     output = None if output == Path("-") else output
-    is_folder = EXPORT_FORMATS[form].is_folder
+    is_folder = EXPORT_FORMATS[form].is_folder or EXPORT_FORMATS[form].is_database
     if output is None and is_folder:
-        raise click.UsageError(f"{form} is a folder of files for each record; add --output FOLDER.")
+        raise click.UsageError(f"{form} is more than one file; add --output FOLDER.")
+    if EXPORT_FORMATS[form].is_database and compress is not None:
+        raise click.UsageError(f"--compress has no effect on {form}, which is read in the middle.")
     if output is None or (len(record_ids) == 1 and not is_folder and not _is_folder(output)):
         _export_one(opened, record_ids, options, output, compress)
         return
@@ -304,6 +307,9 @@ def _export_many(
     output.mkdir(parents=True, exist_ok=True)
     num_files = 0
     with _counting("exporting", len(records)) as advance:
+        if EXPORT_FORMATS[options.form].is_database:
+            num_files = export_database(output, _counted(records, advance), options)
+            records = []
         for record in records:
             files = export_files(record, options, compress or "")
             for name, data in files.items():
@@ -311,6 +317,12 @@ def _export_many(
             num_files += len(files)
             advance()
     click.echo(f"{num_files} files in {output}", err=True)
+
+
+def _counted(records: Iterable[Record], advance: Callable[[], None]) -> Iterator[Record]:
+    for record in records:
+        yield record
+        advance()
 
 
 def _is_folder(output: Path) -> bool:

@@ -1,25 +1,36 @@
-"""Alignments as a folder of files per record: OpenProteinSet's and OpenFold's layout.
+"""Alignments as one file per record and database: OpenProteinSet's folders, OpenFold's alignment database.
 
     1a02_F/uniref90_hits.a3m      the query, then the rows that came from uniref90
     1a02_F/mgnify_hits.a3m
+    alignments.db                 the same files of all records, end to end
+    alignments.index              JSON: where each of them is
 
-Owns which rows go into which file. A database that was searched and gave no row has a file with the query
-alone. Reading the folder again merges the files in AlphaFold 2's order, or as ``--databases`` says; rows come
-back in the order they had if those of one database were neighbours, equal rows once.
+Owns which rows go into which file, and the database's two files. What was searched and gave no row has a file
+with the query alone. Reading them again merges the files in AlphaFold 2's order, or as ``--databases`` says;
+rows come back in the order they had if those of one database were neighbours, equal rows once.
 
-Source: OpenProteinSet, "alignment directory"; OpenFold ``data/data_pipeline.py`` _parse_msa_data.
+Source: OpenProteinSet, "alignment directory"; OpenFold ``data/data_pipeline.py`` _parse_msa_data,
+``scripts/alignment_db_scripts/create_alignment_db.py``.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
+from foldfeed.feature_store.blobs import TEMPORARY_PREFIX, open_blobs
 from foldfeed.feature_store.export_rows import ExportRows
 from foldfeed.feature_store.export_text import to_a3m
 from foldfeed.feature_store.import_openfold import database_name
 
+DATABASE_FILE = "alignments.db"
+DATABASE_INDEX = "alignments.index"
 _SUFFIX = "_hits.a3m"
 _FILE_STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]*")
 
@@ -44,3 +55,40 @@ def to_openproteinset(rows: ExportRows) -> dict[str, bytes]:
             )
         files[file_name] = to_a3m(rows.take(np.concatenate([[0], np.flatnonzero(of_row == name)])))
     return files
+
+
+def write_openfold_db(folder: Path, records: Iterable[ExportRows]) -> int:
+    """Writes an alignment database, one record in memory at a time; returns how many files it holds.
+
+    The index comes last, so a reader that finds it finds all that it names.
+
+    Args:
+      folder: exists.
+      records: each id once.
+    Raises:
+      FileExistsError: the folder has such a database; two of them cannot share a name.
+      ExportError: see `to_openproteinset`; nothing is published.
+    """
+    for name in (DATABASE_FILE, DATABASE_INDEX):
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder / name} exists; export the database to another folder")
+    index: dict[str, dict[str, object]] = {}
+    num_files = size = 0
+    temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    try:
+        with temporary.open("xb") as out:
+            for rows in records:
+                members = []
+                for name, data in to_openproteinset(rows).items():
+                    out.write(data)
+                    members.append([name, size, len(data)])
+                    size += len(data)
+                index[rows.record_id] = {"db": DATABASE_FILE, "files": members}
+                num_files += len(members)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.rename(folder / DATABASE_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    open_blobs(folder).write_atomic(DATABASE_INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    return num_files

@@ -13,14 +13,14 @@ import gzip
 import lzma
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import zstandard
 
 from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.export_arrays import to_alphafold2_npz, to_boltz_npz
-from foldfeed.feature_store.export_folders import to_openproteinset
+from foldfeed.feature_store.export_folders import to_openproteinset, write_openfold_db
 from foldfeed.feature_store.export_jobs import CHAI_SOURCES, chai_file_name, to_alphafold3_json, to_chai_pqt
 from foldfeed.feature_store.export_mmcif import to_mmcif
 from foldfeed.feature_store.export_rows import ExportRows, rows_of_record
@@ -41,6 +41,7 @@ class ExportFormat:
       has_structure: holds the atoms of a record that has some.
       has_alignment: holds rows besides the query.
       is_folder: a record is a folder of several files.
+      is_database: all records together are one database.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ExportFormat:
     has_structure: bool = False
     has_alignment: bool = True
     is_folder: bool = False
+    is_database: bool = False
 
 
 EXPORT_FORMATS = {
@@ -59,6 +61,7 @@ EXPORT_FORMATS = {
         ExportFormat("sto", ".sto", True),
         ExportFormat("colabfold", ".a3m", True),
         ExportFormat("openproteinset", "", False, is_folder=True),
+        ExportFormat("openfold-db", "", False, is_database=True),
         ExportFormat("alphafold3-json", ".json", True),
         ExportFormat("boltz-npz", ".npz", False),
         ExportFormat("chai-pqt", ".aligned.pqt", False),
@@ -112,6 +115,18 @@ def export_record(record: Record, options: ExportOptions) -> bytes:
     return render(_rows(record, options), options)
 
 
+def export_database(folder: Path, records: Iterable[Record], options: ExportOptions) -> int:
+    """Writes records as one database; returns how many files it holds.
+
+    Raises:
+      FileExistsError: the folder has one.
+      ExportError: the format cannot hold a record; nothing is published.
+      CorruptDataError: a tile does not match its checksum; nothing is published.
+    """
+    assert EXPORT_FORMATS[options.form].is_database, options.form
+    return write_openfold_db(folder, (_rows(record, options) for record in records))
+
+
 def export_files(record: Record, options: ExportOptions, suffix: str = "") -> dict[str, bytes]:
     """Returns the files of a record in another program's format, by path in the folder of the export.
 
@@ -142,7 +157,8 @@ def render(rows: ExportRows, options: ExportOptions) -> bytes:
     Raises:
       ExportError: the format cannot hold them.
     """
-    assert not EXPORT_FORMATS[options.form].is_folder, options.form
+    form = EXPORT_FORMATS[options.form]
+    assert not form.is_folder and not form.is_database, options.form  # noqa: PT018
     if options.form == "chai-pqt":
         return to_chai_pqt(rows, options.chai_source)
     writers: dict[str, Callable[[ExportRows], bytes]] = {

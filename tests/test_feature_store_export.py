@@ -24,7 +24,7 @@ from foldfeed.feature_store.import_layouts import AlignmentImport
 from foldfeed.feature_store.import_rows import ImportOptions
 
 LAYOUT_OF = {"alphafold2-npz": "alphafold2"}
-FILES = sorted(name for name, form in EXPORT_FORMATS.items() if not form.is_folder)
+FILES = sorted(name for name, form in EXPORT_FORMATS.items() if not form.is_folder and not form.is_database)
 ALIGNMENTS = sorted(name for name in FILES if EXPORT_FORMATS[name].has_alignment)
 
 

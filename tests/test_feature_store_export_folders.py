@@ -1,6 +1,7 @@
 """Records as folders of files, one file per database, and back."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from records import make_record
 
 from foldfeed.feature_store import FeatureStore, write_part
 from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.export_folders import to_openproteinset
+from foldfeed.feature_store.export_folders import to_openproteinset, write_openfold_db
 from foldfeed.feature_store.export_rows import rows_of_msa
 from foldfeed.feature_store.export_text import to_colabfold
 from foldfeed.feature_store.export_write import ExportOptions, export_files
@@ -116,6 +117,51 @@ def test_a_store_goes_out_as_openproteinset_and_comes_back(tmp_path):
     assert run(*words[:2], "r1", *words[-2:], "--output", tmp_path / "one", "--rows", 2).exit_code == 0
     texts = [path.read_text() for path in (tmp_path / "one" / "r1").iterdir()]
     assert sum(text.count(">") for text in texts) == 3
+
+
+def test_a_store_goes_out_as_an_alignment_database_and_comes_back(tmp_path):
+    store = FeatureStore.create(tmp_path / "store")
+    records = [named(make_record(f"r{n}", 20, 13 + n, seed=n), "uniref90", "mgnify") for n in range(3)]
+    store.commit([write_part(store.url, records, store.settings).part_id], job_id="j")
+
+    def run(*args: object):
+        return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
+
+    words = ("export", store.url, *store.ids, "--format", "openfold-db", "--output", tmp_path / "out")
+    assert run(*words, "--compress", ".gz").exit_code == 2
+    result = run(*words)
+    assert (result.exit_code, result.stderr) == (0, f"6 files in {tmp_path / 'out'}\n")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["alignments.db", "alignments.index"]
+    # The same files as OpenProteinSet's folders, and the same records when they are read.
+    run("export", store.url, *store.ids, "--format", "openproteinset", "--output", tmp_path / "folders")
+    index = json.loads((tmp_path / "out" / "alignments.index").read_text())
+    data = (tmp_path / "out" / "alignments.db").read_bytes()
+    for name, entry in index.items():
+        for file, start, size in entry["files"]:
+            assert data[start : start + size] == (tmp_path / "folders" / name / file).read_bytes()
+    for source in ("out", "folders"):
+        assert (
+            run(
+                "ingest", "--alignments", tmp_path / source, "--store", tmp_path / f"{source}-store"
+            ).exit_code
+            == 0
+        )
+    first, second = (FeatureStore.open(tmp_path / f"{source}-store") for source in ("out", "folders"))
+    assert first.ids == second.ids == store.ids
+    for name in store.ids:
+        np.testing.assert_array_equal(first[name].msa(), second[name].msa())
+        np.testing.assert_array_equal(first[name].deletions(), second[name].deletions())
+    again = run(*words)
+    assert again.exit_code == 1
+    assert "exists; export the database to another folder" in again.stderr
+
+
+def test_a_database_appears_whole_or_not_at_all(tmp_path):
+    good = rows_of_msa(named(make_record("a", 3, 5), "uniref90", "mgnify"))
+    bad = rows_of_msa(named(make_record("b", 3, 5), "uniref90", "a/b"))
+    with pytest.raises(ExportError, match="'a/b'"):
+        write_openfold_db(tmp_path, [good, bad])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_of_a_record_have_safe_names():
