@@ -22,10 +22,13 @@ import pyarrow.compute as pc
 from foldfeed.feature_store import named_tables, point_in_time, query, record_sets, splits
 from foldfeed.feature_store.blobs import Blobs, open_blobs
 from foldfeed.feature_store.errors import QueryError, RecordNotFoundError
+from foldfeed.feature_store.many_crops import BatchArrays, CropRequest, read_crops
+from foldfeed.feature_store.record_reader import Record
 from foldfeed.feature_store.record_sets import RecordSet, Within
 from foldfeed.feature_store.row_scan import ROWS_SCHEMA, row_batches
 from foldfeed.feature_store.settings import StoreSettings
 from foldfeed.feature_store.splits import Split
+from foldfeed.feature_store.tile_reader import Crop, CropPlan
 
 
 class _HasRows(Protocol):
@@ -93,6 +96,48 @@ class RecordSource(abc.ABC, Generic[RecordT]):
     def not_found(self, record_id: str) -> RecordNotFoundError:
         """Returns the error for an id that is not here; it names similar ones."""
         return RecordNotFoundError(record_id, tuple(difflib.get_close_matches(record_id, self.ids, n=3)))
+
+    def crops(
+        self: RecordSource[Record],
+        requests: Sequence[CropRequest],
+        *,
+        out: BatchArrays | None = None,
+        in_flight: int | None = None,
+    ) -> list[Crop]:
+        """Returns crops of many records, in the order asked for; equal to reading them one by one.
+
+        Tiles that lie side by side in a part share one read, whosever they are, and behind a network many
+        reads are in flight.
+
+        Args:
+          requests: what to read; a record may come several times.
+          out: uint8 (batch, rows, residues) and int32 of that shape, of any strides, one slot per request.
+            A crop fills the first rows and residues of its slot and leaves the rest of it alone. What the
+            arrays hold after an error is undefined.
+          in_flight: reads at a time; they share a process-wide pool of so many threads. By default 1 for a
+            local store, whose reads are then done right here, and 32 for others.
+        Returns: crops, `Slab` where the rows asked for are a `StoredRun`; views of ``out`` when it is given.
+        Raises:
+          RecordNotFoundError: no such record.
+          IndexError: a request is outside its record.
+          ValueError: ``out`` does not fit.
+          CorruptDataError: a tile does not match its checksum; the message names the record.
+        """
+        return read_crops(self._records_of(requests, in_flight), requests, out, in_flight)
+
+    def plan(self: RecordSource[Record], requests: Sequence[CropRequest]) -> list[CropPlan]:
+        """Returns what each request would read when it is read alone; see `Record.plan`."""
+        records = self._records_of(requests, None)
+        return [
+            record.plan(request.residues, request.rows)
+            for record, request in zip(records, requests, strict=True)
+        ]
+
+    def _records_of(
+        self: RecordSource[Record], requests: Sequence[CropRequest], in_flight: int | None
+    ) -> list[Record]:
+        """Returns the record of each request."""
+        return [self[request.record_id] for request in requests]
 
     def find(self, record_id: str) -> int | None:
         """Returns the position of a record id, or None."""
@@ -389,6 +434,15 @@ class StoreView(RecordSource[RecordT]):
     def record_of(self, row: Mapping[str, Any]) -> RecordT:
         """Returns the record that an index row of this store describes."""
         return self._base.record_of(row)
+
+    def _records_of(
+        self: StoreView[Record], requests: Sequence[CropRequest], in_flight: int | None
+    ) -> list[Record]:
+        for request in requests:
+            if request.record_id not in self:
+                raise self.not_found(request.record_id)
+        # The store knows how to open many parts at once.
+        return self._base._records_of(requests, in_flight)
 
 
 def _named(name: str, table: pa.Table, columns: Sequence[str]) -> list[pa.RecordBatch]:

@@ -22,7 +22,7 @@ from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError, Stor
 from foldfeed.feature_store.garbage import mark_wanted
 from foldfeed.feature_store.index import CommitResult, Index
 from foldfeed.feature_store.index_log import LogEntry, entry_of
-from foldfeed.feature_store.many_crops import BatchArrays, CropRequest, read_crops
+from foldfeed.feature_store.many_crops import CropRequest
 from foldfeed.feature_store.part_reader import PartReader, RecordLocation
 from foldfeed.feature_store.read_pool import DEFAULT_IN_FLIGHT, run_tasks
 from foldfeed.feature_store.record_reader import Record
@@ -30,7 +30,6 @@ from foldfeed.feature_store.record_sets import fingerprint_of
 from foldfeed.feature_store.schema import INDEX_SCHEMA
 from foldfeed.feature_store.settings import PERMUTED, SETTINGS_FILE, StoreSettings
 from foldfeed.feature_store.source import RecordSource
-from foldfeed.feature_store.tile_reader import Crop, CropPlan
 
 PLACE_COLUMNS = ("part_id", *RecordLocation.__slots__)
 
@@ -151,42 +150,6 @@ class FeatureStore(RecordSource["Record"]):
     def record_of(self, row: Mapping[str, Any]) -> Record:
         """Returns the record that an index row of this store describes."""
         return Record(self._part(row["part_id"]), row)
-
-    def crops(
-        self,
-        requests: Sequence[CropRequest],
-        *,
-        out: BatchArrays | None = None,
-        in_flight: int | None = None,
-    ) -> list[Crop]:
-        """Returns crops of many records, in the order asked for; equal to reading them one by one.
-
-        Tiles that lie side by side in a part share one read, whosever they are, and behind a network many
-        reads are in flight.
-
-        Args:
-          requests: what to read; a record may come several times.
-          out: uint8 (batch, rows, residues) and int32 of that shape, of any strides, one slot per request.
-            A crop fills the first rows and residues of its slot and leaves the rest of it alone. What the
-            arrays hold after an error is undefined.
-          in_flight: reads at a time; they share a process-wide pool of so many threads. By default 1 for a
-            local store, whose reads are then done right here, and 32 for others.
-        Returns: crops, `Slab` where the rows asked for are a `StoredRun`; views of ``out`` when it is given.
-        Raises:
-          RecordNotFoundError: no such record.
-          IndexError: a request is outside its record.
-          ValueError: ``out`` does not fit.
-          CorruptDataError: a tile does not match its checksum; the message names the record.
-        """
-        return read_crops(self._records_of(requests, in_flight), requests, out, in_flight)
-
-    def plan(self, requests: Sequence[CropRequest]) -> list[CropPlan]:
-        """Returns what each request would read when it is read alone; see `Record.plan`."""
-        records = self._records_of(requests, None)
-        return [
-            record.plan(request.residues, request.rows)
-            for record, request in zip(records, requests, strict=True)
-        ]
 
     def log(self) -> list[LogEntry]:
         """Returns the commits up to this version, newest first."""

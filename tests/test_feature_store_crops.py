@@ -143,6 +143,18 @@ def test_requests_that_cannot_be_met_name_the_record(urls):
         store.crops([CropRequest("r3"), CropRequest("r4", slice(0, 13))])
 
 
+def test_a_view_reads_many_crops_of_its_records_only(urls):
+    store = FeatureStore.open(urls["permuted"])
+    view = store.view("depth > 90", "deep ones")
+    assert view.ids == ["r3", "r5", "r6"]
+    requests = [CropRequest("r5", slice(1, 4)), CropRequest("r3")]
+    for crop, other in zip(view.crops(requests), store.crops(requests), strict=True):
+        np.testing.assert_array_equal(crop.msa, other.msa)
+    assert [plan.record_id for plan in view.plan(requests)] == ["r5", "r3"]
+    with pytest.raises(RecordNotFoundError, match="r4"):
+        view.crops([CropRequest("r3"), CropRequest("r4")])
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_fast_path_equals_the_general_path(urls, order):
     """Chunk by chunk through `ShardReader.chunks`, box by box, against `crop`."""
