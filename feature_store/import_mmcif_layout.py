@@ -6,7 +6,8 @@ A record is called ``ENTRY_CHAIN`` as in AlphaFold 2's and OpenProteinSet's data
 the chain: ``1abc_A``. Identifiers of the PDB are written in lower case, all others as they are. Where several
 protein chains of an entry share the author's name, each also gets its ``label_asym_id``, which is unique in
 an entry: ``1abc_A.B``. The alignment is the sequence alone (depth 1); `foldfeed structures` is the way to put
-structures into records that have an alignment.
+structures into records that have an alignment. Every file is read twice: for the names of its chains, and for
+the chains.
 """
 
 from __future__ import annotations

@@ -288,6 +288,21 @@ def test_a_record_that_others_change_meanwhile_is_left_to_them(store, entries, m
     assert now["9abc_L"].structure() is not None
 
 
+def test_a_job_that_was_committed_before_adds_nothing_and_says_so(store, entries):
+    assert attach_structures(store.url, entries, job_id="mine").num_attached == 2
+    back = FeatureStore.open(store.url)
+    plain = write_part(back.url, [aligned("9abc_H", "AGMSP")], back.settings)
+    back.commit([plain.part_id], job_id="back", on_existing="replace")
+    again = attach_structures(store.url, entries, job_id="mine")
+    assert (again.already_done, again.num_attached, again.num_unchanged) == (True, 0, 1)
+    assert FeatureStore.open(store.url)["9abc_H"].structure() is None
+    said = run("structures", store.url, "--from", entries, "--job-id", "mine")
+    assert "attached   0: this was committed before (job mine)" in said.output
+    # Without a name of its own the job is another one, because the records are others.
+    assert attach_structures(store.url, entries).num_attached == 1
+    assert FeatureStore.open(store.url)["9abc_H"].structure() is not None
+
+
 def test_nothing_found_is_said_with_exit_code_1(store, tmp_path):
     (tmp_path / "x.cif").write_bytes(sample("8ABC", {"A": "A"}))
     missed = run("structures", store.url, "--from", tmp_path / "x.cif")
