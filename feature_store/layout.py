@@ -15,7 +15,6 @@ Invariant: for any crop the boxes of a plan cover each output cell exactly once 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -63,9 +62,8 @@ class TileBox(NamedTuple):
     out_cols: slice
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RecordGrid:
-    """The tiles of one record."""
+class RecordGrid(NamedTuple):
+    """The tiles of one record; a named tuple for the reason of `TileBox`."""
 
     first_tile: int
     depth: int
@@ -91,13 +89,7 @@ class RecordGrid:
 
 def grid_of(first_tile: int, depth: int, length: int, settings: StoreSettings) -> RecordGrid:
     """Returns the tiles of a record of that depth and length."""
-    return RecordGrid(
-        first_tile=first_tile,
-        depth=depth,
-        length=length,
-        tile_rows=settings.tile_rows,
-        tile_cols=settings.tile_cols,
-    )
+    return RecordGrid(first_tile, depth, length, settings.tile_rows, settings.tile_cols)
 
 
 def resolve_residues(residues: slice | None, length: int) -> tuple[int, int]:

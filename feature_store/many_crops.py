@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store.layout import Rows
 from foldfeed.feature_store.part_reader import PartReader
-from foldfeed.feature_store.read_pool import DEFAULT_IN_FLIGHT, REMOTE_READ_BYTES, run_tasks
+from foldfeed.feature_store.read_pool import DEFAULT_IN_FLIGHT, run_tasks
 from foldfeed.feature_store.record_reader import Record
 from foldfeed.feature_store.tile_reader import Crop, CropArrays, CropJob, Task
 
@@ -70,7 +70,7 @@ def read_crops(
     tasks: list[Task] = []
     finishers: list[Task] = []
     for part, found in groups:
-        tasks += part.tiles.tasks(found, REMOTE_READ_BYTES)
+        tasks += part.tiles.tasks(found, part.max_read_bytes)
         finishers += part.tiles.finishers(found)
     run_tasks(tasks, in_flight)
     run_tasks(finishers, in_flight)

@@ -19,7 +19,12 @@ from foldfeed.feature_store import structure
 from foldfeed.feature_store.blobs import Blobs, LocalBlobs, open_blobs
 from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
 from foldfeed.feature_store.layout import Rows, grid_of
-from foldfeed.feature_store.read_pool import DEFAULT_IN_FLIGHT, REMOTE_READ_BYTES, run_tasks
+from foldfeed.feature_store.read_pool import (
+    DEFAULT_IN_FLIGHT,
+    LOCAL_READ_BYTES,
+    REMOTE_READ_BYTES,
+    run_tasks,
+)
 from foldfeed.feature_store.row_order import RowOrder
 from foldfeed.feature_store.schema import GROUP_FILE, INDEX_SCHEMA, array_specs
 from foldfeed.feature_store.settings import SUPPORTED_VERSIONS, StoreSettings
@@ -64,6 +69,7 @@ class PartReader:
         self._url = blobs.url
         # A read of a local file is over before a thread would have been told about it.
         self.is_local = isinstance(blobs, LocalBlobs)
+        self.max_read_bytes = LOCAL_READ_BYTES if self.is_local else REMOTE_READ_BYTES
         where = f"{self.path}/{GROUP_FILE}"
         try:
             data = blobs.read(where)
@@ -129,10 +135,9 @@ class PartReader:
         Returns: a `Slab` for a run of stored rows.
         """
         job = self.tiles.job(self.tiled(at), window, rows, out)
-        if self.is_local:
-            return self.tiles.read(job)
-        run_tasks(self.tiles.openers([job]), DEFAULT_IN_FLIGHT)
-        run_tasks(self.tiles.tasks([job], REMOTE_READ_BYTES), DEFAULT_IN_FLIGHT)
+        in_flight = 1 if self.is_local else DEFAULT_IN_FLIGHT
+        run_tasks(self.tiles.openers([job]), in_flight)
+        run_tasks(self.tiles.tasks([job], self.max_read_bytes), in_flight)
         self.tiles.finish(job)
         return self.tiles.result(job)
 

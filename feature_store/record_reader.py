@@ -202,7 +202,7 @@ class Record:
           CorruptDataError: a shard index is damaged.
         """
         window, found = self.resolve(residues, rows)
-        return self._part.tiles.plan(self.tiled, window, found)
+        return self._part.tiles.plan(self.tiled, window, found, self._part.max_read_bytes)
 
     def crop_bytes(self, residues: slice | None = None, rows: Rows | None = None) -> int:
         """Returns the stored bytes of the tiles that `crop` would read for the same arguments."""

@@ -133,9 +133,7 @@ class ShardReader:
             run.append((number, offset, size))
         yield from self._read_run(run, start, end)
 
-    def runs(
-        self, numbers: Sequence[int], max_read_bytes: int = MAX_READ_BYTES
-    ) -> tuple[list[ReadRun], list[int]]:
+    def runs(self, numbers: Sequence[int], max_read_bytes: int) -> tuple[list[ReadRun], list[int]]:
         """Returns the reads that bring some chunks; reads nothing but the shard's index, once.
 
         Args:

@@ -33,7 +33,7 @@ from foldfeed.feature_store.layout import (
 )
 from foldfeed.feature_store.row_order import RowOrder
 from foldfeed.feature_store.schema import DELETION_OVERFLOW
-from foldfeed.feature_store.shard_reader import MAX_READ_BYTES, ReadRun, ShardReader
+from foldfeed.feature_store.shard_reader import ReadRun, ShardReader
 
 Task: TypeAlias = Callable[[], object]
 CropArrays: TypeAlias = "tuple[NDArray[np.uint8], NDArray[np.int32]]"
@@ -191,12 +191,12 @@ class TileReader:
             arrays.append(self._aatype)
         return [array.open for array in arrays if not array.is_open]
 
-    def plan(self, record: TiledRecord, window: tuple[int, int], rows: Rows) -> CropPlan:
-        """Returns what a crop would read; see `boxes_of` for the arguments."""
+    def plan(self, record: TiledRecord, window: tuple[int, int], rows: Rows, max_read_bytes: int) -> CropPlan:
+        """Returns what a crop would read; see `boxes_of` and `tasks` for the arguments."""
         stored, *both = boxes_of(record, window, rows)
         tiles = [sorted({box.tile for box in boxes}) for boxes in both]
         arrays = (self._msa, self._deletion)
-        runs = [array.runs(found)[0] for array, found in zip(arrays, tiles, strict=True)]
+        runs = [array.runs(found, max_read_bytes)[0] for array, found in zip(arrays, tiles, strict=True)]
         return CropPlan(
             record_id=record.record_id,
             part_id=self.part_id,
@@ -234,14 +234,7 @@ class TileReader:
         apart = msa_boxes is not deletion_boxes
         return CropJob(record, window, rows, stored, apart, msa_boxes, deletion_boxes, msa, deletions)
 
-    def read(self, job: CropJob) -> Crop:
-        """Reads one crop, read after read on this thread."""
-        for task in self.tasks([job]):
-            task()
-        self.finish(job)
-        return self.result(job)
-
-    def tasks(self, jobs: Sequence[CropJob], max_read_bytes: int = MAX_READ_BYTES) -> list[Task]:
+    def tasks(self, jobs: Sequence[CropJob], max_read_bytes: int) -> list[Task]:
         """Returns tasks that fill the arrays of crops; neighbouring tiles share one, whosever they are.
 
         Args:
