@@ -100,6 +100,14 @@ class Blobs(Protocol):
         """Removes a file or a folder with all it holds; nothing happens when there is none."""
         ...
 
+    def unfinished_uploads(self) -> tuple[FileInfo, ...]:
+        """Returns uploads in pieces that nobody completed, sorted; no listing of files shows them."""
+        ...
+
+    def abort_upload(self, path: str) -> None:
+        """Removes the pieces of an unfinished upload."""
+        ...
+
     def touch(self, path: str) -> None:
         """Sets a file's time to now; FileNotFoundError when there is none."""
         ...

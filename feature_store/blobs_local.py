@@ -162,6 +162,12 @@ class LocalBlobs:
         else:
             target.unlink(missing_ok=True)
 
+    def unfinished_uploads(self) -> tuple[FileInfo, ...]:
+        return ()
+
+    def abort_upload(self, path: str) -> None:
+        """There are none."""
+
     def touch(self, path: str) -> None:
         os.utime(self.root / path)
 

@@ -23,9 +23,10 @@ from typing import TypeVar
 from foldfeed.feature_store.blob_types import LAST_FILE, TEMPORARY_PREFIX, FileInfo, RangeReader
 from foldfeed.feature_store.blobs_local import disk_full_is_typed
 from foldfeed.feature_store.http_files import HTTP_PROTOCOLS, HttpFiles
-from foldfeed.feature_store.remote_files import RemoteFiles, open_files, refuse_exclusive
+from foldfeed.feature_store.remote_files import FsspecFiles, RemoteFiles, file_system, refuse_exclusive
 from foldfeed.feature_store.retries import ShortReadError, retrying
-from foldfeed.feature_store.storage_options import protocol_of
+from foldfeed.feature_store.s3_files import S3Files
+from foldfeed.feature_store.storage_options import S3_PROTOCOLS, protocol_of
 
 T = TypeVar("T")
 _UPLOAD_THREADS = 4
@@ -33,14 +34,20 @@ _UPLOAD_THREADS = 4
 _exclusive_storages: set[str] = set()
 
 
+def _open_files(url: str) -> RemoteFiles:
+    protocol = protocol_of(url)
+    if protocol in HTTP_PROTOCOLS:
+        return HttpFiles(url)
+    root = file_system(url)[1].rstrip("/")
+    return S3Files(url, root) if protocol in S3_PROTOCOLS else FsspecFiles(url, root)
+
+
 class RemoteBlobs:
     """Objects behind a URL (``s3://``, ``gs://``, ``https://``, ...)."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._files: RemoteFiles = (
-            HttpFiles(self.url) if protocol_of(url) in HTTP_PROTOCOLS else open_files(self.url)
-        )
+        self._files = _open_files(self.url)
         self.can_list = self._files.can_list
 
     def read(self, path: str) -> bytes:
@@ -122,6 +129,13 @@ class RemoteBlobs:
         for batch in (first, [path, *(name for name in paths if name not in first)]):
             if batch:
                 self._retrying("delete", path, functools.partial(self._files.remove, batch))
+
+    def unfinished_uploads(self) -> tuple[FileInfo, ...]:
+        found = self._retrying("list", "", self._files.uploads)
+        return tuple(sorted(found, key=lambda file: file.path))
+
+    def abort_upload(self, path: str) -> None:
+        self._retrying("delete", path, lambda: self._files.abort(path))
 
     def touch(self, path: str) -> None:
         self._retrying("mark", path, lambda: self._files.touch(path))

@@ -32,6 +32,7 @@ PARTS_FOLDER = "parts"
 ASIDE_PREFIX = f"{TEMPORARY_PREFIX}gc-"
 # A week: large jobs may write parts for days before they commit.
 DEFAULT_GRACE_S = 7 * 24 * 3600.0
+_UPLOAD = "unfinished upload"
 _PART_COLUMN = pa.schema([pa.field("part_id", pa.string())])
 
 
@@ -41,7 +42,7 @@ class Garbage:
 
     Attributes:
       path: file or folder, relative to the store.
-      kind: ``part``, ``index file`` or ``leftover``.
+      kind: ``part``, ``index file``, ``leftover`` or ``unfinished upload``.
       num_bytes: its size.
       age_s: seconds since it was last written or wanted.
     """
@@ -112,6 +113,7 @@ def collect_garbage(
     if not dry_run:
         restore_set_aside(blobs, parts)
     found = [*_index_garbage(blobs, files), *_part_garbage(blobs, parts), *_leftovers(blobs, parts)]
+    found += _uploads(blobs)
     due = [item for item in found if item.age_s >= grace_s and not _in_use(blobs, item)]
     if not dry_run:
         versions.set_oldest_version(blobs, oldest)
@@ -132,8 +134,9 @@ def restore_set_aside(blobs: Blobs, needed: set[str]) -> list[str]:
         part_id = name.removeprefix(ASIDE_PREFIX)
         if part_id == name or part_id not in needed or blobs.exists(f"{PARTS_FOLDER}/{part_id}"):
             continue
-        blobs.rename_folder(f"{PARTS_FOLDER}/{name}", f"{PARTS_FOLDER}/{part_id}")
-        restored.append(part_id)
+        # Where folders cannot be renamed nothing is ever set aside.
+        if blobs.rename_folder(f"{PARTS_FOLDER}/{name}", f"{PARTS_FOLDER}/{part_id}"):
+            restored.append(part_id)
     return restored
 
 
@@ -201,6 +204,12 @@ def _leftovers(blobs: Blobs, needed: set[str]) -> list[Garbage]:
     return found
 
 
+def _uploads(blobs: Blobs) -> list[Garbage]:
+    """Returns uploads in pieces that an interrupted writer left: they cost money, and no listing has them."""
+    now = time.time()
+    return [_garbage(file.path, _UPLOAD, [file], now) for file in blobs.unfinished_uploads()]
+
+
 def _alone(blobs: Blobs, path: str) -> list[FileInfo]:
     try:
         return [blobs.info(path)]
@@ -226,6 +235,10 @@ def _remove(
     gone = []
     for number, item in enumerate(due):
         progress("removing", number, len(due))
+        if item.kind == _UPLOAD:
+            blobs.abort_upload(item.path)
+            gone.append(item)
+            continue
         if item.kind != "part":
             blobs.delete(item.path)
             gone.append(item)

@@ -119,6 +119,12 @@ class HttpFiles:
     def touch(self, path: str) -> None:
         self._refuse("write", path)
 
+    def uploads(self) -> list[FileInfo]:
+        self._refuse("list", "")
+
+    def abort(self, path: str) -> None:
+        self._refuse("delete from", "")
+
     def _refuse(self, operation: str, path: str) -> NoReturn:
         raise StorageRefusedError(
             f"{self._url}/{path}" if path else self._url,

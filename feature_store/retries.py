@@ -55,6 +55,11 @@ class RetryPolicy:
                 f"attempts {self.attempts} must be at least 1 and timeout_s {self.timeout_s} above 0 "
                 "(FOLDFEED_STORAGE_ATTEMPTS, FOLDFEED_STORAGE_TIMEOUT_S)"
             )
+        if not 0 <= self.first_pause_s <= self.longest_pause_s:
+            raise ValueError(
+                f"first_pause_s {self.first_pause_s} must be within 0..{self.longest_pause_s} "
+                "(FOLDFEED_STORAGE_PAUSE_S)"
+            )
 
     def pause_s(self, attempt: int) -> float:
         """Returns how long to wait after an attempt that failed, counted from 1."""
@@ -68,7 +73,7 @@ class ShortReadError(OSError):
 
 
 def retry_policy() -> RetryPolicy:
-    """Returns the policy, as FOLDFEED_STORAGE_ATTEMPTS and FOLDFEED_STORAGE_TIMEOUT_S change it.
+    """Returns the policy; FOLDFEED_STORAGE_ATTEMPTS, _TIMEOUT_S and _PAUSE_S (the first one) change it.
 
     Raises:
       ValueError: they hold no possible number.
@@ -77,6 +82,7 @@ def retry_policy() -> RetryPolicy:
     return RetryPolicy(
         attempts=int(os.environ.get("FOLDFEED_STORAGE_ATTEMPTS") or default.attempts),
         timeout_s=float(os.environ.get("FOLDFEED_STORAGE_TIMEOUT_S") or default.timeout_s),
+        first_pause_s=float(os.environ.get("FOLDFEED_STORAGE_PAUSE_S") or default.first_pause_s),
     )
 
 

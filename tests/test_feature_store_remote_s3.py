@@ -21,6 +21,7 @@ from foldfeed.feature_store import (
     TagError,
     blobs_remote,
     remote_files,
+    s3_files,
     versions,
     write_part,
 )
@@ -171,9 +172,7 @@ def test_of_many_creators_of_one_name_one_wins(s3):
 def test_a_server_that_replaces_a_name_that_is_there_is_refused(s3, monkeypatch):
     """Old servers ignore If-None-Match: two commits at once would both seem to win."""
     monkeypatch.setattr(blobs_remote, "_exclusive_storages", set())
-    monkeypatch.setattr(
-        remote_files.S3Files, "create", lambda self, path, data, token: self.put(path, data)
-    )
+    monkeypatch.setattr(s3_files.S3Files, "create", lambda self, path, data, token: self.put(path, data))
     with pytest.raises(StorageRefusedError, match="two commits at once could lose one"):
         FeatureStore.create(s3, SETTINGS)
     assert open_blobs(s3).walk("") == ()
@@ -222,7 +221,7 @@ def test_what_delta_rs_wrote_is_read_and_continued_and_the_other_way_round(s3, t
 
 def test_a_large_file_goes_up_in_pieces(s3, tmp_path, monkeypatch):
     """S3 wants pieces of 5 MiB or more."""
-    monkeypatch.setattr(remote_files, "UPLOAD_PIECE_BYTES", 5 << 20)
+    monkeypatch.setattr(s3_files, "UPLOAD_PIECE_BYTES", 5 << 20)
     data = np.random.default_rng(1).bytes((11 << 20) + 3)
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "big").write_bytes(data)
@@ -230,6 +229,21 @@ def test_a_large_file_goes_up_in_pieces(s3, tmp_path, monkeypatch):
     blobs.publish_folder(tmp_path / "f", "p")
     assert blobs.read("p/big") == data
     assert blobs.read_range("p/big", (5 << 20) - 2, 4) == data[(5 << 20) - 2 : (5 << 20) + 2]
+
+
+def test_gc_removes_pieces_of_uploads_that_nobody_completed(store):
+    files = remote_files.file_system(store.url)[0]
+    prefix = store.url.removeprefix("s3://bucket/")
+    for key in (f"{prefix}/parts/x/msa/c/0/0/0", f"{prefix}-other/parts/x"):
+        upload = files.call_s3("create_multipart_upload", Bucket="bucket", Key=key)["UploadId"]
+        files.call_s3(
+            "upload_part", Bucket="bucket", Key=key, UploadId=upload, PartNumber=1, Body=b"x" * (5 << 20)
+        )
+    assert collect_garbage(store.url).removed == ()
+    (found,) = collect_garbage(store.url, grace_s=0).removed
+    assert (found.kind, found.path.split(" ")[0]) == ("unfinished upload", "parts/x/msa/c/0/0/0")
+    left = files.call_s3("list_multipart_uploads", Bucket="bucket").get("Uploads", [])
+    assert [entry["Key"] for entry in left if entry["Key"].startswith(prefix)] == [f"{prefix}-other/parts/x"]
 
 
 def test_ranges_at_and_behind_the_end(s3):
