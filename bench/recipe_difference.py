@@ -4,7 +4,9 @@
 
 Both recipes draw the same crop, rows and masks. Per sample: the share of extra rows that both give to the
 same centre (rows of `crop_first`; `af2` clusters them too), the distance of the cluster profiles, and the
-stored bytes and cells that each reads. One JSON row.
+stored bytes and cells that each reads. Then what the rows of `crop_first` are like from stores of both row
+orders: from a permuted one they are a uniform sample of the hits, as many as block deletion leaves. One JSON
+row.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from rows import emit
 
+from foldfeed.feature_store import Slab, alphabet
 from foldfeed.loader import CropLoader, Recipe, clusters
 from foldfeed.loader.featurise import replace_masked
 from foldfeed.loader.fetch import fetch
@@ -65,6 +68,29 @@ def compare(loaders: dict[str, CropLoader], num_samples: int) -> dict[str, float
     return row
 
 
+def rows_of_samples(loader: CropLoader, num_samples: int) -> dict[str, float]:
+    """Returns what the hits of samples are like: where they rank, how close to the query, how full."""
+    rank, identity, gaps, count = [], [], [], []
+    for g in range(num_samples):
+        plan = loader.plan(g)
+        record = loader.store.at(plan.address.record)
+        columns = slice(*plan.columns)
+        crop = record.crop(columns, plan.selection)
+        ranks = crop.ranks if isinstance(crop, Slab) else plan.rows
+        if len(ranks) > 1:
+            rank.append(ranks[1:].mean() / record.depth)
+            identity.append((crop.msa[1:] == crop.msa[0]).mean())
+            gaps.append((crop.msa[1:] == alphabet.GAP).mean())
+        count.append(len(ranks) - 1)
+    return {
+        "hits": float(np.mean(count)),
+        "mean_rank_share": float(np.mean(rank)),
+        "mean_rank_share_sd": float(np.std(rank)),
+        "identity_to_query": float(np.mean(identity)),
+        "gaps": float(np.mean(gaps)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -86,6 +112,11 @@ def main() -> None:
             "num_extra": recipes["af2"].num_extra,
         }
         results = compare(loaders, arguments.samples)
+        permuted, _ = loader_store.build(f"{folder}/permuted", arguments.min_depth, "permuted")
+        for name, chosen in (("rank", store), ("permuted", permuted)):
+            loader = CropLoader(chosen, recipes["crop_first"], seed=0, global_batch=1)
+            found = rows_of_samples(loader, 5 * arguments.samples)
+            results |= {f"crop_first_{name}_{key}": value for key, value in found.items()}
         emit(NAME, config | about, results, arguments.output)
 
 
