@@ -20,7 +20,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from foldfeed.feature_store import index_log
 from foldfeed.feature_store.blobs import Blobs
-from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError
+from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError, StoreError
 from foldfeed.feature_store.index_files import INDEX_FOLDER
 from foldfeed.feature_store.index_log import AddedFile, Commit
 
@@ -28,6 +28,8 @@ from foldfeed.feature_store.index_log import AddedFile, Commit
 COMMIT_FAILURES = (DeltaError, SchemaMismatchError, OSError)
 # Said again with each commit: the table's own word for it stands in a checkpoint, which has no checksum.
 _AFTER_COMMIT = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
+# The process that started delta-rs's threads, if any.
+_used_by: int | None = None
 
 
 class DeltaLog:
@@ -87,11 +89,13 @@ class DeltaLog:
 
     def refresh(self) -> None:
         """Moves to the newest version."""
+        _refuse_after_fork(self._blobs.url)
         with _damage_is_typed(self._blobs.url):
             self._table.update_incremental()
 
     def show(self, version: int) -> None:
         """Moves to a version."""
+        _refuse_after_fork(self._blobs.url)
         with _damage_is_typed(self._blobs.url):
             self._table.load_as_version(version)
 
@@ -103,6 +107,7 @@ class DeltaLog:
         removed: Sequence[str],
     ) -> None:
         """Tries to write the next version; whether it became ours, `refresh` and the log tell."""
+        _refuse_after_fork(self._blobs.url)
         now_ms = int(time.time() * 1000)
         adds = [
             AddAction(name, file.num_bytes, {}, now_ms, True, file.statistics) for name, file in added.items()
@@ -118,6 +123,7 @@ class DeltaLog:
 
     def add_columns(self, metadata: Mapping[str, str], fields: Sequence[deltalake.Field]) -> None:
         """Tries to write a next version with more columns; see `append`."""
+        _refuse_after_fork(self._blobs.url)
         self._table.alter.add_columns(
             list(fields),
             commit_properties=_properties(metadata, ""),
@@ -156,7 +162,23 @@ def _properties(metadata: Mapping[str, str], job_id: str) -> CommitProperties:
 
 
 def _uri(blobs: Blobs) -> str:
+    _refuse_after_fork(blobs.url)
     return os.path.join(blobs.url, INDEX_FOLDER)
+
+
+def _refuse_after_fork(url: str) -> None:
+    """Raises in a child of a process that has used delta-rs, whose threads a fork leaves behind.
+
+    Used there it panics, with an error that is no `Exception` and a trace on the screen.
+    """
+    global _used_by
+    if _used_by not in (None, os.getpid()):
+        raise StoreError(
+            f"{url!r} cannot be opened or changed here: process {os.getpid()} was forked from {_used_by}, "
+            "which had opened a store, and Delta's library does not survive that. Reading a store that was "
+            "opened before the fork works; for the rest start processes with 'spawn' or 'forkserver'"
+        )
+    _used_by = os.getpid()
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from foldfeed.feature_store import (
     read_pool,
     write_part,
 )
+from foldfeed.feature_store.errors import StoreError
 from foldfeed.feature_store.layout import plan_crop
 
 SHAPES = [(1, 1), (2, 9), (3, 5), (300, 33), (20, 12), (97, 64), (130, 7)]
@@ -324,23 +325,43 @@ def read_all(store: FeatureStore, in_flight: int) -> bool:
     return all(np.array_equal(crop.msa, record.msa) for crop, record in pairs)
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_reads_on_with_threads_of_its_own(urls):
-    store, _ = slowed(urls["rank"], 0.0)
-    assert read_all(store, 3)
+def in_a_fork(function) -> int:
+    """Returns how a forked child ended: 0 the function returned true, 1 it returned false, 2 it raised."""
     child = os.fork()
     if child == 0:
         try:
-            # A pool that was inherited would wait for its threads forever.
-            os._exit(0 if read_all(store, 3) and read_all(store, 5) else 1)
+            os._exit(0 if function() else 1)
         finally:
             os._exit(2)
     deadline = threading.Timer(60, os.kill, (child, 9))
     deadline.start()
     _, status = os.waitpid(child, 0)
     deadline.cancel()
-    assert os.waitstatus_to_exitcode(status) == 0
+    return os.waitstatus_to_exitcode(status)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_reads_on_with_threads_of_its_own(urls):
+    store, _ = slowed(urls["rank"], 0.0)
     assert read_all(store, 3)
+    # A pool that was inherited would wait for its threads forever.
+    assert in_a_fork(lambda: read_all(store, 3) and read_all(store, 5)) == 0
+    assert read_all(store, 3)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_is_told_that_it_cannot_open_a_local_store(urls):
+    """Delta's library would panic; the message says what to do."""
+    store = FeatureStore.open(urls["rank"])
+
+    def refused() -> bool:
+        for use in (lambda: FeatureStore.open(store.url), lambda: store.delete(["r0"])):
+            with pytest.raises(StoreError, match=r"was forked from .*'spawn' or 'forkserver'"):
+                use()
+        return True
+
+    assert in_a_fork(refused) == 0
+    assert FeatureStore.open(urls["rank"]).ids == store.ids
 
 
 def test_stores_and_records_go_to_spawned_processes(urls):
