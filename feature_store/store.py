@@ -1,8 +1,9 @@
 """`FeatureStore`: the front door. Open a store, look records up, ask SQL, read crops, commit parts.
 
 A store object is a snapshot: it shows one version for as long as it lives, whatever others commit meanwhile.
-Thread safe for reading. It may be pickled (a worker process opens the same version again) and it survives a
-fork, because the index is in memory and reads of parts carry their own offsets.
+Thread safe for reading. It may be pickled (a worker process opens the same version again). Reading survives a
+fork: the index is in memory, reads of parts carry their own offsets, and the threads of reads in flight are
+made anew. Opening or changing a local store in a forked child is refused (`index_delta`).
 """
 
 from __future__ import annotations
