@@ -22,6 +22,7 @@ BODY = ("cut in the body", "short, length right", "body too long")
 # Half a body and then silence; costs a client the time that it waits, so not among `ALL`.
 STALL = ("stalled",)
 STALL_S = 3.0
+SLOW_S = 0.03
 ALL = (*BEFORE, *UPLOAD, *AFTER, *BODY)
 _HOP = {"connection", "transfer-encoding", "keep-alive"}
 
@@ -74,6 +75,8 @@ class FaultProxy(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Head and body are two writes; without this the second waits 40 ms for the first to be acknowledged.
+    disable_nagle_algorithm = True
     server: FaultProxy
     timeout = 60
 
@@ -96,7 +99,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if kind == "error 500 after":
             return self._error(500)
         if kind == "slow":
-            time.sleep(0.1)
+            time.sleep(SLOW_S)
         self._answer(status, reason, headers, data, kind)
         return None
 

@@ -6,9 +6,9 @@ tests/campaigns/feature_store_network.py does more of it.
 
 import concurrent.futures
 import contextlib
+import itertools
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +44,13 @@ def proxy(s3, s3_endpoint, monkeypatch) -> Iterator[FaultProxy]:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
         monkeypatch.setenv("FOLDFEED_STORAGE_PAUSE_S", "0.002")
         yield running
+
+
+def after_requests(number: int) -> Callable[[str, str], bool]:
+    """True from that request on: the network goes for good."""
+    counter = itertools.count()
+    # next() of a counter is one step for all threads.
+    return lambda method, path: next(counter) >= number
 
 
 def build(url: str) -> FeatureStore:
@@ -259,14 +266,7 @@ def test_a_network_that_fails_is_never_taken_for_damage(s3, proxy, expected, car
     before = {file.path: file.num_bytes for file in open_blobs(s3).walk("") if "/_delta_log/" in file.path}
     needed = proxy.done["requests"]
     for after in (0, 4, 30):
-        count = iter(range(10_000))
-        lock = threading.Lock()
-
-        def late(method, path, after=after, count=count, lock=lock) -> bool:
-            with lock:
-                return next(count) >= after
-
-        proxy.inject(1.0, kinds=("error 503",), only=late)
+        proxy.inject(1.0, kinds=("error 503",), only=after_requests(after))
         with contextlib.suppress(StorageError):
             care(s3)
         proxy.calm()
@@ -287,16 +287,17 @@ def test_a_copy_over_a_faulty_network_resumes(s3, proxy, tmp_path, direction, mo
     source.commit(parts, job_id="1")
     target = str(tmp_path / "there") if direction == "down" else s3
     monkeypatch.setenv("FOLDFEED_STORAGE_ATTEMPTS", "2")
-    failures = 0
+    proxy.inject(1.0, kinds=("error 503",), only=after_requests(60))
+    with pytest.raises(StorageError):
+        copy_store(source.url, target)
     for number in range(200):
         proxy.inject(0.15, number)
         try:
             copy_store(source.url, target)
             break
         except StorageError:
-            failures += 1
+            continue
     proxy.calm()
-    assert failures > 0
     assert FeatureStore.open(target).fingerprint == FeatureStore.open(source.url).fingerprint
     assert verify(target, level="deep").problems == ()
     assert sorted(open_blobs(target).list("parts")) == sorted(parts)
