@@ -26,7 +26,7 @@ from foldfeed.feature_store.read_pool import (
     run_tasks,
 )
 from foldfeed.feature_store.row_order import RowOrder
-from foldfeed.feature_store.schema import GROUP_FILE, INDEX_SCHEMA, array_specs
+from foldfeed.feature_store.schema import GROUP_FILE, INDEX_SCHEMA, array_specs, stored_specs
 from foldfeed.feature_store.settings import SUPPORTED_VERSIONS, StoreSettings
 from foldfeed.feature_store.shard_reader import ShardReader
 from foldfeed.feature_store.tile_reader import Crop, CropArrays, TiledRecord, TileReader
@@ -91,7 +91,7 @@ class PartReader:
                 about["lengths"][name],
                 self.files.get(spec.shard_path, {}).get("bytes"),
             )
-            for name, spec in array_specs(self.settings).items()
+            for name, spec in stored_specs(self.settings, about.get("chunk_entries", {})).items()
             # A part from before an array came has none of it, and its records have nothing there.
             if name in about["lengths"]
         }

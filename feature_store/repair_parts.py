@@ -16,7 +16,7 @@ from foldfeed.feature_store.errors import NOT_DAMAGE, FoldfeedError
 from foldfeed.feature_store.garbage import PARTS_FOLDER
 from foldfeed.feature_store.part_reader import PartReader
 from foldfeed.feature_store.rebuild import rewritten
-from foldfeed.feature_store.schema import GROUP_FILE, array_specs, group_metadata
+from foldfeed.feature_store.schema import GROUP_FILE, array_specs, chunk_entries_of, group_metadata
 from foldfeed.feature_store.settings import StoreSettings
 from foldfeed.feature_store.shard_reader import ShardReader
 from foldfeed.feature_store.verify_parts import file_sha256
@@ -133,25 +133,32 @@ def _group_bytes(blobs: Blobs, part_id: str, settings: StoreSettings, source: Bl
 def _made_group(blobs: Blobs, part_id: str, settings: StoreSettings) -> bytes | None:
     """Returns the metadata that a part of these files would have."""
     root = f"{PARTS_FOLDER}/{part_id}/"
-    files, lengths = {}, {}
+    files, lengths, specs = {}, {}, array_specs(settings)
     for file in blobs.walk(root.rstrip("/")):
         path = file.path.removeprefix(root)
         if path != GROUP_FILE:
             files[path] = {"bytes": file.num_bytes, "sha256": file_sha256(blobs, file.path)}
-    for name in array_specs(settings):
+    for name, spec in specs.items():
         data = _read(blobs, f"{root}{name}/{GROUP_FILE}")
         if data is None:
-            return None
+            # Written before that array came; or it is lost, and the result will not hash to the part's id.
+            continue
         try:
-            lengths[name] = json.loads(data)["shape"][0]
+            array = json.loads(data)
+            lengths[name] = array["shape"][0]
+            specs[name] = spec.with_entries(array["codecs"][0]["configuration"]["chunk_shape"][0])
         except (ValueError, KeyError, IndexError, TypeError):
             return None
     num_records = _count_lines(blobs, root, settings, lengths)
-    return None if num_records is None else group_metadata(settings, lengths, files, num_records)
+    if num_records is None:
+        return None
+    return group_metadata(settings, lengths, files, num_records, chunk_entries_of(specs))
 
 
 def _count_lines(blobs: Blobs, root: str, settings: StoreSettings, lengths: dict[str, int]) -> int | None:
     """Returns how many records a part without metadata has, or None when that cannot be read."""
+    if "record_json" not in lengths:
+        return None
     spec = array_specs(settings)["record_json"]
     try:
         size = blobs.info(root + spec.shard_path).num_bytes

@@ -32,6 +32,7 @@ from foldfeed.feature_store.schema import (
     DELETION_OVERFLOW,
     GROUP_FILE,
     array_specs,
+    chunk_entries_of,
     group_metadata,
 )
 from foldfeed.feature_store.settings import StoreSettings
@@ -90,7 +91,9 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
         self.num_records = 0
         self._folder = folder
         self._settings = settings
-        self._shards = {name: ShardWriter(folder, spec) for name, spec in array_specs(settings).items()}
+        specs = array_specs(settings)
+        self._chunk_entries = chunk_entries_of(specs)
+        self._shards = {name: ShardWriter(folder, spec) for name, spec in specs.items()}
         self._last_id = ""
 
     def __exit__(self, *exc: object) -> None:
@@ -130,7 +133,7 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
         for shard in self._shards.values():
             files.update(shard.close())
         lengths = {name: shard.length for name, shard in self._shards.items()}
-        group = group_metadata(self._settings, lengths, files, self.num_records)
+        group = group_metadata(self._settings, lengths, files, self.num_records, self._chunk_entries)
         (self._folder / GROUP_FILE).write_bytes(group)
         part_id = hashlib.sha256(group).hexdigest()[:PART_ID_HEX]
         return part_id, len(group) + sum(entry["bytes"] for entry in files.values())

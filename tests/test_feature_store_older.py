@@ -83,3 +83,15 @@ def test_compaction_and_repair_write_its_records_in_the_new_form(older):
     for name in after.ids:
         assert np.isfinite(after[name].entropy()).all()
     assert verify(older.url, level="deep").problems == ()
+
+
+def test_metadata_of_its_parts_is_made_again(older):
+    """It says less than that of today's parts: fewer arrays, nothing about chunks."""
+    wanted = {}
+    for part in Path(older.url, "parts").iterdir():
+        wanted[part] = (part / "zarr.json").read_bytes()
+        (part / "zarr.json").unlink()
+    report = repair(older.url)
+    for part, data in wanted.items():
+        assert (part / "zarr.json").read_bytes() == data
+    assert report.after.problems == ()
