@@ -5,6 +5,10 @@ than the grace period is removed, so a job that has written its parts and not ye
 a staging folder that a living process fills, whatever its age. Versions are given up only on request and for
 good: ``retention.json`` says so before the first file goes.
 
+On a disk a part is set aside, looked for in the index once more, and then removed. An object store cannot
+rename a folder, so there only the grace period protects a commit that names an old part, unnamed so far, in
+the very moment of its removal: do not shorten it while others write.
+
 Not delta-rs's VACUUM: that would go by the age of a file's removal alone, knows no tags, and sees no parts.
 """
 
