@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from foldfeed.feature_store import FeatureStore, MsaRecord, write_part
+from foldfeed.feature_store import FeatureStore, MsaRecord, StoreSettings, write_part
 from foldfeed.feature_store.layout import grid_of, plan_crop
 from foldfeed.feature_store.schema import DELETION_OVERFLOW
 
@@ -38,8 +38,10 @@ def module(name: str) -> Any:
 class Foldfeed:
     """Ours."""
 
+    settings = StoreSettings()
+
     def write(self, records: list[MsaRecord], folder: Path) -> None:
-        store = FeatureStore.create(folder / "s")
+        store = FeatureStore.create(folder / "s", self.settings)
         part = write_part(store.url, records, store.settings)
         store.commit([part.part_id], job_id="bench")
 
@@ -50,8 +52,28 @@ class Foldfeed:
         piece = self.store.at(place.number).crop(residues=place.cols, rows=place.rows)
         return piece.msa, piece.deletions
 
+    def rows(self, place: Place) -> slice | np.ndarray:
+        """Returns the ranks of the rows that the last crop holds."""
+        return place.rows
+
     def close(self) -> None:
         pass
+
+
+class FoldfeedSlab(Foldfeed):
+    """Ours with permuted rows: as many rows as the others, the query and a run of hits in stored order."""
+
+    settings = StoreSettings.with_row_order("permuted")
+
+    def crop(self, place: Place) -> Arrays:
+        record = self.store.at(place.number)
+        start = min(place.rows.start, max(record.depth - 2, 0))
+        self.last = record.slab(place.cols, start=start, num_rows=place.rows.stop - place.rows.start)
+        return self.last.msa, self.last.deletions
+
+    def rows(self, place: Place) -> np.ndarray:
+        """Returns the ranks that the last crop holds."""
+        return self.last.ranks
 
 
 class OurArrays(Foldfeed):

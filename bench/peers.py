@@ -2,8 +2,8 @@
 
     write(records, folder)   stores msa and deletions of every record
     open(folder)             gets ready to read
-    crop(place)              returns fresh (msa, deletions) of a window; deletions may be None where only text
-    exists close()
+    crop(place)              returns fresh (msa, deletions) of a window
+    close()
 
 Libraries are imported inside the methods, so that a missing one is reported and skipped.
 """
@@ -23,6 +23,7 @@ from our_readers import (
     Arrays,
     Ceiling,
     Foldfeed,
+    FoldfeedSlab,
     Place,
     TensorStore,
     ZarrFused,
@@ -333,6 +334,7 @@ class LitData:
 
 PEERS: dict[str, type] = {
     "foldfeed": Foldfeed,
+    "foldfeed permuted slab": FoldfeedSlab,
     "ceiling": Ceiling,
     "zarr-python": ZarrPython,
     "zarr-python fused": ZarrFused,

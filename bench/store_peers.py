@@ -25,7 +25,8 @@ from pathlib import Path
 import alignments
 import numpy as np
 import rows
-from peers import PEERS, Place
+from our_readers import Foldfeed, Place
+from peers import PEERS
 
 from foldfeed.feature_store import MsaRecord
 
@@ -65,9 +66,9 @@ def check(peer: object, records: list[MsaRecord], places: list[Place]) -> None:
     for place in places:
         msa, deletions = peer.crop(place)
         record = records[place.number]
-        np.testing.assert_array_equal(msa, record.msa[place.rows, place.cols])
-        if deletions is not None:
-            np.testing.assert_array_equal(deletions, record.deletions[place.rows, place.cols])
+        rows = peer.rows(place) if isinstance(peer, Foldfeed) else place.rows
+        np.testing.assert_array_equal(msa, record.msa[rows, place.cols])
+        np.testing.assert_array_equal(deletions, record.deletions[rows, place.cols])
 
 
 def crops_per_second(peer: object, places: list[Place], seconds: float) -> float:
