@@ -146,7 +146,8 @@ def restore_set_aside(blobs: Blobs, needed: set[str]) -> list[str]:
 
 def _kept_versions(blobs: Blobs, log: list[Commit], keep_days: float | None) -> tuple[list[int], int]:
     """Returns the versions that must stay readable, and the oldest from which all do."""
-    oldest = versions.oldest_version(blobs)
+    # A number beyond the newest version is a leftover of a longer history, and the newest is never given up.
+    oldest = min(versions.oldest_version(blobs), log[-1].version)
     if keep_days is not None:
         limit = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=keep_days)
         for before, after in itertools.pairwise(log):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from foldfeed.feature_store import index_log
+from foldfeed.feature_store import index_log, versions
 from foldfeed.feature_store.blobs import LAST_FILE, TEMPORARY_PREFIX, Blobs
 from foldfeed.feature_store.errors import (
     NOT_DAMAGE,
@@ -140,6 +140,8 @@ def rebuild_index(blobs: Blobs, on_ambiguous: str) -> PartRows:
             for file in blobs.walk(INDEX_FOLDER):
                 blobs.write_atomic(aside + file.path.removeprefix(INDEX_FOLDER), blobs.read(file.path))
             blobs.delete(INDEX_FOLDER)
+    # It speaks of the old history; the versions of the new one begin at 0 again, and all are readable.
+    blobs.delete(versions.RETENTION_FILE)
     index = Index.create(blobs.url, hashlib.sha256(settings).hexdigest())
     if found.rows:
         index.commit(

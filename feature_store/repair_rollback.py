@@ -9,7 +9,7 @@ so a power cut can do that), or a file of the index that it names is lost.
 
 A version number that was set aside is used again, because Delta's log has no gaps. A tag that was set on it
 does not follow: it names its commit by checksum, and says so. Jobs of those versions may run again: the log
-no longer knows them.
+no longer knows them. ``retention.json`` is told, so that `gc` keeps what is now the newest version.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from foldfeed.feature_store.index_files import INDEX_FOLDER, read_checked, read_
 from foldfeed.feature_store.index_log import Commit, CommitNote
 from foldfeed.feature_store.index_table import IndexTable
 from foldfeed.feature_store.schema import INDEX_SCHEMA
+from foldfeed.feature_store.versions import lower_oldest_version
 
 OPERATION = "rollback"
 _KEYS = pa.schema([INDEX_SCHEMA.field(name) for name in ("record_id", "fingerprint")])
@@ -91,6 +92,8 @@ def roll_back(blobs: Blobs, dry_run: bool) -> RollBack | None:
     )
     if dry_run:
         return plan
+    # First, so that at no moment the version that is about to be the newest counts as given up.
+    lower_oldest_version(blobs, good)
     _set_aside(blobs, plan.set_aside)
     return dataclasses.replace(plan, new_version=_commit(blobs, plan))
 

@@ -101,6 +101,8 @@ def _check_files(blobs: Blobs, log: list[Commit], level: str) -> Iterator[Proble
         live.update(commit.added)
         if commit.version >= oldest or commit.version in tagged:
             needed.update(live)
+    # The newest version is always kept, whatever the retention file says.
+    needed.update(live)
     for name, file in sorted(needed.items()):
         where = f"{INDEX_FOLDER}/{name}"
         try:

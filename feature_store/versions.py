@@ -160,6 +160,17 @@ def set_oldest_version(blobs: Blobs, version: int) -> None:
         blobs.write_atomic(RETENTION_FILE, seal({"oldest_version": version}))
 
 
+def lower_oldest_version(blobs: Blobs, version: int) -> None:
+    """Says that versions from this one on are readable, where a shorter history takes a longer one's place.
+
+    Version numbers are given out again then, and none of the new ones has been given up. A damaged file stays
+    as it is: `verify` reports it, and `gc` removes nothing until somebody has looked.
+    """
+    with contextlib.suppress(CorruptDataError):
+        if oldest_version(blobs) > version:
+            blobs.write_atomic(RETENTION_FILE, seal({"oldest_version": version}))
+
+
 def check_retained(blobs: Blobs, version: int) -> None:
     """Raises ValueError for a version whose parts `gc` may have removed."""
     oldest = oldest_version(blobs)

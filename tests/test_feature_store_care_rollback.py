@@ -1,5 +1,6 @@
 """Going back to the last good version: what it takes out of sight is named, and can be brought back."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,12 +11,14 @@ from records import make_record
 from foldfeed.feature_store import CorruptDataError, FeatureStore, repair_rollback, write_part
 from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.cli import main
+from foldfeed.feature_store.garbage import collect_garbage
 from foldfeed.feature_store.index import Index
 from foldfeed.feature_store.index_log import log_path
 from foldfeed.feature_store.repair import repair
 from foldfeed.feature_store.repair_rollback import roll_back
+from foldfeed.feature_store.sealed import seal
 from foldfeed.feature_store.verify import verify
-from foldfeed.feature_store.versions import set_tag
+from foldfeed.feature_store.versions import RETENTION_FILE, oldest_version, set_tag
 
 NEWEST = 4
 
@@ -266,3 +269,49 @@ def test_a_long_list_of_names_is_cut_in_the_log_only(monkeypatch):
     message = repair_rollback.message_of(plan)
     assert "r19 and 10 more; 1 index file(s) cannot be read" in message
     assert "r20" not in message
+
+
+def lose_version_3(store: FeatureStore) -> None:
+    """A power cut: an index file of version 3 is gone, and version 4 stands on it."""
+    for path in index_files(store, 3):
+        path.unlink()
+    assert repair(store.url, roll_back_index=True).rolled_back.new_version < NEWEST
+
+
+def lose_the_index(store: FeatureStore) -> None:
+    shutil.rmtree(Path(store.url, "index"))
+    assert repair(store.url, rebuild_lost_index=True, on_ambiguous="newest").index_rebuilt
+
+
+@pytest.mark.parametrize("mend", [lose_version_3, lose_the_index])
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_gc_after_a_repair_keeps_the_shorter_history(store, mend, goes_on):
+    """Versions up to 3 were given up; then version numbers from below are given out again."""
+    collect_garbage(store.url, grace_s=0, keep_days=0)
+    assert oldest_version(open_blobs(store.url)) == NEWEST
+    mend(store)
+    opened = FeatureStore.open(store.url)
+    if goes_on:
+        commit(opened, ["later"], "job-later")
+    before = FeatureStore.open(store.url)
+    assert before.version < NEWEST + goes_on
+    collect_garbage(store.url, grace_s=0)
+    # By its number, as a worker process opens it again.
+    after = FeatureStore.open(store.url, before.version)
+    assert (after.fingerprint, after.ids) == (before.fingerprint, before.ids)
+    assert verify(store.url, level="deep").problems == ()
+    commit(after, ["last"], "job-last")
+    collect_garbage(store.url, grace_s=0, keep_days=0)
+    assert FeatureStore.open(store.url).ids == sorted([*before.ids, "last"])
+    assert verify(store.url, level="deep").problems == ()
+
+
+def test_a_retention_beyond_the_newest_version_costs_nothing(store):
+    """What a repair by an earlier release left."""
+    Path(store.url, RETENTION_FILE).write_bytes(seal({"oldest_version": 99}))
+    before = store.fingerprint
+    collect_garbage(store.url, grace_s=0)
+    assert FeatureStore.open(store.url).fingerprint == before
+    (path,) = index_files(store, NEWEST)
+    path.unlink()
+    assert f"index/{path.name}" in {problem.where for problem in verify(store.url).problems}
