@@ -26,6 +26,7 @@ from foldfeed.feature_store.part_reader import PartReader
 from foldfeed.feature_store.progress import Progress, silent
 from foldfeed.feature_store.rebuild import load_record
 from foldfeed.feature_store.record import MsaRecord
+from foldfeed.feature_store.settings import SETTINGS_FILE, StoreSettings
 from foldfeed.feature_store.writer import write_part
 
 DEFAULT_TARGET_BYTES = 256 << 20
@@ -162,11 +163,12 @@ def _run(blobs: Blobs, index: Index, groups: Sequence[_Group], num_moved: int, p
     """Writes the new parts, then moves all records in one transaction; returns the bytes written."""
     moves: list[dict[str, Any]] = []
     num_bytes = 0
+    settings = StoreSettings.from_json(blobs.read(SETTINGS_FILE), blobs.url)
     for group in groups:
         written = write_part(
             blobs.url,
             _records(blobs, group.rows, len(moves), num_moved, progress),
-            PartReader(blobs, group.rows["part_id"][0].as_py()).settings,
+            settings,
         )
         num_bytes += written.num_bytes
         moves += _moves(PartReader(blobs, written.part_id), group.rows)

@@ -15,7 +15,8 @@ Invariant: for any crop the boxes of a plan cover each output cell exactly once 
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+import operator
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,14 +102,23 @@ def resolve_residues(residues: slice | None, length: int) -> tuple[int, int]:
     """
     if residues is None:
         return 0, length
-    start = 0 if residues.start is None else int(residues.start)
-    stop = length if residues.stop is None else int(residues.stop)
+    if not isinstance(residues, slice):
+        raise IndexError(f"residues {residues!r} is no slice; give slice(a, b) with 0 <= a < b <= {length}")
+    start = 0 if residues.start is None else _integer("residues", residues.start)
+    stop = length if residues.stop is None else _integer("residues", residues.stop)
     if residues.step not in (None, 1) or not 0 <= start < stop <= length:
         raise IndexError(
             f"residues {start}:{stop} (step {residues.step}) is not a window inside 0:{length}; "
             "give slice(a, b) with 0 <= a < b <= length"
         )
     return start, stop
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise IndexError(f"{name} {value!r} is no integer; nothing is rounded here") from error
 
 
 def resolve_rows(rows: RowIndex | None, depth: int) -> RowIndex:
@@ -120,8 +130,8 @@ def resolve_rows(rows: RowIndex | None, depth: int) -> RowIndex:
     if rows is None:
         return slice(0, depth)
     if isinstance(rows, slice):
-        start = 0 if rows.start is None else int(rows.start)
-        stop = depth if rows.stop is None else int(rows.stop)
+        start = 0 if rows.start is None else _integer("rows", rows.start)
+        stop = depth if rows.stop is None else _integer("rows", rows.stop)
         if rows.step not in (None, 1) or not 0 <= start < stop <= depth:
             raise IndexError(
                 f"rows {start}:{stop} (step {rows.step}) is not a range inside 0:{depth}; "
@@ -175,7 +185,7 @@ def resolve_run(run: StoredRun, depth: int) -> StoredRun:
     Raises:
       IndexError: it starts behind the last hit, or has no row or more rows than the record.
     """
-    start, num_rows = int(run.start), int(run.num_rows)
+    start, num_rows = _integer("start", run.start), _integer("num_rows", run.num_rows)
     if not 0 <= start < max(depth - 1, 1) or not 1 <= num_rows <= depth:
         raise IndexError(
             f"a run of {num_rows} rows from hit {start} is not possible in a record of {depth} rows; start "

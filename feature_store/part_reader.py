@@ -83,6 +83,8 @@ class PartReader:
         self.settings = StoreSettings(**about["settings"])
         self.files: dict[str, dict[str, Any]] = about["files"]
         self.num_records: int = about["num_records"]
+        # All arrays of today, in the chunks that this part has or would have them in.
+        self.specs = stored_specs(self.settings, about.get("chunk_entries", {}))
         self.arrays = {
             name: ShardReader(
                 blobs,
@@ -91,7 +93,7 @@ class PartReader:
                 about["lengths"][name],
                 self.files.get(spec.shard_path, {}).get("bytes"),
             )
-            for name, spec in stored_specs(self.settings, about.get("chunk_entries", {})).items()
+            for name, spec in self.specs.items()
             # A part from before an array came has none of it, and its records have nothing there.
             if name in about["lengths"]
         }

@@ -50,15 +50,45 @@ def run_tasks(tasks: Sequence[Callable[[], object]], in_flight: int) -> None:
             task()
         return
     pool = _pool(in_flight)
-    futures = [pool.submit(task) for task in tasks]
+    futures: list[concurrent.futures.Future[object]] = []
+    gate = _Gate()
     try:
+        for task in tasks:
+            # Fails when no thread can be started. Tasks before this one run already, and this one is queued.
+            futures.append(pool.submit(gate.run, task))
         for future in futures:
             future.result()
     except BaseException:
         for future in futures:
             future.cancel()
-        concurrent.futures.wait(futures)
+        gate.close()
         raise
+
+
+class _Gate:
+    """Lets tasks through until it is closed; then nothing that went through still runs."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._closed = False
+
+    def run(self, task: Callable[[], object]) -> None:
+        with self._changed:
+            if self._closed:
+                return
+            self._running += 1
+        try:
+            task()
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self._running)
 
 
 def _pool(in_flight: int) -> concurrent.futures.ThreadPoolExecutor:

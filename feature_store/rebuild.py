@@ -101,7 +101,7 @@ def rewritten(
     with tempfile.TemporaryDirectory(prefix="foldfeed-rebuild-") as folder:
         staging = Path(folder, "staging")
         staging.mkdir()
-        with PartWriter(staging, part.settings) as writer:
+        with PartWriter(staging, part.settings, part.specs) as writer:
             for row in part.index_rows():
                 record = load_record(part, row)
                 check(record)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ MAX_RESIDUES = 100_000
 MAX_ROWS = 2**31 - 1
 MAX_DELETION = 2**31 - 1
 SPECIES_BYTES = 8
+# Of the numbers that `RowProvenance` holds.
+ROW_DTYPES = {"database": "int16", "e_value": "float64", "bit_score": "float32"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +129,8 @@ class MsaRecord:
             "extra": dict(self.extra),
         }
         digest.update(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
-        for array in (self.msa, self.deletions, self.rows.database, self.rows.e_value, self.rows.bit_score):
+        numbers = (self.rows.database, canonical_nan(self.rows.e_value), canonical_nan(self.rows.bit_score))
+        for array in (self.msa, self.deletions, *numbers):
             # The bytes as they lie, not a copy of them: an alignment may fill half of the memory.
             digest.update(np.ascontiguousarray(array).data.cast("B"))
         digest.update("\x00".join(self.rows.hit_id).encode())
@@ -170,14 +174,35 @@ class MsaRecord:
             return "row 0 of msa is not the query sequence"
         if "-" in self.sequence:
             return f"its sequence has a gap at residue {self.sequence.index('-') + 1}; a query has none"
-        for name in ("database", "e_value", "bit_score", "hit_id", "species"):
+        return self._rows_problem() or self._text_problem() or self._derived_problem()
+
+    def _rows_problem(self) -> str | None:
+        for name, dtype in ROW_DTYPES.items():
+            values = getattr(self.rows, name)
+            if not isinstance(values, np.ndarray) or values.dtype != np.dtype(dtype) or values.ndim != 1:
+                found = f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else type(values)
+                return f"rows.{name} must be {dtype} ({self.depth},), not {found}"
+        for name in (*ROW_DTYPES, "hit_id", "species"):
             if len(getattr(self.rows, name)) != self.depth:
                 return f"rows.{name} has {len(getattr(self.rows, name))} entries for {self.depth} rows"
         if int(self.rows.database.max()) >= len(self.databases) or int(self.rows.database.min()) < -1:
             return f"rows.database must be -1 or an index into the {len(self.databases)} databases"
-        if any(len(name.encode()) > SPECIES_BYTES for name in self.rows.species):
+        if int(self.rows.database[0]) != -1:
+            return f"rows.database is {int(self.rows.database[0])} for the query; it comes from none: -1"
+        return None
+
+    def _text_problem(self) -> str | None:
+        species, hit_ids = "".join(self.rows.species), "".join(self.rows.hit_id)
+        if not species.isascii() or "\0" in species:
+            return "a species name holds something else than ASCII, or a zero byte"
+        if any(len(name) > SPECIES_BYTES for name in self.rows.species):
             return f"a species name is longer than {SPECIES_BYTES} bytes"
-        return self._derived_problem()
+        for name, text in (("a hit id", hit_ids), ("its description", self.description)):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                return f"{name} cannot be written as UTF-8 ({error.reason})"
+        return None
 
     def _derived_problem(self) -> str | None:
         if self.structure is not None and self.structure.length != self.length:
@@ -192,3 +217,12 @@ class MsaRecord:
         if not inside or not 0 < self.neff.total <= self.depth:
             return f"neff {self.neff.total} is not above 0 and at most its {self.depth} rows, in all columns"
         return None
+
+
+def canonical_nan(values: NDArray[Any]) -> NDArray[Any]:
+    """Returns floats in which every NaN has the same bits, the array itself when it has none.
+
+    0.0 / 0.0 is a negative NaN on some processors; fingerprints and parts must not depend on that.
+    """
+    unknown = np.isnan(values)
+    return np.where(unknown, values.dtype.type(np.nan), values) if unknown.any() else values

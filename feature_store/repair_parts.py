@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 
-from foldfeed.feature_store.blobs import Blobs
+from foldfeed.feature_store.blobs import TEMPORARY_PREFIX, Blobs
 from foldfeed.feature_store.errors import NOT_DAMAGE, FoldfeedError
 from foldfeed.feature_store.garbage import PARTS_FOLDER
 from foldfeed.feature_store.part_reader import PartReader
@@ -136,7 +136,7 @@ def _made_group(blobs: Blobs, part_id: str, settings: StoreSettings) -> bytes | 
     files, lengths, specs = {}, {}, array_specs(settings)
     for file in blobs.walk(root.rstrip("/")):
         path = file.path.removeprefix(root)
-        if path != GROUP_FILE:
+        if path != GROUP_FILE and not path.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX):
             files[path] = {"bytes": file.num_bytes, "sha256": file_sha256(blobs, file.path)}
     for name, spec in specs.items():
         data = _read(blobs, f"{root}{name}/{GROUP_FILE}")

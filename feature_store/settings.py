@@ -53,6 +53,10 @@ class StoreSettings:
     row_order_seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("tile_rows", "tile_cols"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} {value!r} is not possible; it is an integer")
         if self.tile_rows < 1 or self.tile_cols < 1 or self.tile_rows * self.tile_cols > MAX_TILE_CELLS:
             raise ValueError(
                 f"a tile of {self.tile_rows} x {self.tile_cols} is not possible: both sides are at least 1 "

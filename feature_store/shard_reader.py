@@ -193,10 +193,10 @@ class ShardReader:
         body = data[at:end]
         if not body or google_crc32c.value(body) != int.from_bytes(data[end : at + size], "little"):
             raise self._damaged(number, "it does not match its crc32c")
-        # The size in the frame is looked at before memory is taken for it.
-        if zstandard.frame_content_size(body) != self._chunk_bytes:
-            raise self._damaged(number, f"it does not decode to {self._chunk_bytes} bytes")
         try:
+            # The size in the frame is looked at before memory is taken for it.
+            if zstandard.frame_content_size(body) != self._chunk_bytes:
+                raise self._damaged(number, f"it does not decode to {self._chunk_bytes} bytes")
             return _codec.decompress(body)
         except zstandard.ZstdError as error:
             raise self._damaged(number, f"zstd: {error}") from error

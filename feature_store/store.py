@@ -178,14 +178,19 @@ class FeatureStore(RecordSource["Record"]):
         Raises:
           CorruptDataError: a part is missing or damaged; nothing is committed.
           CommitConflictError: an id would get a second meaning; nothing is committed.
+          StoreSettingsError: a part was written with other settings; nothing is committed.
         """
         rows: list[dict[str, Any]] = []
         for part_id in part_ids:
             # A part that nothing names yet is old garbage or just about to be named; `gc` goes by its age.
             mark_wanted(self.url, [part_id])
-            rows.extend(
-                row | {"part_id": part_id, "job_id": job_id} for row in self._part(part_id).index_rows()
-            )
+            part = self._part(part_id)
+            if part.settings != self.settings:
+                raise StoreSettingsError(
+                    f"part {part_id} was written with {part.settings}, not with the store's {self.settings}; "
+                    "write it with `store.settings`"
+                )
+            rows.extend(row | {"part_id": part_id, "job_id": job_id} for row in part.index_rows())
         result = self._index.commit(
             pa.Table.from_pylist(rows, schema=INDEX_SCHEMA),
             job_id=job_id,

@@ -22,7 +22,7 @@ from foldfeed.feature_store.index import Index
 from foldfeed.feature_store.index_files import INDEX_FOLDER
 from foldfeed.feature_store.progress import Progress, silent
 from foldfeed.feature_store.schema import INDEX_SCHEMA
-from foldfeed.feature_store.settings import SETTINGS_FILE
+from foldfeed.feature_store.settings import SETTINGS_FILE, StoreSettings
 from foldfeed.feature_store.store import FeatureStore
 from foldfeed.feature_store.verify_index import check_index, check_names
 from foldfeed.feature_store.verify_parts import LEVELS, PartCheck, Problem, check_part
@@ -98,7 +98,7 @@ def verify(
         problems += check_index(blobs, Index.open(blobs.url, None), level)
         by_part = rows_by_part(opened.index_rows())
         problems += check_names(blobs, opened.settings)
-    checks = _check_parts(blobs, by_part, level, progress)
+    checks = _check_parts(blobs, by_part, level, None if opened is None else opened.settings, progress)
     return VerifyReport(
         url=blobs.url,
         level=level,
@@ -137,11 +137,15 @@ def rows_by_part(rows: pa.Table) -> dict[str, pa.Table]:
 
 
 def _check_parts(
-    blobs: Blobs, by_part: Mapping[str, pa.Table], level: str, progress: Progress
+    blobs: Blobs,
+    by_part: Mapping[str, pa.Table],
+    level: str,
+    settings: StoreSettings | None,
+    progress: Progress,
 ) -> list[PartCheck]:
     def check(part_id: str) -> PartCheck:
         # Rows become Python objects one part at a time: a million of them would need gigabytes.
-        return check_part(blobs, part_id, by_part[part_id].to_pylist(), level)
+        return check_part(blobs, part_id, by_part[part_id].to_pylist(), level, settings)
 
     checks = []
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:

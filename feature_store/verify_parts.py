@@ -19,6 +19,7 @@ from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
 from foldfeed.feature_store.part_reader import PartReader
 from foldfeed.feature_store.rebuild import load_record, rewritten
 from foldfeed.feature_store.record import MsaRecord
+from foldfeed.feature_store.settings import StoreSettings
 from foldfeed.feature_store.shard_reader import ShardReader
 
 LEVELS = ("quick", "full", "deep")
@@ -57,7 +58,13 @@ class PartCheck:
     num_bytes: int
 
 
-def check_part(blobs: Blobs, part_id: str, rows: Sequence[Mapping[str, Any]], level: str) -> PartCheck:
+def check_part(
+    blobs: Blobs,
+    part_id: str,
+    rows: Sequence[Mapping[str, Any]],
+    level: str,
+    settings: StoreSettings | None = None,
+) -> PartCheck:
     """Checks a part and the index rows that point into it.
 
     Args:
@@ -67,6 +74,7 @@ def check_part(blobs: Blobs, part_id: str, rows: Sequence[Mapping[str, Any]], le
       level: ``quick``: metadata, file sizes, shard indices, index rows against the part's own copy of them.
         ``full``: also the sha256 of every file and the checksum of every chunk. ``deep``: also every
         record's fingerprint, and every array against one that is derived anew from the alignments.
+      settings: of the store, which a part must share; None when they are not known.
     """
     try:
         part = PartReader(blobs, part_id)
@@ -81,6 +89,10 @@ def check_part(blobs: Blobs, part_id: str, rows: Sequence[Mapping[str, Any]], le
         problems += _check_derived(blobs, part, rows)
     if problems:
         problems = _blame(part, rows, problems)
+    if settings is not None and part.settings != settings:
+        # Its records can be read, but not by a reader that goes by the store's own settings.
+        reason = f"it was written with {part.settings}, the store has {settings}; `compact` writes it anew"
+        problems.append(Problem(where=part.path, reason=reason))
     num_bytes = sum(entry["bytes"] for entry in part.files.values())
     return PartCheck(
         part_id=part_id, problems=tuple(problems), num_files=len(part.files) + 1, num_bytes=num_bytes

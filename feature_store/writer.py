@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from foldfeed.feature_store import alphabet
 from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.errors import InvalidRecordError
 from foldfeed.feature_store.layout import grid_of
-from foldfeed.feature_store.record import SPECIES_BYTES, MsaRecord
+from foldfeed.feature_store.record import SPECIES_BYTES, MsaRecord, canonical_nan
 from foldfeed.feature_store.row_order import RowOrder
 from foldfeed.feature_store.schema import (
     DELETION_OVERFLOW,
     GROUP_FILE,
+    ArraySpec,
     array_specs,
     chunk_entries_of,
     group_metadata,
@@ -87,11 +88,20 @@ def write_part(
 class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
     """Fills one empty local folder with the files of a part. Belongs to one thread."""
 
-    def __init__(self, folder: Path, settings: StoreSettings) -> None:
+    def __init__(
+        self, folder: Path, settings: StoreSettings, specs: Mapping[str, ArraySpec] | None = None
+    ) -> None:
+        """Opens a file for each array.
+
+        Args:
+          folder: empty.
+          settings: of the store.
+          specs: all arrays of today, with the chunks to write them in; those of this release when None.
+        """
         self.num_records = 0
         self._folder = folder
         self._settings = settings
-        specs = array_specs(settings)
+        specs = array_specs(settings) if specs is None else specs
         self._chunk_entries = chunk_entries_of(specs)
         self._shards = {name: ShardWriter(folder, spec) for name, spec in specs.items()}
         self._last_id = ""
@@ -195,9 +205,9 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
 
     def _append_rows(self, record: MsaRecord) -> None:
         rows = record.rows
-        self._shards["row_database"].append(np.asarray(rows.database, dtype="<i2"))
-        self._shards["row_e_value"].append(np.asarray(rows.e_value, dtype="<f8"))
-        self._shards["row_bit_score"].append(np.asarray(rows.bit_score, dtype="<f4"))
+        self._shards["row_database"].append(rows.database)
+        self._shards["row_e_value"].append(canonical_nan(rows.e_value))
+        self._shards["row_bit_score"].append(canonical_nan(rows.bit_score))
         self._shards["row_species"].append(fixed_width(rows.species, SPECIES_BYTES))
         sizes, text = encode_names(rows.hit_id)
         self._shards["row_hit_id_bytes"].append(sizes)
@@ -231,9 +241,5 @@ def encode_names(names: Sequence[str]) -> tuple[NDArray[np.int32], bytes]:
 
 
 def fixed_width(names: Sequence[str], width: int) -> NDArray[np.uint8]:
-    """Returns uint8 (n, width): names as UTF-8, padded with zero bytes; none is longer than ``width``."""
-    if "".join(names).isascii():
-        padded = np.array(names, dtype=f"S{width}").tobytes()
-    else:
-        padded = b"".join(name.encode().ljust(width, b"\0") for name in names)
-    return np.frombuffer(padded, dtype=np.uint8).reshape(-1, width)
+    """Returns uint8 (n, width): ASCII names, none longer than ``width``, padded with zero bytes."""
+    return np.array(names, dtype=f"S{width}").view(np.uint8).reshape(-1, width)

@@ -15,10 +15,13 @@ from foldfeed.feature_store import (
     InvalidRecordError,
     MsaRecord,
     StoreSettings,
+    StoreSettingsError,
     alphabet,
     write_part,
     writer,
 )
+from foldfeed.feature_store.compact import compact
+from foldfeed.feature_store.verify import verify
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 tiles = st.builds(StoreSettings, tile_rows=st.integers(1, 17), tile_cols=st.integers(1, 17))
@@ -219,9 +222,97 @@ names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 @settings(max_examples=80, deadline=None)
 @given(st.one_of(st.lists(names), st.lists(st.text("ABC/_-0 ", max_size=8))))
 def test_names_in_ascii_take_a_short_way_to_the_same_bytes(some):
-    some = [name for name in some if len(name.encode()) <= 8]
     sizes, text = writer.encode_names(some)
     assert sizes.tolist() == [len(name.encode()) for name in some]
     assert text == "".join(some).encode()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(st.characters(min_codepoint=1, max_codepoint=127), max_size=8)))
+def test_short_names_are_padded_with_zero_bytes(some):
     padded = writer.fixed_width(some, 8)
-    assert [row.tobytes().rstrip(b"\0").decode() for row in padded] == some
+    assert [row.tobytes() for row in padded] == [name.encode().ljust(8, b"\0") for name in some]
+
+
+def with_rows(record: MsaRecord, **changes) -> MsaRecord:
+    return dataclasses.replace(record, rows=dataclasses.replace(record.rows, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("e_value", lambda values: values.astype(np.float32), r"must be float64 \(7,\), not float32"),
+        ("e_value", lambda values: values.astype(">f8"), "must be float64"),
+        ("e_value", lambda values: values[:, None], r"not float64 \(7, 1\)"),
+        ("e_value", lambda values: values.tolist(), "not <class 'list'>"),
+        ("bit_score", lambda values: values.astype(np.float64), "must be float32"),
+        ("database", lambda values: values.astype(np.int64), "must be int16"),
+        ("database", lambda values: np.zeros_like(values), "comes from none: -1"),
+        ("species", lambda values: ["é", *values[1:]], "something else than ASCII"),
+        ("species", lambda values: ["A\0", *values[1:]], "zero byte"),
+        ("species", lambda values: ["ABCDEFGHI", *values[1:]], "longer than 8 bytes"),
+        ("hit_id", lambda values: ["\udc80", *values[1:]], "cannot be written as UTF-8"),
+    ],
+)
+def test_provenance_that_could_not_be_read_back_is_refused(name, change, says):
+    record = make_record("a", 7, 9)
+    with pytest.raises(InvalidRecordError, match=says):
+        with_rows(record, **{name: change(getattr(record.rows, name))})
+
+
+def test_every_nan_is_the_same(tmp_path):
+    """0.0 / 0.0 has its sign bit set on x86; a record must not be another one for that."""
+    record = make_record("a", 7, 9)
+    unknown = np.full(7, np.nan)
+    other = np.full(7, 0xFFF8_0000_0000_0001, np.uint64).view(np.float64)
+    one, two = with_rows(record, e_value=unknown), with_rows(record, e_value=other)
+    assert one.fingerprint == two.fingerprint
+    store = build(tmp_path / "s", [two])
+    assert (
+        write_part(store.url, [one], store.settings).part_id
+        == write_part(store.url, [two], store.settings).part_id
+    )
+    assert verify(store.url, level="deep").problems == ()
+
+
+def test_a_part_of_other_settings_is_refused_and_found_and_mended(tmp_path, monkeypatch):
+    store = FeatureStore.create(tmp_path / "s", StoreSettings.with_row_order("permuted", 3))
+    records = [make_record(name, 40, 9) for name in ("a", "b")]
+    wrong = write_part(store.url, records[:1], StoreSettings())
+    with pytest.raises(StoreSettingsError, match=r"was written with .*rank.*store.settings"):
+        store.commit([wrong.part_id], job_id="1")
+    assert len(FeatureStore.open(store.url)) == 0
+    good = write_part(store.url, records[1:], store.settings)
+    store.commit([good.part_id], job_id="2")
+    # As a store may look that was committed to before this was refused.
+    monkeypatch.setattr(store, "settings", StoreSettings())
+    store.commit([wrong.part_id], job_id="3")
+    (problem,) = verify(store.url).problems
+    assert wrong.part_id in problem.where
+    assert "`compact` writes it anew" in problem.reason
+    compact(store.url, part_ids=[wrong.part_id])
+    assert verify(store.url, level="deep").problems == ()
+    after = FeatureStore.open(store.url)
+    for record in records:
+        np.testing.assert_array_equal(after[record.record_id].msa(), record.msa)
+    assert after["a"].slab(start=0, num_rows=10).ranks.tolist() != list(range(10))
+
+
+@pytest.mark.parametrize("wrong", [512.0, True, "64"])
+def test_the_sides_of_a_tile_are_integers(wrong):
+    with pytest.raises(ValueError, match="is not possible; it is an integer"):
+        StoreSettings(tile_rows=wrong)
+
+
+def test_nothing_is_rounded_in_a_crop(tmp_path):
+    record = build(tmp_path / "s", [make_record("a", 7, 9)])["a"]
+    for wrong in (
+        lambda: record.crop(slice(0.5, 2.9)),
+        lambda: record.crop(rows=slice(0.0, 2)),
+        lambda: record.crop(5),
+        lambda: record.crop(slice("a", 3)),
+        lambda: record.slab(start=2.9, num_rows=3),
+        lambda: record.slab(start=2, num_rows=3.7),
+    ):
+        with pytest.raises(IndexError, match=r"no integer|no slice"):
+            wrong()
