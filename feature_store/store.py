@@ -1,6 +1,7 @@
 """`FeatureStore`: the front door. Open a store, look records up, ask SQL, read crops, commit parts.
 
-A store object is a snapshot: it shows one version for as long as it lives, whatever others commit meanwhile.
+A store object is a snapshot: it shows one version, whatever others commit meanwhile, until it is asked for a
+change itself; then it shows the version that the change made, or, where it was refused, was compared with.
 Thread safe for reading. It may be pickled (a worker process opens the same version again). Reading survives a
 fork: the index is in memory, reads of parts carry their own offsets, and the threads of reads in flight are
 made anew. Opening or changing a local store in a forked child is refused (`index_delta`).
@@ -191,14 +192,16 @@ class FeatureStore(RecordSource["Record"]):
                     "write it with `store.settings`"
                 )
             rows.extend(row | {"part_id": part_id, "job_id": job_id} for row in part.index_rows())
-        result = self._index.commit(
-            pa.Table.from_pylist(rows, schema=INDEX_SCHEMA),
-            job_id=job_id,
-            message=message,
-            on_existing=on_existing,
-        )
-        self._forget()
-        return result
+        try:
+            return self._index.commit(
+                pa.Table.from_pylist(rows, schema=INDEX_SCHEMA),
+                job_id=job_id,
+                message=message,
+                on_existing=on_existing,
+            )
+        finally:
+            # Refused or not, the index has moved on to the newest version.
+            self._forget()
 
     def delete(self, record_ids: Sequence[str], *, job_id: str = "", message: str = "") -> CommitResult:
         """Removes records in one transaction and moves this object to the new version.
@@ -208,9 +211,10 @@ class FeatureStore(RecordSource["Record"]):
         Raises:
           RecordNotFoundError: an id is not in the newest version; nothing is removed.
         """
-        result = self._index.delete(record_ids, job_id=job_id, message=message)
-        self._forget()
-        return result
+        try:
+            return self._index.delete(record_ids, job_id=job_id, message=message)
+        finally:
+            self._forget()
 
     def annotate(self, columns: pa.Table, *, job_id: str = "", message: str = "") -> CommitResult:
         """Sets columns of one's own for some records; the index gets a column when it is new.
@@ -226,9 +230,10 @@ class FeatureStore(RecordSource["Record"]):
           RecordNotFoundError: an id is not in the newest version; nothing is changed.
           CommitConflictError: a column of the format itself, or one that has another type.
         """
-        result = annotate(self._index, columns, job_id=job_id, message=message)
-        self._forget()
-        return result
+        try:
+            return annotate(self._index, columns, job_id=job_id, message=message)
+        finally:
+            self._forget()
 
     def _records_of(self, requests: Sequence[CropRequest], in_flight: int | None) -> list[Record]:
         """Returns the record of each request; parts that nobody opened yet are opened together."""

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -41,6 +42,40 @@ def test_a_job_commits_once_and_all_its_parts_together(tmp_path):
     assert FeatureStore.open(store.url).ids == ["a", "b"]
     newest = store.log()[0]
     assert (newest.job_id, newest.message, newest.num_added) == ("job", "two parts", 2)
+
+
+REFUSED = {
+    "commit": lambda store: store.commit(
+        [write_part(store.url, [make_record("r0", 2, 30)], store.settings).part_id], job_id="refused"
+    ),
+    "delete": lambda store: store.delete(["absent"]),
+    "annotate": lambda store: store.annotate(pa.table({"record_id": ["absent"], "mine": ["x"]})),
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_a_refused_change_leaves_no_mixture_of_two_versions(tmp_path, change):
+    """The record that another process added sorts first, so every position means another record then."""
+    store = FeatureStore.create(tmp_path / "s")
+    wanted = {f"r{number}": make_record(f"r{number}", 3, 9 + number, seed=number) for number in range(3)}
+    wanted["a0"] = make_record("a0", 3, 40, seed=7)
+    parts = {name: write_part(store.url, [record], store.settings) for name, record in wanted.items()}
+    store.commit([parts[f"r{number}"].part_id for number in range(3)], job_id="1")
+    # All that a store object remembers of its version is in use.
+    assert (store.ids, len(store.index_rows()), store["r1"].description) == (
+        ["r0", "r1", "r2"],
+        3,
+        "record r1",
+    )
+    old = store.fingerprint
+    FeatureStore.open(store.url).commit([parts["a0"].part_id], job_id="2")
+    with pytest.raises((CommitConflictError, RecordNotFoundError)):
+        REFUSED[change](store)
+    assert store.ids == sorted(wanted)
+    assert store.fingerprint == FeatureStore.open(store.url, store.version).fingerprint != old
+    for name, record in wanted.items():
+        assert (store[name].fingerprint, store[name].sequence) == (record.fingerprint, record.sequence)
+        np.testing.assert_array_equal(store[name].msa(), record.msa)
 
 
 def test_an_id_with_other_content_is_a_conflict_unless_told_otherwise(tmp_path):
