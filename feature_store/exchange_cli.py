@@ -169,6 +169,7 @@ def ingest(
 
     Records are read one at a time. What cannot be read is reported and does not stop the others. Files may be
     compressed (.gz, .xz, .zst, .bz2). Pickles (features.pkl) are read without executing anything in them.
+    A record that comes without a structure keeps the store's, if its sequence is the same.
 
     \b
     Examples:
@@ -357,6 +358,14 @@ def _print_report(report: ImportReport, store: str) -> None:
             f"note       {len(report.query_insertions)} queries have lower-case residues, which are no "
             "columns and "
             f"not in the stored sequence: {names}"
+        )
+    if report.kept_structures:
+        click.echo(f"kept structures of {len(report.kept_structures)} records, whose alignment was replaced")
+    if report.lost_structures:
+        names = ", ".join(report.lost_structures[:5])
+        click.echo(
+            f"dropped structures of {len(report.lost_structures)} records, whose sequence is another one "
+            f"now: {names}"
         )
     print_rejects(report.rejects)
 
