@@ -9,6 +9,7 @@
     │   ├── CorruptDataError          a checksum, a size or an index does not agree
     │   ├── CommitConflictError       the same record id with other content is already there
     │   ├── CommitContentionError     others kept committing; ours never got its turn
+    │   ├── HistoryChangedError       a repair went back behind the version that is open
     │   ├── TagError                  a tag's name, or what it names, is not possible
     │   ├── StorageFullError          no space left where we must write
     │   ├── StorageError              the network or the storage failed, however often it was tried
@@ -144,6 +145,30 @@ class CommitContentionError(StoreError):
         return type(self), (self.url, self.attempts, self.seconds)
 
 
+class HistoryChangedError(StoreError):
+    """The version that is open is no longer part of the store's history: a repair went back behind it.
+
+    Nothing was written. What the open object shows may be gone, and whoever opens the store again sees what
+    there is.
+
+    Attributes:
+      url: the store.
+      version: that was open.
+    """
+
+    def __init__(self, url: str, version: int) -> None:
+        self.url = url
+        self.version = version
+        super().__init__(
+            f"{url!r}: version {version}, which is open here, is no longer what it was when it was opened: "
+            "the history was changed, as `repair --roll-back` and `--rebuild-index` do. Nothing was written; "
+            "open the store again and repeat what you did"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (self.url, self.version)
+
+
 class TagError(StoreError, ValueError):
     """A tag cannot be set or followed."""
 
@@ -214,7 +239,7 @@ class StorageRefusedError(StoreError):
 
 
 # What goes wrong on the way to a store. Whoever takes errors for damage lets these pass.
-NOT_DAMAGE = (StorageError, StorageRefusedError, StorageFullError)
+NOT_DAMAGE = (StorageError, StorageRefusedError, StorageFullError, HistoryChangedError)
 
 
 class NameTakenError(StoreError):

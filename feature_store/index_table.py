@@ -3,13 +3,16 @@
 Owns what goes into a commit and the decision whose commit made a version. Does not own what the rows mean
 (`index`) nor how the log is read and written: `index_delta` on a disk, `index_objects` elsewhere. Invariants:
 files and columns of a `IndexTable` are those its committer named; `try_commit` makes version N + 1 of exactly
-the version N that is shown, or nothing.
+the version N that is shown, or nothing. A version N that a repair has taken back since it was opened is not
+followed: just before it writes, a committer looks whether N is still what it was. Between that look and the
+write a repair may still slip in, so do not repair a store while others commit to it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -19,7 +22,12 @@ import pyarrow as pa
 
 from foldfeed.feature_store import index_delta, index_log, index_objects
 from foldfeed.feature_store.blobs import Blobs, LocalBlobs, disk_full_is_typed, open_blobs
-from foldfeed.feature_store.errors import CorruptDataError, StorageError, StorageFullError
+from foldfeed.feature_store.errors import (
+    CorruptDataError,
+    HistoryChangedError,
+    StorageError,
+    StorageFullError,
+)
 from foldfeed.feature_store.index_files import INDEX_FOLDER, STATISTICS_COLUMNS, IndexFile
 from foldfeed.feature_store.index_log import AddedFile, Commit, CommitNote, files_digest, schema_digest
 from foldfeed.feature_store.schema import INDEX_SCHEMA
@@ -149,9 +157,13 @@ class IndexTable:
         return [field for field in INDEX_SCHEMA if field.name not in there]
 
     def refresh(self) -> None:
-        """Moves to the newest version."""
-        self._log.refresh()
-        self._load()
+        """Moves to the newest version.
+
+        Raises:
+          HistoryChangedError: the version that was shown is no longer part of the history.
+        """
+        self._check_history()
+        self._move()
 
     def knows_job(self, job_id: str) -> bool:
         """Returns whether a job has committed.
@@ -192,6 +204,19 @@ class IndexTable:
             self._log.add_columns(metadata, new)
         return won[0]
 
+    def _move(self) -> None:
+        self._log.refresh()
+        self._load()
+
+    def _check_history(self) -> None:
+        """Raises HistoryChangedError unless the shown version's log file is the one that was read."""
+        try:
+            data = self.blobs.read(index_log.log_path(self.version))
+        except FileNotFoundError as error:
+            raise HistoryChangedError(self.blobs.url, self.version) from error
+        if hashlib.sha256(data).hexdigest() != self._head.sha256:
+            raise HistoryChangedError(self.blobs.url, self.version)
+
     def _complete(self, note: CommitNote, files_sha256: str = "", schema_sha256: str = "") -> CommitNote:
         before = self._head.note
         return dataclasses.replace(
@@ -207,6 +232,7 @@ class IndexTable:
     @contextlib.contextmanager
     def _at_most_once(self, metadata: Mapping[str, str]) -> Iterator[list[bool]]:
         """Runs one attempt and finds out, whatever delta-rs said, whether the next version is ours."""
+        self._check_history()
         next_version = self.version + 1
         won: list[bool] = []
         failure: Exception | None = None
@@ -216,7 +242,7 @@ class IndexTable:
         except (*index_delta.COMMIT_FAILURES, StorageError) as error:
             # Lost the race; or the answer got lost on its way after the commit had landed.
             failure = error
-        self.refresh()
+        self._move()
         if self.version < next_version:
             if failure is None:
                 raise CorruptDataError(

@@ -1,6 +1,7 @@
 """Going back to the last good version: what it takes out of sight is named, and can be brought back."""
 
 import shutil
+import uuid
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,12 +9,19 @@ import pytest
 from click.testing import CliRunner
 from records import make_record
 
-from foldfeed.feature_store import CorruptDataError, FeatureStore, repair_rollback, write_part
+from foldfeed.feature_store import (
+    CorruptDataError,
+    FeatureStore,
+    HistoryChangedError,
+    repair_rollback,
+    write_part,
+)
 from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.cli import main
 from foldfeed.feature_store.garbage import collect_garbage
 from foldfeed.feature_store.index import Index
 from foldfeed.feature_store.index_log import log_path
+from foldfeed.feature_store.index_table import IndexTable
 from foldfeed.feature_store.repair import repair
 from foldfeed.feature_store.repair_rollback import roll_back
 from foldfeed.feature_store.sealed import seal
@@ -315,3 +323,54 @@ def test_a_retention_beyond_the_newest_version_costs_nothing(store):
     (path,) = index_files(store, NEWEST)
     path.unlink()
     assert f"index/{path.name}" in {problem.where for problem in verify(store.url).problems}
+
+
+@pytest.mark.parametrize("where", ["disk", "objects"])
+@pytest.mark.parametrize("lost", [NEWEST, NEWEST - 1])
+def test_who_had_the_store_open_before_it_went_back_changes_nothing(tmp_path, where, lost):
+    """Else the log gets a gap, or a version whose parent is not there: nobody could open the store again."""
+    url = str(tmp_path / "s") if where == "disk" else f"memory://{uuid.uuid4().hex}"
+    writer = FeatureStore.create(url)
+    for number in range(NEWEST):
+        commit(writer, [f"r{number}"], f"job-{number}", seed=number)
+    assert len(writer) == writer.version == NEWEST
+    blobs = open_blobs(url)
+    for name in set(Index.open(url, lost).files) - set(Index.open(url, lost - 1).files):
+        blobs.delete(f"index/{name}")
+    assert repair(url, roll_back_index=True).rolled_back.new_version == lost
+    before = FeatureStore.open(url)
+    seen, log = before.fingerprint, blobs.list("index/_delta_log")
+    for change in (
+        # The job whose commit went back: the writer remembers it as done.
+        lambda: commit(writer, [f"r{NEWEST - 1}"], f"job-{NEWEST - 1}", seed=NEWEST - 1),
+        lambda: commit(writer, ["late"], "job-late"),
+        lambda: writer.delete(["r0"]),
+        lambda: writer.annotate(pa.table({"record_id": ["r0"], "mine": ["x"]})),
+    ):
+        with pytest.raises(HistoryChangedError, match=f"version {NEWEST}, .* open the store again"):
+            change()
+    assert blobs.list("index/_delta_log") == log
+    again = FeatureStore.open(url)
+    assert (again.version, again.fingerprint) == (lost, seen)
+    commit(again, [f"r{NEWEST - 1}"], f"job-{NEWEST - 1}", seed=NEWEST - 1)
+    assert f"r{NEWEST - 1}" in FeatureStore.open(url)
+    assert verify(url).problems == ()
+
+
+def test_a_repair_between_the_look_and_the_write_is_noticed(store, monkeypatch):
+    """Most of a commit's time lies between the two: it encodes and uploads rows there."""
+    writer = FeatureStore.open(store.url)
+    (path,) = index_files(store, NEWEST)
+    original = IndexTable.try_commit
+
+    def slow(self, *args):
+        monkeypatch.undo()
+        path.unlink()
+        repair(store.url, roll_back_index=True)
+        return original(self, *args)
+
+    monkeypatch.setattr(IndexTable, "try_commit", slow)
+    with pytest.raises(HistoryChangedError):
+        commit(writer, ["late"], "job-late")
+    assert FeatureStore.open(store.url).version == NEWEST
+    assert "late" not in FeatureStore.open(store.url)
