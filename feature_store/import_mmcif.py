@@ -44,7 +44,6 @@ from foldfeed.feature_store.import_mmcif_sequence import MODIFIED, SCHEME, STAND
 from foldfeed.feature_store.import_mmcif_tables import (
     ATOM_SITE,
     Tables,
-    gemmi_module,
     is_plain_number,
     shorten,
 )
@@ -141,7 +140,7 @@ class MmcifEntry:
 
     Attributes:
       entry_id: ``_entry.id``, or the name of the data block.
-      facts: entry_id, method, resolution_angstrom, release_date, model, num_models, parser, where given.
+      facts: entry_id, method, resolution_angstrom, release_date, model, num_models, where given.
       chain_ids: label_asym_id -> auth_asym_id of the protein chains that have atoms in the model.
       without_atoms: label_asym_id of protein chains that have none.
     """
@@ -182,7 +181,6 @@ class MmcifEntry:
             "entry_id": self.entry_id,
             "model": self._atoms.model,
             "num_models": str(self._atoms.num_models),
-            "parser": f"gemmi {gemmi_module().__version__}",
         }
 
     def __len__(self) -> int:

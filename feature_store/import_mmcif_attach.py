@@ -39,11 +39,14 @@ from foldfeed.feature_store.rebuild import load_record
 from foldfeed.feature_store.record import MsaRecord
 from foldfeed.feature_store.schema import INDEX_SCHEMA
 from foldfeed.feature_store.store import FeatureStore
+from foldfeed.feature_store.structure import Structure
 from foldfeed.feature_store.writer import write_part
 
 BY = ("id", "sequence")
 _OPEN_PARTS = 16
 _DIGEST_BYTES = 16
+# Facts of `Structure.source` about how it was read, not about what it is; stores from before may have parser.
+_OF_THE_READER = frozenset({"parser", "num_models", "arginine_swaps", "sequence_from", "modified"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +91,8 @@ class AttachReport:
       job_id: of the commit; "" when nothing was committed.
       already_done: the same job was committed before.
       rejects: files, chains and records that were refused.
+      wanted_id: the record that one of the chains looked for; "" when chains go by sequence or are none.
+      stored_id: of a record of the store; "" when it has none.
     """
 
     num_files: int
@@ -99,6 +104,8 @@ class AttachReport:
     job_id: str
     already_done: bool
     rejects: tuple[Reject, ...]
+    wanted_id: str = ""
+    stored_id: str = ""
 
 
 def attach_structures(
@@ -153,6 +160,7 @@ class _Attachment:
             raise LayoutError(str(path), "it holds no *.cif file")
         self._rejects: list[Reject] = []
         self._num_chains = 0
+        self._an_id = ""
         self._num_unchanged = 0
         self._choices: dict[str, _Choice] = {}
         self._before: dict[str, str] = {}
@@ -182,6 +190,8 @@ class _Attachment:
             job_id=job,
             already_done=already,
             rejects=tuple(self._rejects),
+            wanted_id=self._an_id,
+            stored_id=rows["record_id"][0].as_py() if len(rows) else "",
         )
 
     def _load(self, path: Path) -> MmcifEntry:
@@ -219,8 +229,19 @@ class _Attachment:
         entry = self._entry(path)
         for label, chain_id in record_ids(entry).items():
             self._num_chains += 1
-            chain = entry.chain(label)
-            key = chain_id if self._options.by == "id" else _digest(chain.sequence)
+            by_id = self._options.by == "id"
+            if by_id:
+                self._an_id = self._an_id or chain_id
+                if chain_id not in known:
+                    continue
+            try:
+                chain = entry.chain(label)
+            except FoldfeedError as error:
+                # Other chains of the entry may be good.
+                reason = f"chain {chain_id} cannot be read: {error}"
+                self._rejects.append(Reject(chain_id if by_id else "", where, reason))
+                continue
+            key = chain_id if by_id else _digest(chain.sequence)
             resolution = float(chain.structure.source.get("resolution_angstrom", math.inf))
             rank = (-int(chain.structure.observed.sum()), resolution, chain_id, where)
             found = known.get(key, [])
@@ -264,20 +285,27 @@ class _Attachment:
         """Returns a record with its new structure; None when it is to stay as it is."""
         record = load_record(self._part(row["part_id"]), row)
         structure = self._entry(choice.path).chain(choice.label).structure
+        there = record.structure
+        differences = [] if there is None else _differences(there, structure)
+        is_other = bool(differences)
+        if there is not None and not is_other:
+            structure = there
         extra = dict(record.extra)
         if RELEASE_DATE in structure.source:
             extra[RELEASE_DATE] = structure.source[RELEASE_DATE]
+        elif there is not None and extra.get(RELEASE_DATE) == there.source.get(RELEASE_DATE):
+            # It was the day of the structure that goes; `as_of` would show this one from that day on.
+            extra.pop(RELEASE_DATE, None)
         found = dataclasses.replace(record, structure=structure, extra=extra)
-        there = record.structure
-        is_other = there is not None and there.fingerprint != structure.fingerprint
         if found.fingerprint == row["fingerprint"] or (is_other and self._options.on_existing == "skip"):
             self._num_unchanged += 1
             return None
         if is_other and self._options.on_existing == "error":
             assert there is not None
             reason = (
-                f"the record has another structure ({_name(there.source)}, not {_name(structure.source)}); "
-                "choose with --on-existing which one to keep: replace or skip"
+                f"the record has another structure ({_name(there.source)}, not {_name(structure.source)}; "
+                f"they differ in {', '.join(differences)}); choose with --on-existing which one to keep: "
+                "replace or skip"
             )
             self._rejects.append(Reject(record.record_id, choice.where, reason))
             return None
@@ -306,7 +334,8 @@ class _Attachment:
             left[:] = sorted(set(new) - {row["record_id"] for row in same})
             return pa.Table.from_pylist([row | new[row["record_id"]] for row in same], schema=now.schema)
 
-        message = f"structures of {len(new)} records (by {self._options.by})"
+        reader = f"gemmi {gemmi_module().__version__}"
+        message = f"structures of {len(new)} records (by {self._options.by}, read with {reader})"
         result = index.update(list(new), change, operation="replace", job_id=job_id, message=message)
         for record_id in left:
             reason = "the record was changed or removed while its structure was written; run this again"
@@ -333,6 +362,26 @@ def disagreement(chain: MmcifChain, sequence: str) -> str | None:
         return None
     at = int(np.argmax(differs))
     return f"residue {at + 1} is {chain.sequence[at]} in the chain and {sequence[at]} in the record"
+
+
+def _differences(there: Structure, new: Structure) -> list[str]:
+    """Returns in what two structures of a record differ, in words; nothing when they are the same.
+
+    What a parser says about its own work is no difference: another release of it may count otherwise.
+    """
+    found = []
+    for key in sorted((set(there.source) | set(new.source)) - _OF_THE_READER):
+        values = [source.get(key, "none") for source in (there.source, new.source)]
+        if values[0] != values[1]:
+            found.append(f"{key} ({values[0]}, not {values[1]})")
+    for name, array in there.arrays.items():
+        other = new.arrays[name]
+        if array.shape != other.shape:
+            found.append(f"{name} ({len(array)} residues, not {len(other)})")
+        elif not np.array_equal(array, other):
+            residues = np.flatnonzero((array != other).reshape(len(array), -1).any(axis=1))
+            found.append(f"{name} (of {len(residues)} residues, first {residues[0] + 1})")
+    return found
 
 
 def _name(source: Mapping[str, str]) -> str:

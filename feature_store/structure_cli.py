@@ -111,6 +111,8 @@ def structures_command(
 def _print(report: AttachReport, store: str) -> None:
     click.echo(f"read       {report.num_chains} protein chains of {report.num_files} files")
     click.echo(f"matched    {report.num_matched} records")
+    if not report.num_matched:
+        _explain(report, store)
     if report.already_done:
         click.echo(f"attached   0: this was committed before (job {report.job_id}); name it with --job-id")
     elif report.version is not None:
@@ -119,3 +121,15 @@ def _print(report: AttachReport, store: str) -> None:
     else:
         click.echo(f"attached   0, not needed {report.num_unchanged}")
     print_rejects(report.rejects)
+
+
+def _explain(report: AttachReport, store: str) -> None:
+    """Says why no chain found a record, where the ids tell."""
+    if not report.stored_id:
+        click.echo(f"note       {store} has no records; make some with foldfeed ingest", err=True)
+    elif report.wanted_id:
+        click.echo(
+            f"note       chains go to the record of their id: one is {report.wanted_id}, and a record of the "
+            f"store is {report.stored_id}. Where ids are made otherwise, add --by sequence",
+            err=True,
+        )

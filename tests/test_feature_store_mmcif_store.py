@@ -385,3 +385,103 @@ def test_a_new_alignment_keeps_structure_and_release_date_and_a_new_sequence_los
     again = run("ingest", "--alignments", folder, "--store", url, "--on-existing", "replace")
     assert "added      0" in again.output
     assert FeatureStore.open(url).version == after.version
+
+
+def test_another_release_of_the_parser_gives_the_same_structure(store, entries, monkeypatch):
+    import gemmi
+
+    before = read_mmcif(sample("9ABC", {"A": "H"})).chain("A").structure
+    attach_structures(store.url, entries)
+    version = FeatureStore.open(store.url).version
+    monkeypatch.setattr(gemmi, "__version__", "99.9")
+    assert read_mmcif(sample("9ABC", {"A": "H"})).chain("A").structure.fingerprint == before.fingerprint
+    again = attach_structures(store.url, entries)
+    assert (again.num_attached, again.num_unchanged, again.version) == (0, 2, None)
+    assert FeatureStore.open(store.url).version == version
+
+
+def test_a_structure_of_a_store_that_named_its_parser_is_the_same(tmp_path, entries):
+    store = FeatureStore.create(tmp_path / "early")
+    structure = read_mmcif(sample("9ABC", {"A": "H"})).chain("A").structure
+    facts = {**structure.source, "parser": "gemmi 0.1", "num_models": "7"}
+    early = dataclasses.replace(structure, source=facts)
+    record = dataclasses.replace(
+        aligned("9abc_H", "AGMSP"), structure=early, extra={"release_date": "2020-02-01"}
+    )
+    store.commit([write_part(store.url, [record], store.settings).part_id], job_id="early")
+    report = attach_structures(store.url, entries)
+    assert (report.num_matched, report.num_unchanged, report.version) == (1, 1, None)
+
+
+def without_date(data: bytes) -> bytes:
+    return b"".join(line for line in data.splitlines(True) if b"revision_date" not in line)
+
+
+def test_a_date_goes_with_its_structure(store, entries, tmp_path):
+    attach_structures(store.url, entries)
+    undated = tmp_path / "undated"
+    undated.mkdir()
+    (undated / "9abc.cif").write_bytes(without_date(sample("9ABC", {"A": "H", "B": "L"}, skip={"B": 2})))
+    refused = attach_structures(store.url, undated)
+    assert [reject.record_id for reject in refused.rejects] == ["9abc_H", "9abc_L"]
+    assert all("they differ in release_date (2020-02-01, not none)" in one.reason for one in refused.rejects)
+    assert attach_structures(store.url, undated, AttachOptions(on_existing="replace")).num_attached == 2
+    now = FeatureStore.open(store.url)
+    assert "release_date" not in now["9abc_H"].structure().source
+    assert "release_date" not in now["9abc_H"].extra
+    assert "9abc_H" not in now.as_of("2021-01-01", undated="drop")
+
+
+def test_a_date_of_another_origin_stays(tmp_path, entries):
+    store = FeatureStore.create(tmp_path / "dated")
+    old = read_mmcif(sample("9ABC", {"A": "H"}, date="2001-01-01")).chain("A").structure
+    record = dataclasses.replace(
+        aligned("9abc_H", "AGMSP"), structure=old, extra={"release_date": "1990-01-01"}
+    )
+    store.commit([write_part(store.url, [record], store.settings).part_id], job_id="dated")
+    file = tmp_path / "9abc.cif"
+    file.write_bytes(without_date(sample("9ABC", {"A": "H"}, shift=1)))
+    assert attach_structures(store.url, file, AttachOptions(on_existing="replace")).num_attached == 1
+    assert FeatureStore.open(store.url)["9abc_H"].extra["release_date"] == "1990-01-01"
+
+
+def test_a_refusal_says_in_what_structures_of_one_name_differ(store, entries, tmp_path):
+    attach_structures(store.url, entries)
+    file = tmp_path / "9abc.cif"
+    file.write_bytes(sample("9ABC", {"A": "H"}, shift=1))
+    (reject,) = attach_structures(store.url, file).rejects
+    assert "they differ in atom_positions (of 4 residues, first 1)" in reject.reason
+
+
+@pytest.mark.parametrize("by", ["id", "sequence"])
+def test_a_bad_chain_costs_no_other_chain(store, tmp_path, by):
+    file = tmp_path / "9abc.cif"
+    # The first chain contradicts its sequence.
+    text = sample("9ABC", {"A": "H", "B": "L", "C": "N"}, shift=1).replace(b" ALA A 1 1 ", b" TRP A 1 1 ")
+    file.write_bytes(text)
+    report = attach_structures(store.url, file, AttachOptions(by=by))
+    assert report.num_chains == 3
+    (reject,) = report.rejects
+    assert reject.record_id == ("9abc_H" if by == "id" else "")
+    assert reject.reason.startswith("chain 9abc_H cannot be read: 9abc.cif, _atom_site row 1: residue 1")
+    now = FeatureStore.open(store.url)
+    wanted = {"9abc_L"} if by == "id" else {"9abc_H", "other"}
+    assert {name for name in now.ids if now[name].structure() is not None} == wanted
+    assert all(now[name].structure().source["label_asym_id"] == "B" for name in wanted)
+
+
+def test_a_bad_chain_that_nobody_asks_for_is_left_alone(store, tmp_path):
+    file = tmp_path / "9abc.cif"
+    file.write_bytes(sample("9ABC", {"A": "N", "B": "L"}).replace(b" ALA A 1 1 ", b" TRP A 1 1 "))
+    report = attach_structures(store.url, file)
+    assert (report.num_chains, report.num_attached, report.rejects) == (2, 1, ())
+
+
+def test_no_match_names_an_id_of_either_side_and_the_other_way(store, tmp_path):
+    (tmp_path / "x.cif").write_bytes(sample("8ABC", {"A": "A"}))
+    said = run("structures", store.url, "--from", tmp_path / "x.cif")
+    assert said.exit_code == 1
+    assert "one is 8abc_A, and a record of the store is 9abc_H" in said.output
+    assert "--by sequence" in said.output
+    FeatureStore.create(tmp_path / "empty")
+    assert "has no records" in run("structures", tmp_path / "empty", "--from", tmp_path / "x.cif").output
