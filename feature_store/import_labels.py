@@ -9,13 +9,13 @@ make_mmcif_features.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from foldfeed.feature_store.import_errors import SourceFileError
+from foldfeed.feature_store.import_mmcif_tables import day_of
 from foldfeed.feature_store.point_in_time import RELEASE_DATE
 from foldfeed.feature_store.structure import NO_NUMBER, NUM_ATOMS, Structure
 
@@ -73,7 +73,7 @@ def _facts(features: Mapping[str, Any], where: str) -> dict[str, str]:
         text = date.reshape(-1)[0]
         text = text.decode("latin-1") if isinstance(text, bytes) else str(text)
         try:
-            facts[RELEASE_DATE] = datetime.date.fromisoformat(text).isoformat()
+            facts[RELEASE_DATE] = day_of(text)
         except ValueError as error:
             raise SourceFileError(where, f"release_date {text[:80]!r} is no date (YYYY-MM-DD)") from error
     return facts

@@ -16,13 +16,14 @@ The rules, and where they come from:
   atoms count; if it alone was not modelled, the residue is not observed.
 - Among alternate locations, each atom is the one of highest occupancy, the first of the file on a tie; atoms
   of one residue may thus come from different locations. This is Biopython's ``DisorderedAtom``, which
-  AlphaFold 2 reads. Atoms of occupancy zero count.
+  AlphaFold 2 reads. Atoms of occupancy zero count. An occupancy that is not given (``?``, ``.``) is 1, as in
+  a file without the column, and such a b-factor 0.
 - Atoms with one of the 37 names go to their slot in any residue, selenium of MSE to SD, all others are left
   out (AlphaFold 2 ``data/templates.py`` _get_atom_positions). Hydrogens are never among the 37.
 - In arginine, NH1 and NH2 change places (positions and b-factors) where NH2 is closer to CD, as there.
 - The release date is the earliest ``_pdbx_audit_revision_history.revision_date`` (AlphaFold 2
-  ``data/mmcif_parsing.py``). The resolution is the first number among that of the refinement, of the
-  reconstruction and of the reflections; AlphaFold 2 takes the last.
+  ``data/mmcif_parsing.py``). The resolution is the first number above 0 among those of the refinement, of
+  the reconstruction and of the reflections; AlphaFold 2 takes the last of all.
 
 Source: J. Jumper et al., Nature 596 (2021), supplementary information 1.2.1; the mmCIF (PDBx) dictionary.
 """
@@ -30,7 +31,6 @@ Source: J. Jumper et al., Nature 596 (2021), supplementary information 1.2.1; th
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from foldfeed.feature_store.import_mmcif_sequence import MODIFIED, SCHEME, STAND
 from foldfeed.feature_store.import_mmcif_tables import (
     ATOM_SITE,
     Tables,
+    day_of,
     is_plain_number,
     shorten,
 )
@@ -143,6 +144,8 @@ class MmcifEntry:
       facts: entry_id, method, resolution_angstrom, release_date, model, num_models, where given.
       chain_ids: label_asym_id -> auth_asym_id of the protein chains that have atoms in the model.
       without_atoms: label_asym_id of protein chains that have none.
+      without_entity: label_asym_id of protein chains whose atoms do not say so: their label_entity_id is not
+        given, or is not that of a polypeptide.
     """
 
     def __init__(self, tables: Tables, model: int | None, modified: str, fix_arginine: bool) -> None:
@@ -160,7 +163,9 @@ class MmcifEntry:
         }
         if not self._entities:
             raise tables.error(
-                ATOM_SITE, f"model {self._atoms.model} has no atom of a polypeptide; there is nothing to take"
+                ATOM_SITE,
+                f"model {self._atoms.model} has no atom whose label_entity_id is that of a polypeptide; "
+                "there is nothing to take",
             )
         if len(self._entities) > MAX_ENTRY_CHAINS:
             raise tables.error(
@@ -174,9 +179,9 @@ class MmcifEntry:
                 f"{MAX_ENTRY_RESIDUES}",
             )
         self.chain_ids = {name: self._atoms.auth_asym_id(name) for name in self._entities}
-        self.without_atoms = tuple(
-            name for name in _named_chains(tables, set(proteins)) if name not in self._entities
-        )
+        left_out = [name for name in _named_chains(tables, set(proteins)) if name not in self._entities]
+        self.without_atoms = tuple(name for name in left_out if not self._atoms.has_chain(name))
+        self.without_entity = tuple(name for name in left_out if self._atoms.has_chain(name))
         self.facts: dict[str, str] = _facts(tables) | {
             "entry_id": self.entry_id,
             "model": self._atoms.model,
@@ -239,15 +244,31 @@ def _facts(tables: Tables) -> dict[str, str]:
     if methods:
         facts["method"] = ", ".join(shorten(text) for text in methods)
     for category, item in _RESOLUTIONS:
-        texts, numbers = tables.texts(category, item), tables.numbers(category, item, missing=np.nan)
-        if texts and np.isfinite(numbers[0]):
-            # Without a standard uncertainty, so that anybody's parser takes it.
-            facts["resolution_angstrom"] = texts[0] if is_plain_number(texts[0]) else repr(float(numbers[0]))
+        resolution = _resolution(tables, category, item)
+        if resolution is not None:
+            facts["resolution_angstrom"] = resolution
             break
     dates = [_date(tables, text) for text in tables.texts(*_REVISION_DATE)]
     if dates:
         facts["release_date"] = min(dates)
     return facts
+
+
+def _resolution(tables: Tables, category: str, item: str) -> str | None:
+    """Returns the first number above 0 of a column, as it is spelled if that is plain; None without one.
+
+    Files of several experiments have several rows, and some say 0 or -1 for what is not known.
+    """
+    column, numbers = tables.column(category, item), tables.numbers(category, item, missing=np.nan)
+    for row in np.flatnonzero(np.isfinite(numbers) & (numbers > 0)).tolist():
+        assert column is not None
+        text = column.at(row) or ""
+        if not is_plain_number(text):
+            # Without a standard uncertainty or an exponent, so that anybody's parser takes it.
+            text = np.format_float_positional(numbers[row], precision=10, trim="0")
+        if is_plain_number(text) and float(text) > 0:
+            return text
+    return None
 
 
 def _descriptions(tables: Tables) -> dict[str, str]:
@@ -261,7 +282,7 @@ def _descriptions(tables: Tables) -> dict[str, str]:
 
 def _date(tables: Tables, text: str) -> str:
     try:
-        return datetime.date.fromisoformat(text).isoformat()
+        return day_of(text)
     except ValueError as error:
         raise tables.error(_REVISION_DATE[0], f"{shorten(text)!r} is no date (YYYY-MM-DD)") from error
 

@@ -82,6 +82,10 @@ class Atoms:
                 found[name] = entity
         return found
 
+    def has_chain(self, name: str) -> bool:
+        """Returns whether a chain has atoms, whatever their entity."""
+        return name in self._rows
+
     def auth_asym_id(self, name: str) -> str:
         """Returns the author's name of a chain; the file's own where there is none."""
         rows = self._rows[name]

@@ -238,8 +238,8 @@ class _Attachment:
                 chain = entry.chain(label)
             except FoldfeedError as error:
                 # Other chains of the entry may be good.
-                reason = f"chain {chain_id} cannot be read: {error}"
-                self._rejects.append(Reject(chain_id if by_id else "", where, reason))
+                cannot = f"chain {chain_id} cannot be read: {error}"
+                self._rejects.append(Reject(chain_id if by_id else "", where, cannot))
                 continue
             key = chain_id if by_id else _digest(chain.sequence)
             resolution = float(chain.structure.source.get("resolution_angstrom", math.inf))

@@ -60,6 +60,12 @@ def scan_mmcif(root: Path, options: ImportOptions) -> Found:
         for label in entry.without_atoms:
             reason = f"chain {label} (label_asym_id) has no atom in model {entry.facts['model']}"
             yield Reject("", where, reason)
+        for label in entry.without_entity:
+            reason = (
+                f"chain {label} (label_asym_id) is a polypeptide, but the label_entity_id of its atoms is "
+                "not; give the file as it was deposited"
+            )
+            yield Reject("", where, reason)
 
 
 def record_ids(entry: MmcifEntry) -> dict[str, str]:

@@ -11,9 +11,10 @@ Source: the mmCIF (PDBx) dictionary; gemmi's documentation of ``gemmi.cif``.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ MAX_BLOCKS = 1000
 
 # Python's int() also takes "1_000" and digits of other alphabets.
 _INTEGER = re.compile(r"[+-]?[0-9]{1,10}", re.ASCII)
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
 _PLAIN_NUMBER = re.compile(r"[0-9]{1,10}(\.[0-9]{1,10})?", re.ASCII)
 _BLOCK = re.compile(rb"(?:\A|\s)data_", re.IGNORECASE)
 _PIECE_BYTES = 1 << 20
@@ -146,7 +148,8 @@ class Tables:
         Args:
           category: of the column.
           item: its name.
-          missing: for every row of a file without the column; None if it must be there.
+          missing: for rows that say ``?`` or ``.``, and for every row of a file without the column; None if
+            they must be there.
         Raises:
           StructureParseError: there is no such column, and there must be.
         """
@@ -156,7 +159,12 @@ class Tables:
                 self.need(category, item)
             return np.full(self.num_rows(category), missing, dtype=np.float64)
         number = self._cif.as_number
-        return np.fromiter((number(text) for text in raw), dtype=np.float64)
+        found = np.fromiter((number(text) for text in raw), dtype=np.float64)
+        if missing is not None:
+            for row in np.flatnonzero(np.isnan(found)).tolist():
+                if self._cif.is_null(raw[row]):
+                    found[row] = missing
+        return found
 
     def _rows_in(self, block: Any, category: str) -> int:
         try:
@@ -167,7 +175,8 @@ class Tables:
                 category, f"its table is not one of a single category ({shorten(str(error))})"
             ) from error
 
-    def _raw(self, category: str, item: str) -> Iterable[str] | None:
+    def _raw(self, category: str, item: str) -> Any:
+        """Returns gemmi's column of texts as they are spelled, or None."""
         found = self._block.find([f"{category}.{item}"])
         return found.column(0) if found.width() else None
 
@@ -183,6 +192,17 @@ def shorten(text: str) -> str:
 def integer_of(text: str | None) -> int | None:
     """Returns a decimal integer of at most ten digits, or None for anything else."""
     return int(text) if text is not None and _INTEGER.fullmatch(text) else None
+
+
+def day_of(text: str) -> str:
+    """Returns a date as it is spelled, ``YYYY-MM-DD``.
+
+    Raises:
+      ValueError: it is spelled otherwise (Python also takes ``20200201`` and ``2020-W05-6``), or is no day.
+    """
+    if not _DAY.fullmatch(text):
+        raise ValueError(f"{shorten(text)!r} is no date (YYYY-MM-DD)")
+    return datetime.date.fromisoformat(text).isoformat()
 
 
 def is_plain_number(text: str) -> bool:

@@ -163,6 +163,7 @@ LABELS = {
         ({"all_atom_positions": np.full((5, 37, 3), "x")}, "must be numbers of shape (5, 37, 3)"),
         ({"all_atom_positions": np.full((5, 37, 3), 1e39)}, "a number that 32 bits cannot hold"),
         ({"release_date": np.array([b"soon"])}, "release_date 'soon' is no date"),
+        ({"release_date": np.array([b"20200201"])}, "release_date '20200201' is no date"),
     ],
 )
 def test_labels_that_are_none_are_refused(changes, reason):

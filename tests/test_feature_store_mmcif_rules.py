@@ -148,6 +148,59 @@ def test_what_is_absent_stays_absent():
     assert {"method", "release_date"}.isdisjoint(source)
 
 
+@pytest.mark.parametrize(
+    ("spelled", "wanted"),
+    [
+        ("1.50(2)", "1.5"),
+        ("-1.0", "1.4"),
+        ("0.00", "1.4"),
+        ("inf", "1.4"),
+        ("1e1", "10.0"),
+        ("1e-5", "0.00001"),
+        ("1e-30", "1.4"),
+        ("1e300", "1.4"),
+    ],
+)
+def test_a_resolution_is_a_number_above_0_in_plain_decimals(spelled, wanted):
+    value = (
+        "_refine.ls_d_res_high 1.50\n",
+        f"_refine.ls_d_res_high {spelled}\n_reflns.d_resolution_high 1.4\n",
+    )
+    assert only(text(a=value)).structure.source["resolution_angstrom"] == wanted
+
+
+def test_a_resolution_is_the_first_that_a_column_gives():
+    rows = "loop_\n_refine.pdbx_refine_id\n_refine.ls_d_res_high\nA ?\nB 0.0\nC 2.10\nD 1.9\n"
+    source = only(text(a=("_refine.ls_d_res_high 1.50\n", rows))).structure.source
+    assert source["resolution_angstrom"] == "2.10"
+
+
+@pytest.mark.parametrize("mark", ["?", "."])
+def test_an_occupancy_or_b_factor_that_is_not_given_is_that_of_a_file_without_the_column(mark):
+    plain = only(text()).structure
+    # Rows 4 and 5 are alternates of occupancy 0.5, of which the first counts; 1 is more.
+    found = only(text(a=("9.5 0.50 14.0", f"9.5 {mark} {mark}"))).structure
+    np.testing.assert_array_equal(found.atom_mask, plain.atom_mask)
+    assert plain.atom_positions[3, 1].tolist() == [7.0, 8.0, 9.0]
+    assert found.atom_positions[3, 1].tolist() == [7.5, 8.5, 9.5]
+    assert found.b_factor[3, 1] == 0
+
+
+def test_a_protein_chain_whose_atoms_name_no_entity_is_reported_as_that(tmp_path):
+    from foldfeed.feature_store.import_layouts import AlignmentImport
+
+    chain = [row.replace(" A 1 ", " D ? ") for row in ROWS if " A 1 " in row]
+    names = "loop_\n_struct_asym.id\n_struct_asym.entity_id\nA 1\nB 2\nC 1\nD 1\n"
+    data = text([*ROWS, *chain], a=("loop_\n_entity_poly_seq", names + "loop_\n_entity_poly_seq"))
+    entry = read_mmcif(data, "x.cif")
+    assert (list(entry.chain_ids), entry.without_atoms, entry.without_entity) == (["A"], ("C",), ("D",))
+    (tmp_path / "x.cif").write_bytes(data)
+    reasons = [reject.reason for reject in AlignmentImport(tmp_path / "x.cif").rejects]
+    assert len(reasons) == 2
+    assert reasons[0].startswith("chain C (label_asym_id) has no atom")
+    assert reasons[1].startswith("chain D (label_asym_id) is a polypeptide, but the label_entity_id")
+
+
 def test_the_scheme_stands_in_for_the_sequence_and_says_so():
     scheme = "_pdbx_poly_seq_scheme"
     names = ("asym_id", "entity_id", "seq_id", "mon_id", "pdb_seq_num")
@@ -203,7 +256,9 @@ def test_arginine_names_are_exchanged_with_their_b_factors_unless_refused():
         ({"a": ("12.0 7 H", "12.0 7 J")}, "row 3: chain A has two names of the author"),
         ({"a": ("14.0 8 H", "14.0 9 H")}, "row 5: residue 4 of chain A has two numbers of the author"),
         ({"a": ("2020-02-01", "2020-02-31")}, "_pdbx_audit_revision_history: '2020-02-31' is no date"),
-        ({"a": ("polypeptide(L)", "polyribonucleotide")}, "model 1 has no atom of a polypeptide"),
+        ({"a": ("2020-02-01", "20200201")}, "'20200201' is no date (YYYY-MM-DD)"),
+        ({"a": ("2020-02-01", "2020-W05-6")}, "'2020-W05-6' is no date (YYYY-MM-DD)"),
+        ({"a": ("polypeptide(L)", "polyribonucleotide")}, "model 1 has no atom whose label_entity_id is"),
         ({"a": ("_entity_poly.type", "_entity_poly.kind")}, "_entity_poly: it has no such column"),
         ({"a": ("_entity_poly_seq", "_odd_poly_seq")}, "a sequence cannot be told from atoms alone"),
         ({"a": ("_atom_site.Cartn_y", "_atom_site.y")}, "(_atom_site.Cartn_y); give the file as"),
