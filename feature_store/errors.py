@@ -14,6 +14,7 @@
     │   ├── StorageFullError          no space left where we must write
     │   ├── StorageError              the network or the storage failed, however often it was tried
     │   ├── StorageRefusedError       this kind of storage cannot do that, or not safely
+    │   ├── ForkedProcessError        a forked child cannot open or change a local store
     │   ├── NameTakenError            a record set or split of that name means something else
     │   └── RecordSetMismatchError    this version holds other content for records of a set
     ├── LeakageError (ValueError)            a cluster or a sequence lies in two parts of a split
@@ -238,8 +239,31 @@ class StorageRefusedError(StoreError):
         return type(self), (self.url, self.operation, self.reason)
 
 
+class ForkedProcessError(StoreError):
+    """A local store was to be opened or changed in a forked child of a process that had opened one.
+
+    Attributes:
+      url: the store.
+      process: id of this process.
+      parent: id of the one that had used Delta's library.
+    """
+
+    def __init__(self, url: str, process: int, parent: int) -> None:
+        self.url = url
+        self.process = process
+        self.parent = parent
+        super().__init__(
+            f"{url!r} cannot be opened or changed here: process {process} was forked from {parent}, "
+            "which had opened a store, and Delta's library does not survive that. Reading a store that was "
+            "opened before the fork works; for the rest start processes with 'spawn' or 'forkserver'"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, int]]:
+        return type(self), (self.url, self.process, self.parent)
+
+
 # What goes wrong on the way to a store. Whoever takes errors for damage lets these pass.
-NOT_DAMAGE = (StorageError, StorageRefusedError, StorageFullError, HistoryChangedError)
+NOT_DAMAGE = (StorageError, StorageRefusedError, StorageFullError, HistoryChangedError, ForkedProcessError)
 
 
 class NameTakenError(StoreError):

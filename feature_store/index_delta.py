@@ -20,7 +20,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from foldfeed.feature_store import index_log
 from foldfeed.feature_store.blobs import Blobs
-from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError, StoreError
+from foldfeed.feature_store.errors import CorruptDataError, ForkedProcessError, NotAStoreError
 from foldfeed.feature_store.index_files import INDEX_FOLDER
 from foldfeed.feature_store.index_log import AddedFile, Commit
 
@@ -172,12 +172,8 @@ def _refuse_after_fork(url: str) -> None:
     Used there it panics, with an error that is no `Exception` and a trace on the screen.
     """
     global _used_by
-    if _used_by not in (None, os.getpid()):
-        raise StoreError(
-            f"{url!r} cannot be opened or changed here: process {os.getpid()} was forked from {_used_by}, "
-            "which had opened a store, and Delta's library does not survive that. Reading a store that was "
-            "opened before the fork works; for the rest start processes with 'spawn' or 'forkserver'"
-        )
+    if _used_by is not None and _used_by != os.getpid():
+        raise ForkedProcessError(url, os.getpid(), _used_by)
     _used_by = os.getpid()
 
 

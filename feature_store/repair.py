@@ -14,7 +14,7 @@ import os
 import pyarrow as pa
 
 from foldfeed.feature_store.blobs import Blobs, open_blobs
-from foldfeed.feature_store.errors import NOT_DAMAGE, FoldfeedError
+from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError
 from foldfeed.feature_store.garbage import restore_set_aside
 from foldfeed.feature_store.index import Index
 from foldfeed.feature_store.progress import Progress, silent
@@ -138,9 +138,8 @@ def repair(
 def _readable(blobs: Blobs) -> bool:
     try:
         Index.open(blobs.url, None).rows(["record_id"])
-    except NOT_DAMAGE:
-        raise
-    except FoldfeedError:
+    except (CorruptDataError, NotAStoreError):
+        # Nothing else says anything about what is stored, and a new index would throw the history away.
         return False
     return True
 

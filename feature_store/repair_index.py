@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -134,6 +135,7 @@ def rebuild_index(blobs: Blobs, on_ambiguous: str) -> PartRows:
     """
     found = rows_of_parts(blobs, part_ids_of(blobs), on_ambiguous)
     settings = _settings_bytes(blobs)
+    _prove_creation(blobs, hashlib.sha256(settings).hexdigest())
     if blobs.exists(INDEX_FOLDER):
         aside = f"{INDEX_FOLDER}.damaged-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}"
         if not blobs.rename_folder(INDEX_FOLDER, aside):
@@ -151,6 +153,15 @@ def rebuild_index(blobs: Blobs, on_ambiguous: str) -> PartRows:
             on_existing="error",
         )
     return found
+
+
+def _prove_creation(blobs: Blobs, settings_sha256: str) -> None:
+    """Makes an index beside the store's and removes it, so that what hinders that comes up in time."""
+    folder = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    try:
+        Index.create(f"{blobs.url}/{folder}", settings_sha256)
+    finally:
+        blobs.delete(folder)
 
 
 def restore_settings(blobs: Blobs, dry_run: bool) -> bool:
@@ -184,9 +195,7 @@ def restore_settings(blobs: Blobs, dry_run: bool) -> bool:
 def _settings_sha256(blobs: Blobs) -> str | None:
     try:
         return Index.open(blobs.url, None).head.note.settings_sha256
-    except NOT_DAMAGE:
-        raise
-    except FoldfeedError:
+    except (CorruptDataError, NotAStoreError):
         return None
 
 

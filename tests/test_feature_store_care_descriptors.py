@@ -1,5 +1,6 @@
-"""A store of many parts is read with a bounded number of descriptors."""
+"""A store of many parts is read with a bounded number of descriptors; what a forked child may do."""
 
+import functools
 import os
 import random
 import resource
@@ -9,10 +10,13 @@ import threading
 
 import numpy as np
 import pytest
+from crash_harness import files_of
 from records import make_record
 
-from foldfeed.feature_store import FeatureStore, StoreSettings, open_files, write_part
+from foldfeed.feature_store import FeatureStore, ForkedProcessError, StoreSettings, open_files, write_part
 from foldfeed.feature_store.open_files import LocalFile
+from foldfeed.feature_store.repair import repair
+from foldfeed.feature_store.verify import verify
 
 NUM_PARTS = 24
 
@@ -84,6 +88,34 @@ def test_a_fork_goes_on_reading(store):
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     read_all(opened, opened.ids[:3])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize(
+    "care",
+    [
+        verify,
+        repair,
+        functools.partial(repair, rebuild_lost_index=True),
+        functools.partial(repair, roll_back_index=True, quarantine=True, add_missing=True),
+    ],
+    ids=["verify", "repair", "rebuild", "roll back"],
+)
+def test_a_forked_child_takes_no_store_for_damaged(tmp_path, care):
+    """It cannot open one: that says nothing about the store, and above all is no reason for a new index."""
+    made = FeatureStore.create(tmp_path / "s")
+    made.commit([write_part(made.url, [make_record("a", 3, 9)], made.settings).part_id], job_id="1")
+    before = files_of(tmp_path)
+    child = os.fork()
+    if child == 0:
+        try:
+            care(made.url)
+        except ForkedProcessError:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert files_of(tmp_path) == before
 
 
 def test_a_process_with_few_descriptors_reads_a_store_of_many_parts(store):

@@ -23,7 +23,7 @@ from foldfeed.feature_store import (
     read_pool,
     write_part,
 )
-from foldfeed.feature_store.errors import StoreError
+from foldfeed.feature_store.errors import ForkedProcessError
 from foldfeed.feature_store.layout import plan_crop
 
 SHAPES = [(1, 1), (2, 9), (3, 5), (300, 33), (20, 12), (97, 64), (130, 7)]
@@ -356,7 +356,7 @@ def test_a_forked_child_is_told_that_it_cannot_open_a_local_store(urls):
 
     def refused() -> bool:
         for use in (lambda: FeatureStore.open(store.url), lambda: store.delete(["r0"])):
-            with pytest.raises(StoreError, match=r"was forked from .*'spawn' or 'forkserver'"):
+            with pytest.raises(ForkedProcessError, match=r"was forked from .*'spawn' or 'forkserver'"):
                 use()
         return True
 

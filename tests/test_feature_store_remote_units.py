@@ -27,6 +27,7 @@ from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.compact import compact
 from foldfeed.feature_store.copy_store import copy_store
 from foldfeed.feature_store.garbage import collect_garbage
+from foldfeed.feature_store.repair import repair
 from foldfeed.feature_store.retries import RetryPolicy, retrying
 from foldfeed.feature_store.storage_options import delta_options, fsspec_options
 from foldfeed.feature_store.verify import verify
@@ -81,6 +82,23 @@ def test_a_storage_that_is_not_known_to_create_exclusively_is_read_only(memory):
         with pytest.raises(StorageRefusedError, match="two commits at once could lose one"):
             change()
     assert FeatureStore.open(memory).version == 1
+
+
+def test_an_index_that_cannot_be_made_anew_stays_where_it_is(memory):
+    """Else the store would have none at all."""
+    fsspec.register_implementation("lookthenwrite", LookThenWrite, clobber=True)
+    store = FeatureStore.create(memory, SETTINGS)
+    store.commit([write_part(memory, [make_record("a1", 3, 9)], SETTINGS).part_id], job_id="1")
+    blobs, fingerprint = open_blobs(memory), store.fingerprint
+    blobs.write_atomic("index/_delta_log/00000000000000000001.json", b"")
+    before = [file.path for file in blobs.walk("")]
+    with pytest.raises(StorageRefusedError, match="two commits at once could lose one"):
+        repair(memory.replace("memory", "lookthenwrite"), rebuild_lost_index=True)
+    assert [file.path for file in blobs.walk("")] == before
+    # Where it can be made, it is.
+    assert repair(memory, rebuild_lost_index=True).after.problems == ()
+    assert FeatureStore.open(memory).fingerprint == fingerprint
+    assert not [name for name in blobs.list("") if name.startswith(".tmp-")]
 
 
 def test_a_log_with_a_gap_is_damage_and_not_an_older_store(memory):
