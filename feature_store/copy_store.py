@@ -95,18 +95,20 @@ def copy_store(
         if from_blobs.can_list
         else Names(files={}, tags=())
     )
-    sizes: list[int] = []
+    sizes: dict[str, int] = {}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        waiting = [pool.submit(copy_part, from_blobs, to_blobs, part_id) for part_id in part_ids]
+        waiting = {pool.submit(copy_part, from_blobs, to_blobs, part_id): part_id for part_id in part_ids}
         try:
             for future in concurrent.futures.as_completed(waiting):
-                sizes.append(future.result())
+                sizes[waiting[future]] = future.result()
                 progress("copying parts", len(sizes), len(part_ids))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    # The first part may have been here for hours by now.
-    mark_wanted(target.url, part_ids)
+    # The first part may have been here for hours by now, and a `gc` in the very moment may have taken it.
+    while gone := mark_wanted(target.url, part_ids):
+        for part_id in gone:
+            sizes[part_id] += copy_part(from_blobs, to_blobs, part_id)
     index = Index.open(target.url, None)
     index.add_columns([field for field in rows.schema if field.name not in INDEX_SCHEMA.names])
     result = index.commit(
@@ -121,9 +123,9 @@ def copy_store(
         source_version=source.version,
         version=result.version,
         num_added=result.num_added,
-        parts_copied=sum(size > 0 for size in sizes),
-        parts_skipped=sum(size == 0 for size in sizes),
-        bytes_copied=sum(sizes),
+        parts_copied=sum(size > 0 for size in sizes.values()),
+        parts_skipped=sum(size == 0 for size in sizes.values()),
+        bytes_copied=sum(sizes.values()),
         names_copied=written,
         tags_left=() if same else tuple(tag.name for tag in names.tags),
         names_known=from_blobs.can_list,
@@ -136,7 +138,8 @@ def copy_part(source: Blobs, target: Blobs, part_id: str) -> int:
     Raises:
       CorruptDataError: the source's part is damaged.
     """
-    if is_whole(target, part_id):
+    # Before the look: what lies there unnamed may be old enough for `gc`.
+    if not mark_wanted(target.url, [part_id]) and is_whole(target, part_id):
         return 0
     part = PartReader(source, part_id)
     group = source.read(f"{part.path}/{LAST_FILE}")

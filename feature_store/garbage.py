@@ -7,14 +7,15 @@ good: ``retention.json`` says so before the first file goes.
 
 On a disk a part is set aside, looked for in the index once more, and then removed. An object store cannot
 rename a folder, so there only the grace period protects a commit that names an old part, unnamed so far, in
-the very moment of its removal: do not shorten it while others write.
+the very moment of its removal: do not shorten it while others write. Index files are looked at once more, one
+by one, right before they go; between that look and the removal lies one request, in which a commit that
+writes the same file again (its content was in the store before) would lose it.
 
 Not delta-rs's VACUUM: that would go by the age of a file's removal alone, knows no tags, and sees no parts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -37,6 +38,7 @@ ASIDE_PREFIX = f"{TEMPORARY_PREFIX}gc-"
 # A week: large jobs may write parts for days before they commit.
 DEFAULT_GRACE_S = 7 * 24 * 3600.0
 _UPLOAD = "unfinished upload"
+_INDEX_FILE = "index file"
 _PART_COLUMN = pa.schema([pa.field("part_id", pa.string())])
 
 
@@ -79,13 +81,16 @@ class GarbageReport:
         return sum(item.num_bytes for item in self.removed)
 
 
-def mark_wanted(store_url: str, part_ids: Iterable[str]) -> None:
-    """Restarts the grace period of parts that are about to be committed."""
+def mark_wanted(store_url: str, part_ids: Iterable[str]) -> list[str]:
+    """Restarts the grace period of parts that are about to be committed; returns those that are not there."""
     blobs = open_blobs(store_url)
+    missing = []
     for part_id in part_ids:
-        # A part that is missing is reported by whoever reads it next.
-        with contextlib.suppress(FileNotFoundError):
+        try:
             blobs.touch(f"{PARTS_FOLDER}/{part_id}/{LAST_FILE}")
+        except FileNotFoundError:
+            missing.append(part_id)
+    return missing
 
 
 def collect_garbage(
@@ -183,7 +188,7 @@ def _index_garbage(blobs: Blobs, needed: set[str]) -> list[Garbage]:
         if "#" in name:
             found.append(_garbage(file.path, "leftover", [file], now))
         elif in_table and name.endswith(SUFFIX) and name not in needed:
-            found.append(_garbage(file.path, "index file", [file], now))
+            found.append(_garbage(file.path, _INDEX_FILE, [file], now))
     return found
 
 
@@ -235,22 +240,21 @@ def _in_use(blobs: Blobs, item: Garbage) -> bool:
 def _remove(
     blobs: Blobs, due: list[Garbage], seen: Index, grace_s: float, progress: Progress
 ) -> list[Garbage]:
-    """Removes things, parts after a second look at what others committed meanwhile; returns those gone."""
+    """Removes things, parts and index files after a second look at what others do; returns those gone."""
     hidden: list[tuple[Garbage, str]] = []
+    index_files: list[Garbage] = []
     gone = []
     for number, item in enumerate(due):
         progress("removing", number, len(due))
-        if item.kind == _UPLOAD:
-            blobs.abort_upload(item.path)
+        if item.kind == "part":
+            aside = f"{PARTS_FOLDER}/{ASIDE_PREFIX}{item.path.rsplit('/', 1)[-1]}"
+            blobs.delete(aside)
+            hidden.append((item, aside if blobs.rename_folder(item.path, aside) else item.path))
+        elif item.kind == _INDEX_FILE:
+            index_files.append(item)
+        else:
+            (blobs.abort_upload if item.kind == _UPLOAD else blobs.delete)(item.path)
             gone.append(item)
-            continue
-        if item.kind != "part":
-            blobs.delete(item.path)
-            gone.append(item)
-            continue
-        aside = f"{PARTS_FOLDER}/{ASIDE_PREFIX}{item.path.rsplit('/', 1)[-1]}"
-        blobs.delete(aside)
-        hidden.append((item, aside if blobs.rename_folder(item.path, aside) else item.path))
     newest = Index.open(blobs.url, None)
     named = (
         set(newest.rows(["part_id"])["part_id"].unique().to_pylist())
@@ -266,5 +270,28 @@ def _remove(
             continue
         blobs.delete(path)
         gone.append(item)
+    gone += _remove_index_files(blobs, index_files, seen, grace_s)
     progress("removing", len(due), len(due))
+    return gone
+
+
+def _remove_index_files(blobs: Blobs, due: list[Garbage], seen: Index, grace_s: float) -> list[Garbage]:
+    """Removes index files that still nobody wants; returns those gone.
+
+    They are named by their content: a commit may write one again that no version named any more. It dates the
+    file anew when it does, and names it afterwards, so each file's age and the newest log are looked at just
+    before it goes.
+    """
+    gone = []
+    named: set[str] = set()
+    for item in due:
+        before = seen.version
+        seen.refresh()
+        for version in range(before + 1, seen.version + 1):
+            named.update(index_log.read_commit(blobs, version).added)
+        young = _garbage(item.path, item.kind, _alone(blobs, item.path), time.time()).age_s < grace_s
+        if young or item.path.rsplit("/", 1)[-1] in named:
+            continue
+        blobs.delete(item.path)
+        gone.append(item)
     return gone

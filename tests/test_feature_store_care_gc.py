@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from crash_harness import files_of
 from records import make_record
@@ -18,7 +19,10 @@ from foldfeed.feature_store import (
 )
 from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.compact import compact
+from foldfeed.feature_store.copy_store import copy_part, copy_store
 from foldfeed.feature_store.garbage import collect_garbage
+from foldfeed.feature_store.index import Index
+from foldfeed.feature_store.verify import verify
 from foldfeed.feature_store.versions import delete_tag, list_tags, set_tag
 
 SETTINGS = StoreSettings(tile_rows=16, tile_cols=8)
@@ -121,6 +125,84 @@ def test_a_part_that_is_committed_while_gc_looks_stays(store, monkeypatch):
     report = collect_garbage(store.url, grace_s=0)
     assert part.part_id not in {item.path for item in report.removed}
     assert FeatureStore.open(store.url)["x"].msa().shape == (3, 5)
+
+
+def age(root: Path) -> None:
+    old = time.time() - 2 * garbage.DEFAULT_GRACE_S
+    for path in root.rglob("*"):
+        os.utime(path, (old, old))
+
+
+@pytest.mark.parametrize("grace_s", [0, garbage.DEFAULT_GRACE_S])
+def test_an_index_file_that_is_wanted_again_while_gc_looks_stays(store, monkeypatch, grace_s):
+    """Index files are named by content: what a version held before may come again."""
+
+    def annotate(value: str) -> None:
+        FeatureStore.open(store.url).annotate(pa.table({"record_id": ["a"], "mine": [value]}))
+
+    annotate("x")
+    (again,) = set(Index.open(store.url, None).files) - set(Index.open(store.url, 2).files)
+    annotate("y")
+    age(Path(store.url, "index"))
+    original = garbage._remove
+
+    def late(*args):
+        annotate("x")
+        if grace_s == 0:
+            # And it is the newest no more.
+            annotate("z")
+        return original(*args)
+
+    monkeypatch.setattr(garbage, "_remove", late)
+    report = collect_garbage(store.url, grace_s=grace_s, keep_days=0)
+    assert f"index/{again}" not in {item.path for item in report.removed}
+    assert f"index/{again}" in {item.path for item in report.spared}
+    versions = range(report.oldest_version, FeatureStore.open(store.url).version + 1)
+    tables = [FeatureStore.open(store.url, number).table(["mine"], "record_id = 'a'") for number in versions]
+    values = [table["mine"][0].as_py() for table in tables]
+    assert values == (["y", "x", "z"] if grace_s == 0 else ["y", "x"])
+
+
+def test_an_index_file_that_is_about_to_be_committed_stays(store, monkeypatch):
+    """It was written anew, so it is young, though no version names it yet."""
+    store.annotate(pa.table({"record_id": ["a"], "mine": ["x"]}))
+    age(Path(store.url, "index"))
+    original = garbage._remove
+
+    def late(blobs, due, *args):
+        for item in due:
+            if item.kind == "index file":
+                blobs.write_atomic(item.path, blobs.read(item.path))
+        return original(blobs, due, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(garbage, "_remove", late)
+        assert collect_garbage(store.url, keep_days=0).removed == ()
+    age(Path(store.url, "index"))
+    assert set(kinds(collect_garbage(store.url, keep_days=0).removed)) == {"index file"}
+
+
+@pytest.mark.parametrize("grace_s", [0, garbage.DEFAULT_GRACE_S])
+def test_a_copy_that_goes_on_keeps_its_old_parts_from_gc(store, tmp_path, grace_s):
+    """An earlier copy left its parts, which have grown old; gc runs elsewhere while the copy goes on.
+
+    Without a grace period gc removes even what was just marked as wanted: then the copy must notice.
+    """
+    target = FeatureStore.create(tmp_path / "copy", store.settings)
+    for part_id in parts(store):
+        copy_part(open_blobs(store.url), open_blobs(target.url), part_id)
+    age(Path(target.url, "parts"))
+    removed = []
+
+    def progress(what, number, total):
+        if what == "copying parts" and number == (1 if grace_s else total):
+            removed.extend(collect_garbage(target.url, grace_s=grace_s).removed)
+
+    report = copy_store(store.url, target.url, progress=progress)
+    assert grace_s or len(removed) == report.parts_copied == 2
+    assert report.parts_copied + report.parts_skipped == 2
+    assert verify(target.url, level="deep").problems == ()
+    assert FeatureStore.open(target.url).fingerprint == store.fingerprint
 
 
 def test_a_part_that_a_killed_gc_had_set_aside_comes_back(store):
