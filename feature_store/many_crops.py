@@ -16,7 +16,7 @@ from foldfeed.feature_store.layout import Rows
 from foldfeed.feature_store.part_reader import PartReader
 from foldfeed.feature_store.read_pool import DEFAULT_IN_FLIGHT, run_tasks
 from foldfeed.feature_store.record_reader import Record
-from foldfeed.feature_store.tile_reader import Crop, CropArrays, CropJob, Task
+from foldfeed.feature_store.tile_reader import Crop, CropArrays, CropJob, Task, pair_of
 
 BatchArrays: TypeAlias = "tuple[NDArray[np.uint8], NDArray[np.int32]]"
 
@@ -85,7 +85,7 @@ def _slots(
     Raises:
       ValueError: the arrays are not of the kind asked for, or a crop does not fit.
     """
-    msa, deletions = out
+    msa, deletions = pair_of(out)
     for name, array, dtype in (("msa", msa, np.uint8), ("deletions", deletions, np.int32)):
         if array.dtype != dtype or array.ndim != 3 or len(array) != len(requests):
             raise ValueError(

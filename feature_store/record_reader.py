@@ -27,7 +27,7 @@ from foldfeed.feature_store.layout import (
 )
 from foldfeed.feature_store.part_reader import PartReader, RecordLocation
 from foldfeed.feature_store.structure import Structure
-from foldfeed.feature_store.tile_reader import Crop, CropArrays, CropPlan, Slab, TiledRecord
+from foldfeed.feature_store.tile_reader import Crop, CropArrays, CropPlan, Slab, TiledRecord, pair_of
 
 
 class CropShape(NamedTuple):
@@ -303,7 +303,8 @@ class Record:
 
 def _check_out(out: CropArrays, shape: tuple[int, int]) -> None:
     """Raises unless arrays can take a crop of that shape."""
-    for name, array, dtype in (("msa", out[0], np.uint8), ("deletions", out[1], np.int32)):
+    msa, deletions = pair_of(out)
+    for name, array, dtype in (("msa", msa, np.uint8), ("deletions", deletions, np.int32)):
         if array.dtype != dtype or array.shape != shape:
             raise ValueError(
                 f"out: {name} is {array.dtype} {array.shape}; this crop needs {np.dtype(dtype)} {shape}"

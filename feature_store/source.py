@@ -79,6 +79,10 @@ class RecordSource(abc.ABC, Generic[RecordT]):
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __iter__(self) -> Iterator[str]:
+        """Yields the record ids, sorted, as iterating over a mapping yields its keys."""
+        return iter(self.ids)
+
     def __contains__(self, record_id: object) -> bool:
         return isinstance(record_id, str) and self.find(record_id) is not None
 

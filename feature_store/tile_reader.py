@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -325,3 +325,17 @@ def _fill(array: ShardReader, run: ReadRun, targets: list[_Target]) -> None:
     except Exception as error:
         error.add_note(f"while reading record {targets[place][2].record.record_id}")
         raise
+
+
+def pair_of(out: object) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Returns the two arrays that a caller gave to be filled; dtypes and shapes are not checked here.
+
+    Raises:
+      ValueError: it is not a tuple or list of two arrays.
+    """
+    if not isinstance(out, tuple | list) or not all(isinstance(array, np.ndarray) for array in out):
+        kind = f"{out.dtype} {out.shape} array" if isinstance(out, np.ndarray) else type(out).__name__
+        raise ValueError(f"out is a {kind}; it must be a pair of arrays (msa, deletions)")
+    if len(out) != 2:
+        raise ValueError(f"out holds {len(out)} arrays; it must be a pair of arrays (msa, deletions)")
+    return out[0], out[1]

@@ -129,6 +129,16 @@ def test_buffers_that_do_not_fit_are_refused(urls):
     ):
         with pytest.raises(ValueError, match=message):
             store.crops(requests, out=out)
+    for wrong, message in (
+        (good[0], r"out is a uint8 \(2, 300, 33\) array; it must be a pair of arrays \(msa, deletions\)"),
+        ((*good, good[0]), "out holds 3 arrays; it must be a pair"),
+        ([good[0], None], "out is a list; it must be a pair"),
+        ({"msa": good[0]}, "out is a dict; it must be a pair"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            store.crops(requests, out=wrong)
+        with pytest.raises(ValueError, match=message):
+            store["r4"].crop(out=wrong)
     with pytest.raises(ValueError, match=r"msa is uint8 \(20, 11\); this crop needs uint8 \(20, 12\)"):
         store["r4"].crop(out=(np.zeros((20, 11), np.uint8), np.zeros((20, 12), np.int32)))
     for wrong in (0, 1025, 2.0):

@@ -300,6 +300,9 @@ def test_records_searched_with_one_release_of_a_database(dated_store):
 def test_a_view_is_a_store_of_its_records(small_store):
     view = small_store.view("depth > 1")
     assert (len(view), view.ids, view.version) == (2, ["b2", "c3"], 1)
+    assert list(view) == view.ids
+    assert list(small_store) == small_store.ids == ["a1", "b2", "c3"]
+    assert {name: view[name].length for name in view} == {name: small_store[name].length for name in view}
     assert "b2" in view
     assert "a1" not in view
     np.testing.assert_array_equal(view.at(1).msa(), small_store["c3"].msa())
