@@ -204,6 +204,9 @@ def ingest(
             store, found, settings=settings, on_existing=on_existing, job_id=job_id, on_record=advance
         )
     _print_report(report, store)
+    if found.left_out:
+        names = ", ".join(f"{name} of {number} records" for name, number in found.left_out.items())
+        click.echo(f"left out   {names}: made for pairing chains (--paired takes them)")
     if rejects_file is not None:
         lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in report.rejects]
         write_file(rejects_file, "".join(lines).encode())
@@ -242,7 +245,8 @@ def export_command(
     """Write records of STORE in the formats of other programs.
 
     Alignment and deletion counts are exact. Which residues were inserted is not stored: texts have `x` for
-    each.
+    each. Records of alphafold2-npz in a folder are RECORD/features.npz, as `foldfeed ingest` looks for them.
+    openproteinset and openfold-db write the rows of uniprot, too, which `ingest` takes with --paired only.
 
     \b
     Examples:

@@ -6,8 +6,10 @@
     alignments.index              JSON: where each of them is
 
 Owns which rows go into which file, and the database's two files. What was searched and gave no row has a file
-with the query alone. Reading them again merges the files in AlphaFold 2's order, or as ``--databases`` says;
-rows come back in the order they had if those of one database were neighbours, equal rows once.
+with the query alone. Files of databases that are meant for pairing chains (uniprot) are written like all
+others; an import takes them only with ``--paired``, and says what it left out. Reading them again merges the
+files in AlphaFold 2's order, or as ``--databases`` says; rows come back in the order they had if those of one
+database were neighbours, equal rows once.
 
 Source: OpenProteinSet, "alignment directory"; OpenFold ``data/data_pipeline.py`` _parse_msa_data,
 ``scripts/alignment_db_scripts/create_alignment_db.py``.

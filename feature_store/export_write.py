@@ -177,6 +177,7 @@ def render(rows: ExportRows, options: ExportOptions) -> bytes:
 def file_name(record_id: str, sequence: str, options: ExportOptions, suffix: str = "") -> str:
     """Returns what a record's file is called: its id, or for Chai the name that Chai looks for.
 
+    AlphaFold 2's features are always called ``features.npz``, in a folder that says whose they are.
     Two ids that differ only in characters that a file name cannot hold (``|`` and ``:``) would meet, so those
     characters become their code: ``a|b`` gives ``a%7Cb.a3m``.
 
@@ -189,6 +190,8 @@ def file_name(record_id: str, sequence: str, options: ExportOptions, suffix: str
     if options.form == "chai-pqt":
         return chai_file_name(sequence) + suffix
     safe = _NOT_IN_FILE_NAMES.sub(lambda found: f"%{ord(found[0]):02X}", record_id)
+    if options.form == "alphafold2-npz":
+        return f"{safe}/features.npz{suffix}"
     return safe + EXPORT_FORMATS[options.form].extension + suffix
 
 

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from foldfeed.feature_store.a3m import ParsedAlignment
 from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.import_errors import SourceFileError, UnsupportedSourceError
-from foldfeed.feature_store.import_files import kind_of, read_file, stem_of
+from foldfeed.feature_store.import_files import COMPRESSED_SUFFIXES, kind_of, read_file, stem_of
 from foldfeed.feature_store.import_labels import structure_of_labels
 from foldfeed.feature_store.import_names import fit_species, make_id
 from foldfeed.feature_store.import_npz import NpzFile
-from foldfeed.feature_store.import_openfold import folder_files, merge_files
+from foldfeed.feature_store.import_openfold import folder_files, left_out_of, merge_files
 from foldfeed.feature_store.import_rows import TOOL, DatabaseRows, ImportOptions, build_record, check_depth
 from foldfeed.feature_store.import_sources import (
     Found,
@@ -47,7 +47,12 @@ from foldfeed.feature_store.safe_pickle import load_pickled_arrays
 # Codes of AlphaFold 2's `msa` feature: one-letter order, X, gap (HHBLITS_AA_TO_ID).
 HHBLITS_CODES = "ACDEFGHIKLMNPQRSTVWYX-"
 HHBLITS_LETTERS = np.frombuffer(HHBLITS_CODES.encode(), dtype=np.uint8)
-FEATURE_NAMES = ("features.pkl", "features.pkl.gz", "features.npz")
+FEATURE_NAMES = (
+    "features.pkl",
+    "features.pkl.gz",
+    "features.npz",
+    *(f"features.npz{suffix}" for suffix in COMPRESSED_SUFFIXES),
+)
 
 _FEATURES = (
     "sequence",
@@ -112,18 +117,10 @@ def _scan_target(folder: Path, root: Path, options: ImportOptions) -> Found:
         record_id = make_id(f"{target}_{chain}") if chain else target
         where = relative(chain_folder, root)
         facts = {"source": where, "source_format": "alphafold2"}
-        yield Source(
-            record_id,
-            where,
-            functools.partial(
-                merge_files,
-                record_id,
-                folder_files(chain_folder),
-                options,
-                description=descriptions.get(chain, ""),
-                extra=facts,
-            ),
-        )
+        files = folder_files(chain_folder)
+        description = descriptions.get(chain, "")
+        read = functools.partial(merge_files, record_id, files, options, description=description, extra=facts)
+        yield Source(record_id, where, read, left_out_of((name for name, _ in files), options))
 
 
 def _chain_folders(msas: Path) -> dict[str, Path]:

@@ -279,6 +279,11 @@ class AlignmentImport:
         """What could not become a record, so far."""
         return self._scan_rejects + self._read_rejects
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Databases that are left out because they are for pairing chains, and of how many sources."""
+        return dict(sorted(Counter(name for source in self.sources for name in source.left_out).items()))
+
     def __len__(self) -> int:
         """Number of sources; as many records come, less the rejects of reading."""
         return len(self.sources)

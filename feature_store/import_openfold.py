@@ -15,7 +15,7 @@ Source: OpenFold ``data/data_pipeline.py`` _parse_msa_data, ``scripts/alignment_
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,17 @@ def choose_databases(names: Sequence[str], options: ImportOptions) -> list[str]:
             "are used only with the option for paired alignments)"
         )
     return sorted(usable, key=lambda name: (name in PAIRED, _rank(name), name))
+
+
+def left_out_of(file_names: Iterable[str], options: ImportOptions) -> tuple[str, ...]:
+    """Returns the databases among alignment files that are left out because they are for pairing chains.
+
+    None where the user named the databases to take: the others are left out on purpose.
+    """
+    if options.paired or options.databases:
+        return ()
+    found = (database_name(name) for name in file_names)
+    return tuple(sorted({one[0] for one in found if one is not None and one[0] in PAIRED}))
 
 
 def _rank(name: str) -> int:
@@ -180,9 +191,8 @@ def scan_openproteinset(root: Path, options: ImportOptions) -> Found:
         if files:
             record_id = make_id(folder.resolve().name)
             facts = {"source": where, "source_format": "openproteinset"}
-            yield Source(
-                record_id, where, functools.partial(merge_files, record_id, files, options, extra=facts)
-            )
+            read = functools.partial(merge_files, record_id, files, options, extra=facts)
+            yield Source(record_id, where, read, left_out_of((name for name, _ in files), options))
 
 
 def scan_openfold_db(root: Path, options: ImportOptions) -> Found:
@@ -197,9 +207,17 @@ def scan_openfold_db(root: Path, options: ImportOptions) -> Found:
             if not record_id:
                 yield Reject("", where, "no record id can be made from the name of the chain")
                 continue
-            yield Source(
-                record_id, where, functools.partial(_read_entry, path, where, record_id, entry, options)
-            )
+            read = functools.partial(_read_entry, path, where, record_id, entry, options)
+            yield Source(record_id, where, read, left_out_of(_member_names(entry), options))
+
+
+def _member_names(entry: Any) -> list[str]:
+    """Returns the names of an index entry's files; those of a damaged entry are refused when it is read."""
+    members = entry.get("files") if isinstance(entry, dict) else entry
+    if not isinstance(members, list):
+        return []
+    firsts = (member[0] for member in members if isinstance(member, list) and member)
+    return [name for name in firsts if isinstance(name, str)]
 
 
 def index_files(root: Path) -> list[Path]:

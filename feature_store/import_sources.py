@@ -54,11 +54,13 @@ class Source:
       record_id: its id.
       where: file or folder, for messages.
       read: reads it; raises `FoldfeedError` or `OSError`.
+      left_out: names of its alignments that the options leave out (made for pairing chains).
     """
 
     record_id: str
     where: str
     read: Callable[[], MsaRecord]
+    left_out: tuple[str, ...] = ()
 
 
 Found = Iterable[Source | Reject]

@@ -135,6 +135,42 @@ def test_several_records_go_to_a_folder_and_come_back(run, small_store, tmp_path
         np.testing.assert_array_equal(store[record_id].msa(), small_store[original].msa())
 
 
+@pytest.mark.parametrize("compression", [[], ["--compress", ".gz"], ["--compress", ".zst"]])
+def test_features_of_several_records_come_back_in_one_ingest(run, small_store, tmp_path, compression):
+    out, back = tmp_path / "out", tmp_path / "back"
+    names = small_store.ids
+    exported = run(
+        "export", small_store.url, *names, "--format", "alphafold2-npz", "--output", out, *compression
+    )
+    assert exported.exit_code == 0, exported.output
+    assert sorted(path.name for path in out.iterdir()) == names
+    result = run("ingest", "--alignments", out, "--store", back)
+    assert (result.exit_code, "layout     alphafold2" in result.output) == (0, True), result.output
+    store = FeatureStore.open(back)
+    assert store.ids == names
+    for name in names:
+        np.testing.assert_array_equal(store[name].msa(), small_store[name].msa())
+        np.testing.assert_array_equal(store[name].deletions(), small_store[name].deletions())
+
+
+def test_alignments_for_pairing_that_are_left_out_are_told(run, tmp_path):
+    chains = tmp_path / "chains"
+    for name in ("1abc_A", "1abc_B"):
+        (chains / name).mkdir(parents=True)
+        (chains / name / "uniref90_hits.a3m").write_text(ALIGNMENT)
+        (chains / name / "uniprot_hits.a3m").write_text(ALIGNMENT)
+    told = run("ingest", "--alignments", chains, "--store", tmp_path / "a")
+    assert "left out   uniprot of 2 records: made for pairing chains (--paired takes them)" in told.output
+    names = ["1abc_A", "1abc_B"]
+    run("ingest", "--alignments", chains, "--store", tmp_path / "all", "--paired")
+    run("export", tmp_path / "all", *names, "--format", "openfold-db", "--output", tmp_path / "db")
+    again = run("ingest", "--alignments", tmp_path / "db", "--store", tmp_path / "b")
+    assert "left out   uniprot of 2 records" in again.output, again.output
+    for more in (["--paired"], ["--databases", "uniref90"]):
+        said = run("ingest", "--alignments", chains, "--store", tmp_path / f"c{more[0]}", *more)
+        assert (said.exit_code, "left out" in said.output) == (0, False)
+
+
 def test_export_names_rows_and_compression(run, small_store, tmp_path):
     result = run(
         "export", small_store.url, "c3", "a1", "--output", tmp_path / "out", "--compress", ".gz", "--rows", 2
