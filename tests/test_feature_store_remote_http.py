@@ -90,6 +90,34 @@ def test_the_command_line_reads_it(local, web):
     assert "3" in result.stdout.split()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["report", "--output", "r.html"], "list"),
+        (["log"], "list"),
+        (["sets"], "list"),
+        (["query", "select name from sets"], "list"),
+        (["query", "select name from splits"], "list"),
+        (["tag"], "list"),
+        (["verify"], "list"),
+        (["repair"], "list"),
+        (["gc", "--dry-run"], "list"),
+        (["delete", "b2"], "write"),
+        (["compact"], "write"),
+        (["save-set", "x", "select record_id from records"], "create"),
+        (["tag", "paper2"], "create"),
+    ],
+)
+def test_commands_that_the_readme_says_are_refused(local, web, tmp_path, monkeypatch, arguments, word):
+    monkeypatch.chdir(tmp_path)
+    before = FeatureStore.open(local.url)
+    result = CliRunner().invoke(main, [arguments[0], web, *arguments[1:]])
+    assert result.exit_code == 1, result.output
+    assert f"cannot {word}" in result.output
+    after = FeatureStore.open(local.url)
+    assert (after.version, after.fingerprint) == (before.version, before.fingerprint)
+
+
 def test_a_redirect_is_followed(local, tmp_path):
     with range_server(tmp_path) as (url, _):
         assert FeatureStore.open(f"{url}/moved/my%20store").fingerprint == local.fingerprint
