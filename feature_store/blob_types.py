@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from foldfeed.feature_store.errors import StorageError
+
 # Names that start so are never part of a store: an interrupted writer may leave them, `gc` may remove them.
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -21,6 +23,15 @@ LAST_FILE = "zarr.json"
 
 
 RangeReader: TypeAlias = "Callable[[int, int], bytes]"
+
+
+class ForbiddenError(PermissionError):
+    """A web server denies a file (403). Buckets that may not be listed say that of absent files, too."""
+
+
+def is_forbidden(error: StorageError) -> bool:
+    """Returns whether a request failed for good because the file is denied, or not there, see above."""
+    return isinstance(error.__cause__, ForbiddenError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

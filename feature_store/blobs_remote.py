@@ -22,11 +22,17 @@ from typing import TypeVar
 
 from foldfeed.feature_store.blob_types import LAST_FILE, TEMPORARY_PREFIX, FileInfo, RangeReader
 from foldfeed.feature_store.blobs_local import disk_full_is_typed
-from foldfeed.feature_store.http_files import HTTP_PROTOCOLS, HttpFiles
+from foldfeed.feature_store.http_files import HttpFiles
 from foldfeed.feature_store.remote_files import FsspecFiles, RemoteFiles, file_system, refuse_exclusive
 from foldfeed.feature_store.retries import ShortReadError, retrying
 from foldfeed.feature_store.s3_files import S3Files
-from foldfeed.feature_store.storage_options import S3_PROTOCOLS, protocol_of
+from foldfeed.feature_store.storage_options import (
+    HTTP_PROTOCOLS,
+    S3_PROTOCOLS,
+    protocol_of,
+    refuse_credentials,
+    without_secrets,
+)
 
 T = TypeVar("T")
 _UPLOAD_THREADS = 4
@@ -35,6 +41,7 @@ _exclusive_storages: set[str] = set()
 
 
 def _open_files(url: str) -> RemoteFiles:
+    refuse_credentials(url)
     protocol = protocol_of(url)
     if protocol in HTTP_PROTOCOLS:
         return HttpFiles(url)
@@ -193,4 +200,5 @@ class RemoteBlobs:
             self.delete(probe)
 
     def _retrying(self, operation: str, path: str, call: Callable[[], T]) -> T:
-        return retrying(call, operation, f"{self.url}/{path}" if path else self.url)
+        shown = without_secrets(self.url)
+        return retrying(call, operation, f"{shown}/{path}" if path else shown)

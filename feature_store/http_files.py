@@ -21,17 +21,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from foldfeed.feature_store.blob_types import FileInfo
+from foldfeed.feature_store.blob_types import FileInfo, ForbiddenError
 from foldfeed.feature_store.errors import StorageRefusedError, StoreUrlError
 from foldfeed.feature_store.remote_files import Fetched
 from foldfeed.feature_store.retries import ShortReadError, retry_policy
+from foldfeed.feature_store.storage_options import HTTP_PROTOCOLS, without_secrets
 
-HTTP_PROTOCOLS = ("http", "https")
 _MAX_REDIRECTS = 5
 _OK, _PARTIAL, _RANGE_NOT_SATISFIABLE = 200, 206, 416
 _REDIRECTS = (301, 302, 303, 307, 308)
 _ABSENT = (404, 410)
-_DENIED = (401, 403, 407)
+_DENIED = (401, 407)
+_FORBIDDEN = 403
 _local = threading.local()
 
 
@@ -57,7 +58,10 @@ class HttpFiles:
         if not parts.hostname:
             raise StoreUrlError(url, "it names no host")
         if parts.query or parts.fragment:
-            raise StoreUrlError(url, "a store is a folder, and ? or # cannot be in the URL of one")
+            # The query of a signed URL is a secret.
+            raise StoreUrlError(
+                without_secrets(url), "a store is a folder, and ? or # cannot be in the URL of one"
+            )
         self.identity = f"{parts.scheme}://{parts.netloc}"
         self._url = url.rstrip("/")
 
@@ -142,6 +146,8 @@ class HttpFiles:
             url = urllib.parse.urljoin(url, answer.headers.get("Location", ""))
         if answer.status in _ABSENT:
             raise FileNotFoundError(url)
+        if answer.status == _FORBIDDEN:
+            raise ForbiddenError(f"the server answered {answer.status} {answer.reason}")
         if answer.status in _DENIED:
             raise PermissionError(f"the server answered {answer.status} {answer.reason}")
         if answer.status not in (_OK, _PARTIAL, _RANGE_NOT_SATISFIABLE):

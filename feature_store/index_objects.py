@@ -24,8 +24,9 @@ from typing import Any
 import deltalake
 
 from foldfeed.feature_store import index_log
+from foldfeed.feature_store.blob_types import is_forbidden
 from foldfeed.feature_store.blobs import Blobs
-from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError, StorageRefusedError
+from foldfeed.feature_store.errors import CorruptDataError, NotAStoreError, StorageError, StorageRefusedError
 from foldfeed.feature_store.index_log import LOG_FOLDER, AddedFile, Commit
 
 _ENGINE = "foldfeed"
@@ -199,11 +200,18 @@ def newest_version(blobs: Blobs) -> int | None:
 def _newest_by_asking(blobs: Blobs) -> int | None:
     """Finds the newest version where files cannot be listed.
 
-    Versions have no gaps, and none of their files is ever removed: one that is there has all before it.
+    Versions have no gaps, and none of their files is ever removed: one that is there has all before it. Where
+    version 0 may be read all may, so a later one that is denied is not there: S3 answers so if listing is not
+    allowed.
     """
 
     def there(version: int) -> bool:
-        return blobs.exists(index_log.log_path(version))
+        try:
+            return blobs.exists(index_log.log_path(version))
+        except StorageError as error:
+            if version and is_forbidden(error):
+                return False
+            raise
 
     if not there(0):
         return None

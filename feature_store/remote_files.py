@@ -21,12 +21,14 @@ from typing import Any, Protocol
 import fsspec
 
 from foldfeed.feature_store.blob_types import FileInfo
-from foldfeed.feature_store.errors import MissingExtraError, StorageRefusedError, StoreUrlError
+from foldfeed.feature_store.errors import MissingExtraError, StorageError, StorageRefusedError, StoreUrlError
+from foldfeed.feature_store.retries import describe, is_storage_failure
 from foldfeed.feature_store.storage_options import (
     EXTRAS,
     GCS_PROTOCOLS,
     fsspec_options,
     protocol_of,
+    without_secrets,
 )
 
 
@@ -108,12 +110,13 @@ _file_systems: dict[tuple[int, str], Any] = {}
 def file_system(url: str) -> tuple[Any, str]:
     """Returns this process's fsspec file system for a URL, and the URL's path in it."""
     protocol = protocol_of(url)
-    options = fsspec_options(url)
     # Opening a client takes a tenth of a second and its connections; stores are opened all the time. A forked
     # child has another process id: the parent's client talks through a thread that the child does not have.
-    key = os.getpid(), f"{protocol} {sorted(options.items(), key=str)}"
     try:
         kind = fsspec.get_filesystem_class(protocol)
+        # Of ftp:// and the like the client, too, must know the host, and a client speaks with one.
+        options = kind._get_kwargs_from_urls(url) | fsspec_options(url)
+        key = os.getpid(), f"{protocol} {sorted(options.items(), key=str)}"
         if key not in _file_systems:
             made = kind(**options)
             # `retries` counts attempts; a client that tries again by itself would multiply them.
@@ -122,10 +125,18 @@ def file_system(url: str) -> tuple[Any, str]:
     except ImportError as error:
         if protocol in EXTRAS:
             raise MissingExtraError(*EXTRAS[protocol]) from error
-        raise StoreUrlError(url, str(error).rstrip(".")) from error
+        raise StoreUrlError(without_secrets(url), str(error).rstrip(".")) from error
     except ValueError as error:
         # An unknown protocol; fsspec's sentence says so.
-        raise StoreUrlError(url, str(error).rstrip(".")) from error
+        raise StoreUrlError(without_secrets(url), str(error).rstrip(".")) from error
+    except TypeError as error:
+        # What the client needs to know is not in the URL.
+        raise StoreUrlError(without_secrets(url), f"its client says: {error}") from error
+    except Exception as error:
+        # Some clients connect at once, and theirs and their packages' errors have no base class in common.
+        if not is_storage_failure(error):
+            raise
+        raise StorageError(without_secrets(url), "connect to", 1, describe(error)) from error
     return _file_systems[key], kind._strip_protocol(url)
 
 
@@ -137,7 +148,8 @@ class FsspecFiles:
     def __init__(self, url: str, root: str) -> None:
         self._is_google = protocol_of(url) in GCS_PROTOCOLS
         self.can_create_exclusively = self._is_google or protocol_of(url) == "memory"
-        self.identity = f"{protocol_of(url)}://{root.split('/')[0]}"
+        host = fsspec.get_filesystem_class(protocol_of(url))._get_kwargs_from_urls(url)
+        self.identity = f"{protocol_of(url)}://{root.split('/')[0]} {sorted(host.items(), key=str)}"
         self._url = url
         self._root = root
 
@@ -230,7 +242,7 @@ def info_of(path: str, entry: dict[str, Any]) -> FileInfo:
 def refuse_exclusive(url: str) -> StorageRefusedError:
     """Returns the error for a storage on which two creators of one name might both win."""
     return StorageRefusedError(
-        url,
+        without_secrets(url),
         "create a new name in",
         "this kind of storage cannot tell whether a name is new in the same request that writes it (on S3: "
         "If-None-Match), so two commits at once could lose one. Write the store to S3, Google Cloud Storage "

@@ -29,7 +29,17 @@ ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryE
 # Another attempt would meet the same.
 _FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError")
 # Packages below fsspec, whose errors share no base class.
-_CLIENT_PACKAGES = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "requests", "urllib3")
+_CLIENT_PACKAGES = (
+    "aiohttp",
+    "botocore",
+    "aiobotocore",
+    "ftplib",
+    "gcsfs",
+    "google",
+    "paramiko",
+    "requests",
+    "urllib3",
+)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -19,6 +19,8 @@ from foldfeed.feature_store.retries import retry_policy
 
 S3_PROTOCOLS = ("s3", "s3a")
 GCS_PROTOCOLS = ("gs", "gcs")
+HTTP_PROTOCOLS = ("http", "https")
+_NO_USER = (*S3_PROTOCOLS, *GCS_PROTOCOLS, *HTTP_PROTOCOLS)
 # What must be installed for a kind of URL: package and extra of foldfeed.
 EXTRAS = dict.fromkeys(S3_PROTOCOLS, ("s3fs", "s3")) | dict.fromkeys(GCS_PROTOCOLS, ("gcsfs", "gcs"))
 CONNECT_TIMEOUT_S = 10.0
@@ -30,6 +32,34 @@ def protocol_of(url: str) -> str:
     """Returns the part of a URL before ``://`` in lower case, "" for a local path."""
     head, mark, _ = url.partition("://")
     return head.lower() if mark else ""
+
+
+def without_secrets(url: str) -> str:
+    """Returns a URL as it may be shown: without user and password, and without the query of a web address."""
+    head, mark, rest = url.partition("://")
+    place, slash, path = rest.partition("/")
+    if not mark:
+        return url
+    _, at, host = place.rpartition("@")
+    if head.lower() in HTTP_PROTOCOLS:
+        host, path = (_without_query(text) for text in (host, path))
+    return f"{head}://{'***@' if at else ''}{host}{slash}{path}"
+
+
+def _without_query(text: str) -> str:
+    plain, mark, _ = text.partition("?")
+    return f"{plain}?***" if mark else plain
+
+
+def refuse_credentials(url: str) -> None:
+    """Raises StoreUrlError for a URL with a user or a password where nothing would use them."""
+    if protocol_of(url) in _NO_USER and "@" in url.partition("://")[2].partition("/")[0]:
+        raise StoreUrlError(
+            without_secrets(url),
+            "a user or password in such a URL is never used and ends in logs. S3 takes its keys from "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, Google from GOOGLE_APPLICATION_CREDENTIALS, and a "
+            "web server must let everybody read",
+        )
 
 
 def fsspec_options(url: str) -> dict[str, Any]:

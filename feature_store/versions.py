@@ -12,8 +12,9 @@ import dataclasses
 import re
 
 from foldfeed.feature_store import index_log
+from foldfeed.feature_store.blob_types import is_forbidden
 from foldfeed.feature_store.blobs import Blobs, open_blobs
-from foldfeed.feature_store.errors import CorruptDataError, TagError
+from foldfeed.feature_store.errors import CorruptDataError, StorageError, TagError
 from foldfeed.feature_store.index import Index
 from foldfeed.feature_store.sealed import seal, unseal
 
@@ -147,6 +148,12 @@ def oldest_version(blobs: Blobs) -> int:
     try:
         data = blobs.read(RETENTION_FILE)
     except FileNotFoundError:
+        return 0
+    except StorageError as error:
+        if blobs.can_list or not is_forbidden(error):
+            raise
+        # A web server that denies what is not there. If the file is there, and the version that is asked for
+        # was given up, then its files are missing, and that is said when they are read.
         return 0
     found = unseal(data, RETENTION_FILE).get("oldest_version")
     if not isinstance(found, int):

@@ -25,7 +25,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._send(302, b"", {"Location": moved})
         file = self.server.folder / unquote(self.path).lstrip("/")
         if not file.is_file():
-            return self._send(404, b"not here")
+            return self._send(self.server.absent, b"not here")
         data = file.read_bytes()
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None or not self.server.ranges:
@@ -52,10 +52,14 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def range_server(folder: Path, *, ranges: bool = True) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def range_server(
+    folder: Path, *, ranges: bool = True, absent: int = 404
+) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Yields the URL of a folder and the (growing) list of requests."""
     server = _Server(("127.0.0.1", 0), _Handler)
     server.folder, server.ranges, server.requests = folder, ranges, []
+    # Of files that are not there: 403 is what S3 says where listing is not allowed.
+    server.absent = absent
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

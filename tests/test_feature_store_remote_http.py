@@ -1,6 +1,7 @@
 """A store on a plain web server: read as on a disk, everything else refused."""
 
 import multiprocessing
+import pickle
 import threading
 
 import numpy as np
@@ -230,3 +231,19 @@ def test_threads_and_forked_children_have_connections_of_their_own(local, web):
     for child in children:
         child.join(60)
         assert child.exitcode == 0
+
+
+def test_a_server_that_denies_what_is_not_there(local, tmp_path):
+    """A public bucket whose objects may be read and not listed."""
+    with range_server(tmp_path, absent=403) as (url, _):
+        for version in (None, 0, 4):
+            there = FeatureStore.open(f"{url}/my%20store", version)
+            here = FeatureStore.open(local.url, version)
+            assert (there.version, there.fingerprint) == (here.version, here.fingerprint)
+        # A worker process opens a store by its version.
+        assert pickle.loads(pickle.dumps(there)).ids == here.ids
+        # Where not even the first version can be read nothing is known.
+        with pytest.raises(StorageError, match="the server answered 403"):
+            newest_version(open_blobs(f"{url}/elsewhere"))
+        with pytest.raises(StorageError, match="the server answered 403"):
+            FeatureStore.open(f"{url}/elsewhere")

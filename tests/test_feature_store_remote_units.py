@@ -245,3 +245,63 @@ def test_a_short_read_is_asked_for_again_and_never_used(memory, no_pause, monkey
 def test_errors_travel_between_processes(error):
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+class HostMemory(MemoryFileSystem):
+    """A client that needs to know its host, as those of ftp:// and sftp:// do."""
+
+    protocol = "hostmemory"
+
+    def __init__(self, host, **options):
+        super().__init__(**options)
+        self.store, self.pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).partition("://")[2].partition("/")[2].strip("/")
+
+    @staticmethod
+    def _get_kwargs_from_urls(path):
+        host = path.partition("://")[2].partition("/")[0]
+        return {"host": host} if host else {}
+
+
+def test_a_host_in_the_url_reaches_the_client_and_tells_places_apart():
+    fsspec.register_implementation("hostmemory", HostMemory, clobber=True)
+    here, there = open_blobs("hostmemory://here/x"), open_blobs("hostmemory://there/x")
+    here.write_atomic("file", b"of here")
+    assert open_blobs("hostmemory://here/x").read("file") == b"of here"
+    with pytest.raises(FileNotFoundError):
+        there.read("file")
+    with pytest.raises(StoreUrlError, match=r"its client says: .*host"):
+        open_blobs("hostmemory:///x")
+
+
+# fsspec's own: its client cleans up after a connection that it never had.
+@pytest.mark.filterwarnings("ignore:.*FTPFileSystem.__del__:pytest.PytestUnraisableExceptionWarning")
+def test_a_client_that_cannot_connect_says_so_without_the_password():
+    """Nobody listens on port 1."""
+    with pytest.raises(StorageError, match=r"connect to 'ftp://\*+@127\.0\.0\.1:1/x' failed once") as caught:
+        FeatureStore.open("ftp://user:s3cret@127.0.0.1:1/x")
+    assert "s3cret" not in str(caught.value)
+    with pytest.raises(StoreUrlError, match="host"):
+        FeatureStore.open("ftp:///x")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:s3cret@127.0.0.1:1/st",
+        "https://s3cret@127.0.0.1:1",
+        "http://127.0.0.1:1/st?X-Amz-Signature=s3cret",
+        "http://127.0.0.1:1?s3cret",
+        "s3://key:s3cret@bucket/st",
+        "gs://s3cret@bucket/st",
+    ],
+)
+def test_secrets_in_a_url_are_refused_and_not_shown(url):
+    with pytest.raises(StoreUrlError) as caught:
+        FeatureStore.open(url)
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.url.startswith(url.partition("://")[0])
+    assert "***" in caught.value.url
