@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 
 from foldfeed.feature_store.blobs import open_blobs
+from foldfeed.feature_store.errors import CommitConflictError
 from foldfeed.feature_store.import_layouts import AlignmentImport
 from foldfeed.feature_store.import_sources import Reject
 from foldfeed.feature_store.part_reader import PartReader
@@ -86,7 +87,8 @@ def import_into(
       on_record: called after every source, for a progress bar.
     Raises:
       NotAStoreError, StoreSettingsError: the store cannot be used.
-      CommitConflictError: an id would get a second meaning; nothing is committed.
+      CommitConflictError: an id would get a second meaning, or a record that would be replaced got a
+        structure while the import ran; nothing is committed.
       StorageFullError: no space left; nothing is committed.
     """
     parts: list[str] = []
@@ -114,6 +116,8 @@ def import_into(
     version, added, unchanged, done, job = None, 0, 0, False, ""
     if store is not None:
         job = job_id or _job_id(store, parts, on_existing, structures.before)
+        if on_existing == "replace":
+            _refuse_lost_structures(store, parts, structures.before)
         message = f"import of {num_read} records ({found.layout})"
         result = store.commit(parts, job_id=job, message=message, on_existing=on_existing)
         version, added, unchanged, done = (
@@ -181,6 +185,31 @@ def _with_structure(store: FeatureStore, record_id: str) -> Record | None:
     if position is None or store.index_rows()["structure"][position].as_py() is None:
         return None
     return store.at(position)
+
+
+def _refuse_lost_structures(store: FeatureStore, parts: list[str], kept: Mapping[str, str]) -> None:
+    """Raises when a record that is to be replaced got another structure since the import began.
+
+    An import may take hours, and `foldfeed structures` a part of them. What others commit between this look
+    and the commit a moment later is not seen.
+    """
+    newest = FeatureStore.open(store.url)
+    if newest.version == store.version:
+        return
+    rows, blobs = newest.index_rows(), open_blobs(store.url)
+    for part_id in parts:
+        for row in PartReader(blobs, part_id).index_rows():
+            record_id = row["record_id"]
+            position = newest.find(record_id)
+            brings_one = row["structure"] is not None and record_id not in kept
+            if position is None or brings_one or rows["structure"][position].as_py() is None:
+                continue
+            if record_id in store and store[record_id].fingerprint == newest.at(position).fingerprint:
+                continue
+            raise CommitConflictError(
+                f"record {record_id!r} got a structure while this import ran, and replacing the record would "
+                "drop it; nothing is committed. Run the import again: it keeps the structure"
+            )
 
 
 def _job_id(store: FeatureStore, parts: list[str], on_existing: str, before: Mapping[str, str]) -> str:
