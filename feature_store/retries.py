@@ -13,21 +13,35 @@ import dataclasses
 import errno
 import http.client
 import logging
+import math
 import os
 import random
+import ssl
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from foldfeed.feature_store.errors import StorageError
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 _log = logging.getLogger(__name__)
 
 # Answers, not failures.
 ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 # Another attempt would meet the same.
-_FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError")
+_FINAL_NAMES = (
+    *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"),
+    *("ParamValidationError", "SSLCertVerificationError", "ClientConnectorCertificateError"),
+)
+# S3's words for a request that is wrong in itself. Not all that s3fs calls EINVAL: a body that was cut on its
+# way (IncompleteBody, BadDigest) comes whole the next time.
+_FINAL_CODES = (
+    *("InvalidArgument", "InvalidBucketName", "InvalidLocationConstraint", "InvalidURI"),
+    "AuthorizationHeaderMalformed",
+)
+_FINAL_NUMBERS = (errno.EINVAL, errno.ENOSYS)
+_NOT_IMPLEMENTED = 501
 # Packages below fsspec, whose errors share no base class.
 _CLIENT_PACKAGES = (
     "aiohttp",
@@ -60,12 +74,13 @@ class RetryPolicy:
     longest_pause_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or self.timeout_s <= 0:
+        # Not the other way round: nan compares as neither.
+        if self.attempts < 1 or not 0 < self.timeout_s < math.inf:
             raise ValueError(
-                f"attempts {self.attempts} must be at least 1 and timeout_s {self.timeout_s} above 0 "
+                f"attempts {self.attempts} must be at least 1 and timeout_s {self.timeout_s} finite and > 0 "
                 "(FOLDFEED_STORAGE_ATTEMPTS, FOLDFEED_STORAGE_TIMEOUT_S)"
             )
-        if not 0 <= self.first_pause_s <= self.longest_pause_s:
+        if not 0 <= self.first_pause_s <= self.longest_pause_s < math.inf:
             raise ValueError(
                 f"first_pause_s {self.first_pause_s} must be within 0..{self.longest_pause_s} "
                 "(FOLDFEED_STORAGE_PAUSE_S)"
@@ -90,10 +105,21 @@ def retry_policy() -> RetryPolicy:
     """
     default = RetryPolicy()
     return RetryPolicy(
-        attempts=int(os.environ.get("FOLDFEED_STORAGE_ATTEMPTS") or default.attempts),
-        timeout_s=float(os.environ.get("FOLDFEED_STORAGE_TIMEOUT_S") or default.timeout_s),
-        first_pause_s=float(os.environ.get("FOLDFEED_STORAGE_PAUSE_S") or default.first_pause_s),
+        attempts=_from_environment("FOLDFEED_STORAGE_ATTEMPTS", int, default.attempts),
+        timeout_s=_from_environment("FOLDFEED_STORAGE_TIMEOUT_S", float, default.timeout_s),
+        first_pause_s=_from_environment("FOLDFEED_STORAGE_PAUSE_S", float, default.first_pause_s),
     )
+
+
+def _from_environment(name: str, kind: Callable[[str], N], default: N) -> N:
+    text = os.environ.get(name)
+    if not text:
+        return default
+    try:
+        return kind(text)
+    except ValueError as error:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} is {text!r}, not {what}; set one, or unset it for {default}") from error
 
 
 def retrying(call: Callable[[], T], operation: str, url: str) -> T:
@@ -133,7 +159,31 @@ def is_storage_failure(error: Exception) -> bool:
 
 
 def _is_final(error: Exception) -> bool:
-    return isinstance(error, PermissionError) or type(error).__name__ in _FINAL_NAMES
+    if isinstance(error, (PermissionError, ssl.SSLCertVerificationError)) or is_not_implemented(error):
+        return True
+    answer = _answer_of(error)
+    if answer is not None:
+        return answer.get("Error", {}).get("Code") in _FINAL_CODES
+    if isinstance(error, OSError) and error.errno in _FINAL_NUMBERS:
+        return True
+    # Clients of fsspec put their own error in front of the one that says why.
+    return any(type(one).__name__ in _FINAL_NAMES for one in (error, error.__cause__))
+
+
+def is_not_implemented(error: BaseException) -> bool:
+    """Returns whether a server says that it has no such operation (501 or NotImplemented)."""
+    answer = _answer_of(error) or {}
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status == _NOT_IMPLEMENTED or answer.get("Error", {}).get("Code") == "NotImplemented"
+
+
+def _answer_of(error: BaseException) -> dict[str, Any] | None:
+    """Returns what S3 answered, where an error of botocore, or one that s3fs made of it, holds that."""
+    for one in (error, error.__cause__):
+        answer = getattr(one, "response", None)
+        if isinstance(answer, dict):
+            return answer
+    return None
 
 
 def describe(error: BaseException) -> str:

@@ -18,6 +18,7 @@ import fsspec.asyn
 from foldfeed.feature_store.blob_types import FileInfo
 from foldfeed.feature_store.errors import StoreUrlError
 from foldfeed.feature_store.remote_files import Fetched, file_system, info_of
+from foldfeed.feature_store.retries import is_not_implemented
 from foldfeed.feature_store.storage_options import fsspec_options
 
 # Larger files are uploaded in pieces of this size, so that a cut costs a piece and not the file.
@@ -144,10 +145,16 @@ class S3Files:
 
     def uploads(self) -> list[FileInfo]:
         skip = len(self._folder(""))
-        found = []
+        found: list[FileInfo] = []
         after: dict[str, str] = {}
         while True:
-            page = self._call("list_multipart_uploads", Prefix=self._folder(""), **after)
+            try:
+                page = self._call("list_multipart_uploads", Prefix=self._folder(""), **after)
+            except Exception as error:
+                if not is_not_implemented(error):
+                    raise
+                # A server that cannot list them: none are known, and all else of `gc` goes on.
+                return found
             for entry in page.get("Uploads", []):
                 path = f"{entry['Key'][skip:]} (upload {entry['UploadId']})"
                 found.append(info_of(path, {"LastModified": entry["Initiated"]}))

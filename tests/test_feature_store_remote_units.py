@@ -1,8 +1,13 @@
 """Storage behind URLs without a server: options, retries, storages that are not safe to write to."""
 
 import dataclasses
+import errno
+import http.server
 import pickle
+import ssl
+import threading
 import uuid
+from importlib.util import find_spec
 
 import fsspec
 import numpy as np
@@ -204,9 +209,99 @@ def test_an_impossible_policy_is_refused(monkeypatch):
     for values in ({"attempts": 0}, {"timeout_s": 0.0}, {"first_pause_s": 9.0}, {"first_pause_s": -1.0}):
         with pytest.raises(ValueError, match="FOLDFEED_STORAGE_"):
             dataclasses.replace(RetryPolicy(), **values)
-    monkeypatch.setenv("FOLDFEED_STORAGE_ATTEMPTS", "many")
-    with pytest.raises(ValueError, match="many"):
-        retries.retry_policy()
+    for name in ("ATTEMPTS", "TIMEOUT_S", "PAUSE_S"):
+        for text in ("many", "nan", "inf", "-1"):
+            with monkeypatch.context() as patch:
+                patch.setenv(f"FOLDFEED_STORAGE_{name}", text)
+                with pytest.raises(ValueError, match=rf"FOLDFEED_STORAGE_{name}\b") as caught:
+                    retries.retry_policy()
+                assert text in str(caught.value)
+
+
+class ParamValidationError(Exception):
+    """As botocore's, which is an extra."""
+
+    __module__ = "botocore.exceptions"
+
+
+def answered(code: str, status: int) -> OSError:
+    """What s3fs makes of an answer of S3."""
+    error, cause = OSError(errno.EINVAL, code), Exception()
+    cause.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error.__cause__ = cause
+    return error
+
+
+def test_a_body_that_was_cut_is_sent_again(no_pause, monkeypatch):
+    """s3fs calls it an invalid argument."""
+    monkeypatch.setenv("FOLDFEED_STORAGE_ATTEMPTS", "3")
+    answers = [answered("IncompleteBody", 400), answered("BadDigest", 400)]
+
+    def call():
+        if answers:
+            raise answers.pop()
+        return "done"
+
+    assert retrying(call, "write", "s3://b/x") == "done"
+
+
+@pytest.mark.skipif(find_spec("s3fs") is None, reason="s3fs (extra s3) is not installed")
+def test_a_server_that_cannot_list_unfinished_uploads_has_none_that_are_known(aws):
+    status, code = 501, "NotImplemented"
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 30
+
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            body = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
+            self.send_response_only(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        aws(ACCESS_KEY_ID="k", SECRET_ACCESS_KEY="s", DEFAULT_REGION="eu-1")
+        aws(ENDPOINT_URL=f"http://127.0.0.1:{server.server_address[1]}")
+        blobs = open_blobs("s3://b/x")
+        assert blobs.unfinished_uploads() == ()
+        status, code = 403, "AccessDenied"
+        with pytest.raises(StorageError, match="AccessDenied"):
+            blobs.unfinished_uploads()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ParamValidationError("Invalid bucket name"),
+        OSError(errno.EINVAL, "Invalid argument"),
+        ssl.SSLCertVerificationError(1, "certificate verify failed"),
+        answered("NotImplemented", 501),
+        answered("InvalidBucketName", 400),
+        PermissionError("denied"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_no_attempt_can_mend_is_said_at_once(no_pause, error):
+    calls = []
+
+    def call():
+        calls.append(1)
+        raise error
+
+    with pytest.raises(StorageError, match="failed once"):
+        retrying(call, "read", "s3://b/x")
+    assert (len(calls), no_pause) == (1, [])
 
 
 def test_a_short_read_is_asked_for_again_and_never_used(memory, no_pause, monkeypatch):
