@@ -137,6 +137,11 @@ def repair_command(
         click.echo(f"{would}out of sight  {name}")
     if report.rolled_back:
         click.echo(f"{would}rolled back: {message_of(report.rolled_back)}")
+        if not (dry_run or add_missing):
+            click.echo(
+                "what is out of sight is garbage for gc once its grace period is over: run "
+                "repair --add-missing before gc"
+            )
     for name in report.added:
         click.echo(f"{would}added  {name}")
     if report.index_rebuilt:

@@ -1,8 +1,9 @@
 """Takes a store whose newest versions cannot be read back to the last version that can.
 
 Owns finding that version, and the one commit that says so. Invariants: nothing is thrown away (log files of
-later versions are moved aside, index files and parts stay); what becomes invisible is named, as far as
-anything readable still names it; a store whose newest version can be read is never touched.
+later versions are moved aside; index files and parts stay, for `gc`'s grace period at least); what becomes
+invisible is named, as far as anything readable still names it; a store whose newest version can be read is
+never touched.
 
 When: the log file of the newest commit is torn or flipped (delta-rs links it before its data is on the disk,
 so a power cut can do that), or a file of the index that it names is lost.
@@ -21,8 +22,9 @@ import time
 import pyarrow as pa
 
 from foldfeed.feature_store import index_log
-from foldfeed.feature_store.blobs import Blobs
+from foldfeed.feature_store.blobs import TEMPORARY_PREFIX, Blobs
 from foldfeed.feature_store.errors import CommitContentionError, CorruptDataError
+from foldfeed.feature_store.garbage import PARTS_FOLDER, mark_wanted
 from foldfeed.feature_store.index_files import INDEX_FOLDER, read_checked, read_files
 from foldfeed.feature_store.index_log import Commit, CommitNote
 from foldfeed.feature_store.index_table import IndexTable
@@ -31,6 +33,7 @@ from foldfeed.feature_store.versions import lower_oldest_version
 
 OPERATION = "rollback"
 _KEYS = pa.schema([INDEX_SCHEMA.field(name) for name in ("record_id", "fingerprint")])
+_PARTS = pa.schema([INDEX_SCHEMA.field("part_id")])
 _LOG_NAME = re.compile(r"(\d{20})\.(json|checkpoint\.parquet)")
 _INDEX_NAME = re.compile(rb"[0-9a-f]{64}\.parquet")
 # A message of the log names this many records in full; the report has all of them.
@@ -94,6 +97,7 @@ def roll_back(blobs: Blobs, dry_run: bool) -> RollBack | None:
         return plan
     # First, so that at no moment the version that is about to be the newest counts as given up.
     lower_oldest_version(blobs, good)
+    _keep_parts(blobs, live)
     _set_aside(blobs, plan.set_aside)
     return dataclasses.replace(plan, new_version=_commit(blobs, plan))
 
@@ -158,6 +162,17 @@ def _what_is_lost(blobs: Blobs, live: set[str], bad: range) -> tuple[tuple[str, 
         pairs = zip(rows["record_id"].to_pylist(), rows["fingerprint"].to_pylist(), strict=True)
         lost.update(name for name, fingerprint in pairs if before.get(name) != fingerprint)
     return tuple(sorted(lost)), tuple(unreadable)
+
+
+def _keep_parts(blobs: Blobs, live: set[str]) -> None:
+    """Restarts the grace period of the parts that the good version does not name.
+
+    Those of the lost records are garbage for `gc` from now on, and their files may be old. Which they are
+    cannot be known where an index file is unreadable, so all such parts get the time that a new one gets.
+    """
+    named = set(read_files(blobs, sorted(live), _PARTS)["part_id"].to_pylist())
+    there = [name for name in blobs.list(PARTS_FOLDER) if not name.startswith(TEMPORARY_PREFIX)]
+    mark_wanted(blobs.url, [name for name in there if name not in named])
 
 
 def _set_aside(blobs: Blobs, paths: tuple[str, ...]) -> None:

@@ -1,6 +1,8 @@
 """Going back to the last good version: what it takes out of sight is named, and can be brought back."""
 
+import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from foldfeed.feature_store import (
 )
 from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.garbage import collect_garbage
+from foldfeed.feature_store.garbage import DEFAULT_GRACE_S, collect_garbage
 from foldfeed.feature_store.index import Index
 from foldfeed.feature_store.index_log import log_path
 from foldfeed.feature_store.index_table import IndexTable
@@ -258,7 +260,9 @@ def test_the_command_tells_what_goes(store):
     planned = run("--roll-back", "--dry-run")
     assert "would be out of sight  new\n" in planned.stdout
     assert planned.exit_code == 1
+    assert "before gc" not in planned.stdout
     done = run("--roll-back", "--add-missing")
+    assert "before gc" not in done.stdout
     assert "out of sight  r1a\n" in done.stdout
     assert "added  new\n" in done.stdout
     assert done.exit_code == 0
@@ -374,3 +378,18 @@ def test_a_repair_between_the_look_and_the_write_is_noticed(store, monkeypatch):
         commit(writer, ["late"], "job-late")
     assert FeatureStore.open(store.url).version == NEWEST
     assert "late" not in FeatureStore.open(store.url)
+
+
+@pytest.mark.parametrize("damage", ["torn", "data torn"])
+def test_gc_leaves_time_to_bring_lost_records_back(store, damage):
+    """Their parts are old, and nothing names them any more."""
+    old = time.time() - 2 * DEFAULT_GRACE_S
+    for path in Path(store.url, "parts").rglob("*"):
+        os.utime(path, (old, old))
+    DAMAGES[damage](store)
+    done = CliRunner().invoke(main, ["repair", store.url, "--roll-back"], catch_exceptions=False)
+    assert "run repair --add-missing before gc" in done.stdout
+    assert "new" not in FeatureStore.open(store.url)
+    assert [item.kind for item in collect_garbage(store.url).removed if item.kind == "part"] == []
+    assert repair(store.url, add_missing=True).added == ("new",)
+    assert FeatureStore.open(store.url)["new"].msa().shape == (3, 18)
