@@ -200,9 +200,9 @@ def newest_version(blobs: Blobs) -> int | None:
 def _newest_by_asking(blobs: Blobs) -> int | None:
     """Finds the newest version where files cannot be listed.
 
-    Versions have no gaps, and none of their files is ever removed: one that is there has all before it. Where
-    version 0 may be read all may, so a later one that is denied is not there: S3 answers so if listing is not
-    allowed.
+    Versions have no gaps, and only `repair` ever removes files of theirs, the newest first: one that is there
+    has all before it. Where version 0 may be read all may, so a later one that is denied is not there: S3
+    answers so if listing is not allowed.
     """
 
     def there(version: int) -> bool:

@@ -212,7 +212,9 @@ class FsspecFiles:
                 continue
 
     def touch(self, path: str) -> None:
-        # Object stores date an object by its last PUT; only small files are ever touched.
+        # Object stores date an object by its last PUT; only small files are ever touched. Between the two
+        # requests `gc` may remove the part that the file belongs to, and then the file comes back alone: a part
+        # without its arrays, which readers and `verify` report. The window is one request long; S3Files has none.
         self.files.pipe_file(self.at(path), self.files.cat_file(self.at(path)))
 
     def uploads(self) -> list[FileInfo]:

@@ -77,9 +77,11 @@ def _is_licence(key: str) -> bool:
 
 def _licence_of(fact: Mapping[str, str], database: str) -> str:
     """Returns the licence of a database in a record: its own, or else the record's."""
+    # As `_is_licence`: whatever the case. Of keys that differ in nothing else the plain one is meant.
+    found = {key.lower(): value for key, value in sorted(fact.items())}
     for key in (*(f"{word}.{database}" for word in LICENCE_KEYS), *LICENCE_KEYS):
-        if key in fact:
-            return fact[key]
+        if key in fact or key.lower() in found:
+            return fact.get(key, found.get(key.lower(), NOT_GIVEN))
     return NOT_GIVEN
 
 

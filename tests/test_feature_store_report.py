@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from records import make_record
 
-from foldfeed.feature_store import CorruptDataError, FeatureStore, NotAStoreError, write_part
+from foldfeed.feature_store import CorruptDataError, FeatureStore, NotAStoreError, report_data, write_part
 from foldfeed.feature_store.cli import main
 from foldfeed.feature_store.markup import VOID, tag
 from foldfeed.feature_store.report import ReportOptions, make_report
@@ -340,3 +340,14 @@ def test_a_real_browser_shows_the_page(page, tmp_path):
     assert all(pixels[top : top + 500].std() > 0.02 for top in range(0, 3000, 500))
     assert "Refused to" not in done.stderr
     assert binascii.crc32(shot.read_bytes())
+
+
+def test_the_case_of_a_licence_s_key_does_not_matter():
+    """A fact that counts as a licence is found as one."""
+    fact = {"Licence": "MIT", "License.MGnify": "CC0"}
+    assert all(map(report_data._is_licence, fact))
+    assert report_data._licence_of(fact, "mgnify") == report_data._licence_of(fact, "MGnify") == "CC0"
+    assert report_data._licence_of(fact, "uniref90") == "MIT"
+    assert report_data._licence_of({}, "uniref90") == report_data.NOT_GIVEN
+    # Two that differ in nothing but case: the plain one is meant.
+    assert report_data._licence_of({"LICENCE": "A", "licence": "B", "Licence": "C"}, "x") == "B"
