@@ -213,8 +213,8 @@ class FsspecFiles:
 
     def touch(self, path: str) -> None:
         # Object stores date an object by its last PUT; only small files are ever touched. Between the two
-        # requests `gc` may remove the part that the file belongs to, and then the file comes back alone: a part
-        # without its arrays, which readers and `verify` report. The window is one request long; S3Files has none.
+        # requests `gc` may remove the part that the file belongs to, and then the file comes back alone: a
+        # part without its arrays, which readers and `verify` report. S3Files has no such window.
         self.files.pipe_file(self.at(path), self.files.cat_file(self.at(path)))
 
     def uploads(self) -> list[FileInfo]:
