@@ -93,7 +93,10 @@ class FeatureStore(RecordSource["Record"]):
         """
         blobs = open_blobs(url)
         if not blobs.exists(SETTINGS_FILE):
-            _refuse_foreign(blobs.url, blobs.list("") if blobs.exists("") else [], os.path.isfile(blobs.url))
+            names = blobs.list("") if blobs.exists("") else []
+            # Asked once more after the look: another creator may have begun in between.
+            if not blobs.exists(SETTINGS_FILE):
+                _refuse_foreign(blobs.url, names, os.path.isfile(blobs.url))
             blobs.create_exclusive(SETTINGS_FILE, (settings or StoreSettings()).to_json())
         data = blobs.read(SETTINGS_FILE)
         found = StoreSettings.from_json(data, blobs.url)

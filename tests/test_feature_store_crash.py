@@ -23,7 +23,9 @@ def test_a_kill_at_any_step_leaves_the_store_as_before_or_as_after(killer, tmp_p
     chosen = {1 + case.steps * number // NUM_STEPS for number in range(NUM_STEPS)}
     chosen |= set(range(max(1, case.steps - 4), case.steps + 1))
     seen = {case.kill(step=step, torn=step % 2 == 1) for step in sorted(chosen)}
-    assert seen <= {"before", "after"}
+    # The threads of a copy race for the making of folders, so one run has some steps less than another, and a
+    # kill at its last steps may find it done.
+    assert seen <= {"before", "after", *(["done"] if name == "copy" else [])}
     if name not in ("create", "gc"):
         assert "before" in seen
 

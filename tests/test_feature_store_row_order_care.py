@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from records import make_record
 
-from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
+from foldfeed.feature_store import FeatureStore, StoreSettings, StoreSettingsError, write_part
 from foldfeed.feature_store.cli import main
 from foldfeed.feature_store.compact import compact
 from foldfeed.feature_store.copy_store import copy_store
@@ -68,13 +68,14 @@ def test_a_lost_index_and_lost_settings_come_back_with_the_order(store):
     assert_whole(store.url)
 
 
-def test_a_part_of_the_other_order_is_seen(store, tmp_path):
-    """Equal records in rank order: the part's settings say which order it has."""
+def test_a_part_of_the_other_order_is_refused(store, tmp_path):
+    """Readers go by the order that the store's settings say."""
     other = FeatureStore.create(tmp_path / "rank", StoreSettings(tile_rows=16, tile_cols=8))
     part = write_part(other.url, [make_record("r9", 50, 9)], other.settings)
     shutil.copytree(Path(other.url, "parts", part.part_id), Path(store.url, "parts", part.part_id))
-    store.commit([part.part_id], job_id="mixed")
-    np.testing.assert_array_equal(FeatureStore.open(store.url)["r9"].msa(), make_record("r9", 50, 9).msa)
+    with pytest.raises(StoreSettingsError, match="rank"):
+        store.commit([part.part_id], job_id="mixed")
+    assert "r9" not in FeatureStore.open(store.url).ids
 
 
 @pytest.fixture
