@@ -84,26 +84,26 @@ class FoldfeedSlab(Foldfeed):
 class OurArrays(Foldfeed):
     """Our part, read by something else: what that needs to know, prepared outside the measured reads."""
 
-    def open(self, folder: Path) -> None:
-        super().open(folder)
-        self.overflow: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    def prepare(self, records: list[MsaRecord], places: list[Place]) -> None:
+        """Finds the counts above 254 of the records that are going to be read."""
+        by_array: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.overflow = {}
+        for place in places:
+            deletions = records[place.number].deletions
+            found = by_array.get(id(deletions))
+            if found is None:
+                rows, cols = np.nonzero(deletions >= DELETION_OVERFLOW)
+                found = by_array[id(deletions)] = (rows, cols, deletions[rows, cols])
+            self.overflow[place.number] = found
 
     def restore(self, place: Place, deletions: np.ndarray) -> np.ndarray:
-        """Puts counts above 254 where the tiles say 255; the table of them is kept after the first crop."""
-        found = self.overflow.get(place.number)
-        if found is None:
-            found = self.overflow[place.number] = self._overflow_of(place.number)
-        rows, cols, counts = found
+        """Puts counts above 254 where the tiles say 255."""
+        rows, cols, counts = self.overflow[place.number]
         if len(rows):
             inside = (rows >= place.rows.start) & (rows < place.rows.stop)
             inside &= (cols >= place.cols.start) & (cols < place.cols.stop)
             deletions[rows[inside] - place.rows.start, cols[inside] - place.cols.start] = counts[inside]
         return deletions
-
-    def _overflow_of(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        deletions = self.store.at(number).deletions()
-        rows, cols = np.nonzero(deletions >= DELETION_OVERFLOW)
-        return rows, cols, deletions[rows, cols]
 
 
 class Ceiling(OurArrays):
@@ -111,8 +111,11 @@ class Ceiling(OurArrays):
 
     def open(self, folder: Path) -> None:
         super().open(folder)
-        self.plans: dict[tuple[int, ...], list[tuple[Any, ...]]] = {}
         self.decompress = zstandard.ZstdDecompressor().decompress
+
+    def prepare(self, records: list[MsaRecord], places: list[Place]) -> None:
+        super().prepare(records, places)
+        self.plans = {id(place): self.plan(place) for place in places}
 
     def plan(self, place: Place) -> list[tuple[Any, ...]]:
         record = self.store.at(place.number)
@@ -134,13 +137,9 @@ class Ceiling(OurArrays):
         return handles.setdefault(path, handles.get(path) or os.open(path, os.O_RDONLY))
 
     def crop(self, place: Place) -> Arrays:
-        key = place.number, place.rows.start, place.cols.start, place.rows.stop, place.cols.stop
-        steps = self.plans.get(key)
-        if steps is None:
-            steps = self.plans[key] = self.plan(place)
         shape = (place.rows.stop - place.rows.start, place.cols.stop - place.cols.start)
         msa, deletions = np.empty(shape, np.uint8), np.zeros(shape, np.int32)
-        for name, handle, offset, size, box, tile_shape in steps:
+        for name, handle, offset, size, box, tile_shape in self.plans[id(place)]:
             raw = self.decompress(os.pread(handle, size, offset))
             tile = np.frombuffer(raw, np.uint8).reshape(tile_shape)[box.tile_rows, box.tile_cols]
             (msa if name == "msa" else deletions)[box.out_rows, box.out_cols] = tile

