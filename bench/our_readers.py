@@ -17,7 +17,7 @@ import numpy as np
 import zstandard
 
 from foldfeed.feature_store import FeatureStore, MsaRecord, StoreSettings, write_part
-from foldfeed.feature_store.layout import grid_of, plan_crop
+from foldfeed.feature_store.layout import TileBox, grid_of, plan_crop
 from foldfeed.feature_store.schema import DELETION_OVERFLOW
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -96,6 +96,15 @@ class OurArrays(Foldfeed):
                 found = by_array[id(deletions)] = (rows, cols, deletions[rows, cols])
             self.overflow[place.number] = found
 
+    def locate(self, place: Place) -> tuple[str, list[TileBox], Arrays]:
+        """Returns the part of a crop, the tiles that it reads, and fresh arrays for it."""
+        record = self.store.at(place.number)
+        at, part = record._at, record._part
+        grid = grid_of(at.first_tile, at.depth, at.length, part.settings)
+        boxes = plan_crop(grid, (place.cols.start, place.cols.stop), place.rows)
+        shape = (place.rows.stop - place.rows.start, place.cols.stop - place.cols.start)
+        return part.part_id, boxes, (np.empty(shape, np.uint8), np.empty(shape, np.int32))
+
     def restore(self, place: Place, deletions: np.ndarray) -> np.ndarray:
         """Puts counts above 254 where the tiles say 255."""
         rows, cols, counts = self.overflow[place.number]
@@ -170,14 +179,9 @@ class ZarrPython(OurArrays):
         pass
 
     def crop(self, place: Place) -> Arrays:
-        record = self.store.at(place.number)
-        at, part = record._at, record._part
-        grid = grid_of(at.first_tile, at.depth, at.length, part.settings)
-        boxes = plan_crop(grid, (place.cols.start, place.cols.stop), place.rows)
-        shape = (place.rows.stop - place.rows.start, place.cols.stop - place.cols.start)
-        out = (np.empty(shape, np.uint8), np.empty(shape, np.int32))
+        part_id, boxes, out = self.locate(place)
         numbers = [box.tile for box in boxes]
-        for array, values in zip(self.arrays[part.part_id], out, strict=True):
+        for array, values in zip(self.arrays[part_id], out, strict=True):
             tiles = array.oindex[numbers]
             for box, tile in zip(boxes, tiles, strict=True):
                 values[box.out_rows, box.out_cols] = tile[box.tile_rows, box.tile_cols]
@@ -233,13 +237,8 @@ class TensorStore(OurArrays):
         }
 
     def crop(self, place: Place) -> Arrays:
-        record = self.store.at(place.number)
-        at, part = record._at, record._part
-        grid = grid_of(at.first_tile, at.depth, at.length, part.settings)
-        boxes = plan_crop(grid, (place.cols.start, place.cols.stop), place.rows)
-        shape = (place.rows.stop - place.rows.start, place.cols.stop - place.cols.start)
-        out = (np.empty(shape, np.uint8), np.empty(shape, np.int32))
-        reads = [[(box, tensor[box.tile].read()) for box in boxes] for tensor in self.tensors[part.part_id]]
+        part_id, boxes, out = self.locate(place)
+        reads = [[(box, tensor[box.tile].read()) for box in boxes] for tensor in self.tensors[part_id]]
         for values, read in zip(out, reads, strict=True):
             for box, future in read:
                 values[box.out_rows, box.out_cols] = future.result()[box.tile_rows, box.tile_cols]

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import make_record
+from sql_conditions import conditions
 
 from foldfeed.feature_store import (
     CorruptDataError,
@@ -176,15 +177,7 @@ TERMS = [
 
 @settings(max_examples=60, deadline=None)
 @given(
-    condition=st.recursive(
-        st.sampled_from(TERMS),
-        lambda inner: st.one_of(
-            st.builds("({} and {})".format, inner, inner),
-            st.builds("({} or {})".format, inner, inner),
-            st.builds("(not {})".format, inner),
-        ),
-        max_leaves=5,
-    ),
+    condition=conditions(TERMS),
     source=st.sampled_from(["rows r", "rows r join records using (record_id)", "(from rows) r"]),
 )
 def test_any_condition_gives_the_answer_of_the_whole_table(condition, source):

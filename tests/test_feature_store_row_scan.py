@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import make_record
+from sql_conditions import conditions
 
 from foldfeed.feature_store import CorruptDataError, FeatureStore, QueryError, row_scan, source, write_part
 from foldfeed.feature_store.blobs import open_blobs
@@ -181,15 +182,7 @@ TERMS = [
 
 @settings(max_examples=60, deadline=None)
 @given(
-    condition=st.recursive(
-        st.sampled_from(TERMS),
-        lambda inner: st.one_of(
-            st.builds("({} and {})".format, inner, inner),
-            st.builds("({} or {})".format, inner, inner),
-            st.builds("(not {})".format, inner),
-        ),
-        max_leaves=5,
-    ),
+    condition=conditions(TERMS),
     columns=st.lists(st.sampled_from(ROWS_SCHEMA.names), min_size=1, unique=True),
 )
 def test_any_condition_gives_the_answer_of_the_whole_table(store, everything, condition, columns):
