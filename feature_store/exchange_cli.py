@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -50,6 +51,24 @@ from foldfeed.feature_store.store import FeatureStore, Record
 HELP = {"help_option_names": ["-h", "--help"]}
 # Rejects printed on the terminal; --rejects writes all of them.
 MAX_SHOWN_REJECTS = 20
+
+
+def commit_options(failure: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds ``--job-id``, ``--rejects`` and ``--fail-on-rejects`` to a command that commits what it was given.
+
+    Args:
+      failure: what ``--fail-on-rejects`` ends with 1 for, in words.
+    """
+    job = click.option("--job-id", metavar="ID", help="Names the commit. [default: made from the content]")
+    rejects = click.option(
+        "--rejects",
+        "rejects_file",
+        metavar="FILE",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Write all rejects there, one JSON object per line.",
+    )
+    fail = click.option("--fail-on-rejects", is_flag=True, help=f"Exit with 1 if {failure}.")
+    return lambda command: job(rejects(fail(command)))
 
 
 @click.command(context_settings=HELP)
@@ -132,15 +151,7 @@ MAX_SHOWN_REJECTS = 20
     help="Letter of modified residues in mmCIF: of the residue they were made from, or X. MSE is M in both.",
 )
 @click.option("--model", type=click.IntRange(min=0), help="Model of mmCIF entries. [default: the first]")
-@click.option("--job-id", metavar="ID", help="Names the commit. [default: made from the content]")
-@click.option(
-    "--rejects",
-    "rejects_file",
-    metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write all rejects there, one JSON object per line.",
-)
-@click.option("--fail-on-rejects", is_flag=True, help="Exit with 1 if anything could not be imported.")
+@commit_options("anything could not be imported")
 @click.pass_context
 def ingest(
     ctx: click.Context,
@@ -207,9 +218,7 @@ def ingest(
     if found.left_out:
         names = ", ".join(f"{name} of {number} records" for name, number in found.left_out.items())
         click.echo(f"left out   {names}: made for pairing chains (--paired takes them)")
-    if rejects_file is not None:
-        lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in report.rejects]
-        write_file(rejects_file, "".join(lines).encode())
+    save_rejects(rejects_file, report.rejects)
     if report.rejects and (fail_on_rejects or not report.num_read):
         ctx.exit(1)
 
@@ -372,6 +381,13 @@ def _print_report(report: ImportReport, store: str) -> None:
             f"now: {names}"
         )
     print_rejects(report.rejects)
+
+
+def save_rejects(path: Path | None, rejects: tuple[Reject, ...]) -> None:
+    """Writes what was refused to the file of ``--rejects``, when one was asked for."""
+    if path is not None:
+        lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in rejects]
+        write_file(path, "".join(lines).encode())
 
 
 def print_rejects(rejects: tuple[Reject, ...]) -> None:

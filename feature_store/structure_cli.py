@@ -7,15 +7,12 @@ Owns words and exit codes: 0 done (single rejects are reported and do not change
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 
 import click
 
 from foldfeed.feature_store.care_cli import bars
-from foldfeed.feature_store.exchange_cli import HELP, print_rejects
-from foldfeed.feature_store.export_write import write_file
+from foldfeed.feature_store.exchange_cli import HELP, commit_options, print_rejects, save_rejects
 from foldfeed.feature_store.import_mmcif import DEFAULT_MAX_BYTES
 from foldfeed.feature_store.import_mmcif_attach import BY, AttachOptions, AttachReport, attach_structures
 from foldfeed.feature_store.import_mmcif_sequence import MODIFIED
@@ -62,15 +59,7 @@ from foldfeed.feature_store.index import ON_EXISTING
     metavar="N",
     help="Largest file, decompressed.",
 )
-@click.option("--job-id", metavar="ID", help="Names the commit. [default: made from the content]")
-@click.option(
-    "--rejects",
-    "rejects_file",
-    metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write all rejects there, one JSON object per line.",
-)
-@click.option("--fail-on-rejects", is_flag=True, help="Exit with 1 if anything was refused.")
+@commit_options("anything was refused")
 @click.pass_context
 def structures_command(
     ctx: click.Context,
@@ -101,9 +90,7 @@ def structures_command(
     with bars() as progress:
         report = attach_structures(store, source, options, job_id=job_id, progress=progress)
     _print(report, store)
-    if rejects_file is not None:
-        lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in report.rejects]
-        write_file(rejects_file, "".join(lines).encode())
+    save_rejects(rejects_file, report.rejects)
     if not report.num_matched or (report.rejects and fail_on_rejects):
         ctx.exit(1)
 
