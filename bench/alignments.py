@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from foldfeed.feature_store import DatabaseUse, MsaRecord, RowProvenance, alphabet
-from foldfeed.feature_store.a3m import parse_a3m
+from foldfeed.feature_store import DatabaseUse, MsaRecord, RowProvenance
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.parsers.a3m import parse_a3m
 
 ROOT = Path(__file__).parents[1]
 

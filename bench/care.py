@@ -32,12 +32,13 @@ import numpy as np
 import pyarrow as pa
 import rows
 
-from foldfeed.feature_store import DatabaseUse, FeatureStore, MsaRecord, RowProvenance, alphabet, write_part
-from foldfeed.feature_store.compact import compact
-from foldfeed.feature_store.copy_store import copy_store
-from foldfeed.feature_store.index import Index
-from foldfeed.feature_store.schema import INDEX_SCHEMA
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store import DatabaseUse, FeatureStore, MsaRecord, RowProvenance, write_part
+from foldfeed.feature_store.care.compact import compact
+from foldfeed.feature_store.care.copy import copy_store
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.schema import INDEX_SCHEMA
+from foldfeed.feature_store.index.transactions import Index
 
 OUTPUT = Path(__file__).parent / "results" / "care.jsonl"
 RECORDS_PER_PART = 105

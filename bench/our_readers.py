@@ -17,8 +17,8 @@ import numpy as np
 import zstandard
 
 from foldfeed.feature_store import FeatureStore, MsaRecord, StoreSettings, write_part
-from foldfeed.feature_store.layout import TileBox, grid_of, plan_crop
-from foldfeed.feature_store.schema import DELETION_OVERFLOW
+from foldfeed.feature_store.format.grid import TileBox, grid_of, plan_crop
+from foldfeed.feature_store.format.schema import DELETION_OVERFLOW
 
 Arrays = tuple[np.ndarray, np.ndarray]
 

@@ -32,8 +32,9 @@ from our_readers import (
     module,
 )
 
-from foldfeed.feature_store import MsaRecord, alphabet
-from foldfeed.feature_store.schema import DELETION_OVERFLOW
+from foldfeed.feature_store import MsaRecord
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.schema import DELETION_OVERFLOW
 
 
 def cut(msa: np.ndarray, deletions: np.ndarray, place: Place) -> Arrays:
@@ -64,7 +65,7 @@ class A3mGz:
         self.files = sorted(folder.iterdir())
 
     def crop(self, place: Place) -> tuple[np.ndarray, np.ndarray]:
-        from foldfeed.feature_store.a3m import parse_a3m
+        from foldfeed.feature_store.parsers.a3m import parse_a3m
 
         parsed = parse_a3m(gzip.decompress(self.files[place.number].read_bytes()))
         return cut(parsed.msa, parsed.deletions, place)

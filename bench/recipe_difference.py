@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from rows import emit
 
-from foldfeed.feature_store import Slab, alphabet
+from foldfeed.feature_store import Slab
+from foldfeed.feature_store.format import alphabet
 from foldfeed.loader import CropLoader, Recipe, clusters
 from foldfeed.loader.featurise import replace_masked
 from foldfeed.loader.fetch import fetch

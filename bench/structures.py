@@ -26,8 +26,8 @@ import numpy as np
 import rows
 
 from foldfeed.feature_store import FeatureStore, import_into, read_mmcif
-from foldfeed.feature_store.import_layouts import AlignmentImport
-from foldfeed.feature_store.structure import ATOM_NAMES
+from foldfeed.feature_store.format.structure import ATOM_NAMES
+from foldfeed.feature_store.importers.layouts import AlignmentImport
 
 ROUNDS = 5
 SLOT = {name: slot for slot, name in enumerate(ATOM_NAMES)}

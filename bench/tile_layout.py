@@ -23,9 +23,10 @@ import rows
 import zstandard
 from remote_reads import Late
 
-from foldfeed.feature_store import FeatureStore, MsaRecord, StoredRun, StoreSettings, alphabet, write_part
-from foldfeed.feature_store.layout import RecordGrid, plan_crop, plan_run
-from foldfeed.feature_store.permutation import KeyedPermutation
+from foldfeed.feature_store import FeatureStore, MsaRecord, StoredRun, StoreSettings, write_part
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.grid import RecordGrid, plan_crop, plan_run
+from foldfeed.feature_store.format.permutation import KeyedPermutation
 from foldfeed.loader import CropLoader, Recipe
 from foldfeed.loader.fetch import fetch
 

@@ -3,7 +3,6 @@
 Imports nothing of the other rooms. Needs neither Beam nor torch.
 """
 
-from foldfeed.feature_store.effective_rows import EffectiveRows, measure_effective_rows
 from foldfeed.feature_store.errors import (
     AlignmentParseError,
     CommitConflictError,
@@ -32,26 +31,27 @@ from foldfeed.feature_store.errors import (
     StructureParseError,
     TagError,
 )
-from foldfeed.feature_store.export_write import ExportOptions, export_record
-from foldfeed.feature_store.import_layouts import AlignmentImport
-from foldfeed.feature_store.import_mmcif import MmcifChain, MmcifEntry, load_mmcif, read_mmcif
-from foldfeed.feature_store.import_mmcif_attach import AttachOptions, attach_structures
-from foldfeed.feature_store.import_rows import ImportOptions
-from foldfeed.feature_store.import_write import import_into
-from foldfeed.feature_store.index import CommitResult
-from foldfeed.feature_store.index_log import LogEntry
-from foldfeed.feature_store.layout import StoredRun
-from foldfeed.feature_store.many_crops import CropRequest
-from foldfeed.feature_store.record import DatabaseUse, MsaRecord, RowProvenance
-from foldfeed.feature_store.record_reader import Record
-from foldfeed.feature_store.record_sets import RecordSet
-from foldfeed.feature_store.settings import StoreSettings
-from foldfeed.feature_store.source import RecordSource, StoreView
-from foldfeed.feature_store.splits import Split
-from foldfeed.feature_store.store import FeatureStore
-from foldfeed.feature_store.structure import Structure
-from foldfeed.feature_store.tile_reader import Crop, CropPlan, Slab
-from foldfeed.feature_store.writer import WrittenPart, write_part
+from foldfeed.feature_store.exporters.formats import ExportOptions, export_record
+from foldfeed.feature_store.format.effective_rows import EffectiveRows, measure_effective_rows
+from foldfeed.feature_store.format.grid import StoredRun
+from foldfeed.feature_store.format.record import DatabaseUse, MsaRecord, RowProvenance
+from foldfeed.feature_store.format.settings import StoreSettings
+from foldfeed.feature_store.format.structure import Structure
+from foldfeed.feature_store.importers.attach_structures import AttachOptions, attach_structures
+from foldfeed.feature_store.importers.into_store import import_into
+from foldfeed.feature_store.importers.layouts import AlignmentImport
+from foldfeed.feature_store.importers.rows import ImportOptions
+from foldfeed.feature_store.index.log import LogEntry
+from foldfeed.feature_store.index.transactions import CommitResult
+from foldfeed.feature_store.parsers.mmcif.entry import MmcifChain, MmcifEntry, load_mmcif, read_mmcif
+from foldfeed.feature_store.parts.many_crops import CropRequest
+from foldfeed.feature_store.parts.record import Record
+from foldfeed.feature_store.parts.tiles import Crop, CropPlan, Slab
+from foldfeed.feature_store.parts.writer import WrittenPart, write_part
+from foldfeed.feature_store.store.feature_store import FeatureStore
+from foldfeed.feature_store.store.questions import RecordSource, StoreView
+from foldfeed.feature_store.store.record_sets import RecordSet
+from foldfeed.feature_store.store.splits import Split
 
 __all__ = [
     "AlignmentImport",

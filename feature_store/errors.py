@@ -34,6 +34,9 @@ fields, so that callers need not parse text. This module imports nothing of ours
 
 from __future__ import annotations
 
+# The optional dependency of tables and arrays for pandas, polars and xarray.
+ANALYSIS_EXTRA = "analysis"
+
 
 class FoldfeedError(Exception):
     """Base of every error that foldfeed raises on purpose."""

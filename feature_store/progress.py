@@ -1,6 +1,6 @@
 """How long work tells how far it is: a plain function, so that the work knows no terminal.
 
-Owns nothing but the type and the silent one; `care_cli` draws bars.
+Owns nothing but the type and the silent one; `cli.care` draws bars.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from foldfeed.feature_store import alphabet
+from foldfeed.feature_store.format import alphabet
 
 NUM_CLASSES = 23  # 20 residues, X, gap, mask
 # Agreement on a gap or a mask has weight 0, so those two classes are left out.

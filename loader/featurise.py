@@ -23,7 +23,7 @@ import math
 import torch
 from torch.nn import functional
 
-from foldfeed.feature_store import alphabet
+from foldfeed.feature_store.format import alphabet
 from foldfeed.loader import clusters
 from foldfeed.loader.fetch import RawSample
 from foldfeed.loader.plan import FROM_PROFILE, NOT_MASKED, SAME

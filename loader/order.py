@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 
-from foldfeed.feature_store.permutation import KeyedPermutation
+from foldfeed.feature_store.format.permutation import KeyedPermutation
 from foldfeed.loader.errors import LoaderConfigError
 
 

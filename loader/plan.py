@@ -22,9 +22,10 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from foldfeed.feature_store import StoredRun, alphabet
-from foldfeed.feature_store.layout import Rows
-from foldfeed.feature_store.settings import PERMUTED, RANK
+from foldfeed.feature_store import StoredRun
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.grid import Rows
+from foldfeed.feature_store.format.settings import PERMUTED, RANK
 from foldfeed.loader.counter_rng import Purpose, Stream, stream
 from foldfeed.loader.order import SampleAddress
 from foldfeed.loader.recipe import AF2, CROP_FIRST, Recipe

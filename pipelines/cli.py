@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import click
 
-from foldfeed.feature_store.cli_tools import row_order_options
-from foldfeed.feature_store.index import ON_EXISTING
+from foldfeed.feature_store.cli.tools import row_order_options
+from foldfeed.feature_store.index.transactions import ON_EXISTING
 from foldfeed.pipelines.databases import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError, EngineError
 from foldfeed.pipelines.job import (

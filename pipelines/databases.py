@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from foldfeed.feature_store.blobs import Blobs
+from foldfeed.feature_store.storage import Blobs
 from foldfeed.pipelines import hhblits, jackhmmer
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
 

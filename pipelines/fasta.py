@@ -16,7 +16,7 @@ from typing import IO, Any
 import fsspec
 import zstandard
 
-from foldfeed.feature_store.record import MAX_RESIDUES, RECORD_ID
+from foldfeed.feature_store.format.record import MAX_RESIDUES, RECORD_ID
 from foldfeed.pipelines.errors import QueryFileError
 from foldfeed.pipelines.sequences import DeadLetter, QuerySequence
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from foldfeed.feature_store.record import DatabaseUse, MsaRecord
+from foldfeed.feature_store.format.record import DatabaseUse, MsaRecord
 from foldfeed.pipelines.msa import merge, read_hits
 from foldfeed.pipelines.search_tool import SearchResult, SearchTool
 from foldfeed.pipelines.sequences import QuerySequence

@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.errors import MissingExtraError
-from foldfeed.feature_store.index import ON_EXISTING
-from foldfeed.feature_store.record import MAX_RESIDUES
-from foldfeed.feature_store.settings import StoreSettings
-from foldfeed.feature_store.store import FeatureStore, choose_settings
+from foldfeed.feature_store.format.record import MAX_RESIDUES
+from foldfeed.feature_store.format.settings import StoreSettings
+from foldfeed.feature_store.index.transactions import ON_EXISTING
+from foldfeed.feature_store.storage import open_blobs
+from foldfeed.feature_store.store.feature_store import FeatureStore, choose_settings
 from foldfeed.pipelines.databases import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError, NothingCommittedError
 from foldfeed.pipelines.fasta import open_query_file

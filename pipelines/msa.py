@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from foldfeed.feature_store import alphabet
-from foldfeed.feature_store.a3m import ParsedAlignment, parse_a3m
-from foldfeed.feature_store.import_names import species_of
-from foldfeed.feature_store.record import RowProvenance
-from foldfeed.feature_store.stockholm import parse_stockholm
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.record import RowProvenance
+from foldfeed.feature_store.parsers.a3m import ParsedAlignment, parse_a3m
+from foldfeed.feature_store.parsers.hit_names import species_of
+from foldfeed.feature_store.parsers.stockholm import parse_stockholm
 from foldfeed.pipelines.errors import ToolOutputError
 from foldfeed.pipelines.jackhmmer import has_numbered_names
 from foldfeed.pipelines.search_tool import QUERY_NAME, SearchResult

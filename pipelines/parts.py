@@ -13,10 +13,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.errors import AlignmentParseError, InvalidRecordError
-from foldfeed.feature_store.record import MsaRecord
-from foldfeed.feature_store.writer import write_part
+from foldfeed.feature_store.format.record import MsaRecord
+from foldfeed.feature_store.parts.writer import write_part
+from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.errors import AuditError, CorruptResultError, SearchError
 from foldfeed.pipelines.features import build_record
 from foldfeed.pipelines.plan import Plan

@@ -26,7 +26,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from foldfeed.feature_store.blobs import open_blobs
+from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.plan import Plan
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.search import JobContext, failure_folder

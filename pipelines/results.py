@@ -23,7 +23,7 @@ from typing import Any
 
 import zstandard
 
-from foldfeed.feature_store.blobs import open_blobs
+from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.errors import CorruptResultError
 from foldfeed.pipelines.search_tool import SearchResult, ToolIdentity
 from foldfeed.pipelines.subprocess_runner import Usage

@@ -12,9 +12,9 @@ import json
 import socket
 from typing import Literal
 
-from foldfeed.feature_store.blobs import open_blobs
 from foldfeed.feature_store.errors import AlignmentParseError
-from foldfeed.feature_store.settings import StoreSettings
+from foldfeed.feature_store.format.settings import StoreSettings
+from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.errors import SearchError, ToolFailedError, ToolTimeoutError
 from foldfeed.pipelines.features import SearchedDatabase
 from foldfeed.pipelines.msa import read_hits

@@ -26,8 +26,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from foldfeed.feature_store.blobs import disk_full_is_typed
 from foldfeed.feature_store.errors import StorageFullError
+from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines.errors import CancelledError, ToolFailedError, ToolTimeoutError
 
 # What is kept of a program's messages: enough for its last words, little enough for a receipt.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from foldfeed.feature_store.blobs import Blobs
+from foldfeed.feature_store.storage import Blobs
 from foldfeed.pipelines import jackhmmer
 from foldfeed.pipelines.databases import DatabaseSpec, database_digest, in_merge_order
 from foldfeed.pipelines.features import SearchedDatabase

@@ -14,7 +14,7 @@ from pathlib import Path
 from records import make_record
 
 from foldfeed.feature_store import CommitConflictError, FeatureStore, RecordNotFoundError, write_part
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store.care.verify import verify
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from crash_harness import Server, bytes_of_parts, files_of
 
 from foldfeed.feature_store import FeatureStore, NotAStoreError
-from foldfeed.feature_store.garbage import collect_garbage
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store.care.garbage import collect_garbage
+from foldfeed.feature_store.care.verify import verify
 
 # What has happened in the store before the scenario that is interrupted.
 BEFORE = {

@@ -94,12 +94,12 @@ def scenarios() -> dict:
         attach_structures,
         write_part,
     )
-    from foldfeed.feature_store.compact import compact
-    from foldfeed.feature_store.copy_store import copy_store
-    from foldfeed.feature_store.export_mmcif import to_mmcif
-    from foldfeed.feature_store.export_rows import rows_of_msa
-    from foldfeed.feature_store.garbage import collect_garbage
-    from foldfeed.feature_store.versions import set_tag
+    from foldfeed.feature_store.care.compact import compact
+    from foldfeed.feature_store.care.copy import copy_store
+    from foldfeed.feature_store.care.garbage import collect_garbage
+    from foldfeed.feature_store.exporters.mmcif import to_mmcif
+    from foldfeed.feature_store.exporters.rows import rows_of_msa
+    from foldfeed.feature_store.index.tags import set_tag
 
     settings = StoreSettings(tile_rows=8, tile_cols=8)
 

@@ -16,9 +16,9 @@ from deltalake import DeltaTable
 from records import make_record
 
 from foldfeed.feature_store import FeatureStore, FoldfeedError, StoreSettings, write_part
-from foldfeed.feature_store.blobs import open_blobs
-from foldfeed.feature_store.verify import verify
-from foldfeed.feature_store.versions import list_tags, set_oldest_version, set_tag
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.index.tags import list_tags, set_oldest_version, set_tag
+from foldfeed.feature_store.storage import open_blobs
 
 VERSIONS_READ = (None, "paper", 4)
 

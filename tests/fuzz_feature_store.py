@@ -36,8 +36,8 @@ from pathlib import Path
 from fuzz_inputs import SMALL_A3M, Target, mutate, targets
 
 from foldfeed.feature_store import FoldfeedError
-from foldfeed.feature_store.import_layouts import AlignmentImport
-from foldfeed.feature_store.import_rows import ImportOptions
+from foldfeed.feature_store.importers.layouts import AlignmentImport
+from foldfeed.feature_store.importers.rows import ImportOptions
 
 LIMIT_S = 10.0
 # What a file may unpack to in a campaign; memory beyond the start may reach MEMORY_BYTES.
@@ -171,8 +171,8 @@ def by_coverage(name: str, seconds: int, keep: Path, data: Path | None) -> None:
             del sys.modules[module]
         global AlignmentImport, ImportOptions, FoldfeedError
         from foldfeed.feature_store.errors import FoldfeedError
-        from foldfeed.feature_store.import_layouts import AlignmentImport
-        from foldfeed.feature_store.import_rows import ImportOptions
+        from foldfeed.feature_store.importers.layouts import AlignmentImport
+        from foldfeed.feature_store.importers.rows import ImportOptions
     target = targets(data)[name]
     corpus = keep / f"corpus-{name}"
     corpus.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,8 @@ import zstandard
 from mmcif_samples import sample
 from records import make_record
 
-from foldfeed.feature_store.export_rows import rows_of_msa
-from foldfeed.feature_store.export_write import ExportOptions, render
+from foldfeed.feature_store.exporters.formats import ExportOptions, render
+from foldfeed.feature_store.exporters.rows import rows_of_msa
 
 SEED_BYTES = 40_000
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from foldfeed.feature_store import alphabet
-from foldfeed.feature_store.import_layouts import AlignmentImport
-from foldfeed.feature_store.import_rows import ImportOptions
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.importers.layouts import AlignmentImport
+from foldfeed.feature_store.importers.rows import ImportOptions
 
 UNIREF90 = """# STOCKHOLM 1.0
 #=GF ID query-i1

@@ -1,6 +1,6 @@
 """mmCIF texts for tests: a small model of an entry, its text by gemmi, and its structure by plain loops.
 
-The loops are a second writing of the rules in `foldfeed.feature_store.import_mmcif`, residue by residue.
+The loops are a second writing of the rules in `foldfeed.feature_store.parsers.mmcif.entry`, by residue.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from foldfeed.feature_store import DatabaseUse, MsaRecord, RowProvenance, Structure, alphabet
-from foldfeed.feature_store.effective_rows import measure_effective_rows
-from foldfeed.feature_store.structure import NO_NUMBER, NUM_ATOMS
+from foldfeed.feature_store import DatabaseUse, MsaRecord, RowProvenance, Structure
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.effective_rows import measure_effective_rows
+from foldfeed.feature_store.format.structure import NO_NUMBER, NUM_ATOMS
 
 
 def make_record(name: str, depth: int, length: int, seed: int = 1, big_deletions: bool = True) -> MsaRecord:

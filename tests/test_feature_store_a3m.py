@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foldfeed.feature_store import AlignmentParseError, alphabet
-from foldfeed.feature_store import a3m as a3m_module
-from foldfeed.feature_store.a3m import parse_a3m
-from foldfeed.feature_store.stockholm import parse_stockholm
+from foldfeed.feature_store import AlignmentParseError
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.parsers import a3m as a3m_module
+from foldfeed.feature_store.parsers.a3m import parse_a3m
+from foldfeed.feature_store.parsers.stockholm import parse_stockholm
 
 
 def naive(text: str) -> tuple[list[str], list[str], list[list[int]]]:

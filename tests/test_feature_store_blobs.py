@@ -19,10 +19,10 @@ from foldfeed.feature_store import (
     StoreUrlError,
     write_part,
 )
-from foldfeed.feature_store.blobs import open_blobs
-from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.layout import resolve_rows
-from foldfeed.feature_store.part_reader import PartReader, RecordLocation
+from foldfeed.feature_store.cli.main import main
+from foldfeed.feature_store.format.grid import resolve_rows
+from foldfeed.feature_store.parts.reader import PartReader, RecordLocation
+from foldfeed.feature_store.storage import open_blobs
 
 
 @pytest.fixture(params=["local", "file-url", "memory"])

@@ -20,14 +20,14 @@ from foldfeed.feature_store import (
     StoreSettingsError,
     write_part,
 )
-from foldfeed.feature_store.blobs import open_blobs
-from foldfeed.feature_store.compact import compact
-from foldfeed.feature_store.copy_store import copy_store
-from foldfeed.feature_store.index import Index
-from foldfeed.feature_store.part_reader import PartReader
-from foldfeed.feature_store.rebuild import load_record
-from foldfeed.feature_store.repair import repair
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store.care.compact import compact
+from foldfeed.feature_store.care.copy import copy_store
+from foldfeed.feature_store.care.repair import repair
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.index.transactions import Index
+from foldfeed.feature_store.parts.reader import PartReader
+from foldfeed.feature_store.parts.rebuild import load_record
+from foldfeed.feature_store.storage import open_blobs
 
 SETTINGS = StoreSettings(tile_rows=16, tile_cols=8)
 
@@ -89,7 +89,7 @@ def test_damage_to_one_record_does_not_blame_its_neighbour(store):
 
 def test_deep_finds_a_sidecar_that_is_intact_and_wrong(tmp_path, monkeypatch):
     """A writer that computes nonsense is the one thing that no checksum sees."""
-    from foldfeed.feature_store import writer
+    from foldfeed.feature_store.parts import writer
 
     store = FeatureStore.create(tmp_path / "s", SETTINGS)
     honest = writer.summarise
@@ -296,7 +296,7 @@ def test_compaction_fills_parts_to_the_target(store):
 
 
 def test_compaction_does_not_undo_what_others_do_meanwhile(store, monkeypatch):
-    from foldfeed.feature_store import compact as module
+    from foldfeed.feature_store.care import compact as module
 
     original = module.write_part
 
@@ -317,7 +317,7 @@ def test_compaction_does_not_undo_what_others_do_meanwhile(store, monkeypatch):
 
 @pytest.mark.parametrize("target", ["local", "memory"])
 def test_parts_are_copied_whole_or_not_at_all(store, tmp_path, target):
-    from foldfeed.feature_store.copy_store import copy_part
+    from foldfeed.feature_store.care.copy import copy_part
 
     source = open_blobs(store.url)
     there = open_blobs(str(tmp_path / "t") if target == "local" else "memory://copied")
@@ -434,7 +434,8 @@ def test_own_columns_are_null_in_rows_that_are_older(store):
 
 def test_a_column_of_a_newer_release_is_added_to_an_older_table(store, monkeypatch):
     """The schema of this release grows; stores that are there take the column with their next commit."""
-    from foldfeed.feature_store import index, index_table
+    from foldfeed.feature_store.index import table as index_table
+    from foldfeed.feature_store.index import transactions as index
 
     wider = index.INDEX_SCHEMA.append(pa.field("resolution", pa.float64()))
     monkeypatch.setattr(index, "INDEX_SCHEMA", wider)
@@ -464,7 +465,7 @@ def test_files_of_the_index_are_merged(store):
 
 
 def test_many_small_files_of_the_index_are_merged_by_a_commit(store, monkeypatch):
-    from foldfeed.feature_store import index
+    from foldfeed.feature_store.index import transactions as index
 
     monkeypatch.setattr(index, "MERGED_AT", 5)
     most = 0

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from records import make_record
 
 from foldfeed.feature_store import FeatureStore, write_part
-from foldfeed.feature_store.cli import main
+from foldfeed.feature_store.cli.main import main
 
 
 @pytest.fixture

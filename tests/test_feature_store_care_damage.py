@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from damage import Damage, campaign, files_of, kind_of, make_store, outcome_of, read_everything
 
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store.care.verify import verify
 
 # Of some 105 files; every kind is met several times.
 NUM_DAMAGES = 330

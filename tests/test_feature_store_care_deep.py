@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 from records import make_record
 
-from foldfeed.feature_store import FeatureStore, MsaRecord, shard_writer, verify_parts, write_part, writer
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store import FeatureStore, MsaRecord, write_part
+from foldfeed.feature_store.care import verify_parts
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.parts import shard_writer, writer
 
 
 def store_of(url, names=("a", "b", "c")) -> FeatureStore:

@@ -13,10 +13,11 @@ import pytest
 from crash_harness import files_of
 from records import make_record
 
-from foldfeed.feature_store import FeatureStore, ForkedProcessError, StoreSettings, open_files, write_part
-from foldfeed.feature_store.open_files import LocalFile
-from foldfeed.feature_store.repair import repair
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store import FeatureStore, ForkedProcessError, StoreSettings, write_part
+from foldfeed.feature_store.care.repair import repair
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.storage import open_files
+from foldfeed.feature_store.storage.open_files import LocalFile
 
 NUM_PARTS = 24
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from damage import make_store
 
-from foldfeed.feature_store.compact import compact
+from foldfeed.feature_store.care.compact import compact
 
 
 def canonical(value) -> bytes:

@@ -9,21 +9,15 @@ import pytest
 from crash_harness import files_of
 from records import make_record
 
-from foldfeed.feature_store import (
-    CorruptDataError,
-    FeatureStore,
-    StoreSettings,
-    TagError,
-    garbage,
-    write_part,
-)
-from foldfeed.feature_store.blobs import open_blobs
-from foldfeed.feature_store.compact import compact
-from foldfeed.feature_store.copy_store import copy_part, copy_store
-from foldfeed.feature_store.garbage import collect_garbage
-from foldfeed.feature_store.index import Index
-from foldfeed.feature_store.verify import verify
-from foldfeed.feature_store.versions import delete_tag, list_tags, set_tag
+from foldfeed.feature_store import CorruptDataError, FeatureStore, StoreSettings, TagError, write_part
+from foldfeed.feature_store.care import garbage
+from foldfeed.feature_store.care.compact import compact
+from foldfeed.feature_store.care.copy import copy_part, copy_store
+from foldfeed.feature_store.care.garbage import collect_garbage
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.index.tags import delete_tag, list_tags, set_tag
+from foldfeed.feature_store.index.transactions import Index
+from foldfeed.feature_store.storage import open_blobs
 
 SETTINGS = StoreSettings(tile_rows=16, tile_cols=8)
 

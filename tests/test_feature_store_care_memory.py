@@ -6,9 +6,9 @@ import pytest
 from records import make_record
 
 from foldfeed.feature_store import FeatureStore, write_part
-from foldfeed.feature_store.compact import compact
-from foldfeed.feature_store.copy_store import copy_store
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store.care.compact import compact
+from foldfeed.feature_store.care.copy import copy_store
+from foldfeed.feature_store.care.verify import verify
 
 DEPTH, LENGTH = 2500, 400
 # Tokens, and deletions as the 32-bit numbers that records have.

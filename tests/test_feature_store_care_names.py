@@ -9,12 +9,12 @@ import pytest
 from records import make_record
 
 from foldfeed.feature_store import FeatureStore, NameTakenError, write_part
-from foldfeed.feature_store.blobs import open_blobs
-from foldfeed.feature_store.copy_store import copy_store
+from foldfeed.feature_store.care.copy import copy_store
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.care.verify_index import check_names
 from foldfeed.feature_store.errors import CorruptDataError, FoldfeedError, TagError
-from foldfeed.feature_store.verify import verify
-from foldfeed.feature_store.verify_index import check_names
-from foldfeed.feature_store.versions import list_tags, read_tag, set_tag
+from foldfeed.feature_store.index.tags import list_tags, read_tag, set_tag
+from foldfeed.feature_store.storage import open_blobs
 
 NAMES = ("sets/deep.parquet", "sets/train.parquet", "splits/cut.parquet", "tags/paper.json", "tags/old.json")
 
@@ -122,7 +122,7 @@ def test_a_copy_of_an_older_version_has_that_version_s_tag(store, tmp_path):
 
 
 def test_names_resume_after_an_interruption(store, tmp_path, monkeypatch):
-    from foldfeed.feature_store import copy_names
+    from foldfeed.feature_store.care import copy_names
 
     class StoppedError(Exception):
         pass

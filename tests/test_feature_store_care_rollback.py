@@ -11,24 +11,19 @@ import pytest
 from click.testing import CliRunner
 from records import make_record
 
-from foldfeed.feature_store import (
-    CorruptDataError,
-    FeatureStore,
-    HistoryChangedError,
-    repair_rollback,
-    write_part,
-)
-from foldfeed.feature_store.blobs import open_blobs
-from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.garbage import DEFAULT_GRACE_S, collect_garbage
-from foldfeed.feature_store.index import Index
-from foldfeed.feature_store.index_log import log_path
-from foldfeed.feature_store.index_table import IndexTable
-from foldfeed.feature_store.repair import repair
-from foldfeed.feature_store.repair_rollback import roll_back
-from foldfeed.feature_store.sealed import seal
-from foldfeed.feature_store.verify import verify
-from foldfeed.feature_store.versions import RETENTION_FILE, oldest_version, set_tag
+from foldfeed.feature_store import CorruptDataError, FeatureStore, HistoryChangedError, write_part
+from foldfeed.feature_store.care import roll_back as repair_rollback
+from foldfeed.feature_store.care.garbage import DEFAULT_GRACE_S, collect_garbage
+from foldfeed.feature_store.care.repair import repair
+from foldfeed.feature_store.care.roll_back import roll_back
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.cli.main import main
+from foldfeed.feature_store.index.log import log_path
+from foldfeed.feature_store.index.sealed import seal
+from foldfeed.feature_store.index.table import IndexTable
+from foldfeed.feature_store.index.tags import RETENTION_FILE, oldest_version, set_tag
+from foldfeed.feature_store.index.transactions import Index
+from foldfeed.feature_store.storage import open_blobs
 
 NEWEST = 4
 

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from records import make_record
 
 from foldfeed.feature_store import write_part
-from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.plots import coverage_image
+from foldfeed.feature_store.cli.main import main
+from foldfeed.feature_store.looking.plots import coverage_image
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_errors_are_short_and_have_the_right_exit_code(run, small_store, args, c
 
 
 def test_debug_shows_the_traceback():
-    command = [sys.executable, "-m", "foldfeed.feature_store.cli", "--debug", "show", "/absent"]
+    command = [sys.executable, "-m", "foldfeed.feature_store.cli.main", "--debug", "show", "/absent"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert "Traceback" in result.stderr

@@ -13,12 +13,12 @@ from foldfeed.feature_store import (
     FeatureStore,
     StorageFullError,
     StoreSettings,
-    index,
-    index_log,
     write_part,
 )
-from foldfeed.feature_store.index import Index
-from foldfeed.feature_store.index_table import IndexTable
+from foldfeed.feature_store.index import log as index_log
+from foldfeed.feature_store.index import transactions as index
+from foldfeed.feature_store.index.table import IndexTable
+from foldfeed.feature_store.index.transactions import Index
 
 
 def _commit_when_told(url, part_id, job_id, on_existing, barrier, answers):

@@ -6,7 +6,7 @@ from conformance_reader import ConformanceReader, permuted_ranks
 from records import make_record
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
-from foldfeed.feature_store.row_order import RowOrder
+from foldfeed.feature_store.format.row_order import RowOrder
 
 ORDERS = ({}, {"row_order": "permuted"}, {"row_order": "permuted", "row_order_seed": 2**53 - 1})
 

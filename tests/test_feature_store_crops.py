@@ -20,11 +20,11 @@ from foldfeed.feature_store import (
     Slab,
     StoredRun,
     StoreSettings,
-    read_pool,
     write_part,
 )
 from foldfeed.feature_store.errors import ForkedProcessError
-from foldfeed.feature_store.layout import plan_crop
+from foldfeed.feature_store.format.grid import plan_crop
+from foldfeed.feature_store.storage import read_pool
 
 SHAPES = [(1, 1), (2, 9), (3, 5), (300, 33), (20, 12), (97, 64), (130, 7)]
 RECORDS = {f"r{n}": make_record(f"r{n}", *shape, seed=n) for n, shape in enumerate(SHAPES)}

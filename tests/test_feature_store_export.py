@@ -14,14 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import make_record
 
-from foldfeed.feature_store import FeatureStore, alphabet, export_text, write_part
-from foldfeed.feature_store.export_arrays import to_boltz_npz
-from foldfeed.feature_store.export_jobs import chai_file_name, to_alphafold3_json
-from foldfeed.feature_store.export_rows import rows_of_msa, rows_of_record
-from foldfeed.feature_store.export_write import EXPORT_FORMATS, ExportOptions, file_name, render, write_file
-from foldfeed.feature_store.import_errors import ExportError
-from foldfeed.feature_store.import_layouts import AlignmentImport
-from foldfeed.feature_store.import_rows import ImportOptions
+from foldfeed.feature_store import FeatureStore, write_part
+from foldfeed.feature_store.exchange_errors import ExportError
+from foldfeed.feature_store.exporters import texts as export_text
+from foldfeed.feature_store.exporters.arrays import to_boltz_npz
+from foldfeed.feature_store.exporters.formats import (
+    EXPORT_FORMATS,
+    ExportOptions,
+    file_name,
+    render,
+    write_file,
+)
+from foldfeed.feature_store.exporters.jobs import chai_file_name, to_alphafold3_json
+from foldfeed.feature_store.exporters.rows import rows_of_msa, rows_of_record
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.importers.layouts import AlignmentImport
+from foldfeed.feature_store.importers.rows import ImportOptions
 
 LAYOUT_OF = {"alphafold2-npz": "alphafold2"}
 FILES = sorted(name for name, form in EXPORT_FORMATS.items() if not form.is_folder and not form.is_database)

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from foldfeed.feature_store import FeatureStore
-from foldfeed.feature_store.cli import main
+from foldfeed.feature_store.cli.main import main
 
 ALIGNMENT = ">query of interest\nACDE\n>UniRef90_A/1-4\nAxC-E\n>hit2\nACDE\n"
 

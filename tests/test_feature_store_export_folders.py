@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from records import make_record
 
 from foldfeed.feature_store import FeatureStore, write_part
-from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.export_folders import to_openproteinset, write_openfold_db
-from foldfeed.feature_store.export_rows import rows_of_msa
-from foldfeed.feature_store.export_text import to_colabfold
-from foldfeed.feature_store.export_write import ExportOptions, export_files
-from foldfeed.feature_store.import_errors import ExportError
-from foldfeed.feature_store.import_layouts import AlignmentImport, detect_layout
-from foldfeed.feature_store.import_rows import ImportOptions
-from foldfeed.feature_store.record import MsaRecord
+from foldfeed.feature_store.cli.main import main
+from foldfeed.feature_store.exchange_errors import ExportError
+from foldfeed.feature_store.exporters.folders import to_openproteinset, write_openfold_db
+from foldfeed.feature_store.exporters.formats import ExportOptions, export_files
+from foldfeed.feature_store.exporters.rows import rows_of_msa
+from foldfeed.feature_store.exporters.texts import to_colabfold
+from foldfeed.feature_store.format.record import MsaRecord
+from foldfeed.feature_store.importers.layouts import AlignmentImport, detect_layout
+from foldfeed.feature_store.importers.rows import ImportOptions
 
 
 def named(record: MsaRecord, *names: str) -> MsaRecord:

@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from foldfeed.feature_store.import_boltz import rows_of_boltz
-from foldfeed.feature_store.import_chai import read_columns
-from foldfeed.feature_store.import_errors import SourceFileError, SourceTooLargeError
-from foldfeed.feature_store.import_files import kind_of, read_file, read_head, read_range
-from foldfeed.feature_store.import_layouts import AlignmentImport
-from foldfeed.feature_store.import_npz import NpzFile
-from foldfeed.feature_store.import_rows import ImportOptions
+from foldfeed.feature_store.exchange_errors import SourceFileError, SourceTooLargeError
+from foldfeed.feature_store.importers.boltz import rows_of_boltz
+from foldfeed.feature_store.importers.chai import read_columns
+from foldfeed.feature_store.importers.layouts import AlignmentImport
+from foldfeed.feature_store.importers.rows import ImportOptions
+from foldfeed.feature_store.parsers.bounded_files import kind_of, read_file, read_head, read_range
+from foldfeed.feature_store.parsers.npz import NpzFile
 
 MIB = 1 << 20
 COMPRESSORS = {

@@ -6,7 +6,7 @@ import json
 import pytest
 from import_reference import BFD, assert_rows, naive_merge, read_all
 
-from foldfeed.feature_store.import_errors import SourceFileError, SourceTooLargeError
+from foldfeed.feature_store.exchange_errors import SourceFileError, SourceTooLargeError
 
 
 def af3_job(**protein):

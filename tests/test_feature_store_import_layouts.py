@@ -11,12 +11,13 @@ import pytest
 import zstandard
 from import_reference import BFD, MGNIFY, UNIREF90, assert_rows, naive_merge, read_all
 
-from foldfeed.feature_store import FeatureStore, InvalidRecordError, alphabet
-from foldfeed.feature_store.import_errors import LayoutError
-from foldfeed.feature_store.import_layouts import LAYOUTS, AlignmentImport, detect_layout
-from foldfeed.feature_store.import_names import make_id, mmseqs_scores, species_of
-from foldfeed.feature_store.import_rows import ImportOptions
-from foldfeed.feature_store.import_write import import_into
+from foldfeed.feature_store import FeatureStore, InvalidRecordError
+from foldfeed.feature_store.exchange_errors import LayoutError
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.importers.into_store import import_into
+from foldfeed.feature_store.importers.layouts import LAYOUTS, AlignmentImport, detect_layout
+from foldfeed.feature_store.importers.rows import ImportOptions
+from foldfeed.feature_store.parsers.hit_names import make_id, mmseqs_scores, species_of
 
 
 @pytest.fixture
@@ -197,8 +198,8 @@ def test_headers_that_only_look_like_annotations(tmp_path, header):
 
 
 def test_an_alignment_of_too_many_rows_is_refused(tmp_path, monkeypatch):
-    for module in ("import_rows", "import_alignments"):
-        monkeypatch.setattr(f"foldfeed.feature_store.{module}.MAX_IMPORT_ROWS", 100)
+    for module in ("rows", "texts"):
+        monkeypatch.setattr(f"foldfeed.feature_store.importers.{module}.MAX_IMPORT_ROWS", 100)
     (tmp_path / "a.a3m").write_text(">\nA\n" * 102)
     (tmp_path / "b.a3m").write_text(">\nA\n" + "\n" * 2000)
     (tmp_path / "c.a3m").write_text(">\nA\n" * 100)
@@ -328,7 +329,7 @@ def test_many_records_go_to_several_parts_and_one_version(tmp_path, monkeypatch)
     for number in range(7):
         (tmp_path / f"r{number}.a3m").write_text(BFD)
     (tmp_path / "bad.a3m").write_text("nothing")
-    monkeypatch.setattr("foldfeed.feature_store.import_write.MAX_PART_RECORDS", 3)
+    monkeypatch.setattr("foldfeed.feature_store.importers.into_store.MAX_PART_RECORDS", 3)
     report = import_into(tmp_path / "store", AlignmentImport(tmp_path, "a3m"))
     assert (report.num_parts, report.num_added, report.version, len(report.rejects)) == (3, 7, 1, 1)
     assert FeatureStore.open(tmp_path / "store").ids == [f"r{number}" for number in range(7)]

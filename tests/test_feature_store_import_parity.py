@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from foldfeed.feature_store import alphabet
-from foldfeed.feature_store.import_layouts import AlignmentImport
-from foldfeed.feature_store.import_rows import ImportOptions
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.importers.layouts import AlignmentImport
+from foldfeed.feature_store.importers.rows import ImportOptions
 
 # AlphaFold 2 and OpenFold write codes by one-letter order; written here a second time, from their tables.
 HHBLITS_AA_TO_ID = {letter: code for code, letter in enumerate("ACDEFGHIKLMNPQRSTVWYX-")} | {

@@ -19,11 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foldfeed.feature_store import safe_pickle
-from foldfeed.feature_store.import_errors import UnsafePickleError
-from foldfeed.feature_store.import_layouts import AlignmentImport
-from foldfeed.feature_store.import_rows import ImportOptions
-from foldfeed.feature_store.safe_pickle import load_pickled_arrays
+from foldfeed.feature_store.exchange_errors import UnsafePickleError
+from foldfeed.feature_store.importers.layouts import AlignmentImport
+from foldfeed.feature_store.importers.rows import ImportOptions
+from foldfeed.feature_store.parsers import pickle as safe_pickle
+from foldfeed.feature_store.parsers.pickle import load_pickled_arrays
 
 PLAIN = {
     "c": np.arange(12.0).reshape(3, 4),

@@ -7,10 +7,10 @@ from click.testing import CliRunner
 from mmcif_samples import sample
 
 from foldfeed.feature_store import CommitConflictError, FeatureStore, import_into
-from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.import_layouts import AlignmentImport
-from foldfeed.feature_store.import_mmcif_attach import attach_structures
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.cli.main import main
+from foldfeed.feature_store.importers.attach_structures import attach_structures
+from foldfeed.feature_store.importers.layouts import AlignmentImport
 
 pytest.importorskip("gemmi", reason="gemmi is not installed; pip install 'foldfeed[structures]'")
 

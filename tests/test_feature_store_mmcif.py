@@ -8,9 +8,10 @@ import warnings
 import numpy as np
 import pytest
 
-from foldfeed.feature_store import StructureParseError, alphabet
-from foldfeed.feature_store.import_mmcif import load_mmcif
-from foldfeed.feature_store.structure import ATOM_NAMES
+from foldfeed.feature_store import StructureParseError
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.structure import ATOM_NAMES
+from foldfeed.feature_store.parsers.mmcif.entry import load_mmcif
 
 pytest.importorskip("gemmi", reason="gemmi is not installed; pip install 'foldfeed[structures]'")
 

@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mmcif_samples import sample
 
-from foldfeed.feature_store import ExportOptions, FeatureStore, Structure, alphabet, import_into
-from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.export_mmcif import decimals, to_mmcif
-from foldfeed.feature_store.export_rows import ExportRows, rows_of_msa
-from foldfeed.feature_store.export_write import export_record, render
-from foldfeed.feature_store.import_errors import ExportError, SourceFileError
-from foldfeed.feature_store.import_labels import structure_of_labels
-from foldfeed.feature_store.import_layouts import AlignmentImport
-from foldfeed.feature_store.import_mmcif import load_mmcif, read_mmcif
-from foldfeed.feature_store.structure import ATOM_NAMES, NO_NUMBER
+from foldfeed.feature_store import ExportOptions, FeatureStore, Structure, import_into
+from foldfeed.feature_store.cli.main import main
+from foldfeed.feature_store.exchange_errors import ExportError, SourceFileError
+from foldfeed.feature_store.exporters.formats import export_record, render
+from foldfeed.feature_store.exporters.mmcif import decimals, to_mmcif
+from foldfeed.feature_store.exporters.rows import ExportRows, rows_of_msa
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.structure import ATOM_NAMES, NO_NUMBER
+from foldfeed.feature_store.importers.labels import structure_of_labels
+from foldfeed.feature_store.importers.layouts import AlignmentImport
+from foldfeed.feature_store.parsers.mmcif.entry import load_mmcif, read_mmcif
 
 gemmi = pytest.importorskip("gemmi", reason="gemmi is not installed; pip install 'foldfeed[structures]'")
 

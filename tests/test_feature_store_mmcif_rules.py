@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldfeed.feature_store import StructureParseError
-from foldfeed.feature_store.import_errors import SourceTooLargeError
-from foldfeed.feature_store.import_mmcif import load_mmcif, read_mmcif
-from foldfeed.feature_store.structure import ATOM_NAMES, NO_NUMBER
+from foldfeed.feature_store.exchange_errors import SourceTooLargeError
+from foldfeed.feature_store.format.structure import ATOM_NAMES, NO_NUMBER
+from foldfeed.feature_store.parsers.mmcif.entry import load_mmcif, read_mmcif
 
 pytest.importorskip("gemmi", reason="gemmi is not installed; pip install 'foldfeed[structures]'")
 
@@ -187,7 +187,7 @@ def test_an_occupancy_or_b_factor_that_is_not_given_is_that_of_a_file_without_th
 
 
 def test_a_protein_chain_whose_atoms_name_no_entity_is_reported_as_that(tmp_path):
-    from foldfeed.feature_store.import_layouts import AlignmentImport
+    from foldfeed.feature_store.importers.layouts import AlignmentImport
 
     chain = [row.replace(" A 1 ", " D ? ") for row in ROWS if " A 1 " in row]
     names = "loop_\n_struct_asym.id\n_struct_asym.entity_id\nA 1\nB 2\nC 1\nD 1\n"
@@ -342,7 +342,7 @@ def test_a_small_text_cannot_stand_for_a_huge_entry():
 def test_without_gemmi_the_message_says_what_to_install():
     code = (
         "import sys; sys.modules['gemmi'] = None\n"
-        "from foldfeed.feature_store.import_mmcif import read_mmcif\n"
+        "from foldfeed.feature_store.parsers.mmcif.entry import read_mmcif\n"
         "from foldfeed.feature_store import MissingExtraError\n"
         "try:\n    read_mmcif(b'data_x')\nexcept MissingExtraError as error:\n    print(error)\n"
     )

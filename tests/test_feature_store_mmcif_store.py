@@ -13,22 +13,16 @@ from click.testing import CliRunner
 from mmcif_samples import HEAD, sample
 from records import make_record, make_structure
 
-from foldfeed.feature_store import (
-    FeatureStore,
-    MsaRecord,
-    StoreSettings,
-    alphabet,
-    import_into,
-    write_part,
-)
-from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.export_mmcif import to_mmcif
-from foldfeed.feature_store.export_rows import rows_of_msa
-from foldfeed.feature_store.import_layouts import AlignmentImport, detect_layout
-from foldfeed.feature_store.import_mmcif import load_mmcif, read_mmcif
-from foldfeed.feature_store.import_mmcif_attach import AttachOptions, attach_structures
-from foldfeed.feature_store.import_rows import ImportOptions
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store import FeatureStore, MsaRecord, StoreSettings, import_into, write_part
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.cli.main import main
+from foldfeed.feature_store.exporters.mmcif import to_mmcif
+from foldfeed.feature_store.exporters.rows import rows_of_msa
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.importers.attach_structures import AttachOptions, attach_structures
+from foldfeed.feature_store.importers.layouts import AlignmentImport, detect_layout
+from foldfeed.feature_store.importers.rows import ImportOptions
+from foldfeed.feature_store.parsers.mmcif.entry import load_mmcif, read_mmcif
 
 pytest.importorskip("gemmi", reason="gemmi is not installed; pip install 'foldfeed[structures]'")
 
@@ -277,7 +271,7 @@ def test_two_files_for_one_record_take_the_first_and_report_the_other(store, ent
 
 
 def test_a_record_that_others_change_meanwhile_is_left_to_them(store, entries, monkeypatch):
-    from foldfeed.feature_store import import_mmcif_attach
+    from foldfeed.feature_store.importers import attach_structures as import_mmcif_attach
 
     newer = dataclasses.replace(aligned("9abc_H", "AGMSP"), description="newer")
 

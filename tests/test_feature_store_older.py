@@ -10,9 +10,9 @@ from conformance_reader import ConformanceReader
 from records import make_record, make_structure
 
 from foldfeed.feature_store import FeatureStore, write_part
-from foldfeed.feature_store.compact import compact
-from foldfeed.feature_store.repair import repair
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store.care.compact import compact
+from foldfeed.feature_store.care.repair import repair
+from foldfeed.feature_store.care.verify import verify
 
 DATA = Path(__file__).parent / "data" / "store_before_structures.zip"
 FINGERPRINT = "08b1597509e55aa0f15a19d56ac5c82719359082be516d374b7313dcd2ebc4dc"

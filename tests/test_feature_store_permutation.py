@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foldfeed.feature_store.permutation import MAX_SIZE, KeyedPermutation
+from foldfeed.feature_store.format.permutation import MAX_SIZE, KeyedPermutation
 
 BIG_SIZES = (2**16 - 1, 2**16, 2**16 + 1, 99_991, 250_007)
 

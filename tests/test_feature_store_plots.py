@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from records import make_record
 
-from foldfeed.feature_store import FeatureStore, alphabet, effective_rows, logo, measures, plots, write_part
-from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.sidecars import token_counts
+from foldfeed.feature_store import FeatureStore, write_part
+from foldfeed.feature_store.cli.main import main
+from foldfeed.feature_store.format import alphabet, effective_rows
+from foldfeed.feature_store.format.sidecars import token_counts
+from foldfeed.feature_store.looking import logo, measures, plots
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ PROGRAM = """
     import pyarrow as pa
     from records import make_record
     from foldfeed.feature_store import FeatureStore, write_part
-    from foldfeed.feature_store.compact import compact
-    from foldfeed.feature_store.versions import set_tag
+    from foldfeed.feature_store.care.compact import compact
+    from foldfeed.feature_store.index.tags import set_tag
 
     root, marks = sys.argv[1], sys.argv[2]
 

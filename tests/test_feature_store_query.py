@@ -22,7 +22,7 @@ from foldfeed.feature_store import (
     RecordNotFoundError,
     write_part,
 )
-from foldfeed.feature_store.query import LazyTable, sql
+from foldfeed.feature_store.store.sql import LazyTable, sql
 
 DATES = {"a1": "1999-12-31", "b2": "2021-09-30", "c3": "2021-10-01"}
 

@@ -8,8 +8,8 @@ import pytest
 from records import make_record
 
 from foldfeed.feature_store import CorruptDataError, FeatureStore, StoreSettings, write_part
-from foldfeed.feature_store.part_reader import PartReader
-from foldfeed.feature_store.read_pool import run_tasks
+from foldfeed.feature_store.parts.reader import PartReader
+from foldfeed.feature_store.storage.read_pool import run_tasks
 
 
 def test_no_task_runs_on_when_a_thread_cannot_be_started(monkeypatch):

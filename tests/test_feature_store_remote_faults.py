@@ -17,21 +17,15 @@ from click.testing import CliRunner
 from fault_proxy import ALL, BODY, FaultProxy, fault_proxy
 from records import make_record
 
-from foldfeed.feature_store import (
-    FeatureStore,
-    FoldfeedError,
-    StorageError,
-    StoreSettings,
-    versions,
-    write_part,
-)
-from foldfeed.feature_store.blobs import open_blobs
-from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.compact import compact
-from foldfeed.feature_store.copy_store import copy_store
-from foldfeed.feature_store.garbage import collect_garbage
-from foldfeed.feature_store.repair import repair
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store import FeatureStore, FoldfeedError, StorageError, StoreSettings, write_part
+from foldfeed.feature_store.care.compact import compact
+from foldfeed.feature_store.care.copy import copy_store
+from foldfeed.feature_store.care.garbage import collect_garbage
+from foldfeed.feature_store.care.repair import repair
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.cli.main import main
+from foldfeed.feature_store.index import tags as versions
+from foldfeed.feature_store.storage import open_blobs
 
 SETTINGS = StoreSettings(tile_rows=16, tile_cols=16)
 RECORDS = [make_record("a1", 1, 9), make_record("b2", 70, 33, seed=2), make_record("c3", 37, 65, seed=3)]
@@ -304,7 +298,8 @@ def test_a_copy_over_a_faulty_network_resumes(s3, proxy, tmp_path, direction, mo
 
 
 def test_an_upload_in_pieces_survives_and_leaves_no_pieces(s3, proxy, tmp_path, monkeypatch):
-    from foldfeed.feature_store import remote_files, s3_files
+    from foldfeed.feature_store.storage import fsspec_requests as remote_files
+    from foldfeed.feature_store.storage import s3_requests as s3_files
 
     monkeypatch.setattr(s3_files, "UPLOAD_PIECE_BYTES", 5 << 20)
     monkeypatch.setenv("FOLDFEED_STORAGE_ATTEMPTS", "20")

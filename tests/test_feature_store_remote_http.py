@@ -20,14 +20,14 @@ from foldfeed.feature_store import (
     StorageRefusedError,
     StoreSettings,
     StoreUrlError,
-    versions,
     write_part,
 )
-from foldfeed.feature_store.blobs import open_blobs
-from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.copy_store import copy_store
-from foldfeed.feature_store.garbage import collect_garbage
-from foldfeed.feature_store.index_objects import newest_version
+from foldfeed.feature_store.care.copy import copy_store
+from foldfeed.feature_store.care.garbage import collect_garbage
+from foldfeed.feature_store.cli.main import main
+from foldfeed.feature_store.index import tags as versions
+from foldfeed.feature_store.index.object_log import newest_version
+from foldfeed.feature_store.storage import open_blobs
 
 SETTINGS = StoreSettings(tile_rows=16, tile_cols=16)
 

@@ -19,20 +19,20 @@ from foldfeed.feature_store import (
     StoreSettings,
     StoreUrlError,
     TagError,
-    blobs_remote,
-    remote_files,
-    s3_files,
-    versions,
     write_part,
 )
-from foldfeed.feature_store.blobs import open_blobs
-from foldfeed.feature_store.compact import compact
-from foldfeed.feature_store.copy_store import copy_store
-from foldfeed.feature_store.garbage import collect_garbage
-from foldfeed.feature_store.index import Index
-from foldfeed.feature_store.repair import repair
-from foldfeed.feature_store.storage_options import delta_options
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store.care.compact import compact
+from foldfeed.feature_store.care.copy import copy_store
+from foldfeed.feature_store.care.garbage import collect_garbage
+from foldfeed.feature_store.care.repair import repair
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.index import tags as versions
+from foldfeed.feature_store.index.transactions import Index
+from foldfeed.feature_store.storage import fsspec_requests as remote_files
+from foldfeed.feature_store.storage import open_blobs
+from foldfeed.feature_store.storage import remote as blobs_remote
+from foldfeed.feature_store.storage import s3_requests as s3_files
+from foldfeed.feature_store.storage.options import delta_options
 
 SETTINGS = StoreSettings(tile_rows=16, tile_cols=16)
 RECORDS = [make_record("a1", 1, 9), make_record("b2", 70, 33, seed=2), make_record("c3", 37, 65, seed=3)]

@@ -24,18 +24,17 @@ from foldfeed.feature_store import (
     StorageRefusedError,
     StoreSettings,
     StoreUrlError,
-    retries,
-    versions,
     write_part,
 )
-from foldfeed.feature_store.blobs import open_blobs
-from foldfeed.feature_store.compact import compact
-from foldfeed.feature_store.copy_store import copy_store
-from foldfeed.feature_store.garbage import collect_garbage
-from foldfeed.feature_store.repair import repair
-from foldfeed.feature_store.retries import RetryPolicy, retrying
-from foldfeed.feature_store.storage_options import delta_options, fsspec_options
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store.care.compact import compact
+from foldfeed.feature_store.care.copy import copy_store
+from foldfeed.feature_store.care.garbage import collect_garbage
+from foldfeed.feature_store.care.repair import repair
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.index import tags as versions
+from foldfeed.feature_store.storage import open_blobs, retries
+from foldfeed.feature_store.storage.options import delta_options, fsspec_options
+from foldfeed.feature_store.storage.retries import RetryPolicy, retrying
 
 SETTINGS = StoreSettings(tile_rows=16, tile_cols=16)
 

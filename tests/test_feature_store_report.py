@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from records import make_record
 
-from foldfeed.feature_store import CorruptDataError, FeatureStore, NotAStoreError, report_data, write_part
-from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.markup import VOID, tag
-from foldfeed.feature_store.report import ReportOptions, make_report
-from foldfeed.feature_store.report_data import array_sizes
+from foldfeed.feature_store import CorruptDataError, FeatureStore, NotAStoreError, write_part
+from foldfeed.feature_store.cli.main import main
+from foldfeed.feature_store.looking import data_card as report_data
+from foldfeed.feature_store.looking.data_card import array_sizes
+from foldfeed.feature_store.looking.markup import VOID, tag
+from foldfeed.feature_store.looking.report import ReportOptions, make_report
 
 EVIL = "<script>alert('x')</script>&\"' \x00 onload=1 </td></table> ü\u202e"
 

@@ -16,12 +16,12 @@ from foldfeed.feature_store import (
     MsaRecord,
     StoreSettings,
     StoreSettingsError,
-    alphabet,
     write_part,
-    writer,
 )
-from foldfeed.feature_store.compact import compact
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store.care.compact import compact
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.parts import writer
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 tiles = st.builds(StoreSettings, tile_rows=st.integers(1, 17), tile_cols=st.integers(1, 17))

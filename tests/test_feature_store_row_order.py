@@ -20,7 +20,7 @@ from foldfeed.feature_store import (
     export_record,
     write_part,
 )
-from foldfeed.feature_store.row_order import RowOrder
+from foldfeed.feature_store.format.row_order import RowOrder
 
 SEEDS = st.integers(0, 2**53 - 1)
 

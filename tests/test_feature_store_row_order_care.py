@@ -9,11 +9,11 @@ from click.testing import CliRunner
 from records import make_record
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, StoreSettingsError, write_part
-from foldfeed.feature_store.cli import main
-from foldfeed.feature_store.compact import compact
-from foldfeed.feature_store.copy_store import copy_store
-from foldfeed.feature_store.repair import repair
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store.care.compact import compact
+from foldfeed.feature_store.care.copy import copy_store
+from foldfeed.feature_store.care.repair import repair
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.cli.main import main
 
 SETTINGS = StoreSettings(tile_rows=16, tile_cols=8, row_order="permuted", row_order_seed=4)
 RECORDS = [make_record(f"r{n}", 20 + 31 * n, 9 + n, seed=n) for n in range(4)]

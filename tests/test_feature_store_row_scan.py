@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from records import make_record
 from sql_conditions import conditions
 
-from foldfeed.feature_store import CorruptDataError, FeatureStore, QueryError, row_scan, source, write_part
-from foldfeed.feature_store.blobs import open_blobs
-from foldfeed.feature_store.query import sql
-from foldfeed.feature_store.row_scan import ROWS_SCHEMA, row_batches
+from foldfeed.feature_store import CorruptDataError, FeatureStore, QueryError, write_part
+from foldfeed.feature_store.parts import row_scan
+from foldfeed.feature_store.parts.row_scan import ROWS_SCHEMA, row_batches
+from foldfeed.feature_store.storage import open_blobs
+from foldfeed.feature_store.store import questions as source
+from foldfeed.feature_store.store.sql import sql
 
 # Depths around the edges of a chunk of 4,096 rows, spread over two parts whose ids interleave.
 DEPTHS = {"a": 1, "b": 4095, "c": 2, "d": 9000, "e": 37, "f": 4096, "g": 1, "h": 700, "i": 5, "j": 6000}

@@ -28,10 +28,10 @@ from foldfeed.feature_store import (
     QueryError,
     RecordSetMismatchError,
     SplitError,
-    sealed,
-    splits,
     write_part,
 )
+from foldfeed.feature_store.index import sealed
+from foldfeed.feature_store.store import splits
 from foldfeed.loader import CropLoader, Recipe
 
 FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}

@@ -14,12 +14,12 @@ from foldfeed.feature_store import (
     EffectiveRows,
     FeatureStore,
     InvalidRecordError,
-    alphabet,
     measure_effective_rows,
     write_part,
 )
-from foldfeed.feature_store.sidecars import column_entropy, exact_log2, summarise
-from foldfeed.feature_store.verify import verify
+from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.sidecars import column_entropy, exact_log2, summarise
 
 
 @st.composite

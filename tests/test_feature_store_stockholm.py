@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldfeed.feature_store import AlignmentParseError
-from foldfeed.feature_store import stockholm as stockholm_module
-from foldfeed.feature_store.stockholm import parse_stockholm
+from foldfeed.feature_store.parsers import stockholm as stockholm_module
+from foldfeed.feature_store.parsers.stockholm import parse_stockholm
 
 GAPS = "-._~"
 

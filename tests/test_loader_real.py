@@ -7,8 +7,9 @@ import pytest
 import torch
 from loader_reference import reference_sample
 
-from foldfeed.feature_store import FeatureStore, MsaRecord, RowProvenance, alphabet, write_part
-from foldfeed.feature_store.a3m import parse_a3m
+from foldfeed.feature_store import FeatureStore, MsaRecord, RowProvenance, write_part
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.parsers.a3m import parse_a3m
 from foldfeed.loader import CropLoader, Recipe
 
 ALIGNMENTS = (

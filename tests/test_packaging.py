@@ -32,7 +32,7 @@ def imports_of(path) -> set[str]:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_rooms_import_in_one_direction(root, room):
-    for path in sorted((root / room).glob("*.py")):
+    for path in sorted((root / room).rglob("*.py")):
         for name in imports_of(path):
             first, _, rest = name.partition(".")
             assert first not in ROOMS, f"{path} imports the bare name {name}"
@@ -42,18 +42,30 @@ def test_rooms_import_in_one_direction(root, room):
                 assert room in HEAVY[first], f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_no_cycles_inside_a_room(root, room):
-    graph = {
-        path.stem: {
-            name.split(".")[2]
-            for name in imports_of(path)
-            if name.startswith(f"foldfeed.{room}.") and name.count(".") >= 2
-        }
-        - {path.stem}
-        for path in (root / room).glob("*.py")
-        if path.stem != "__init__"
+def module_graph(root, room) -> dict[str, set[str]]:
+    """Modules of a package by their dotted names below it, and which of each other they import."""
+    paths = {
+        ".".join(path.relative_to(root / room).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (root / room).rglob("*.py")
+        if path != root / room / "__init__.py"
     }
+    prefix = f"foldfeed.{room}."
+    return {
+        module: {name.removeprefix(prefix) for name in imports_of(path) if name.removeprefix(prefix) in paths}
+        # `from foldfeed.x.room import a_module` names the room as well; that loads its docstring only.
+        - {module, *(other for other in paths if is_empty(paths[other]))}
+        for module, path in paths.items()
+        if not is_empty(path)
+    }
+
+
+def is_empty(path) -> bool:
+    return path.name == "__init__.py" and len(ast.parse(path.read_text()).body) <= 1
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_cycles_inside_a_package(root, room):
+    graph = module_graph(root, room)
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
@@ -65,6 +77,47 @@ def test_no_cycles_inside_a_room(root, room):
 
     for module in sorted(graph):
         visit(module, ())
+
+
+# The rooms of feature_store, lowest floor first, as in CONTRIBUTING. Rooms of one floor do not know each other.
+FLOORS = (
+    ("",),
+    ("format", "storage"),
+    ("parsers",),
+    ("parsers.mmcif",),
+    ("parts",),
+    ("index",),
+    ("store",),
+    ("importers", "exporters", "care", "looking"),
+    ("cli",),
+)
+
+
+def test_rooms_of_the_store_import_downwards_only(root):
+    floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    folders = {
+        ".".join(path.parent.relative_to(root / "feature_store").parts)
+        for path in (root / "feature_store").rglob("__init__.py")
+    }
+    assert folders == set(floor_of)
+
+    def room_of(module: str) -> str:
+        return module if module in floor_of else module.rpartition(".")[0]
+
+    upwards = [
+        f"{module} -> {other}"
+        for module, others in module_graph(root, "feature_store").items()
+        for other in others
+        if room_of(module) != room_of(other) and floor_of[room_of(module)] <= floor_of[room_of(other)]
+    ]
+    assert sorted(upwards) == []
+
+
+def test_contributing_draws_every_room(root):
+    guide = (root / "CONTRIBUTING.md").read_text()
+    drawn = re.findall(r"^    ([a-z.]+)/ {2,}\S", guide, re.MULTILINE)
+    rooms = [name.replace(".", "/") for floor in FLOORS for name in floor if name]
+    assert [name.replace(".", "/") for name in drawn if name.replace(".", "/") in rooms] == rooms
 
 
 def test_every_room_is_in_the_wheel(root):
@@ -99,9 +152,9 @@ class Block:
         if name.split(".")[0] in ("apache_beam", "torch", "tensorboard"):
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
-import foldfeed.feature_store, foldfeed.feature_store.cli, foldfeed.pipelines, foldfeed.pipelines.cli
+import foldfeed.feature_store, foldfeed.feature_store.cli.main, foldfeed.pipelines, foldfeed.pipelines.cli
 from click.testing import CliRunner
-result = CliRunner().invoke(foldfeed.feature_store.cli.main, ["--help"])
+result = CliRunner().invoke(foldfeed.feature_store.cli.main.main, ["--help"])
 assert result.exit_code == 0 and "build" in result.output, result.output
 """
     result = subprocess.run(

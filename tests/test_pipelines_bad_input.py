@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from pipelines_data import GLOBINS, config_of, first_on_path, globins, missing_tools, stand_in, write_fasta
 
 from foldfeed.feature_store import FeatureStore, NotAStoreError
-from foldfeed.feature_store.cli import main
+from foldfeed.feature_store.cli.main import main
 from foldfeed.pipelines import run_build
 from foldfeed.pipelines.errors import (
     ConfigError,
@@ -255,7 +255,7 @@ def test_a_failed_step_is_one_line_and_stops_the_other_searches(tmp_path, monkey
     (small_disk / "results").mkdir()
     (small_disk / "filler").touch()
     _fill_to(small_disk / "filler", 8 * 1024)
-    code = "from foldfeed.feature_store.cli import main; main()"
+    code = "from foldfeed.feature_store.cli.main import main; main()"
     words = ["build", "--queries", queries, "--database", UNIREF, "--workers", 2, "--store", tmp_path / "s"]
     words += ["--results", small_disk / "results"]
     done = subprocess.run(
@@ -365,7 +365,7 @@ def test_cli_maps_the_direct_runner_and_says_so(tmp_path, queries):
 def test_interrupting_the_command_kills_its_searches(tmp_path, monkeypatch, queries):
     folder = stand_in(tmp_path / "bin", f"echo $$ >> {tmp_path}/pids; exec sleep 100\n")
     first_on_path(monkeypatch, folder)
-    code = "from foldfeed.feature_store.cli import main; main()"
+    code = "from foldfeed.feature_store.cli.main import main; main()"
     words = ["build", "--queries", str(queries), "--database", UNIREF, "--store", str(tmp_path / "s")]
     process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE)
     try:

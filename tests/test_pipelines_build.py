@@ -20,7 +20,8 @@ from pipelines_data import (
     write_fasta,
 )
 
-from foldfeed.feature_store import CommitConflictError, FeatureStore, alphabet
+from foldfeed.feature_store import CommitConflictError, FeatureStore
+from foldfeed.feature_store.format import alphabet
 from foldfeed.pipelines import run_build
 
 pytestmark = [

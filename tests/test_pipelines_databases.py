@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from foldfeed.feature_store.blobs import open_blobs
+from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines import DatabaseSpec, databases
 from foldfeed.pipelines.databases import database_digest, file_sha256, in_merge_order
 from foldfeed.pipelines.errors import ConfigError, DatabaseError

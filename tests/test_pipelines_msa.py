@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foldfeed.feature_store import alphabet
-from foldfeed.feature_store.a3m import parse_a3m
-from foldfeed.feature_store.import_names import species_of
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.parsers.a3m import parse_a3m
+from foldfeed.feature_store.parsers.hit_names import species_of
 from foldfeed.pipelines import SearchResult, ToolIdentity
 from foldfeed.pipelines.errors import ToolOutputError
 from foldfeed.pipelines.msa import DatabaseHits, merge, read_hits

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldfeed.feature_store import FeatureStore, StoreSettings
-from foldfeed.feature_store.blobs import open_blobs
+from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines import DeadLetter, QuerySequence, SearchResult, ToolIdentity
 from foldfeed.pipelines.errors import AuditError
 from foldfeed.pipelines.features import SearchedDatabase

@@ -1,0 +1,1 @@
+"""The command line: options and tables; every command calls a function of another room."""

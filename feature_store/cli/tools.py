@@ -1,0 +1,112 @@
+"""What several commands share: opening a store, parsing windows, writing to a file or the screen, a clock.
+
+Owns no command. Errors of usage become click's own, which end the program with code 2 and one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from foldfeed.feature_store.format.settings import MAX_ROW_ORDER_SEED, ROW_ORDERS, StoreSettings
+from foldfeed.feature_store.store.feature_store import FeatureStore, choose_settings
+
+WINDOW = re.compile(r"(\d*):(\d*)")
+
+
+def open_store(url: str, version: int | str | None = None) -> FeatureStore:
+    """Returns a store; a version that does not exist is bad usage."""
+    try:
+        return FeatureStore.open(url, version)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--version") from error
+
+
+def row_order_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds ``--row-order`` and ``--row-order-seed`` to a command that may make a store."""
+    order = click.option(
+        "--row-order",
+        type=click.Choice(ROW_ORDERS),
+        help="How a new store keeps alignment rows: as ranked, or permuted, so that a random sample of rows "
+        "is one short read. Readers see ranks in both. [default: rank, or what the store has]",
+    )
+    seed = click.option(
+        "--row-order-seed",
+        type=click.IntRange(0, MAX_ROW_ORDER_SEED),
+        metavar="N",
+        help="Seed of permuted. [default: 0]",
+    )
+    return order(seed(command))
+
+
+def new_store_settings(url: str, row_order: str | None, seed: int | None) -> StoreSettings | None:
+    """Returns `choose_settings`; an option that cannot take effect is bad usage."""
+    try:
+        return choose_settings(url, row_order, seed)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--row-order-seed") from error
+
+
+def parse_window(option: str, text: str, size: int) -> slice:
+    """Returns ``a:b`` as a slice with both ends, checked against a size.
+
+    Raises:
+      click.BadParameter: not of that form, empty, or outside ``0:size``.
+    """
+    match = WINDOW.fullmatch(text)
+    start, stop = (int(match[1] or 0), int(match[2] or size)) if match else (0, 0)
+    if match is None or not 0 <= start < stop <= size:
+        raise click.BadParameter(
+            f"{text!r} is not a window inside 0:{size}; write a:b with a < b", param_hint=option
+        )
+    return slice(start, stop)
+
+
+@contextlib.contextmanager
+def output_stream(path: Path | None) -> Iterator[BinaryIO]:
+    """Gives the file to write to, or the screen."""
+    if path is None:
+        yield sys.stdout.buffer
+    else:
+        with failing_as_usage(path), path.open("wb") as file:
+            yield file
+
+
+@contextlib.contextmanager
+def failing_as_usage(path: Path) -> Iterator[None]:
+    """Turns "cannot open or write that file" into a usage error that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise click.FileError(str(path), hint=error.strerror or str(error)) from error
+
+
+@contextlib.contextmanager
+def working(verb: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    """Shows a clock on the terminal while something runs; silent when it is not a terminal.
+
+    Args:
+      verb: what is done.
+      total: how many steps; call what the block is given after each. None for a single long one.
+    """
+    count = () if total is None else (MofNCompleteColumn(),)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *count, TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(verb, total=total)
+        yield lambda: progress.advance(task)

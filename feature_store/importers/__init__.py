@@ -1,0 +1,1 @@
+"""Layouts of other programs' folders and files, found, read and written into a store."""

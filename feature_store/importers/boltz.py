@@ -1,0 +1,160 @@
+"""Boltz's processed alignments: ``.npz`` with ``sequences``, ``deletions`` and ``residues``.
+
+Rows lie end to end in ``residues``; ``deletions`` lists (column, count) of the cells that have any. Boltz
+keeps no names and no databases; its taxonomy id (an NCBI number) is kept as the species of the row, as
+digits, which no UniProt mnemonic is. Boltz itself dropped rows with equal ungapped sequences and cut at
+16,384 rows when it wrote the file.
+
+Source: Boltz ``data/types.py`` MSA, ``data/const.py`` tokens, ``data/parse/a3m.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foldfeed.feature_store.errors import FoldfeedError
+from foldfeed.feature_store.exchange_errors import SourceFileError
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.record import MAX_RESIDUES, MsaRecord
+from foldfeed.feature_store.importers.rows import DatabaseRows, ImportOptions, build_record, check_depth
+from foldfeed.feature_store.importers.sources import Found, Reject, Source, id_of_file, relative, walk_files
+from foldfeed.feature_store.parsers.a3m import ParsedAlignment
+from foldfeed.feature_store.parsers.bounded_files import read_file
+from foldfeed.feature_store.parsers.conventions import FIRST_RESIDUE_TOKEN, GAP_TOKEN, UNKNOWN_TOKEN
+from foldfeed.feature_store.parsers.hit_names import fit_species
+from foldfeed.feature_store.parsers.npz import NpzFile
+
+ARRAYS = ("sequences", "deletions", "residues")
+
+LETTER_OF_TOKEN = np.zeros(256, dtype=np.uint8)
+LETTER_OF_TOKEN[GAP_TOKEN] = ord("-")
+LETTER_OF_TOKEN[FIRST_RESIDUE_TOKEN:UNKNOWN_TOKEN] = np.frombuffer(alphabet.RESIDUES.encode(), dtype=np.uint8)
+LETTER_OF_TOKEN[UNKNOWN_TOKEN] = ord("X")
+
+_FIELDS = {
+    "sequences": ("res_start", "res_end", "del_start", "del_end"),
+    "deletions": ("res_idx", "deletion"),
+    "residues": ("res_type",),
+}
+
+
+def scan_boltz(root: Path, options: ImportOptions) -> Found:
+    """Yields one source per ``.npz`` at or below ``root``."""
+    for path in walk_files(root, (".npz",)):
+        where = relative(path, root)
+        try:
+            record_id = id_of_file(path, options)
+        except (FoldfeedError, OSError) as error:
+            yield Reject("", where, str(error))
+            continue
+        yield Source(record_id, where, functools.partial(_read, path, where, record_id, options))
+
+
+def _read(path: Path, where: str, record_id: str, options: ImportOptions) -> MsaRecord:
+    archive = NpzFile(read_file(path, options.max_bytes), where, options.max_bytes)
+    rows = rows_of_boltz({name: archive[name] for name in ARRAYS}, where)
+    return build_record(
+        record_id,
+        [rows],
+        drop_repeats=options.dedup == "rows",
+        max_hits=options.max_hits,
+        extra={"source": where, "source_format": "boltz-npz"},
+    )
+
+
+def rows_of_boltz(arrays: dict[str, NDArray[Any]], where: str) -> DatabaseRows:
+    """Returns the rows in Boltz's arrays.
+
+    Args:
+      arrays: structured arrays by name: ``sequences`` (rows,), ``deletions`` (cells,), ``residues``
+        (tokens,).
+      where: for messages.
+    Raises:
+      SourceFileError: they do not fit together, or hold what is no protein.
+    """
+    for name, fields in _FIELDS.items():
+        names = arrays[name].dtype.names or ()
+        if arrays[name].ndim != 1 or any(
+            field not in names
+            or arrays[name].dtype[field].kind not in "iu"
+            or arrays[name].dtype[field].shape
+            for field in fields
+        ):
+            raise SourceFileError(
+                where, f"array {name!r} must be a list of records with integers {', '.join(fields)}"
+            )
+    check_depth(len(arrays["sequences"]), where)
+    table = {field: arrays["sequences"][field].astype(np.int64) for field in _FIELDS["sequences"]}
+    tokens = arrays["residues"]["res_type"]
+    starts, lengths = table["res_start"], table["res_end"] - table["res_start"]
+    if not len(starts) or (lengths != lengths[0]).any() or not 1 <= lengths[0] <= MAX_RESIDUES:
+        raise SourceFileError(
+            where, f"its rows must be there and all as long as the query (1 to {MAX_RESIDUES})"
+        )
+    _check_inside("residues", starts, table["res_end"], len(tokens), where)
+    # Rows may share residues; without this a small file could stand for a huge alignment.
+    if int(lengths.sum()) > len(tokens):
+        raise SourceFileError(where, "its rows overlap")
+    columns = np.arange(int(lengths[0]))
+    if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < 256:
+        raise SourceFileError(where, "residues hold tokens outside of Boltz's alphabet")
+    letters = LETTER_OF_TOKEN[tokens[starts[:, None] + columns]]
+    if not letters.all():
+        raise SourceFileError(
+            where, "residues hold tokens that are no amino acid, X or gap (RNA, DNA or padding)"
+        )
+    deletions = _deletions(arrays["deletions"], table, letters.shape, where)
+    depth = len(letters)
+    return DatabaseRows(
+        name="boltz",
+        alignment=ParsedAlignment(names=[""] * depth, letters=letters, deletions=deletions),
+        hit_ids=[""] * depth,
+        e_values=np.full(depth, np.nan),
+        bit_scores=np.full(depth, np.nan, dtype=np.float32),
+        species=_species(arrays["sequences"]),
+    )
+
+
+def _species(sequences: NDArray[Any]) -> list[str]:
+    if "taxonomy" not in (sequences.dtype.names or ()):
+        return [""] * len(sequences)
+    taxonomy = sequences["taxonomy"]
+    if taxonomy.ndim != 1 or taxonomy.dtype.kind not in "iu":
+        return [""] * len(sequences)
+    return [fit_species(str(number)) if number >= 0 else "" for number in taxonomy.tolist()]
+
+
+def _check_inside(
+    name: str, starts: NDArray[np.int64], ends: NDArray[np.int64], size: int, where: str
+) -> None:
+    if (starts < 0).any() or (ends < starts).any() or (ends > size).any():
+        raise SourceFileError(where, f"a row refers to {name} outside of 0 to {size}")
+
+
+def _deletions(
+    cells: NDArray[Any], table: dict[str, NDArray[np.int64]], shape: tuple[int, ...], where: str
+) -> NDArray[np.int32]:
+    starts, ends = table["del_start"], table["del_end"]
+    _check_inside("deletions", starts, ends, len(cells), where)
+    counts = ends - starts
+    if int(counts.sum()) > len(cells):
+        raise SourceFileError(where, "the deletions of its rows overlap")
+    rows = np.repeat(np.arange(len(starts)), counts)
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    chosen = cells[np.repeat(starts, counts) + within]
+    columns, values = chosen["res_idx"].astype(np.int64), chosen["deletion"].astype(np.int64)
+    if len(rows) and (
+        int(columns.min()) < 0
+        or int(columns.max()) >= shape[1]
+        or int(values.min()) < 0
+        or int(values.max()) >= 2**31
+    ):
+        raise SourceFileError(where, "a deletion lies outside of its row or has an impossible count")
+    deletions = np.zeros(shape, dtype=np.int32)
+    deletions[rows, columns] = values
+    return deletions

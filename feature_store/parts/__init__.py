@@ -1,0 +1,1 @@
+"""Parts: immutable Zarr groups. Written whole once; records, crops and rows are read from them at random."""

@@ -1,0 +1,200 @@
+"""Reads records out of one part: crops, sidecars, row provenance.
+
+Owns the way from index row and crop to arrays. Does not own the index or versions. Thread safe, because its
+shard readers are; a fork shares the descriptors harmlessly (every read carries its offset).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
+from foldfeed.feature_store.format import structure
+from foldfeed.feature_store.format.grid import Rows, grid_of
+from foldfeed.feature_store.format.row_order import RowOrder
+from foldfeed.feature_store.format.schema import GROUP_FILE, INDEX_SCHEMA, array_specs, stored_specs
+from foldfeed.feature_store.format.settings import SUPPORTED_VERSIONS, StoreSettings
+from foldfeed.feature_store.parts.shard_reader import ShardReader
+from foldfeed.feature_store.parts.tiles import Crop, CropArrays, TiledRecord, TileReader
+from foldfeed.feature_store.parts.writer import PART_ID_HEX
+from foldfeed.feature_store.storage import Blobs, LocalBlobs, open_blobs
+from foldfeed.feature_store.storage.read_pool import (
+    DEFAULT_IN_FLIGHT,
+    LOCAL_READ_BYTES,
+    REMOTE_READ_BYTES,
+    run_tasks,
+)
+
+# What a row says that was written before a column came.
+_LATER_COLUMNS = {field.name: None for field in INDEX_SCHEMA if field.nullable}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RecordLocation:
+    """Which record it is, where its entries start in the arrays of its part, and how many there are.
+
+    ``first_structure_residue`` is None for a record without a structure.
+    """
+
+    record_id: str
+    depth: int
+    length: int
+    first_tile: int
+    first_row: int
+    first_hit_id_byte: int
+    first_residue: int
+    first_overflow: int
+    num_overflow: int
+    first_structure_residue: int | None
+
+
+class PartReader:
+    """One immutable part."""
+
+    def __init__(self, blobs: Blobs, part_id: str) -> None:
+        """Reads the part's metadata.
+
+        Raises:
+          CorruptDataError: it is missing or does not hash to the part's id.
+        """
+        self.part_id = part_id
+        self.path = f"parts/{part_id}"
+        self._url = blobs.url
+        # A read of a local file is over before a thread would have been told about it.
+        self.is_local = isinstance(blobs, LocalBlobs)
+        self.max_read_bytes = LOCAL_READ_BYTES if self.is_local else REMOTE_READ_BYTES
+        where = f"{self.path}/{GROUP_FILE}"
+        try:
+            data = blobs.read(where)
+        except FileNotFoundError as error:
+            raise CorruptDataError(where, "the file is missing") from error
+        if hashlib.sha256(data).hexdigest()[:PART_ID_HEX] != part_id:
+            raise CorruptDataError(where, "the metadata does not hash to the name of its part")
+        about = json.loads(data)["attributes"]["foldfeed"]
+        if about["version"] not in SUPPORTED_VERSIONS:
+            raise FormatVersionError(where, about["version"], SUPPORTED_VERSIONS)
+        self.settings = StoreSettings(**about["settings"])
+        self.files: dict[str, dict[str, Any]] = about["files"]
+        self.num_records: int = about["num_records"]
+        # All arrays of today, in the chunks that this part has or would have them in.
+        self.specs = stored_specs(self.settings, about.get("chunk_entries", {}))
+        self.arrays = {
+            name: ShardReader(
+                blobs,
+                self.path,
+                spec,
+                about["lengths"][name],
+                self.files.get(spec.shard_path, {}).get("bytes"),
+            )
+            for name, spec in self.specs.items()
+            # A part from before an array came has none of it, and its records have nothing there.
+            if name in about["lengths"]
+        }
+        self.tiles = TileReader(part_id, self.path, self.arrays)
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        # Open files and thread pools stay behind; another process reads the metadata again.
+        return _open_part, (self._url, self.part_id)
+
+    def index_rows(self) -> list[dict[str, Any]]:
+        """Returns the index row of every record of the part, without the part's id and the job's.
+
+        Raises:
+          CorruptDataError: a chunk is missing or does not match its checksum.
+        """
+        array = self.arrays["record_json"]
+        lines = array.read(0, array.length).tobytes().splitlines()
+        return [_LATER_COLUMNS | json.loads(line) for line in lines]
+
+    def tiled(self, at: RecordLocation) -> TiledRecord:
+        """Returns what reading a record's tiles needs to know."""
+        return TiledRecord(
+            at.record_id,
+            grid_of(at.first_tile, at.depth, at.length, self.settings),
+            RowOrder(self.settings, at.record_id, at.depth),
+            at.first_residue,
+            at.first_overflow,
+            at.num_overflow,
+        )
+
+    def crop(
+        self, at: RecordLocation, window: tuple[int, int], rows: Rows, out: CropArrays | None = None
+    ) -> Crop:
+        """Returns a crop of a record.
+
+        Args:
+          at: the record.
+          window: residues ``[start, stop)``, checked by `layout.resolve_residues`.
+          rows: ranks checked by `layout.resolve_rows`, or stored rows checked by `layout.resolve_run`.
+          out: arrays of the crop's shape to fill; fresh ones when None.
+        Returns: a `Slab` for a run of stored rows.
+        """
+        job = self.tiles.job(self.tiled(at), window, rows, out)
+        in_flight = 1 if self.is_local else DEFAULT_IN_FLIGHT
+        run_tasks(self.tiles.openers([job]), in_flight)
+        run_tasks(self.tiles.tasks([job], self.max_read_bytes), in_flight)
+        self.tiles.finish(job)
+        return self.tiles.result(job)
+
+    def per_residue(self, name: str, at: RecordLocation, window: tuple[int, int] | None = None) -> np.ndarray:
+        """Returns a per-residue array (``aatype``, ``profile``, ...) of a record, or of a window of it.
+
+        All fill value (NaN) when the part was written before that array came.
+        """
+        start, stop = window or (0, at.length)
+        if name not in self.arrays:
+            spec = array_specs(self.settings)[name]
+            return np.full((stop - start, *spec.chunk[1:]), spec.fill_value, dtype=spec.dtype)
+        return self.arrays[name].read(at.first_residue + start, at.first_residue + stop)
+
+    def structure(self, at: RecordLocation, window: tuple[int, int]) -> dict[str, np.ndarray] | None:
+        """Returns the arrays of `structure.ARRAYS` for a window of residues; None when there are none."""
+        if at.first_structure_residue is None:
+            return None
+        start, stop = (at.first_structure_residue + edge for edge in window)
+        return {name: self.arrays[name].read(start, stop) for name in structure.ARRAYS}
+
+    def row_table(self, at: RecordLocation, database_names: list[str]) -> pa.Table:
+        """Returns the provenance of every row: rank, database, e_value, bit_score, hit_id, species.
+
+        ``database`` is null for the query row; ``e_value`` and ``bit_score`` are null where the tool gave
+        none.
+        """
+        start, stop = at.first_row, at.first_row + at.depth
+        database = self.arrays["row_database"].read(start, stop)
+        names = [None if code < 0 else database_names[code] for code in database.tolist()]
+        species = [
+            row.tobytes().rstrip(b"\0").decode() for row in self.arrays["row_species"].read(start, stop)
+        ]
+        return pa.table(
+            {
+                "rank": pa.array(np.arange(at.depth, dtype=np.int32)),
+                "database": pa.array(names, type=pa.string()),
+                "e_value": _nullable(self.arrays["row_e_value"].read(start, stop)),
+                "bit_score": _nullable(self.arrays["row_bit_score"].read(start, stop)),
+                "hit_id": pa.array(self._hit_ids(at), type=pa.string()),
+                "species": pa.array(species, type=pa.string()),
+            }
+        )
+
+    def _hit_ids(self, at: RecordLocation) -> list[str]:
+        sizes = self.arrays["row_hit_id_bytes"].read(at.first_row, at.first_row + at.depth)
+        cuts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).tolist()
+        first = at.first_hit_id_byte
+        text = self.arrays["row_hit_id"].read(first, first + cuts[-1]).tobytes()
+        return [text[a:b].decode() for a, b in itertools.pairwise(cuts)]
+
+
+def _open_part(url: str, part_id: str) -> PartReader:
+    return PartReader(open_blobs(url), part_id)
+
+
+def _nullable(values: np.ndarray) -> pa.Array:
+    return pa.array(values, mask=np.isnan(values))

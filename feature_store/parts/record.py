@@ -1,0 +1,311 @@
+"""`Record`: one record of one version of a store, as a reader sees it: rows in rank order, fresh arrays.
+
+Owns the way from what a caller asks for (residues, ranks) to calls of the part that holds the record. Does
+not own how a part is read (`parts.reader`) or which version a record belongs to (`store`). Cheap to make;
+reads when asked. Thread safe, because its part is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from foldfeed.feature_store.errors import CorruptDataError
+from foldfeed.feature_store.format.grid import (
+    Rows,
+    StoredRun,
+    num_rows_of,
+    resolve_residues,
+    resolve_rows,
+    resolve_run,
+)
+from foldfeed.feature_store.format.structure import Structure
+from foldfeed.feature_store.parts.dataset import to_dataset
+from foldfeed.feature_store.parts.reader import PartReader, RecordLocation
+from foldfeed.feature_store.parts.tiles import Crop, CropArrays, CropPlan, Slab, TiledRecord, pair_of
+
+
+class CropShape(NamedTuple):
+    """What a crop covers, checked against its record.
+
+    Attributes:
+      window: residues ``[start, stop)``.
+      rows: ranks or a run of stored rows.
+    """
+
+    window: tuple[int, int]
+    rows: Rows
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and residues."""
+        return num_rows_of(self.rows), self.window[1] - self.window[0]
+
+
+class Record:
+    """One record of one version of a store; cheap to make, reads when asked."""
+
+    def __init__(self, part: PartReader, row: Mapping[str, Any]) -> None:
+        """Use `FeatureStore.__getitem__`."""
+        self._part = part
+        self._row = row
+        self._at = RecordLocation(
+            record_id=row["record_id"],
+            depth=row["depth"],
+            length=row["length"],
+            first_tile=row["first_tile"],
+            first_row=row["first_row"],
+            first_hit_id_byte=row["first_hit_id_byte"],
+            first_residue=row["first_residue"],
+            first_overflow=row["first_overflow"],
+            num_overflow=row["num_overflow"],
+            first_structure_residue=row["first_structure_residue"],
+        )
+
+    def __reduce__(self) -> tuple[Any, tuple[PartReader, dict[str, Any]]]:
+        return Record, (self._part, dict(self._row))
+
+    def __repr__(self) -> str:
+        return f"Record({self.record_id!r}, length={self.length}, depth={self.depth})"
+
+    @property
+    def record_id(self) -> str:
+        """Unique in the store."""
+        return self._row["record_id"]
+
+    @property
+    def description(self) -> str:
+        """Free text, usually from the FASTA header."""
+        return self._row["description"]
+
+    @property
+    def sequence(self) -> str:
+        """Upper-case one-letter residues."""
+        return self._row["sequence"]
+
+    @property
+    def length(self) -> int:
+        """Number of residues."""
+        return self._at.length
+
+    @property
+    def depth(self) -> int:
+        """Number of rows of the alignment, the query included."""
+        return self._at.depth
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what the record says."""
+        return self._row["fingerprint"]
+
+    @property
+    def databases(self) -> list[dict[str, Any]]:
+        """What was searched, in merge order: name, digest, tool, tool_version, num_hits, num_rows."""
+        return self._row["databases"]
+
+    @property
+    def extra(self) -> dict[str, str]:
+        """Further facts that the writer recorded."""
+        return json.loads(self._row["extra"])
+
+    @property
+    def part(self) -> PartReader:
+        """The part that holds it."""
+        return self._part
+
+    @property
+    def tiled(self) -> TiledRecord:
+        """What reading its tiles needs to know."""
+        return self._part.tiled(self._at)
+
+    def resolve(self, residues: slice | None, rows: Rows | None) -> CropShape:
+        """Returns what a crop covers, checked.
+
+        Raises:
+          IndexError: outside the record.
+        """
+        window = resolve_residues(residues, self.length)
+        if isinstance(rows, StoredRun):
+            return CropShape(window, resolve_run(rows, self.depth))
+        return CropShape(window, resolve_rows(rows, self.depth))
+
+    def crop(
+        self, residues: slice | None = None, rows: Rows | None = None, *, out: CropArrays | None = None
+    ) -> Crop:
+        """Returns a piece of the alignment, reading only the tiles it touches.
+
+        Args:
+          residues: window ``slice(a, b)``, 0 <= a < b <= length; everything when None.
+          rows: ranks, the query is 0: ``slice(a, b)`` or int64 indices in any order; everything when None.
+            Or a `StoredRun`, see `slab`.
+          out: uint8 and int32 arrays of exactly that shape, of any strides, to read into. What they hold
+            after an error is undefined.
+        Returns: `Crop` of msa uint8 and deletions int32, both (rows, residues), owned by the caller.
+        Raises:
+          IndexError: outside the record. Nothing shrinks silently.
+          ValueError: ``out`` has another shape or dtype.
+          CorruptDataError: a tile does not match its checksum.
+        """
+        shape = self.resolve(residues, rows)
+        if out is not None:
+            _check_out(out, shape.size)
+        return self._part.crop(self._at, shape.window, shape.rows, out)
+
+    def slab(
+        self,
+        residues: slice | None = None,
+        *,
+        start: int = 0,
+        num_rows: int | None = None,
+        out: CropArrays | None = None,
+    ) -> Slab:
+        """Returns the query and a contiguous cyclic run of hits in stored order.
+
+        In a store of row order ``permuted`` that is a uniform sample of the hits without repeats when
+        ``start`` is uniform in 0..depth-2, and it reads few tiles; in one of ``rank`` it is a run of ranks.
+
+        Args:
+          residues: as for `crop`.
+          start: the first hit, counted in stored order from 0 to depth - 2.
+          num_rows: rows, the query counted; all when None.
+          out: as for `crop`.
+        Returns: `Slab`, whose ``ranks`` say which rows it holds; row 0 is the query.
+        Raises:
+          IndexError: outside the record.
+          ValueError: ``out`` has another shape or dtype.
+          CorruptDataError: a tile does not match its checksum.
+        """
+        run = StoredRun(start, self.depth if num_rows is None else num_rows)
+        shape = self.resolve(residues, run)
+        if out is not None:
+            _check_out(out, shape.size)
+        slab = self._part.crop(self._at, shape.window, shape.rows, out)
+        assert isinstance(slab, Slab)
+        return slab
+
+    def plan(self, residues: slice | None = None, rows: Rows | None = None) -> CropPlan:
+        """Returns which tiles such a crop reads, how many cells that is and how many bytes.
+
+        Arithmetic, but for the number of bytes, which the shard indices know: these are read when the first
+        crop of a part is planned or read, and kept (16 bytes per tile).
+
+        Args:
+          residues: as for `crop`.
+          rows: as for `crop`, or a `StoredRun` as for `slab`.
+        Raises:
+          IndexError: outside the record.
+          CorruptDataError: a shard index is damaged.
+        """
+        window, found = self.resolve(residues, rows)
+        return self._part.tiles.plan(self.tiled, window, found, self._part.max_read_bytes)
+
+    def crop_bytes(self, residues: slice | None = None, rows: Rows | None = None) -> int:
+        """Returns the stored bytes of the tiles that `crop` would read for the same arguments."""
+        return self.plan(residues, rows).num_bytes
+
+    def msa(self) -> NDArray[np.uint8]:
+        """Returns uint8 (depth, length), rows in rank order, the query first."""
+        return self.crop().msa
+
+    def deletions(self) -> NDArray[np.int32]:
+        """Returns int32 (depth, length): residues inserted immediately left of each column."""
+        return self.crop().deletions
+
+    def aatype(self, residues: slice | None = None) -> NDArray[np.uint8]:
+        """Returns uint8 (length,): codes of the query; of a window as for `crop` when one is given."""
+        return self._part.per_residue("aatype", self._at, resolve_residues(residues, self.length))
+
+    def profile(self, residues: slice | None = None) -> NDArray[np.float32]:
+        """Returns float32 (length, 22): share of each token over all rows; of a window when one is given."""
+        return self._part.per_residue("profile", self._at, resolve_residues(residues, self.length))
+
+    def deletion_mean(self) -> NDArray[np.float32]:
+        """Returns float32 (length,): mean deletion count over all rows."""
+        return self._part.per_residue("deletion_mean", self._at)
+
+    def gap_fraction(self) -> NDArray[np.float32]:
+        """Returns float32 (length,): share of rows with a gap."""
+        return self._part.per_residue("gap_fraction", self._at)
+
+    def entropy(self) -> NDArray[np.float32]:
+        """Returns float32 (length,): entropy in bits of the residues of each column, see `sidecars`.
+
+        NaN when the record was written before format v1 had it.
+        """
+        return self._part.per_residue("entropy", self._at)
+
+    @property
+    def neff(self) -> float | None:
+        """N_eff of the alignment at 80 % identity, or None when it was not computed; see `effective_rows`."""
+        return self._row["neff"]
+
+    def neff_per_residue(self) -> NDArray[np.float32]:
+        """Returns float32 (length,): sum of the weights of rows with a residue there; NaN if not computed."""
+        return self._part.per_residue("neff", self._at)
+
+    def structure(self, residues: slice | None = None) -> Structure | None:
+        """Returns the atoms of a window of residues, or None when the record has no structure.
+
+        Args:
+          residues: window ``slice(a, b)``, 0 <= a < b <= length; everything when None.
+        Raises:
+          IndexError: outside the record.
+          CorruptDataError: a chunk does not match its checksum, or the atoms are not a structure.
+        """
+        arrays = self._part.structure(self._at, resolve_residues(residues, self.length))
+        if arrays is None:
+            return None
+        try:
+            return Structure(**arrays, source=json.loads(self._row["structure"]))
+        except (ValueError, TypeError) as error:
+            raise CorruptDataError(f"{self._part.path}, record {self.record_id}", str(error)) from error
+
+    def rows(self) -> pa.Table:
+        """Returns the provenance of every row: rank, database, e_value, bit_score, hit_id, species."""
+        return self._part.row_table(self._at, [entry["name"] for entry in self.databases])
+
+    def features(self, *, msa: bool = False) -> dict[str, NDArray[Any]]:
+        """Returns the per-residue features by name.
+
+        They are aatype, profile, deletion_mean, gap_fraction, entropy and neff.
+
+        Args:
+          msa: also ``msa`` and ``deletions``, (depth, length) each; they are read only when asked for.
+        """
+        found: dict[str, NDArray[Any]] = {
+            "aatype": self.aatype(),
+            "profile": self.profile(),
+            "deletion_mean": self.deletion_mean(),
+            "gap_fraction": self.gap_fraction(),
+            "entropy": self.entropy(),
+            "neff": self.neff_per_residue(),
+        }
+        if msa:
+            crop = self.crop()
+            found |= {"msa": crop.msa, "deletions": crop.deletions}
+        return found
+
+    def to_xarray(self, *, msa: bool = False) -> Any:
+        """Returns `features` as an ``xarray.Dataset``, see `features.to_dataset`.
+
+        Raises:
+          MissingExtraError: xarray is not installed.
+        """
+        facts = ("record_id", "description", "sequence", "depth", "fingerprint", "extra")
+        attributes = {name: self._row[name] for name in facts} | {"databases": json.dumps(self.databases)}
+        return to_dataset(self.features(msa=msa), self.sequence, attributes)
+
+
+def _check_out(out: CropArrays, shape: tuple[int, int]) -> None:
+    """Raises unless arrays can take a crop of that shape."""
+    msa, deletions = pair_of(out)
+    for name, array, dtype in (("msa", msa, np.uint8), ("deletions", deletions, np.int32)):
+        if array.dtype != dtype or array.shape != shape:
+            raise ValueError(
+                f"out: {name} is {array.dtype} {array.shape}; this crop needs {np.dtype(dtype)} {shape}"
+            )

@@ -1,0 +1,1 @@
+"""The store as a whole: versions opened, records found, SQL, sets and splits asked."""
