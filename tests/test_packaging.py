@@ -79,7 +79,7 @@ def test_no_cycles_inside_a_package(root, room):
         visit(module, ())
 
 
-# The rooms of feature_store, lowest floor first, as in CONTRIBUTING. Rooms of one floor do not know each other.
+# The rooms of feature_store, lowest floor first, as in CONTRIBUTING; one floor does not know itself.
 FLOORS = (
     ("",),
     ("format", "storage"),

@@ -1,7 +1,7 @@
 """The commands ``foldfeed ingest`` and ``foldfeed export``: other programs' files in and out of a store.
 
-Owns words, progress and exit codes. Does not own formats (`importers`, `exporters`). Exit codes: 0 done (single
-rejects are reported and do not change it, unless ``--fail-on-rejects``), 1 the run failed or nothing could be
+Owns words, progress and exit codes. Does not own formats (`importers`, `exporters`). Exit codes: 0 done (a
+reject is reported and does not change it, unless ``--fail-on-rejects``), 1 the run failed or nothing could be
 imported, 2 bad usage.
 """
 
