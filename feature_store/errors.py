@@ -34,12 +34,31 @@ fields, so that callers need not parse text. This module imports nothing of ours
 
 from __future__ import annotations
 
+import functools
+from typing import Any, Self
+
 # The optional dependency of tables and arrays for pandas, polars and xarray.
 ANALYSIS_EXTRA = "analysis"
 
 
 class FoldfeedError(Exception):
-    """Base of every error that foldfeed raises on purpose."""
+    """Base of every error that foldfeed raises on purpose.
+
+    Errors cross processes: a copy is made from what the constructor was given, so the fields and the message
+    survive pickling, whatever arguments a class takes.
+    """
+
+    _given: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **named: Any) -> Self:
+        """Keeps what the error is made of."""
+        error = super().__new__(cls, *args)
+        error._given = (args, named)
+        return error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        args, named = self._given
+        return functools.partial(type(self), *args, **named), ()
 
 
 class StoreError(FoldfeedError):
@@ -79,9 +98,6 @@ class StoreUrlError(StoreError):
             "gs://, ...) and install the package it names."
         )
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.url, self.reason)
-
 
 class StoreSettingsError(StoreError):
     """A store exists already, with other settings than the ones asked for."""
@@ -119,9 +135,6 @@ class CorruptDataError(StoreError):
         self.reason = reason
         super().__init__(f"corrupt data in {where}: {reason}. Restore that part from a copy or rebuild it.")
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.where, self.reason)
-
 
 class CommitConflictError(StoreError):
     """A commit would give a record id a second meaning."""
@@ -145,9 +158,6 @@ class CommitContentionError(StoreError):
             "run the command again, with fewer and larger commits at the same time"
         )
 
-    def __reduce__(self) -> tuple[type, tuple[str, int, float]]:
-        return type(self), (self.url, self.attempts, self.seconds)
-
 
 class HistoryChangedError(StoreError):
     """The version that is open is no longer part of the store's history: a repair went back behind it.
@@ -169,9 +179,6 @@ class HistoryChangedError(StoreError):
             "open the store again and repeat what you did"
         )
 
-    def __reduce__(self) -> tuple[type, tuple[str, int]]:
-        return type(self), (self.url, self.version)
-
 
 class TagError(StoreError, ValueError):
     """A tag cannot be set or followed."""
@@ -190,9 +197,6 @@ class StorageFullError(StoreError):
             f"no space left on the device while writing {path!r}. Nothing of this write is visible in the "
             "store; free some space and run the same command again."
         )
-
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return type(self), (self.path,)
 
 
 class StorageError(StoreError):
@@ -219,9 +223,6 @@ class StorageError(StoreError):
             "request is tried"
         )
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, int, str]]:
-        return type(self), (self.url, self.operation, self.attempts, self.cause)
-
 
 class StorageRefusedError(StoreError):
     """A kind of storage that cannot do what was asked, or not without the risk of losing something.
@@ -237,9 +238,6 @@ class StorageRefusedError(StoreError):
         self.operation = operation
         self.reason = reason
         super().__init__(f"cannot {operation} {url!r}: {reason}")
-
-    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
-        return type(self), (self.url, self.operation, self.reason)
 
 
 class ForkedProcessError(StoreError):
@@ -261,9 +259,6 @@ class ForkedProcessError(StoreError):
             "opened before the fork works; for the rest start processes with 'spawn' or 'forkserver'"
         )
 
-    def __reduce__(self) -> tuple[type, tuple[str, int, int]]:
-        return type(self), (self.url, self.process, self.parent)
-
 
 # What goes wrong on the way to a store. Whoever takes errors for damage lets these pass.
 NOT_DAMAGE = (StorageError, StorageRefusedError, StorageFullError, HistoryChangedError, ForkedProcessError)
@@ -283,9 +278,6 @@ class NameTakenError(StoreError):
         super().__init__(
             f"a {kind} {name!r} exists with other content; a name never changes its meaning, choose another"
         )
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.kind, self.name)
 
 
 class RecordSetMismatchError(StoreError):
@@ -313,9 +305,6 @@ class RecordSetMismatchError(StoreError):
             f"{saved_version}, from which it was saved, or save a new set"
         )
 
-    def __reduce__(self) -> tuple[type, tuple[str, int, int, tuple[str, ...], tuple[str, ...]]]:
-        return type(self), (self.name, self.version, self.saved_version, self.missing, self.changed)
-
 
 class LeakageError(FoldfeedError, ValueError):
     """Something that must stay on one side of a split is on two.
@@ -328,9 +317,6 @@ class LeakageError(FoldfeedError, ValueError):
         self.reason = reason
         self.items = items
         super().__init__(f"{reason} ({len(items)} such, e.g. {items[0]!r})")
-
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
-        return type(self), (self.reason, self.items)
 
 
 class SplitError(FoldfeedError, ValueError):
@@ -357,9 +343,6 @@ class NameNotFoundError(FoldfeedError, KeyError):
     def __str__(self) -> str:
         return self.message
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, tuple[str, ...]]]:
-        return type(self), (self.kind, self.name, self.known)
-
 
 class RecordNotFoundError(FoldfeedError, KeyError):
     """No record of that id in this version of the store.
@@ -380,9 +363,6 @@ class RecordNotFoundError(FoldfeedError, KeyError):
     def __str__(self) -> str:
         return self.message
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
-        return type(self), (self.record_id, self.close)
-
 
 class InvalidRecordError(FoldfeedError, ValueError):
     """A record that the format cannot hold.
@@ -397,9 +377,6 @@ class InvalidRecordError(FoldfeedError, ValueError):
         self.reason = reason
         super().__init__(f"record {record_id!r} cannot be stored: {reason}")
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.record_id, self.reason)
-
 
 class AlignmentParseError(FoldfeedError, ValueError):
     """Alignment text that breaks the rules of its own format.
@@ -413,9 +390,6 @@ class AlignmentParseError(FoldfeedError, ValueError):
         self.reason = reason
         self.line = line
         super().__init__(f"line {line}: {reason}" if line is not None else reason)
-
-    def __reduce__(self) -> tuple[type, tuple[str, int | None]]:
-        return type(self), (self.reason, self.line)
 
 
 class StructureParseError(FoldfeedError, ValueError):
@@ -440,9 +414,6 @@ class StructureParseError(FoldfeedError, ValueError):
         place = [where, *([f"line {line}"] if line is not None else []), *([category] if category else [])]
         super().__init__(f"{', '.join(place)}{f' row {row}' if row is not None else ''}: {reason}")
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, str, int | None, int | None]]:
-        return type(self), (self.where, self.reason, self.category, self.row, self.line)
-
 
 class QueryError(FoldfeedError, ValueError):
     """SQL, a column or a predicate that the index does not understand."""
@@ -460,6 +431,3 @@ class MissingExtraError(FoldfeedError, ImportError):
         self.package = package
         self.extra = extra
         super().__init__(f"{package} is not installed; run: pip install 'foldfeed[{extra}]'")
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.package, self.extra)

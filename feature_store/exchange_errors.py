@@ -38,9 +38,6 @@ class LayoutError(ExchangeError):
         listing = "".join(f"\n  {line}" for line in looked_for)
         super().__init__(f"{path!r}: {reason}{listing}")
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, tuple[str, ...]]]:
-        return type(self), (self.path, self.reason, self.looked_for)
-
 
 class SourceFileError(ExchangeError):
     """A file that is not what it claims to be.
@@ -54,9 +51,6 @@ class SourceFileError(ExchangeError):
         self.where = where
         self.reason = reason
         super().__init__(f"{where}: {reason}")
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.where, self.reason)
 
 
 class SourceTooLargeError(SourceFileError):
@@ -83,6 +77,3 @@ class ExportError(ExchangeError):
         self.record_id = record_id
         self.reason = reason
         super().__init__(f"record {record_id!r} cannot be exported: {reason}")
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.record_id, self.reason)

@@ -36,9 +36,6 @@ class LoaderConfigError(LoaderError, ValueError):
         self.rule = rule
         super().__init__(f"{field}={value!r}: {rule}")
 
-    def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
-        return type(self), (self.field, self.value, self.rule)
-
 
 class LoaderStateError(LoaderError, ValueError):
     """A saved position that this loader cannot read."""
@@ -62,9 +59,6 @@ class StateMismatchError(LoaderStateError):
             f"samples of one stream only. Open the loader with the saved {field}, or start anew at step 0."
         )
 
-    def __reduce__(self) -> tuple[type, tuple[str, object, object]]:
-        return type(self), (self.field, self.found, self.expected)
-
 
 class SampleError(LoaderError):
     """One sample could not be made; nothing was skipped or replaced.
@@ -80,9 +74,6 @@ class SampleError(LoaderError):
         self.record_id = record_id
         self.reason = reason
         super().__init__(f"sample {sample} (record {record_id!r}) could not be read: {reason}")
-
-    def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
-        return type(self), (self.sample, self.record_id, self.reason)
 
 
 class LoaderUseError(LoaderError, RuntimeError):

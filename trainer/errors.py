@@ -45,9 +45,6 @@ class GradientError(TrainerError):
         self.reason = reason
         super().__init__(f"gradient of {parameter!r}: {reason}")
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.parameter, self.reason)
-
 
 class CommunicationError(TrainerError):
     """A collective failed; the step was not applied on this rank.
@@ -67,9 +64,6 @@ class CommunicationError(TrainerError):
             "Look for the first rank that failed; a restart continues from the last snapshot."
         )
 
-    def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
-        return type(self), (self.rank, self.phase, self.reason)
-
 
 class PeerError(TrainerError):
     """Another rank failed at something it does for all of them; that rank reports the error itself.
@@ -85,9 +79,6 @@ class PeerError(TrainerError):
         self.phase = phase
         self.reason = reason
         super().__init__(f"rank {rank} failed at {phase}: {reason}")
-
-    def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
-        return type(self), (self.rank, self.phase, self.reason)
 
 
 class ReplicaMismatchError(TrainerError):
@@ -109,9 +100,6 @@ class ReplicaMismatchError(TrainerError):
             "restart from the last snapshot and suspect that rank's memory, device or software."
         )
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...], tuple[int, ...]]]:
-        return type(self), (self.what, self.digests, self.odd_ranks)
-
 
 class SnapshotError(TrainerError):
     """Something is wrong with snapshots on disk."""
@@ -130,9 +118,6 @@ class InvalidSnapshotError(SnapshotError):
         self.reason = reason
         super().__init__(f"snapshot {path} is not valid: {reason}")
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.path, self.reason)
-
 
 class NoValidSnapshotError(SnapshotError):
     """There are snapshots, and none validates on every rank.
@@ -150,9 +135,6 @@ class NoValidSnapshotError(SnapshotError):
             "Restore one from a copy, or start over with another --output."
         )
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
-        return type(self), (self.folder, self.reasons)
-
 
 class SnapshotMismatchError(SnapshotError):
     """A sound snapshot that does not belong to this run, this parameter layout or this environment.
@@ -168,9 +150,6 @@ class SnapshotMismatchError(SnapshotError):
         self.fix = fix
         super().__init__(f"{path} cannot be continued by this run: {'; '.join(differences)}. {fix}")
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...], str]]:
-        return type(self), (self.path, self.differences, self.fix)
-
 
 class DependencyError(TrainerError, ImportError):
     """An optional package is not installed.
@@ -184,6 +163,3 @@ class DependencyError(TrainerError, ImportError):
         self.package = package
         self.fix = fix
         super().__init__(f"{package} is not installed; {fix}")
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.package, self.fix)

@@ -171,13 +171,16 @@ def _show_record(record: Record, num_rows: int) -> None:
 @main.command()
 @click.argument("store")
 @click.argument("record_id")
-@click.option("--residues", default=":", help="Window a:b, 0-based, end excluded.", show_default="all")
-@click.option("--rows", default=":", help="Ranks a:b; the query is 0.", show_default="all")
+@click.option("--residues", default=":", help="Window a:b from 0, end excluded; or one.", show_default="all")
+@click.option("--rows", default=":", help="Ranks a:b, or one; the query is 0.", show_default="all")
 @click.option("--format", "form", type=click.Choice(("text", "npz")), default="text", show_default=True)
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen."
 )
-def crop(store: str, record_id: str, residues: str, rows: str, form: str, output: Path | None) -> None:
+@click.option("--version", help="An older version of the store, or a tag (see `foldfeed log`).")
+def crop(
+    store: str, record_id: str, residues: str, rows: str, form: str, output: Path | None, version: str | None
+) -> None:
     """Read a piece of one alignment: only the tiles it touches.
 
     `text` prints one row per line: rank, aligned residues, hit id. `npz` holds msa (uint8) and deletions
@@ -190,7 +193,7 @@ def crop(store: str, record_id: str, residues: str, rows: str, form: str, output
     """
     if form == "npz" and output is None and sys.stdout.isatty():
         raise click.UsageError("npz is binary; add --output FILE or redirect it.")
-    record = open_store(store)[record_id]
+    record = open_store(store, version)[record_id]
     window = parse_window("--residues", residues, record.length)
     ranks = parse_window("--rows", rows, record.depth)
     with working("reading"):

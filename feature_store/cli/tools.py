@@ -23,10 +23,11 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from foldfeed.feature_store.format.grid import resolve_window
 from foldfeed.feature_store.format.settings import MAX_ROW_ORDER_SEED, ROW_ORDERS, StoreSettings
 from foldfeed.feature_store.store.feature_store import FeatureStore, choose_settings
 
-WINDOW = re.compile(r"(\d*):(\d*)")
+WINDOW = re.compile(r"(?P<start>-?\d+)?(?P<colon>:)(?P<stop>-?\d+)?|-?\d+")
 
 
 def open_store(url: str, version: int | str | None = None) -> FeatureStore:
@@ -63,18 +64,20 @@ def new_store_settings(url: str, row_order: str | None, seed: int | None) -> Sto
 
 
 def parse_window(option: str, text: str, size: int) -> slice:
-    """Returns ``a:b`` as a slice with both ends, checked against a size.
+    """Returns what ``a:b``, or a single number, means of a size: `resolve_window` with words from a shell.
 
     Raises:
-      click.BadParameter: not of that form, empty, or outside ``0:size``.
+      click.BadParameter: not of that form, empty, or a number outside.
     """
     match = WINDOW.fullmatch(text)
-    start, stop = (int(match[1] or 0), int(match[2] or size)) if match else (0, 0)
-    if match is None or not 0 <= start < stop <= size:
-        raise click.BadParameter(
-            f"{text!r} is not a window inside 0:{size}; write a:b with a < b", param_hint=option
-        )
-    return slice(start, stop)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no window; write a:b or one number", param_hint=option)
+    ends = [int(end) if end else None for end in (match["start"], match["stop"])]
+    try:
+        asked = slice(*ends) if match["colon"] else int(text)
+        return slice(*resolve_window(option.lstrip("-"), asked, size))
+    except IndexError as error:
+        raise click.BadParameter(str(error), param_hint=option) from error
 
 
 @contextlib.contextmanager

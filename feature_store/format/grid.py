@@ -16,13 +16,15 @@ Invariant: for any crop the boxes of a plan cover each output cell exactly once 
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foldfeed.feature_store.format.settings import StoreSettings
 
+# What may stand for a window: a slice, cut as NumPy cuts it, or an integer for one.
+Window: TypeAlias = "slice | int"
 RowIndex: TypeAlias = "slice | NDArray[np.int64]"
 
 
@@ -93,58 +95,71 @@ def grid_of(first_tile: int, depth: int, length: int, settings: StoreSettings) -
     return RecordGrid(first_tile, depth, length, settings.tile_rows, settings.tile_cols)
 
 
-def resolve_residues(residues: slice | None, length: int) -> tuple[int, int]:
-    """Returns the window ``[start, stop)`` that a slice of residues means, checked against the length.
+def resolve_window(name: str, asked: Window | None, size: int) -> tuple[int, int]:
+    """Returns the window ``[start, stop)`` that a slice or an integer means, as NumPy would read it.
 
+    Slices are cut to what there is and negative numbers count from the end: of 263, ``slice(0, 512)`` is
+    ``0, 263``, ``slice(-3, None)`` is ``260, 263`` and ``5`` is ``5, 6``.
+
+    Args:
+      name: of what is counted, for messages.
+      asked: what was given; everything when None.
+      size: how many there are.
     Raises:
-      IndexError: the window is empty, has a step, or reaches outside ``0..length``. Python's own slices would
-        shrink silently, and a loader would train on crops that are shorter than it believes.
+      IndexError: what cannot be meant: a step, an empty window, an integer outside, anything else.
     """
-    if residues is None:
-        return 0, length
-    if not isinstance(residues, slice):
-        raise IndexError(f"residues {residues!r} is no slice; give slice(a, b) with 0 <= a < b <= {length}")
-    start = 0 if residues.start is None else _integer("residues", residues.start)
-    stop = length if residues.stop is None else _integer("residues", residues.stop)
-    if residues.step not in (None, 1) or not 0 <= start < stop <= length:
+    if asked is None:
+        return 0, size
+    if not isinstance(asked, slice):
+        number = _integer(name, asked)
+        if not -size <= number < size:
+            raise IndexError(f"{name} {number} is outside 0..{size - 1}")
+        return number % size, number % size + 1
+    if asked.step is not None and _integer(name, asked.step) != 1:
         raise IndexError(
-            f"residues {start}:{stop} (step {residues.step}) is not a window inside 0:{length}; "
-            "give slice(a, b) with 0 <= a < b <= length"
+            f"{name} {_shown(asked)} has a step; only whole windows a:b inside 0:{size} are read"
         )
+    ends = [None if end is None else _integer(name, end) for end in (asked.start, asked.stop)]
+    start, stop, _ = slice(*ends).indices(size)
+    if start >= stop:
+        raise IndexError(f"{name} {_shown(asked)} is an empty window of 0:{size}; give a:b with a < b")
     return start, stop
+
+
+def _shown(window: slice) -> str:
+    ends = ["" if end is None else str(end) for end in (window.start, window.stop)]
+    return ":".join([*ends, *([] if window.step is None else [str(window.step)])])
 
 
 def _integer(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError as error:
-        raise IndexError(f"{name} {value!r} is no integer; nothing is rounded here") from error
+        raise IndexError(
+            f"{name} {value!r} is no integer and no slice of integers; nothing is rounded here"
+        ) from error
 
 
-def resolve_rows(rows: RowIndex | None, depth: int) -> RowIndex:
+def resolve_rows(rows: Window | RowIndex | None, depth: int) -> RowIndex:
     """Returns rows as a checked slice without open ends, or as int64 indices in the order asked for.
 
+    Args:
+      rows: a window as for `resolve_window`, or a list or array of ranks, where negative ones count from
+        the end; everything when None.
+      depth: how many rows there are.
     Raises:
       IndexError: a row outside ``0..depth``, an empty selection, or a slice with a step.
     """
-    if rows is None:
-        return slice(0, depth)
-    if isinstance(rows, slice):
-        start = 0 if rows.start is None else _integer("rows", rows.start)
-        stop = depth if rows.stop is None else _integer("rows", rows.stop)
-        if rows.step not in (None, 1) or not 0 <= start < stop <= depth:
-            raise IndexError(
-                f"rows {start}:{stop} (step {rows.step}) is not a range inside 0:{depth}; "
-                "give slice(a, b) with 0 <= a < b <= depth, or an array of row numbers"
-            )
-        return slice(start, stop)
+    if rows is None or isinstance(rows, slice | int) or np.ndim(rows) == 0:
+        return slice(*resolve_window("rows", cast("Window | None", rows), depth))
     index = np.asarray(rows)
     if index.ndim != 1 or index.size == 0 or index.dtype.kind not in "iu":
         raise IndexError(f"rows must be one or more integers, not {index.dtype} {index.shape}")
-    if int(index.min()) < 0 or int(index.max()) >= depth:
-        wrong = int(index.min()) if int(index.min()) < 0 else int(index.max())
+    if int(index.min()) < -depth or int(index.max()) >= depth:
+        wrong = int(index.min()) if int(index.min()) < -depth else int(index.max())
         raise IndexError(f"row {wrong} is outside 0..{depth - 1}")
-    return index.astype(np.int64)
+    ranks = index.astype(np.int64)
+    return np.where(ranks < 0, ranks + depth, ranks)
 
 
 def plan_crop(grid: RecordGrid, window: tuple[int, int], rows: RowIndex) -> list[TileBox]:
@@ -154,7 +169,7 @@ def plan_crop(grid: RecordGrid, window: tuple[int, int], rows: RowIndex) -> list
 
     Args:
       grid: the record's tiles.
-      window: residues ``[start, stop)``, see `resolve_residues`.
+      window: residues ``[start, stop)``, see `resolve_window`.
       rows: see `resolve_rows`.
     """
     return _boxes_of(grid, window, _row_pieces(grid, rows))
@@ -214,7 +229,7 @@ def plan_run(
 
     Args:
       grid: the record's tiles.
-      window: residues ``[start, stop)``, see `resolve_residues`.
+      window: residues ``[start, stop)``, see `resolve_window`.
       run: see `resolve_run`.
     """
     first, stop = 1 + run.start, run.start + run.num_rows

@@ -61,7 +61,7 @@ class RowOrder:
         return found
 
     def stored_rows(self, ranks: RowIndex) -> RowIndex:
-        """Returns the stored rows of a selection of ranks, see `layout.resolve_rows`, in its order."""
+        """Returns the stored rows of a selection of ranks, see `grid.resolve_rows`, in its order."""
         if self.is_rank:
             return ranks
         return self.stored(np.arange(ranks.start, ranks.stop) if isinstance(ranks, slice) else ranks)

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from foldfeed.feature_store.format.grid import Rows
+from foldfeed.feature_store.format.grid import Rows, Window
 from foldfeed.feature_store.parts.reader import PartReader
 from foldfeed.feature_store.parts.record import Record
 from foldfeed.feature_store.parts.tiles import Crop, CropArrays, CropJob, Task, pair_of
@@ -26,13 +26,13 @@ class CropRequest(NamedTuple):
 
     Attributes:
       record_id: of the record.
-      residues: window ``slice(a, b)``; everything when None.
+      residues: window as in `Record.crop`; everything when None.
       rows: ranks as in `Record.crop`, or a `StoredRun` as in `Record.slab`; everything when None.
     """
 
     record_id: str
-    residues: slice | None = None
-    rows: Rows | None = None
+    residues: Window | None = None
+    rows: Window | Rows | None = None
 
 
 def read_crops(

@@ -131,8 +131,8 @@ class PartReader:
 
         Args:
           at: the record.
-          window: residues ``[start, stop)``, checked by `layout.resolve_residues`.
-          rows: ranks checked by `layout.resolve_rows`, or stored rows checked by `layout.resolve_run`.
+          window: residues ``[start, stop)``, checked by `grid.resolve_window`.
+          rows: ranks checked by `grid.resolve_rows`, or stored rows checked by `grid.resolve_run`.
           out: arrays of the crop's shape to fill; fresh ones when None.
         Returns: a `Slab` for a run of stored rows.
         """

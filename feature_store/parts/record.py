@@ -19,10 +19,11 @@ from foldfeed.feature_store.errors import CorruptDataError
 from foldfeed.feature_store.format.grid import (
     Rows,
     StoredRun,
+    Window,
     num_rows_of,
-    resolve_residues,
     resolve_rows,
     resolve_run,
+    resolve_window,
 )
 from foldfeed.feature_store.format.structure import Structure
 from foldfeed.feature_store.parts.dataset import to_dataset
@@ -123,31 +124,36 @@ class Record:
         """What reading its tiles needs to know."""
         return self._part.tiled(self._at)
 
-    def resolve(self, residues: slice | None, rows: Rows | None) -> CropShape:
+    def resolve(self, residues: Window | None, rows: Window | Rows | None) -> CropShape:
         """Returns what a crop covers, checked.
 
         Raises:
           IndexError: outside the record.
         """
-        window = resolve_residues(residues, self.length)
+        window = resolve_window("residues", residues, self.length)
         if isinstance(rows, StoredRun):
             return CropShape(window, resolve_run(rows, self.depth))
         return CropShape(window, resolve_rows(rows, self.depth))
 
     def crop(
-        self, residues: slice | None = None, rows: Rows | None = None, *, out: CropArrays | None = None
+        self,
+        residues: Window | None = None,
+        rows: Window | Rows | None = None,
+        *,
+        out: CropArrays | None = None,
     ) -> Crop:
         """Returns a piece of the alignment, reading only the tiles it touches.
 
         Args:
-          residues: window ``slice(a, b)``, 0 <= a < b <= length; everything when None.
-          rows: ranks, the query is 0: ``slice(a, b)`` or int64 indices in any order; everything when None.
-            Or a `StoredRun`, see `slab`.
+          residues: window ``slice(a, b)``, cut to the record as NumPy cuts slices; an integer picks one, and
+            the array keeps its axis; everything when None.
+          rows: ranks, the query is 0: a window like ``residues``, or int64 indices in any order; everything
+            when None. Or a `StoredRun`, see `slab`.
           out: uint8 and int32 arrays of exactly that shape, of any strides, to read into. What they hold
             after an error is undefined.
         Returns: `Crop` of msa uint8 and deletions int32, both (rows, residues), owned by the caller.
         Raises:
-          IndexError: outside the record. Nothing shrinks silently.
+          IndexError: an integer outside the record, an empty window, a step.
           ValueError: ``out`` has another shape or dtype.
           CorruptDataError: a tile does not match its checksum.
         """
@@ -158,7 +164,7 @@ class Record:
 
     def slab(
         self,
-        residues: slice | None = None,
+        residues: Window | None = None,
         *,
         start: int = 0,
         num_rows: int | None = None,
@@ -188,7 +194,7 @@ class Record:
         assert isinstance(slab, Slab)
         return slab
 
-    def plan(self, residues: slice | None = None, rows: Rows | None = None) -> CropPlan:
+    def plan(self, residues: Window | None = None, rows: Window | Rows | None = None) -> CropPlan:
         """Returns which tiles such a crop reads, how many cells that is and how many bytes.
 
         Arithmetic, but for the number of bytes, which the shard indices know: these are read when the first
@@ -204,7 +210,7 @@ class Record:
         window, found = self.resolve(residues, rows)
         return self._part.tiles.plan(self.tiled, window, found, self._part.max_read_bytes)
 
-    def crop_bytes(self, residues: slice | None = None, rows: Rows | None = None) -> int:
+    def crop_bytes(self, residues: Window | None = None, rows: Window | Rows | None = None) -> int:
         """Returns the stored bytes of the tiles that `crop` would read for the same arguments."""
         return self.plan(residues, rows).num_bytes
 
@@ -216,13 +222,13 @@ class Record:
         """Returns int32 (depth, length): residues inserted immediately left of each column."""
         return self.crop().deletions
 
-    def aatype(self, residues: slice | None = None) -> NDArray[np.uint8]:
+    def aatype(self, residues: Window | None = None) -> NDArray[np.uint8]:
         """Returns uint8 (length,): codes of the query; of a window as for `crop` when one is given."""
-        return self._part.per_residue("aatype", self._at, resolve_residues(residues, self.length))
+        return self._part.per_residue("aatype", self._at, resolve_window("residues", residues, self.length))
 
-    def profile(self, residues: slice | None = None) -> NDArray[np.float32]:
+    def profile(self, residues: Window | None = None) -> NDArray[np.float32]:
         """Returns float32 (length, 22): share of each token over all rows; of a window when one is given."""
-        return self._part.per_residue("profile", self._at, resolve_residues(residues, self.length))
+        return self._part.per_residue("profile", self._at, resolve_window("residues", residues, self.length))
 
     def deletion_mean(self) -> NDArray[np.float32]:
         """Returns float32 (length,): mean deletion count over all rows."""
@@ -248,16 +254,16 @@ class Record:
         """Returns float32 (length,): sum of the weights of rows with a residue there; NaN if not computed."""
         return self._part.per_residue("neff", self._at)
 
-    def structure(self, residues: slice | None = None) -> Structure | None:
+    def structure(self, residues: Window | None = None) -> Structure | None:
         """Returns the atoms of a window of residues, or None when the record has no structure.
 
         Args:
-          residues: window ``slice(a, b)``, 0 <= a < b <= length; everything when None.
+          residues: as for `crop`.
         Raises:
-          IndexError: outside the record.
+          IndexError: an integer outside the record, an empty window, a step.
           CorruptDataError: a chunk does not match its checksum, or the atoms are not a structure.
         """
-        arrays = self._part.structure(self._at, resolve_residues(residues, self.length))
+        arrays = self._part.structure(self._at, resolve_window("residues", residues, self.length))
         if arrays is None:
             return None
         try:

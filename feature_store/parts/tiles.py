@@ -1,7 +1,7 @@
 """Reads crops out of the tiles of one part: from a plan to filled arrays.
 
 Owns what a crop is (`Crop`, `Slab`), the tasks that fill its arrays, and the exact deletion counts. Does not
-own where a tile lies (`layout`), checksums and files (`parts.shard_reader`), or who runs the tasks
+own where a tile lies (`format.grid`), checksums and files (`parts.shard_reader`), or who runs the tasks
 (`read_pool`).
 
 A task reads one run of neighbouring tiles, decodes them and copies their cells to where they belong; tasks
@@ -157,7 +157,7 @@ def boxes_of(
     Args:
       record: the record.
       window: residues ``[start, stop)``.
-      rows: ranks (see `layout.resolve_rows`) or a run of stored rows (see `layout.resolve_run`).
+      rows: ranks (see `grid.resolve_rows`) or a run of stored rows (see `grid.resolve_run`).
     """
     if isinstance(rows, StoredRun):
         stored = stored_rows_of(rows, record.grid.depth)
