@@ -73,7 +73,7 @@ MODEL = [field.name for field in dataclasses.fields(ModelConfig)]
 OPTIMIZER = [field.name for field in dataclasses.fields(OptimizerConfig)]
 DATA = [field.name for field in dataclasses.fields(DataConfig) if field.name not in ("store", "recipe")]
 SNAPSHOTS = {"every": "snapshot_every", "keep": "keep_snapshots", "resume": "resume"}
-RUN = ["threads", "deterministic", "timeout_s", "log_every", "tensorboard"]
+RUN = ["threads", "deterministic", "timeout_s", "log_every", "tensorboard", "max_skipped", "lease_s"]
 
 
 def _version() -> str:

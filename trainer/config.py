@@ -223,6 +223,8 @@ class RunConfig:
       timeout_s: a collective that waits longer fails the run.
       log_every: steps between console lines.
       tensorboard: write TensorBoard scalars.
+      max_skipped: steps in a row that may be skipped as not finite before the run ends with an error; 0: any.
+      lease_s: a run that did not renew its hold on the output folder for so many seconds counts as dead.
     """
 
     output: str
@@ -240,6 +242,8 @@ class RunConfig:
     timeout_s: float = 120.0
     log_every: int = 1
     tensorboard: bool = True
+    max_skipped: int = 20
+    lease_s: float = 60.0
 
     def __post_init__(self) -> None:
         _require(bool(self.output), "output is empty; give a folder for snapshots and metrics.")
@@ -247,7 +251,11 @@ class RunConfig:
             "://" not in self.output,
             f"output {self.output!r} is a URL; snapshots need rename and fsync, give a mounted folder.",
         )
-        _require_positive(self, ("steps", "threads", "timeout_s", "log_every"))
+        _require_positive(self, ("steps", "threads", "timeout_s", "log_every", "lease_s"))
+        _require(
+            self.max_skipped >= 0,
+            f"max_skipped is {self.max_skipped}; it must not be negative (0: any number).",
+        )
         _require(
             self.bucket_mb >= 0, f"bucket_mb is {self.bucket_mb}; it must not be negative (0: automatic)."
         )

@@ -7,6 +7,10 @@
         ├── CommunicationError                a collective failed: a rank died or stalled
         ├── PeerError                         another rank failed at something it does for all
         ├── ReplicaMismatchError              ranks that must hold equal bits do not
+        ├── MeetingPointError                 the port where ranks meet is taken
+        ├── LeaseHeldError                    another run lives in the output folder
+        ├── LeaseLostError                    another run has taken the output folder over
+        ├── DivergedError                     too many steps in a row were not finite
         ├── SnapshotError                     something about snapshots on disk
         │   ├── InvalidSnapshotError          one generation does not validate (a rank may fall back)
         │   ├── NoValidSnapshotError          there are snapshots, and none validates
@@ -62,6 +66,88 @@ class CommunicationError(TrainerError):
         super().__init__(
             f"rank {rank} lost its peers during {phase}: {reason} "
             "Look for the first rank that failed; a restart continues from the last snapshot."
+        )
+
+
+class MeetingPointError(TrainerError):
+    """The port where the ranks meet is taken by another program.
+
+    Attributes:
+      address: of the first rank's host.
+      port: on it.
+      reason: the system's words.
+    """
+
+    def __init__(self, address: str, port: str, reason: str) -> None:
+        self.address = address
+        self.port = port
+        self.reason = reason
+        super().__init__(
+            f"the ranks cannot meet at {address}:{port}: the port is in use ({reason}). Another run may live "
+            "there: set MASTER_PORT to a free port on every rank, or start with torchrun --standalone or "
+            "--rdzv-backend c10d, which choose one"
+        )
+
+
+class LeaseHeldError(TrainerError):
+    """Another run lives in the output folder.
+
+    Attributes:
+      path: its lease.
+      host: where it runs.
+      pid: its process there.
+      age_s: seconds since it last renewed the lease.
+      lease_s: seconds without renewal after which it counts as dead.
+    """
+
+    def __init__(self, path: str, host: str, pid: int, age_s: float, lease_s: float) -> None:
+        self.path = path
+        self.host = host
+        self.pid = pid
+        self.age_s = age_s
+        self.lease_s = lease_s
+        super().__init__(
+            f"a run lives in this --output: process {pid} on {host} renewed {path} {age_s:.0f} s ago. Use "
+            f"another --output, or stop that run first; {lease_s:.0f} s after its last renewal it counts as "
+            "dead and its lease is taken over"
+        )
+
+
+class LeaseLostError(TrainerError):
+    """Another run has taken the output folder over, because this one seemed dead; nothing more is written.
+
+    Attributes:
+      path: the lease.
+      host: where the other one runs.
+    """
+
+    def __init__(self, path: str, host: str) -> None:
+        self.path = path
+        self.host = host
+        super().__init__(
+            f"{path} is no longer ours but of {host}: this process did not renew it in time (was it "
+            "stopped?). The other run goes on; use another --output for this one"
+        )
+
+
+class DivergedError(TrainerError):
+    """So many steps in a row were not finite that the run was stopped.
+
+    Attributes:
+      first_step: the first of them, counted from 1 as in the log.
+      num_steps: how many.
+      snapshot: the last one that was written before, or "".
+    """
+
+    def __init__(self, first_step: int, num_steps: int, snapshot: str) -> None:
+        self.first_step = first_step
+        self.num_steps = num_steps
+        self.snapshot = snapshot
+        kept = f"the last snapshot before it is {snapshot}" if snapshot else "there is no snapshot before it"
+        super().__init__(
+            f"{num_steps} steps in a row, from step {first_step} on, had a loss or gradient that is not "
+            f"finite; {kept}. Lower --lr or look at the data of step {first_step}, then start from that "
+            "snapshot with --resume and another --output; --max-skipped sets how many are borne, 0 any number"
         )
 
 

@@ -2,6 +2,7 @@
 
     OUTPUT/run.json         run id, digests and the resolved settings of the last start
     OUTPUT/snapshots/       generations (snapshot.py)
+    OUTPUT/run.lease        while a run lives there (lease.py)
     OUTPUT/metrics.jsonl    one line per step;  OUTPUT/tb/  TensorBoard
     OUTPUT/result.json      only when the last step is done: weights digest, steps, digests
 
@@ -30,6 +31,7 @@ import torch
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.data import open_loader
 from foldfeed.trainer.errors import SnapshotMismatchError, TrainerConfigError, TrainerError
+from foldfeed.trainer.lease import Lease
 from foldfeed.trainer.loop import BatchSource, Outcome, Trainer
 from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.ranks import Ranks, joined, pick_device, world_from_environment
@@ -98,6 +100,7 @@ def train(config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str
         output, active=ranks.is_first, tensorboard=config.tensorboard, log_every=config.log_every
     )
     trainer = Trainer(config, ranks, source, metrics)
+    lease = Lease(output, config.lease_s, metrics.say)
     try:
         header = {
             "run_id": "",
@@ -108,9 +111,9 @@ def train(config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str
             "environment": numerics,
         }
         header["run_id"] = ranks.first_does(
-            lambda: _claim(output, config, header), "opening the run's folder"
+            lambda: _claim(output, config, header, lease), "opening the run's folder"
         )
-        folder = SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep)
+        folder = SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep, before_write=lease.require)
         _continue(trainer, folder, header)
         metrics.start(trainer.step)
         _describe(trainer, header)
@@ -122,9 +125,16 @@ def train(config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str
         trainer.reducer.close(wait=False)
         metrics.close()
         raise
+    finally:
+        lease.release()
     trainer.reducer.close()
     metrics.close()
     return outcome
+
+
+def _is_restart() -> bool:
+    """Returns whether torchrun started this process again after one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def _require_one_environment(numerics: dict[str, Any], ranks: Ranks) -> None:
@@ -137,8 +147,13 @@ def _require_one_environment(numerics: dict[str, Any], ranks: Ranks) -> None:
         )
 
 
-def _claim(output: Path, config: RunConfig, header: dict[str, Any]) -> str:
-    """Makes the folder this run's, or checks that it is; returns the run id. First rank only."""
+def _claim(output: Path, config: RunConfig, header: dict[str, Any], lease: Lease) -> str:
+    """Makes the folder this run's, or checks that it is; returns the run id. First rank only.
+
+    Raises:
+      LeaseHeldError: another run lives there.
+    """
+    lease.take(wait=_is_restart())
     path = output / RUN_FILE
     run_id = secrets.token_hex(8)
     bound = ("config_digest", "layout_hash", "store_fingerprint")
@@ -197,7 +212,7 @@ def _continue(trainer: Trainer, folder: SnapshotFolder, header: dict[str, Any]) 
     config, ranks, say = trainer.config, trainer.ranks, trainer.metrics.say
     resume = config.snapshots.resume
     # A restart by torchrun continues what this launch began, whatever it was told to start from.
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = _is_restart()
     if resume not in ("auto", "none") and not restarted:
         generation = named_generation(Path(resume), ranks)
         # The user names it on purpose, so another run's id is fine; everything else must agree.

@@ -26,6 +26,7 @@ from torch import nn
 from foldfeed.trainer.buckets import auto_bucket_bytes, plan_buckets
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.ddp import DdpReducer
+from foldfeed.trainer.errors import DivergedError
 from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.metrics import Metrics, memory_scalars
 from foldfeed.trainer.model import CompactEvoformer, Loss, masked_msa_loss
@@ -90,6 +91,7 @@ class Commit:
       num_samples: counted samples.
       stop: some rank was asked to stop.
       data_s: the longest wait for data.
+      num_residues: that exist in the step's crops, padding left out.
       bad_shards: virtual shards whose loss is not finite.
     """
 
@@ -98,6 +100,7 @@ class Commit:
     num_samples: float
     stop: bool
     data_s: float
+    num_residues: int
     bad_shards: list[int]
 
 
@@ -144,6 +147,7 @@ class Trainer:
         self.step = 0
         self.num_skipped = 0
         self.stop_requested = False
+        self._not_finite_since = 0
         seed_initial_weights(config.seed)
         self.model = CompactEvoformer(config.model)
         self.flat = FlatParameters(self.model, ranks.device)
@@ -183,7 +187,10 @@ class Trainer:
             self._log(commit, update, time.perf_counter() - started, stall_ms)
             stopped = commit.stop
             stall_ms = 0.0
-            if stopped or (every and self.step % every == 0):
+            self._watch_divergence(commit, update, folder)
+            # While steps are skipped nothing changes, and the snapshots that are kept stay the ones before.
+            due = every and self.step % every == 0 and not self._not_finite_since
+            if stopped or due:
                 stall_ms = 1e3 * self.save(folder, header)
                 saved = self.step
         if saved != self.step:
@@ -214,7 +221,11 @@ class Trainer:
                 loss.total.backward()
             losses[shard.v] = loss
 
-        rows = self.reducer.finish([float(self.stop_requested), data_s, *_scalars(losses, num_shards)])
+        # After the last backward was issued, like the losses: on a GPU each `item` waits for the device.
+        residues = sum(int(shard.features["seq_mask"].sum().item()) for shard in batch.shards)
+        rows = self.reducer.finish(
+            [float(self.stop_requested), data_s, residues, *_scalars(losses, num_shards)]
+        )
         commit = combine(rows, num_shards)
 
         update = self.optimizer.step(self.reducer.gradient, commit.num_samples, batch.step)
@@ -223,6 +234,18 @@ class Trainer:
         if update.skipped:
             self._explain_skip(commit)
         return commit, update
+
+    def _watch_divergence(self, commit: Commit, update: Update, folder: SnapshotFolder) -> None:
+        """Ends a run whose steps are all skipped. All ranks decide alike, from what they agreed on."""
+        if not update.skipped or commit.num_samples == 0:
+            self._not_finite_since = 0
+            return
+        self._not_finite_since = self._not_finite_since or self.step
+        count = self.step - self._not_finite_since + 1
+        if self.config.max_skipped and count >= self.config.max_skipped:
+            before = [step for step in folder.steps() if step < self._not_finite_since]
+            snapshot = str(folder.generation_path(max(before))) if before else ""
+            raise DivergedError(self._not_finite_since, count, snapshot)
 
     def _explain_skip(self, commit: Commit) -> None:
         if commit.num_samples == 0:
@@ -242,7 +265,7 @@ class Trainer:
             "grad_norm": update.norm,
             "lr": update.learning_rate,
             "throughput(samples/s)": samples / seconds,
-            "throughput(residues/s)": samples * self.config.data.crop_residues / seconds,
+            "throughput(residues/s)": commit.num_residues / seconds,
             "time_metrics/end_to_end(s)": seconds,
             "time_metrics/data_loading(s)": commit.data_s,
             "time_metrics/data_loading(%)": 100.0 * min(1.0, commit.data_s / seconds),
@@ -321,16 +344,20 @@ def _scalars(losses: Mapping[int, Loss], num_shards: int) -> list[float]:
     return [value for column in columns for value in column]
 
 
+# Of a rank's row at the commit point: stop, data_s, residues; then come V losses, V counts, V largest losses.
+NUM_PLAIN_SCALARS = 3
+
+
 def combine(rows: Sequence[Sequence[float]], num_shards: int) -> Commit:
     """Returns what the ranks' scalars say together; each shard's entries are zero except on its owner.
 
     Args:
-      rows: per rank [stop, data_s, V losses, V counts, V largest losses].
+      rows: per rank [stop, data_s, residues, V losses, V counts, V largest losses].
       num_shards: V.
     """
 
     def shards(part: int) -> list[float]:
-        start = 2 + part * num_shards
+        start = NUM_PLAIN_SCALARS + part * num_shards
         return [sum(row[start + shard] for row in rows) for shard in range(num_shards)]
 
     losses, counts, worst = shards(0), shards(1), shards(2)
@@ -343,5 +370,6 @@ def combine(rows: Sequence[Sequence[float]], num_shards: int) -> Commit:
         num_samples=num_samples,
         stop=any(row[0] for row in rows),
         data_s=max(row[1] for row in rows),
+        num_residues=int(sum(row[2] for row in rows)),
         bad_shards=[shard for shard, loss in enumerate(losses) if not math.isfinite(loss)],
     )

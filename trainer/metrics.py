@@ -90,6 +90,7 @@ def console_line(step: int, scalars: Mapping[str, float]) -> str:
         f"step: {step:3d}  loss: {scalars['loss_metrics/global_avg_loss']:.4f}"
         f"  grad_norm: {scalars['grad_norm']:.4f}"
         f"  lr: {scalars['lr']:.2e}"
+        f"  samples/s: {scalars['throughput(samples/s)']:.1f}"
         f"  residues/s: {scalars['throughput(residues/s)']:,.0f}"
         f"  data: {scalars['time_metrics/data_loading(%)']:.1f}%"
         f"  comm exposed: {scalars['comm/exposed_ms']:.0f} ms{skipped}"

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from foldfeed.trainer.errors import (
     CommunicationError,
+    MeetingPointError,
     PeerError,
     ReplicaMismatchError,
     TrainerConfigError,
@@ -225,6 +226,7 @@ def joined(
       always: make a group for a single process too (torch's DDP wants one).
     Raises:
       CommunicationError: not all ranks came.
+      MeetingPointError: the port where they meet is taken.
     """
     if world == 1 and not always:
         yield Ranks(rank=0, world=1, device=device)
@@ -246,6 +248,9 @@ def joined(
             control=_new_group("gloo", timeout),
         )
     except RuntimeError as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise MeetingPointError(address, port, _first_line(error)) from error
         raise CommunicationError(rank, "the start", _first_line(error)) from error
     yield ranks
     dist.destroy_process_group()

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,13 @@ class SnapshotFolder:
     Attributes:
       path: the folder that holds them; need not exist yet.
       keep: how many newest generations stay after a write.
+      before_write: called before a generation becomes visible; raises where this run may no longer write.
     """
 
-    def __init__(self, path: Path, keep: int) -> None:
+    def __init__(self, path: Path, keep: int, before_write: Callable[[], None] = lambda: None) -> None:
         self.path = path
         self.keep = keep
+        self.before_write = before_write
 
     def steps(self) -> list[int]:
         """Returns the steps of the published generations, oldest first; they may still be corrupt."""
@@ -138,6 +140,7 @@ class SnapshotFolder:
                 _write_durably(temporary / f"{name}.f32", _chunks(buffer))
             _write_durably(temporary / MANIFEST, [memoryview(_seal(whole))])
             _sync_folder(temporary)
+            self.before_write()
             self._retire(target)
             temporary.rename(target)
             _sync_folder(self.path)

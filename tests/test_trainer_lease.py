@@ -1,0 +1,223 @@
+"""One run in a folder at a time: who is refused, who takes over, what a run that lost its hold writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer_cli import TINY, run
+from trainer_ranks import free_port
+
+from foldfeed.feature_store import FeatureStore
+from foldfeed.trainer.errors import LeaseHeldError, LeaseLostError
+from foldfeed.trainer.lease import LEASE_FILE, Lease, identity
+from foldfeed.trainer.snapshot import BUFFERS, SnapshotFolder, checksum
+
+
+def lease_of(folder: Path, said: list[str], lease_s: float = 60.0) -> Lease:
+    return Lease(folder, lease_s, said.append)
+
+
+def write_lease(folder: Path, age_s: float = 0.0, **changed: object) -> Path:
+    path = folder / LEASE_FILE
+    path.write_text(json.dumps({"token": "other", **identity(), **changed}))
+    then = time.time() - age_s
+    os.utime(path, (then, then))
+    return path
+
+
+def test_a_second_run_is_refused_while_the_first_lives_and_not_afterwards(tmp_path: Path) -> None:
+    said: list[str] = []
+    first, second = lease_of(tmp_path, said), lease_of(tmp_path, said)
+    first.take()
+    with pytest.raises(LeaseHeldError, match=f"process {os.getpid()} on .* renewed .* 0 s ago") as caught:
+        second.take()
+    assert caught.value.pid == os.getpid()
+    second.release()
+    first.require()
+    first.release()
+    assert not list(tmp_path.iterdir())
+    second.take()
+    second.release()
+    assert said == []
+
+
+def test_a_dead_process_of_this_machine_is_taken_over_at_once_with_a_line(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait(30)
+    said: list[str] = []
+    write_lease(tmp_path, pid=dead.pid, started="1")
+    lease = lease_of(tmp_path, said)
+    lease.take()
+    lease.release()
+    assert len(said) == 1
+    assert f"process {dead.pid} on" in said[0]
+    assert said[0].endswith("its process is gone")
+
+
+def test_a_number_that_another_process_has_by_now_is_a_dead_one(tmp_path: Path) -> None:
+    said: list[str] = []
+    write_lease(tmp_path, started="1")
+    lease = lease_of(tmp_path, said)
+    lease.take()
+    lease.release()
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("text", [None, "", "[1]"])
+def test_another_machine_is_believed_until_its_lease_is_stale(tmp_path: Path, text: str | None) -> None:
+    path = write_lease(tmp_path, age_s=30, machine="another", host="far")
+    if text is not None:
+        path.write_text(text)
+    said: list[str] = []
+    lease = lease_of(tmp_path, said)
+    with pytest.raises(LeaseHeldError):
+        lease.take()
+    os.utime(path, (time.time() - 61, time.time() - 61))
+    lease.take()
+    lease.release()
+    assert "was not renewed for 61 s" in said[0]
+
+
+def test_a_restart_waits_for_a_holder_that_may_have_died_elsewhere(tmp_path: Path) -> None:
+    write_lease(tmp_path, machine="another")
+    said: list[str] = []
+    lease = lease_of(tmp_path, said, lease_s=0.6)
+    lease.take(wait=True)
+    lease.release()
+    assert len(said) == 1
+
+
+def test_a_holder_keeps_its_lease_fresh(tmp_path: Path) -> None:
+    said: list[str] = []
+    first = lease_of(tmp_path, said, lease_s=0.6)
+    first.take()
+    for _ in range(4):
+        time.sleep(0.3)
+        with pytest.raises(LeaseHeldError):
+            lease_of(tmp_path, said, lease_s=0.6).take()
+    first.release()
+
+
+def test_of_many_that_take_a_stale_lease_over_one_wins(tmp_path: Path) -> None:
+    for _ in range(20):
+        write_lease(tmp_path, age_s=1000, machine="another")
+        leases = [lease_of(tmp_path, []) for _ in range(6)]
+        held: list[Lease] = []
+        gate = threading.Barrier(len(leases), timeout=30)
+
+        def attempt(lease: Lease, gate: threading.Barrier = gate, held: list[Lease] = held) -> None:
+            gate.wait()
+            try:
+                lease.take()
+            except LeaseHeldError:
+                return
+            held.append(lease)
+
+        threads = [threading.Thread(target=attempt, args=(lease,)) for lease in leases]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len(held) == 1
+        held[0].require()
+        held[0].release()
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_lost_its_lease_publishes_nothing(tmp_path: Path) -> None:
+    lease = lease_of(tmp_path, [])
+    lease.take()
+    folder = SnapshotFolder(tmp_path / "snapshots", 2, before_write=lease.require)
+    buffers = {name: torch.ones(3) for name in BUFFERS}
+    sums = {name: checksum(buffer) for name, buffer in buffers.items()}
+    folder.write({"step": 1}, buffers, sums)
+    write_lease(tmp_path, host="far")
+    with pytest.raises(LeaseLostError, match="of far"):
+        folder.write({"step": 2}, buffers, sums)
+    assert folder.steps() == [1]
+    lease.release()
+    assert (tmp_path / LEASE_FILE).exists(), "the other run's lease stays"
+
+
+def test_two_trainers_in_one_output(tmp_path: Path, small_store: FeatureStore) -> None:
+    """The second is refused by name; after a SIGKILL of the first it goes on at once, every step once."""
+    arguments = ["--store", small_store.url, "--output", tmp_path / "run", *TINY, "--no-tensorboard"]
+    endless = [*arguments, "--steps", "100000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "foldfeed.trainer", *map(str, endless)], stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None
+        while "snapshot: step" not in (line := first.stdout.readline()):
+            assert line, "the first run ended"
+        second = run(*endless)
+        first.send_signal(signal.SIGKILL)
+        first.stdout.read()
+    assert second.returncode == 1
+    assert f"process {first.pid} on" in second.stderr
+    assert "another --output" in second.stderr
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    total = str(steps[-1] + 3)
+    third = run(*arguments, "--steps", total)
+    assert third.returncode == 0, third.stderr
+    assert "its process is gone" in third.stdout
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, int(total) + 1))
+    assert not (tmp_path / "run" / LEASE_FILE).exists()
+
+
+@pytest.mark.parametrize("limit", [5, 0])
+def test_a_run_that_diverged_is_no_success(tmp_path: Path, small_store: FeatureStore, limit: int) -> None:
+    arguments = ["--store", small_store.url, "--output", tmp_path / "run", *TINY, "--no-tensorboard"]
+    arguments += ["--lr", "1e38", "--steps", "14", "--snapshot-every", "1", "--max-skipped", str(limit)]
+    done = run(*arguments)
+    if limit == 0:
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 1
+    assert "weights_digest" not in done.stdout
+    skipped = [line for line in done.stdout.splitlines() if "skipped on all ranks" in line]
+    first = int(skipped[0].split()[1])
+    assert len(skipped) == limit
+    assert f"5 steps in a row, from step {first} on" in done.stderr
+    assert f"the last snapshot before it is {tmp_path}/run/snapshots/step-{first - 1:08d}" in done.stderr
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path, small_store: FeatureStore) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free_port()))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        done = run("--store", small_store.url, "--output", tmp_path / "run", *TINY, MASTER_PORT=port, **ranks)
+    assert done.returncode == 1
+    assert f"cannot meet at 127.0.0.1:{port}: the port is in use" in done.stderr
+    assert "set MASTER_PORT to a free port" in done.stderr
+    assert "lost its peers" not in done.stderr
+
+
+def test_residues_per_second_count_residues_that_exist(tmp_path: Path, small_store: FeatureStore) -> None:
+    """Records shorter than the crop are padded; padding is no throughput."""
+    longest = max(small_store.table(["length"])["length"].to_pylist())
+    done = run(
+        *("--store", small_store.url, "--output", tmp_path / "run", *TINY, "--no-tensorboard"),
+        *("--crop-residues", 2 * longest, "--steps", 2),
+    )
+    assert done.returncode == 0, done.stderr
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        scalars = json.loads(line)
+        per_sample = scalars["throughput(residues/s)"] / scalars["throughput(samples/s)"]
+        assert 0 < per_sample <= longest + 1e-6
+    assert "samples/s: " in done.stdout

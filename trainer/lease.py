@@ -1,0 +1,221 @@
+"""The lease of a run's folder: while one run lives in it, a second one is refused.
+
+A small file that only one creator can make (O_EXCL, which network file systems keep) and that its holder
+touches again and again. It names host, process and time, so that a person can find the holder. No locks: many
+network file systems have none, or keep them for the dead.
+
+A lease is stale when its process is gone (same machine) or when it was not touched for `lease_s` (anywhere).
+Age is counted between two times that the folder's own file system gave, so clocks of machines need not agree.
+A stale lease is removed by one process at a time before a new one is made; of two that try, one wins. Thread
+safety: one thread beats, the others only call `require` and `release`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from foldfeed.trainer.errors import LeaseHeldError, LeaseLostError
+
+LEASE_FILE = "run.lease"
+# A holder may miss this many touches before it counts as dead.
+BEATS_PER_LEASE = 6
+
+
+class Lease:
+    """A run's right to write into its folder.
+
+    Attributes:
+      path: of the file.
+      lease_s: seconds without a touch after which a lease is stale.
+    """
+
+    def __init__(self, folder: Path, lease_s: float, say: Callable[[str], None]) -> None:
+        """Takes nothing yet.
+
+        Args:
+          folder: of the run.
+          lease_s: see the class.
+          say: prints a line for the person who started the run.
+        """
+        self.path = folder / LEASE_FILE
+        self.lease_s = lease_s
+        self._say = say
+        self._token = ""
+        self._ended = threading.Event()
+        self._beat: threading.Thread | None = None
+
+    def take(self, wait: bool = False) -> None:
+        """Takes the lease and keeps it fresh until `release`.
+
+        Args:
+          wait: of another machine's run wait until its lease is stale, instead of being refused: for a
+            restart, whose predecessor may have died elsewhere.
+        Raises:
+          LeaseHeldError: another run lives in the folder.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + 2 * self.lease_s
+        while not self._create():
+            holder = self._read()
+            if holder is None:
+                continue
+            age_s = self._age_s(self.path)
+            gone = is_gone(holder)
+            if not gone and age_s < self.lease_s:
+                if not wait or is_here(holder) or time.monotonic() > deadline:
+                    raise LeaseHeldError(
+                        str(self.path),
+                        str(holder.get("host")),
+                        int(holder.get("pid", 0)),
+                        age_s,
+                        self.lease_s,
+                    )
+                time.sleep(self.lease_s / BEATS_PER_LEASE)
+                continue
+            if self._remove_stale(str(holder.get("token", "unknown"))):
+                why = "its process is gone" if gone else f"it was not renewed for {age_s:.0f} s"
+                self._say(
+                    f"took over the lease of process {holder.get('pid')} on {holder.get('host')}: {why}"
+                )
+        self._beat = threading.Thread(target=self._keep_fresh, name="lease", daemon=True)
+        self._beat.start()
+
+    def _remove_stale(self, token: str) -> bool:
+        """Removes a stale lease; returns whether it was this process that did.
+
+        Of many that found the same lease stale, the one that can create the claim removes it, and looks once
+        more before: a lease that was made meanwhile has another token. Whoever creates the next one holds it.
+        """
+        claim = self.path.with_name(f"{LEASE_FILE}.{token}.claim")
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            # Its maker is at work, or died at it; then the claim grows old like a lease.
+            if self._age_s(claim) > self.lease_s:
+                claim.unlink(missing_ok=True)
+            time.sleep(0.02)
+            return False
+        try:
+            holder = self._read()
+            if holder is None or str(holder.get("token", "unknown")) != token:
+                return False
+            self.path.unlink()
+            return True
+        finally:
+            claim.unlink(missing_ok=True)
+
+    def require(self) -> None:
+        """Checks that the lease is still ours; called before anything is written for good.
+
+        Raises:
+          LeaseLostError: it is gone, or another run has taken it over.
+        """
+        holder = self._read()
+        if holder is None or holder.get("token") != self._token:
+            raise LeaseLostError(str(self.path), str((holder or {}).get("host", "nobody")))
+
+    def release(self) -> None:
+        """Gives the lease back, if it was taken and is still ours."""
+        if self._beat is None:
+            return
+        self._ended.set()
+        self._beat.join()
+        self._beat = None
+        holder = self._read()
+        if holder is not None and holder.get("token") == self._token:
+            self.path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        token = secrets.token_hex(8)
+        text = json.dumps({"token": token, **identity()}, indent=1) + "\n"
+        try:
+            number = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self._token = token
+        return True
+
+    def _read(self) -> dict[str, Any] | None:
+        """Returns what the file says; {} while its maker has not written it yet, None when there is none."""
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _age_s(self, path: Path) -> float:
+        """Returns how long ago a file was touched, by the clock of the file system alone."""
+        probe = self.path.with_name(f"{LEASE_FILE}.{secrets.token_hex(8)}")
+        try:
+            probe.touch()
+            now = probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+        try:
+            return max(0.0, now - path.stat().st_mtime)
+        except FileNotFoundError:
+            return 0.0  # gone meanwhile: not stale, and the next look sees it
+
+    def _keep_fresh(self) -> None:
+        while not self._ended.wait(self.lease_s / BEATS_PER_LEASE):
+            # Whoever took the lease over is told by `require`; this thread has nobody to tell.
+            holder = self._read()
+            if holder is not None and holder.get("token") not in (None, self._token):
+                return
+            # The path is set to the file system's own time, not to this machine's.
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self.path)
+
+
+def identity() -> dict[str, Any]:
+    """Returns who this process is: host and number space of processes, number, and time of its start."""
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "started": _start_of(os.getpid()),
+    }
+
+
+def is_here(holder: dict[str, Any]) -> bool:
+    """Returns whether a holder's process would be seen from here: same boot, same number space."""
+    return holder.get("machine") == _machine()
+
+
+def is_gone(holder: dict[str, Any]) -> bool:
+    """Returns whether a holder's process is known to have ended; its number may be another's by now."""
+    return is_here(holder) and _start_of(int(holder.get("pid", 0))) != holder.get("started")
+
+
+def _machine() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    space = Path("/proc/self/ns/pid")
+    if not boot.exists() or not space.exists():
+        return f"unknown {secrets.token_hex(8)}"
+    return f"{boot.read_text().strip()} {space.stat().st_ino}"
+
+
+def _start_of(pid: int) -> str:
+    """Returns when a process started, in ticks since the boot; "" when there is none (or it is a zombie)."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    # The name may hold spaces and brackets; the fields after it do not (proc(5): state is 3, starttime 22).
+    fields = text.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else fields[19]
