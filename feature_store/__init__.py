@@ -1,57 +1,128 @@
 """The feature store: one format for protein alignments, random access to crops, SQL over the records.
 
 Imports nothing of the other rooms. Needs neither Beam nor torch.
+
+Names are imported on first use, so that a program which needs one of them does not wait for DuckDB, Arrow's
+data sets and Delta's library.
 """
 
-from foldfeed.feature_store.errors import (
-    AlignmentParseError,
-    CommitConflictError,
-    CommitContentionError,
-    CorruptDataError,
-    FoldfeedError,
-    ForkedProcessError,
-    FormatVersionError,
-    HistoryChangedError,
-    InvalidRecordError,
-    LeakageError,
-    MissingExtraError,
-    NameNotFoundError,
-    NameTakenError,
-    NotAStoreError,
-    QueryError,
-    RecordNotFoundError,
-    RecordSetMismatchError,
-    SplitError,
-    StorageError,
-    StorageFullError,
-    StorageRefusedError,
-    StoreError,
-    StoreSettingsError,
-    StoreUrlError,
-    StructureParseError,
-    TagError,
-)
-from foldfeed.feature_store.exporters.formats import ExportOptions, export_record
-from foldfeed.feature_store.format.effective_rows import EffectiveRows, measure_effective_rows
-from foldfeed.feature_store.format.grid import StoredRun
-from foldfeed.feature_store.format.record import DatabaseUse, MsaRecord, RowProvenance
-from foldfeed.feature_store.format.settings import StoreSettings
-from foldfeed.feature_store.format.structure import Structure
-from foldfeed.feature_store.importers.attach_structures import AttachOptions, attach_structures
-from foldfeed.feature_store.importers.into_store import import_into
-from foldfeed.feature_store.importers.layouts import AlignmentImport
-from foldfeed.feature_store.importers.rows import ImportOptions
-from foldfeed.feature_store.index.log import LogEntry
-from foldfeed.feature_store.index.transactions import CommitResult
-from foldfeed.feature_store.parsers.mmcif.entry import MmcifChain, MmcifEntry, load_mmcif, read_mmcif
-from foldfeed.feature_store.parts.many_crops import CropRequest
-from foldfeed.feature_store.parts.record import Record
-from foldfeed.feature_store.parts.tiles import Crop, CropPlan, Slab
-from foldfeed.feature_store.parts.writer import WrittenPart, write_part
-from foldfeed.feature_store.store.feature_store import FeatureStore
-from foldfeed.feature_store.store.questions import RecordSource, StoreView
-from foldfeed.feature_store.store.record_sets import RecordSet
-from foldfeed.feature_store.store.splits import Split
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foldfeed.feature_store.errors import (
+        AlignmentParseError,
+        CommitConflictError,
+        CommitContentionError,
+        CorruptDataError,
+        FoldfeedError,
+        ForkedProcessError,
+        FormatVersionError,
+        HistoryChangedError,
+        InvalidRecordError,
+        LeakageError,
+        MissingExtraError,
+        NameNotFoundError,
+        NameTakenError,
+        NotAStoreError,
+        QueryError,
+        RecordNotFoundError,
+        RecordSetMismatchError,
+        SplitError,
+        StorageError,
+        StorageFullError,
+        StorageRefusedError,
+        StoreError,
+        StoreSettingsError,
+        StoreUrlError,
+        StructureParseError,
+        TagError,
+    )
+    from foldfeed.feature_store.exporters.formats import ExportOptions, export_record
+    from foldfeed.feature_store.format.effective_rows import EffectiveRows, measure_effective_rows
+    from foldfeed.feature_store.format.grid import StoredRun
+    from foldfeed.feature_store.format.record import DatabaseUse, MsaRecord, RowProvenance
+    from foldfeed.feature_store.format.settings import StoreSettings
+    from foldfeed.feature_store.format.structure import Structure
+    from foldfeed.feature_store.importers.attach_structures import AttachOptions, attach_structures
+    from foldfeed.feature_store.importers.into_store import import_into
+    from foldfeed.feature_store.importers.layouts import AlignmentImport
+    from foldfeed.feature_store.importers.rows import ImportOptions
+    from foldfeed.feature_store.index.log import LogEntry
+    from foldfeed.feature_store.index.transactions import CommitResult
+    from foldfeed.feature_store.parsers.mmcif.entry import MmcifChain, MmcifEntry, load_mmcif, read_mmcif
+    from foldfeed.feature_store.parts.many_crops import CropRequest
+    from foldfeed.feature_store.parts.record import Record
+    from foldfeed.feature_store.parts.tiles import Crop, CropPlan, Slab
+    from foldfeed.feature_store.parts.writer import WrittenPart, write_part
+    from foldfeed.feature_store.store.feature_store import FeatureStore
+    from foldfeed.feature_store.store.questions import RecordSource, StoreView
+    from foldfeed.feature_store.store.record_sets import RecordSet
+    from foldfeed.feature_store.store.splits import Split
+
+_HOMES = {
+    "AlignmentImport": "importers.layouts",
+    "AlignmentParseError": "errors",
+    "AttachOptions": "importers.attach_structures",
+    "CommitConflictError": "errors",
+    "CommitContentionError": "errors",
+    "CommitResult": "index.transactions",
+    "CorruptDataError": "errors",
+    "Crop": "parts.tiles",
+    "CropPlan": "parts.tiles",
+    "CropRequest": "parts.many_crops",
+    "DatabaseUse": "format.record",
+    "EffectiveRows": "format.effective_rows",
+    "ExportOptions": "exporters.formats",
+    "FeatureStore": "store.feature_store",
+    "FoldfeedError": "errors",
+    "ForkedProcessError": "errors",
+    "FormatVersionError": "errors",
+    "HistoryChangedError": "errors",
+    "ImportOptions": "importers.rows",
+    "InvalidRecordError": "errors",
+    "LeakageError": "errors",
+    "LogEntry": "index.log",
+    "MissingExtraError": "errors",
+    "MmcifChain": "parsers.mmcif.entry",
+    "MmcifEntry": "parsers.mmcif.entry",
+    "MsaRecord": "format.record",
+    "NameNotFoundError": "errors",
+    "NameTakenError": "errors",
+    "NotAStoreError": "errors",
+    "QueryError": "errors",
+    "Record": "parts.record",
+    "RecordNotFoundError": "errors",
+    "RecordSet": "store.record_sets",
+    "RecordSetMismatchError": "errors",
+    "RecordSource": "store.questions",
+    "RowProvenance": "format.record",
+    "Slab": "parts.tiles",
+    "Split": "store.splits",
+    "SplitError": "errors",
+    "StorageError": "errors",
+    "StorageFullError": "errors",
+    "StorageRefusedError": "errors",
+    "StoreError": "errors",
+    "StoreSettings": "format.settings",
+    "StoreSettingsError": "errors",
+    "StoreUrlError": "errors",
+    "StoreView": "store.questions",
+    "StoredRun": "format.grid",
+    "Structure": "format.structure",
+    "StructureParseError": "errors",
+    "TagError": "errors",
+    "WrittenPart": "parts.writer",
+    "attach_structures": "importers.attach_structures",
+    "export_record": "exporters.formats",
+    "import_into": "importers.into_store",
+    "load_mmcif": "parsers.mmcif.entry",
+    "measure_effective_rows": "format.effective_rows",
+    "read_mmcif": "parsers.mmcif.entry",
+    "write_part": "parts.writer",
+}
 
 __all__ = [
     "AlignmentImport",
@@ -114,3 +185,15 @@ __all__ = [
     "read_mmcif",
     "write_part",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"foldfeed.feature_store.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

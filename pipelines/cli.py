@@ -6,6 +6,8 @@ import Beam, so that ``foldfeed --help`` is quick and works without it.
 
 from __future__ import annotations
 
+import signal
+
 import click
 
 from foldfeed.feature_store.cli.tools import row_order_options
@@ -17,6 +19,7 @@ from foldfeed.pipelines.job import (
     DEFAULT_TIMEOUT_S,
     BuildConfig,
     BuildReport,
+    StoppedBySignal,
     run_build,
 )
 
@@ -134,6 +137,14 @@ def build(
         report = run_build(config, say=_say)
     except (ConfigError, EngineError) as error:
         raise click.UsageError(str(error), ctx) from error
+    except StoppedBySignal as stop:
+        click.echo(
+            f"stopped by {signal.Signals(stop.number).name}: finished searches are kept in "
+            f"{config.results_url}; the same command goes on from there",
+            err=True,
+        )
+        # As a shell counts: 130 after Ctrl-C, 143 after SIGTERM.
+        ctx.exit(128 + stop.number)
     _print_report(report)
     if report.dead_letters and fail_on_dead_letters:
         ctx.exit(1)

@@ -307,9 +307,21 @@ def _run_on_beam(config: BuildConfig, context: JobContext, options: PipelineOpti
         run_pipeline(options, build)
 
 
+class StoppedBySignal(KeyboardInterrupt):
+    """A signal ended the build; its searches are dead.
+
+    Attributes:
+      number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
+
+
 @contextlib.contextmanager
 def stop_searches_on_interrupt() -> Iterator[None]:
-    """Makes Ctrl-C kill the running searches first.
+    """Makes Ctrl-C and SIGTERM kill the running searches first; the block then raises `StoppedBySignal`.
 
     Without it the interpreter would wait at its end for worker threads, and these for searches of hours.
     """
@@ -320,13 +332,14 @@ def stop_searches_on_interrupt() -> Iterator[None]:
 
     def stop(signum: int, frame: FrameType | None) -> None:
         cancel_all()
-        raise KeyboardInterrupt
+        raise StoppedBySignal(signum)
 
-    previous = signal.signal(signal.SIGINT, stop)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _dead_letters(receipts: list[PartReceipt]) -> tuple[DeadLetter, ...]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 
+import click
 import pytest
 
 ROOMS = ("feature_store", "loader", "pipelines", "trainer")
@@ -161,6 +162,54 @@ assert result.exit_code == 0 and "build" in result.output, result.output
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+# What takes long to load, and who may wait for it: a person who asks for help waits for nothing.
+SLOW = ("apache_beam", "deltalake", "duckdb", "fsspec", "gemmi", "matplotlib", "numpy", "pandas", "pyarrow")
+SLOW += ("rich", "torch", "zarr")
+MAY_LOAD = {
+    "the import": ("import foldfeed.feature_store", ()),
+    "--help": ("main(['--help'])", ()),
+    "--version": ("main(['--version'])", ()),
+    "show": (
+        "main(['show', sys.argv[1]])",
+        ("deltalake", "duckdb", "fsspec", "numpy", "pandas", "pyarrow", "rich"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MAY_LOAD)
+def test_what_a_command_loads(what, small_store):
+    statement, allowed = MAY_LOAD[what]
+    code = (
+        "import sys\n"
+        "from foldfeed.feature_store.cli.main import main\n"
+        f"try: {statement}\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        f"loaded = [name for name in {SLOW!r} if name in sys.modules]\n"
+        "print('loaded:', *loaded)"
+    )
+    if what == "the import":
+        code = code.replace("from foldfeed.feature_store.cli.main import main\n", "")
+    done = subprocess.run(
+        [sys.executable, "-c", code, small_store.url], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.splitlines()[-1].removeprefix("loaded:").split()
+    assert set(loaded) <= set(allowed)
+
+
+def test_help_says_what_the_commands_say_of_themselves():
+    """The list of `foldfeed --help` is written down, so that help loads no command; here all are loaded."""
+    root = importlib.import_module("foldfeed.feature_store.cli.main")
+    names = root.main.list_commands(None)
+    assert {*root.OWN_COMMANDS, *root.SENTENCES} <= set(names)
+    for name in root.SENTENCES:
+        command = root.main.get_command(None, name)
+        assert command.name == name
+        assert command.get_short_help_str(500) == click.Command(
+            name, help=root.SENTENCES[name]
+        ).get_short_help_str(500)
 
 
 def test_no_file_outgrows_its_room(root):

@@ -384,22 +384,29 @@ def test_cli_maps_the_direct_runner_and_says_so(tmp_path, queries):
     assert "using FnApiRunner instead of DirectRunner" in done.output
 
 
-def test_interrupting_the_command_kills_its_searches(tmp_path, monkeypatch, queries):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupting_the_command_kills_its_searches(tmp_path, monkeypatch, queries, number, code):
     folder = stand_in(tmp_path / "bin", f"echo $$ >> {tmp_path}/pids; exec sleep 100\n")
     first_on_path(monkeypatch, folder)
-    code = "from foldfeed.feature_store.cli.main import main; main()"
+    program = "from foldfeed.feature_store.cli.main import main; main()"
     words = ["build", "--queries", str(queries), "--database", UNIREF, "--store", str(tmp_path / "s")]
-    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE)
     try:
         end = time.monotonic() + 60
         while not (tmp_path / "pids").exists() and time.monotonic() < end and process.poll() is None:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=30)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 1
+    assert process.returncode == code, stderr
+    (line,) = [line for line in stderr.decode().splitlines() if "stopped by" in line]
+    assert line == (
+        f"stopped by {number.name}: finished searches are kept in {tmp_path}/s.results; "
+        "the same command goes on from there"
+    )
+    assert "Aborted" not in stderr.decode()
     for pid in (tmp_path / "pids").read_text().split():
         stat = Path(f"/proc/{pid}/stat")
         assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] in "ZX"

@@ -9,23 +9,50 @@ Exit codes: 0 done, 1 the run failed (any `FoldfeedError`), 2 bad usage. A trace
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
-import sys
-from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import pyarrow as pa
 
-from foldfeed.feature_store.cli import look as look_cli
-from foldfeed.feature_store.cli.tables import FORMATS, write_table
-from foldfeed.feature_store.cli.tools import open_store, output_stream, parse_window, working
 from foldfeed.feature_store.errors import FoldfeedError
-from foldfeed.feature_store.format import alphabet
-from foldfeed.feature_store.store.feature_store import FeatureStore, Record
 
 COMMANDS_GROUP = "foldfeed.commands"
+# Commands of this package that every store understands; other rooms' come as entry points.
+OWN_COMMANDS = {
+    "crop": "records:crop",
+    "log": "records:log",
+    "plot": "look:plot",
+    "query": "records:query",
+    "report": "look:report",
+    "save-set": "look:save_set",
+    "save-split": "look:save_split",
+    "sets": "look:sets",
+    "show": "records:show",
+}
+# The first sentences of the commands, so that `--help` loads none of them. A test compares.
+SENTENCES = {
+    "build": "Search protein sequences and put their alignments into a feature store.",
+    "compact": "Rewrite small and half-dead parts of STORE into full ones, and merge the files of the index.",
+    "copy": "Copy one version of the store SOURCE to TARGET. Run it again to go on after an interruption.",
+    "crop": "Read a piece of one alignment: only the tiles it touches.",
+    "delete": "Delete records from STORE in one transaction. Older versions keep them.",
+    "export": "Write records of STORE in the formats of other programs.",
+    "gc": "Remove parts and index files of STORE that no version names, and leftovers of killed writers.",
+    "ingest": "Take alignments made elsewhere into a store, in one commit.",
+    "log": "List the versions of STORE, the newest first.",
+    "plot": "Draw one alignment, or what a whole STORE holds.",
+    "query": "Answer a SQL question about the records of STORE.",
+    "repair": "Restore damaged files of STORE that can be restored bit for bit; more only if told so.",
+    "report": "Write one page about STORE: numbers, pictures, databases, licences, sizes, jobs, dead letters.",
+    "save-set": "Save the answer of a query as record set NAME of STORE.",
+    "save-split": "Split the records of STORE so that no cluster of similar proteins is in two parts.",
+    "sets": "List the record sets and splits that are saved in STORE.",
+    "show": "Show what STORE holds, or one RECORD of it with its first rows.",
+    "structures": "Give records of STORE the structures of their chains, in one commit.",
+    "tag": "Give a version of STORE a NAME, or list the names there are.",
+    "verify": "Check that everything in STORE is as it was written. Exit code 1 when it is not.",
+}
 
 
 class RootGroup(click.Group):
@@ -33,13 +60,31 @@ class RootGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Returns own commands and those of installed rooms."""
-        return sorted({*super().list_commands(ctx), *_entry_points()})
+        return sorted({*OWN_COMMANDS, *_entry_points()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Returns a command; loads another room only for its own command."""
-        own = super().get_command(ctx, cmd_name)
+        if cmd_name in OWN_COMMANDS:
+            module, _, name = OWN_COMMANDS[cmd_name].partition(":")
+            command: click.Command = getattr(
+                importlib.import_module(f"foldfeed.feature_store.cli.{module}"), name
+            )
+            return command
         found = _entry_points().get(cmd_name)
-        return own if own is not None or found is None else found.load()
+        return None if found is None else found.load()
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the list of commands; loads only those that are not ours."""
+        names = self.list_commands(ctx)
+        width = formatter.width - 6 - max(map(len, names))
+        rows = []
+        for name in names:
+            command = click.Command(name, help=SENTENCES[name]) if name in SENTENCES else None
+            command = command or self.get_command(ctx, name)
+            if command is not None and not command.hidden:
+                rows.append((name, command.get_short_help_str(width)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the chosen command."""
@@ -71,170 +116,6 @@ def main(debug: bool) -> None:
       foldfeed query my-store "select record_id, depth from records order by depth desc"
       foldfeed plot my-store HBB_HUMAN --output coverage.png
     """
-
-
-@main.command()
-@click.argument("store")
-@click.argument("sql")
-@click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True)
-@click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen."
-)
-@click.option("--version", help="An older version of the store, or a tag (see `foldfeed log`).")
-@click.option("--rows-of", metavar="CONDITION", help="The table `rows` holds the rows of these records only.")
-def query(
-    store: str, sql: str, form: str, output: Path | None, version: str | None, rows_of: str | None
-) -> None:
-    """Answer a SQL question about the records of STORE.
-
-    The tables are `records` (`foldfeed show STORE` lists its columns), `rows` (one per alignment row:
-    record_id, rank, database, e_value, bit_score, hit_id, species), `sets` and `splits` (see
-    `foldfeed sets`). A question about `rows` reads the columns that it needs of every record (some million
-    rows a second), or of those that it names: `where record_id = 'HBB_HUMAN'`, or --rows-of. The dialect is
-    DuckDB's.
-
-    \b
-    Examples:
-      foldfeed query my-store "select count(*), avg(depth) from records"
-      foldfeed query my-store "select record_id, length from records where depth > 100" --format csv
-      foldfeed query my-store "from records" --format parquet --output records.parquet
-      foldfeed query my-store "select species, count(*) from rows group by 1" --rows-of "depth > 100"
-    """
-    if form == "parquet" and output is None and sys.stdout.isatty():
-        raise click.UsageError("Parquet is binary; add --output FILE or redirect it.")
-    with working("asking"):
-        answer = open_store(store, version).query(sql, rows_of)
-    with output_stream(output) as out:
-        write_table(answer, form, out)
-
-
-@main.command()
-@click.argument("store")
-@click.argument("record_id", required=False)
-@click.option("--rows", "num_rows", type=click.IntRange(min=0), default=5, show_default=True)
-@click.option("--version", help="An older version of the store, or a tag.")
-def show(store: str, record_id: str | None, num_rows: int, version: str | None) -> None:
-    """Show what STORE holds, or one RECORD of it with its first rows.
-
-    \b
-    Examples:
-      foldfeed show my-store
-      foldfeed show my-store HBB_HUMAN --rows 20
-    """
-    opened = open_store(store, version)
-    if record_id is None:
-        _show_store(opened)
-    else:
-        _show_record(opened[record_id], num_rows)
-
-
-def _show_store(store: FeatureStore) -> None:
-    rows = store.table(["length", "depth"])
-    tokens = sum(a * b for a, b in zip(rows["length"].to_pylist(), rows["depth"].to_pylist(), strict=True))
-    click.echo(f"store        {store.url}")
-    click.echo(f"version      {store.version}")
-    click.echo(f"records      {len(store)}")
-    click.echo(f"tokens       {tokens}")
-    click.echo(f"structures   {store.table(['record_id'], 'structure is not null').num_rows}")
-    click.echo(f"fingerprint  {store.fingerprint}")
-    click.echo(f"tiles        {store.settings.tile_rows} rows x {store.settings.tile_cols} residues")
-    seed = store.settings.row_order_seed
-    click.echo(f"row order    {store.settings.row_order}{'' if seed is None else f' (seed {seed})'}")
-    click.echo("columns of the table `records`:")
-    for field in store.table().schema:
-        click.echo(f"  {field.name:<16} {field.type}")
-
-
-def _show_record(record: Record, num_rows: int) -> None:
-    click.echo(f"record       {record.record_id}")
-    click.echo(f"description  {record.description}")
-    click.echo(f"length       {record.length}")
-    click.echo(f"depth        {record.depth}")
-    if record.neff is not None:
-        click.echo(f"N_eff        {record.neff:.1f} (rows at 80 % identity share one vote)")
-    structure = record.structure()
-    if structure is not None:
-        facts = ", ".join(f"{name} {value}" for name, value in sorted(structure.source.items()))
-        observed = int(structure.observed.sum())
-        click.echo(f"structure    {observed} of {record.length} residues observed; {facts}")
-    for use in record.databases:
-        click.echo(
-            f"database     {use['name']}: {use['num_rows']} rows of {use['num_hits']} hits "
-            f"({use['tool']} {use['tool_version']}, data {use['digest'][:12]})"
-        )
-    click.echo(f"sequence     {record.sequence}")
-    if num_rows:
-        click.echo()
-        write_table(record.rows().slice(0, num_rows), "table", sys.stdout.buffer)
-
-
-@main.command()
-@click.argument("store")
-@click.argument("record_id")
-@click.option("--residues", default=":", help="Window a:b from 0, end excluded; or one.", show_default="all")
-@click.option("--rows", default=":", help="Ranks a:b, or one; the query is 0.", show_default="all")
-@click.option("--format", "form", type=click.Choice(("text", "npz")), default="text", show_default=True)
-@click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen."
-)
-@click.option("--version", help="An older version of the store, or a tag (see `foldfeed log`).")
-def crop(
-    store: str, record_id: str, residues: str, rows: str, form: str, output: Path | None, version: str | None
-) -> None:
-    """Read a piece of one alignment: only the tiles it touches.
-
-    `text` prints one row per line: rank, aligned residues, hit id. `npz` holds msa (uint8) and deletions
-    (int32).
-
-    \b
-    Examples:
-      foldfeed crop my-store HBB_HUMAN --residues 20:80 --rows 0:10
-      foldfeed crop my-store HBB_HUMAN --format npz --output crop.npz
-    """
-    if form == "npz" and output is None and sys.stdout.isatty():
-        raise click.UsageError("npz is binary; add --output FILE or redirect it.")
-    record = open_store(store, version)[record_id]
-    window = parse_window("--residues", residues, record.length)
-    ranks = parse_window("--rows", rows, record.depth)
-    with working("reading"):
-        piece = record.crop(residues=window, rows=ranks)
-    with output_stream(output) as out:
-        if form == "npz":
-            np.savez_compressed(out, msa=piece.msa, deletions=piece.deletions)
-        else:
-            names = record.rows()["hit_id"].to_pylist()[ranks]
-            for number, (row, name) in enumerate(zip(piece.msa, names, strict=True), start=ranks.start):
-                out.write(f"{number:>7}  {alphabet.decode(row)}  {name}\n".encode())
-
-
-@main.command()
-@click.argument("store")
-@click.option("--format", "form", type=click.Choice(FORMATS[:3]), default="table", show_default=True)
-def log(store: str, form: str) -> None:
-    """List the versions of STORE, the newest first.
-
-    \b
-    Example:
-      foldfeed log my-store --format json
-    """
-    entries = open_store(store).log()
-    table = pa.table(
-        {
-            "version": [entry.version for entry in entries],
-            "time": [entry.time.isoformat(timespec="seconds") for entry in entries],
-            "operation": [entry.operation for entry in entries],
-            "records": [entry.num_added for entry in entries],
-            "removed": [entry.num_removed for entry in entries],
-            "tags": [" ".join(entry.tags) for entry in entries],
-            "job_id": [entry.job_id for entry in entries],
-            "message": [entry.message for entry in entries],
-        }
-    )
-    write_table(table, form, sys.stdout.buffer)
-
-
-for command in look_cli.COMMANDS:
-    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,178 @@
+"""Commands about records: ``query``, ``show``, ``crop``, ``log``.
+
+Owns words and layout of what they print. Does not own how a store is asked or read.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import pyarrow as pa
+
+from foldfeed.feature_store.cli.tables import FORMATS, write_table
+from foldfeed.feature_store.cli.tools import open_store, output_stream, parse_window, working
+from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.store.feature_store import FeatureStore, Record
+
+
+@click.command()
+@click.argument("store")
+@click.argument("sql")
+@click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True)
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen."
+)
+@click.option("--version", help="An older version of the store, or a tag (see `foldfeed log`).")
+@click.option("--rows-of", metavar="CONDITION", help="The table `rows` holds the rows of these records only.")
+def query(
+    store: str, sql: str, form: str, output: Path | None, version: str | None, rows_of: str | None
+) -> None:
+    """Answer a SQL question about the records of STORE.
+
+    The tables are `records` (`foldfeed show STORE` lists its columns), `rows` (one per alignment row:
+    record_id, rank, database, e_value, bit_score, hit_id, species), `sets` and `splits` (see
+    `foldfeed sets`). A question about `rows` reads the columns that it needs of every record (some million
+    rows a second), or of those that it names: `where record_id = 'HBB_HUMAN'`, or --rows-of. The dialect is
+    DuckDB's.
+
+    \b
+    Examples:
+      foldfeed query my-store "select count(*), avg(depth) from records"
+      foldfeed query my-store "select record_id, length from records where depth > 100" --format csv
+      foldfeed query my-store "from records" --format parquet --output records.parquet
+      foldfeed query my-store "select species, count(*) from rows group by 1" --rows-of "depth > 100"
+    """
+    if form == "parquet" and output is None and sys.stdout.isatty():
+        raise click.UsageError("Parquet is binary; add --output FILE or redirect it.")
+    with working("asking"):
+        answer = open_store(store, version).query(sql, rows_of)
+    with output_stream(output) as out:
+        write_table(answer, form, out)
+
+
+@click.command()
+@click.argument("store")
+@click.argument("record_id", required=False)
+@click.option("--rows", "num_rows", type=click.IntRange(min=0), default=5, show_default=True)
+@click.option("--version", help="An older version of the store, or a tag.")
+def show(store: str, record_id: str | None, num_rows: int, version: str | None) -> None:
+    """Show what STORE holds, or one RECORD of it with its first rows.
+
+    \b
+    Examples:
+      foldfeed show my-store
+      foldfeed show my-store HBB_HUMAN --rows 20
+    """
+    opened = open_store(store, version)
+    if record_id is None:
+        _show_store(opened)
+    else:
+        _show_record(opened[record_id], num_rows)
+
+
+def _show_store(store: FeatureStore) -> None:
+    rows = store.table(["length", "depth"])
+    tokens = sum(a * b for a, b in zip(rows["length"].to_pylist(), rows["depth"].to_pylist(), strict=True))
+    click.echo(f"store        {store.url}")
+    click.echo(f"version      {store.version}")
+    click.echo(f"records      {len(store)}")
+    click.echo(f"tokens       {tokens}")
+    click.echo(f"structures   {store.table(['record_id'], 'structure is not null').num_rows}")
+    click.echo(f"fingerprint  {store.fingerprint}")
+    click.echo(f"tiles        {store.settings.tile_rows} rows x {store.settings.tile_cols} residues")
+    seed = store.settings.row_order_seed
+    click.echo(f"row order    {store.settings.row_order}{'' if seed is None else f' (seed {seed})'}")
+    click.echo("columns of the table `records`:")
+    for field in store.table().schema:
+        click.echo(f"  {field.name:<16} {field.type}")
+
+
+def _show_record(record: Record, num_rows: int) -> None:
+    click.echo(f"record       {record.record_id}")
+    click.echo(f"description  {record.description}")
+    click.echo(f"length       {record.length}")
+    click.echo(f"depth        {record.depth}")
+    if record.neff is not None:
+        click.echo(f"N_eff        {record.neff:.1f} (rows at 80 % identity share one vote)")
+    structure = record.structure()
+    if structure is not None:
+        facts = ", ".join(f"{name} {value}" for name, value in sorted(structure.source.items()))
+        observed = int(structure.observed.sum())
+        click.echo(f"structure    {observed} of {record.length} residues observed; {facts}")
+    for use in record.databases:
+        click.echo(
+            f"database     {use['name']}: {use['num_rows']} rows of {use['num_hits']} hits "
+            f"({use['tool']} {use['tool_version']}, data {use['digest'][:12]})"
+        )
+    click.echo(f"sequence     {record.sequence}")
+    if num_rows:
+        click.echo()
+        write_table(record.rows().slice(0, num_rows), "table", sys.stdout.buffer)
+
+
+@click.command()
+@click.argument("store")
+@click.argument("record_id")
+@click.option("--residues", default=":", help="Window a:b from 0, end excluded; or one.", show_default="all")
+@click.option("--rows", default=":", help="Ranks a:b, or one; the query is 0.", show_default="all")
+@click.option("--format", "form", type=click.Choice(("text", "npz")), default="text", show_default=True)
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen."
+)
+@click.option("--version", help="An older version of the store, or a tag (see `foldfeed log`).")
+def crop(
+    store: str, record_id: str, residues: str, rows: str, form: str, output: Path | None, version: str | None
+) -> None:
+    """Read a piece of one alignment: only the tiles it touches.
+
+    `text` prints one row per line: rank, aligned residues, hit id. `npz` holds msa (uint8) and deletions
+    (int32).
+
+    \b
+    Examples:
+      foldfeed crop my-store HBB_HUMAN --residues 20:80 --rows 0:10
+      foldfeed crop my-store HBB_HUMAN --format npz --output crop.npz
+    """
+    if form == "npz" and output is None and sys.stdout.isatty():
+        raise click.UsageError("npz is binary; add --output FILE or redirect it.")
+    record = open_store(store, version)[record_id]
+    window = parse_window("--residues", residues, record.length)
+    ranks = parse_window("--rows", rows, record.depth)
+    with working("reading"):
+        piece = record.crop(residues=window, rows=ranks)
+    with output_stream(output) as out:
+        if form == "npz":
+            np.savez_compressed(out, msa=piece.msa, deletions=piece.deletions)
+        else:
+            names = record.rows()["hit_id"].to_pylist()[ranks]
+            for number, (row, name) in enumerate(zip(piece.msa, names, strict=True), start=ranks.start):
+                out.write(f"{number:>7}  {alphabet.decode(row)}  {name}\n".encode())
+
+
+@click.command()
+@click.argument("store")
+@click.option("--format", "form", type=click.Choice(FORMATS[:3]), default="table", show_default=True)
+def log(store: str, form: str) -> None:
+    """List the versions of STORE, the newest first.
+
+    \b
+    Example:
+      foldfeed log my-store --format json
+    """
+    entries = open_store(store).log()
+    table = pa.table(
+        {
+            "version": [entry.version for entry in entries],
+            "time": [entry.time.isoformat(timespec="seconds") for entry in entries],
+            "operation": [entry.operation for entry in entries],
+            "records": [entry.num_added for entry in entries],
+            "removed": [entry.num_removed for entry in entries],
+            "tags": [" ".join(entry.tags) for entry in entries],
+            "job_id": [entry.job_id for entry in entries],
+            "message": [entry.message for entry in entries],
+        }
+    )
+    write_table(table, form, sys.stdout.buffer)
