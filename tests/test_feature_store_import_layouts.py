@@ -172,7 +172,8 @@ def test_where_ids_come_from(tmp_path):
     assert [record.record_id for record in records] == ["a", "b"]
     assert [record.description for record in records] == ["sp|P1|a text", "sp|P1|b text"]
     assert [record.record_id for record in read_all(tmp_path, id_from="header")[1]] == ["sp|P1|a", "sp|P1|b"]
-    found, records = read_all(tmp_path)
+    assert [record.record_id for record in read_all(tmp_path)[1]] == ["a", "b"]
+    found, records = read_all(tmp_path, id_from="file")
     assert [record.record_id for record in records] == ["x"]
     assert "already that of a/x.a3m" in found.rejects[0].reason
 

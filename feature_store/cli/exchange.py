@@ -87,7 +87,8 @@ def commit_options(failure: str) -> Callable[[Callable[..., Any]], Callable[...,
     type=click.Choice(ID_FROM),
     default="auto",
     show_default=True,
-    help="Where record ids of single alignments come from: file name, folder name or the query's header.",
+    help="Where record ids of single alignments come from: file name, folder name or the query's header; "
+    "auto takes the file's, or the folder's when all files are called alike.",
 )
 @click.option(
     "--on-existing",

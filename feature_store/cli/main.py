@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from foldfeed.feature_store.cli.terminal import printable
 from foldfeed.feature_store.errors import FoldfeedError
 
 COMMANDS_GROUP = "foldfeed.commands"
@@ -44,7 +45,8 @@ SENTENCES = {
     "plot": "Draw one alignment, or what a whole STORE holds.",
     "query": "Answer a SQL question about the records of STORE.",
     "repair": "Restore damaged files of STORE that can be restored bit for bit; more only if told so.",
-    "report": "Write one page about STORE: numbers, pictures, databases, licences, sizes, jobs, dead letters.",
+    "report": "Write one page about STORE: numbers, pictures, databases, licences, sizes, jobs, dead "
+    "letters.",
     "save-set": "Save the answer of a query as record set NAME of STORE.",
     "save-split": "Split the records of STORE so that no cluster of similar proteins is in two parts.",
     "sets": "List the record sets and splits that are saved in STORE.",
@@ -96,7 +98,7 @@ class RootGroup(click.Group):
         except (FoldfeedError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {printable(str(error))}", err=True)
             ctx.exit(1)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from foldfeed.feature_store.cli.tables import FORMATS, write_table
+from foldfeed.feature_store.cli.terminal import printable
 from foldfeed.feature_store.cli.tools import open_store, output_stream, parse_window, working
 from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.store.feature_store import FeatureStore, Record
@@ -92,7 +93,7 @@ def _show_store(store: FeatureStore) -> None:
 
 def _show_record(record: Record, num_rows: int) -> None:
     click.echo(f"record       {record.record_id}")
-    click.echo(f"description  {record.description}")
+    click.echo(f"description  {printable(record.description)}")
     click.echo(f"length       {record.length}")
     click.echo(f"depth        {record.depth}")
     if record.neff is not None:
@@ -101,7 +102,7 @@ def _show_record(record: Record, num_rows: int) -> None:
     if structure is not None:
         facts = ", ".join(f"{name} {value}" for name, value in sorted(structure.source.items()))
         observed = int(structure.observed.sum())
-        click.echo(f"structure    {observed} of {record.length} residues observed; {facts}")
+        click.echo(f"structure    {observed} of {record.length} residues observed; {printable(facts)}")
     for use in record.databases:
         click.echo(
             f"database     {use['name']}: {use['num_rows']} rows of {use['num_hits']} hits "
@@ -149,7 +150,7 @@ def crop(
         else:
             names = record.rows()["hit_id"].to_pylist()[ranks]
             for number, (row, name) in enumerate(zip(piece.msa, names, strict=True), start=ranks.start):
-                out.write(f"{number:>7}  {alphabet.decode(row)}  {name}\n".encode())
+                out.write(f"{number:>7}  {alphabet.decode(row)}  {printable(name)}\n".encode())
 
 
 @click.command()

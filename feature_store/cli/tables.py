@@ -16,7 +16,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from foldfeed.feature_store.cli.terminal import printable
+
 FORMATS = ("table", "csv", "json", "parquet")
+
 MAX_CELL = 60
 
 
@@ -49,7 +52,7 @@ def _pretty(table: pa.Table) -> str:
         number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
         grid.add_column(field.name, justify="right" if number else "left", overflow="fold")
     for row in table.to_pylist():
-        grid.add_row(*(_shorten(_cell(value)) for value in row.values()))
+        grid.add_row(*(_shorten(printable(_cell(value))) for value in row.values()))
     text = io.StringIO()
     # Wide on purpose: a pipe or a pager folds lines better than a table folds its cells.
     Console(file=text, width=400, no_color=True, highlight=False, markup=False).print(grid)

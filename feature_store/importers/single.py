@@ -5,6 +5,7 @@ Owns scanning and the record of one file. Does not own the texts (`foldfeed.feat
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -27,7 +28,12 @@ def scan_single(kind: str, root: Path, options: ImportOptions) -> Found:
       root: a file, or a folder that is walked.
       options: of the import.
     """
-    for path in walk_files(root, SUFFIXES[kind]):
+    paths = list(walk_files(root, SUFFIXES[kind]))
+    if options.id_from == "auto":
+        # The same name in every folder, as many tools write it, says nothing; the folders' names do.
+        alike = len(paths) > 1 and len({stem_of(path) for path in paths}) == 1
+        options = dataclasses.replace(options, id_from="folder" if alike else "file")
+    for path in paths:
         where = relative(path, root)
         try:
             record_id = id_of_file(path, options, functools.partial(first_header, kind=kind))

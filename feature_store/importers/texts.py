@@ -19,6 +19,7 @@ from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.exchange_errors import SourceTooLargeError, UnsupportedSourceError
 from foldfeed.feature_store.importers.rows import MAX_IMPORT_ROWS, TOOL, DatabaseRows, check_depth, rows_of
 from foldfeed.feature_store.parsers.a3m import ANNOTATION_ROWS, ParsedAlignment, parse_a3m
+from foldfeed.feature_store.parsers.bounded_files import without_mark
 from foldfeed.feature_store.parsers.stockholm import parse_stockholm
 
 _COLABFOLD_LINE = re.compile(rb"#([0-9]+(?:,[0-9]+)*)[ \t]+([0-9]+(?:,[0-9]+)*)[ \t]*")
@@ -57,6 +58,7 @@ def read_alignment(text: bytes, kind: str, name: str, a2m_columns: str = "match"
       UnsupportedSourceError: a complex.
       SourceTooLargeError: more than `MAX_IMPORT_ROWS` rows.
     """
+    text = without_mark(text)
     _refuse_too_many(text, kind, name)
     if kind == "sto":
         return _read_stockholm(text, name)
@@ -99,7 +101,10 @@ def _refuse_too_many(text: bytes, kind: str, name: str) -> None:
 
 def is_colabfold(head: bytes) -> bool:
     """Returns whether a text begins with ColabFold's line of lengths and copies."""
-    return _COLABFOLD_LINE.fullmatch(head.replace(b"\0", b"").partition(b"\n")[0].rstrip(b"\r")) is not None
+    return (
+        _COLABFOLD_LINE.fullmatch(without_mark(head).replace(b"\0", b"").partition(b"\n")[0].rstrip(b"\r"))
+        is not None
+    )
 
 
 def first_header(head: bytes, kind: str) -> str:
@@ -109,7 +114,7 @@ def first_header(head: bytes, kind: str) -> str:
       head: the first bytes.
       kind: as in `read_alignment`.
     """
-    text = head.replace(b"\0", b"")
+    text = without_mark(head).replace(b"\0", b"")
     if kind != "sto":
         return _query_row(text)[0]
     lines = (line.strip() for line in text.split(b"\n"))

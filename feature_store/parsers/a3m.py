@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.parsers.bounded_files import without_mark
 
 # Temporaries cost about ten bytes a character; blocks of rows bound them at roughly 160 MB.
 BLOCK_CHARACTERS = 16 << 20
@@ -69,7 +70,7 @@ def parse_a3m(text: str | bytes) -> ParsedAlignment:
     """
     data = text.encode("utf-8") if isinstance(text, str) else text
     # MMseqs2 and ffindex end an entry with a NUL byte, and files cut from their databases keep it.
-    names, rows, lines = _split(data.rstrip(b"\x00\r\n \t"))
+    names, rows, lines = _split(without_mark(data).rstrip(b"\x00\r\n \t"))
     if not rows:
         raise AlignmentParseError("A3M text holds no row; expected '>' and a name, then a sequence")
     length = int(_count_columns([rows[0]])[0])
@@ -110,7 +111,8 @@ def _split(data: bytes) -> tuple[list[str], list[bytes], list[int]]:
             pieces.append(line)
         elif line and not line.startswith(b"#"):
             raise AlignmentParseError(
-                f"text before the first '>' header: {shown(line.decode('utf-8', errors='replace'))}", number
+                f"text before the first '>' header: {shown(line.decode('utf-8', errors='backslashreplace'))}",
+                number,
             )
     close()
     return names, rows, lines

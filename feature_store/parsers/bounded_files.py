@@ -9,6 +9,7 @@ read. Pure functions but for the reading; safe from any thread.
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -49,6 +50,11 @@ def read_file(path: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> bytes:
     """
     with _open_regular(path) as file:
         return _collect(str(path), file, max_bytes)
+
+
+def without_mark(text: bytes) -> bytes:
+    """Returns a text without the byte order mark that some editors put before UTF-8."""
+    return text.removeprefix(codecs.BOM_UTF8)
 
 
 def unpack(data: bytes, where: str, max_bytes: int) -> bytes:
@@ -160,14 +166,26 @@ def _blocks(where: str, file: BinaryIO) -> Iterator[bytes]:
     """Yields decompressed content in blocks of `BLOCK_BYTES` (zstd: 32,768 times its pieces at most)."""
     head = file.read(6)
     file.seek(0)
-    codec = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+    codec = _codec_of(head)
     if codec is None:
         yield from iter(lambda: file.read(BLOCK_BYTES), b"")
         return
     try:
-        yield from _CODECS[codec](file)
+        first = True
+        for block in _CODECS[codec](file):
+            if first and (inner := _codec_of(block)) is not None:
+                raise SourceFileError(
+                    where,
+                    f"it looks like {inner} data inside {codec}: it was compressed twice, unpack it once",
+                )
+            first = False
+            yield block
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, _Damaged) as error:
         raise SourceFileError(where, f"its {codec} compression is damaged or cut off ({error})") from error
+
+
+def _codec_of(head: bytes) -> str | None:
+    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
 
 
 class _Damaged(Exception):

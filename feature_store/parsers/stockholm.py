@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.parsers.a3m import BLOCK_CHARACTERS, ParsedAlignment, shown
+from foldfeed.feature_store.parsers.bounded_files import without_mark
 
 _GAPS = np.zeros(256, dtype=np.bool_)
 _GAPS[[ord(gap) for gap in "-._~"]] = True
@@ -33,14 +34,15 @@ def parse_stockholm(text: str | bytes) -> ParsedAlignment:
     deletion left of its second column. A name that comes again continues its row (blocks).
 
     Args:
-      text: a whole file; only the alignment up to the first ``//`` is read.
+      text: a whole file of one alignment.
     Raises:
-      AlignmentParseError: no ``# STOCKHOLM`` line, no ``//`` (a file that was cut), no row, a line without a
+      AlignmentParseError: no ``# STOCKHOLM`` line, no ``//`` (a file that was cut), another
+        alignment behind it, no row, a line without a
         sequence, rows of unequal length, a character that is no residue, or a query without residues.
     Source: Pfam/HMMER user guide, "Stockholm format"; AlphaFold 2 ``parsers.parse_stockholm``.
     """
     data = text.encode("utf-8") if isinstance(text, str) else text
-    rows, lines = _split(data)
+    rows, lines = _split(without_mark(data))
     width = len(next(iter(rows.values())))
     for name, row in rows.items():
         if len(row) != width:
@@ -79,9 +81,13 @@ def _split(data: bytes) -> tuple[dict[str, bytes], dict[str, int]]:
             if not line.startswith(b"# STOCKHOLM"):
                 raise AlignmentParseError("not Stockholm: expected '# STOCKHOLM 1.0' first", number)
             headed = True
+        elif closed:
+            raise AlignmentParseError(
+                "a second alignment begins here; a record holds one, so split the file behind each '//'",
+                number,
+            )
         elif line == b"//":
             closed = True
-            break
         elif not line.startswith(b"#"):
             fields = line.split()
             if len(fields) != 2:
