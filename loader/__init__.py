@@ -1,8 +1,9 @@
 """The loader: random crops from a feature store as training batches, the same on any number of ranks.
 
-The data's way, one file each: order (which record is sample g) -> plan (its rows, window and draws, before any
-read) -> fetch (the tiles of the plan) -> featurise (AlphaFold 2's features, with clusters) -> prefetch (ahead of
-the consumer, in order) -> device (to the accelerator); loader puts them together, state says where it stands.
+The data's way, one file each: order (which record is sample g) -> plan (its rows, window and draws, before
+any read) -> fetch (the tiles of the plan) -> featurise (AlphaFold 2's features, with clusters) -> prefetch
+(ahead of the consumer, in order) -> device (to the accelerator); loader puts them together, state says where
+it stands.
 
 Imports `foldfeed.feature_store` and torch; knows nothing of search tools or training.
 """
