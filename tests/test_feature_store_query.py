@@ -384,3 +384,15 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(small_store, m
     for call in (small_store.to_pandas, small_store.to_polars, small_store["c3"].to_xarray):
         with pytest.raises(MissingExtraError, match=r"pip install 'foldfeed\[analysis\]'"):
             call()
+
+
+@pytest.mark.parametrize(
+    "text", ["select 1; select 2", "select 1;;select 2;", "create table x(a int); select 1"]
+)
+def test_several_statements_are_refused_and_not_half_answered(small_store, text):
+    with pytest.raises(QueryError, match="holds 2 statements; give one SELECT"):
+        small_store.query(text)
+
+
+def test_a_semicolon_behind_or_inside_one_statement_is_none_of_several(small_store):
+    assert small_store.query("select 'a;b' as text; -- done; really").to_pylist() == [{"text": "a;b"}]

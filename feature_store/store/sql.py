@@ -132,7 +132,7 @@ def sql(tables: Tables, text: str) -> pa.Table:
       tables: what it may read, by name.
       text: one SQL query in DuckDB's dialect.
     Raises:
-      QueryError: DuckDB refuses it; its own message is kept.
+      QueryError: DuckDB refuses it, and its own message is kept; or it holds several statements.
     """
     with duckdb.connect(":memory:", config={"enable_external_access": "false"}) as connection:
         # Only the registered tables can be reached; not a Python variable that happens to be called the same.
@@ -144,6 +144,10 @@ def sql(tables: Tables, text: str) -> pa.Table:
                 table.restrict(constant_keys(shape, name, table.key))
             connection.register(name, _LazyDataset(table) if isinstance(table, LazyTable) else table)
         try:
+            # DuckDB would run them all and answer the last.
+            count = len(connection.extract_statements(text))
+            if count > 1:
+                raise QueryError(f"{text!r} holds {count} statements; give one SELECT over {_names(tables)}")
             relation = connection.sql(text)
             if relation is None:
                 raise QueryError(f"{text!r} is not a query; give one SELECT over {_names(tables)}")
