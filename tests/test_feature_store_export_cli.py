@@ -186,7 +186,7 @@ def test_export_names_rows_and_compression(run, small_store, tmp_path):
         (["export", "STORE", "nobody"], 1, "error: no record 'nobody'"),
         (["export", "STORE", "a1", "nobody", "--output", "TMP/o"], 1, "error: no record 'nobody'"),
         (["export", "STORE", "a1", "c3"], 2, "need --output FOLDER"),
-        (["export", "STORE"], 2, "Missing argument 'RECORD...'"),
+        (["export", "STORE"], 2, "nothing given; say which records"),
         (["export", "STORE", "a1", "--format", "x"], 2, "is not one of"),
         (["export", "STORE", "a1", "--chai-source", "mgnify"], 2, "goes with the format chai-pqt"),
         (["export", "STORE", "a1", "--compress", ".gz"], 2, "ends in .gz"),
@@ -217,3 +217,64 @@ def test_errors_are_short_and_have_the_right_exit_code(run, small_store, tmp_pat
 def test_help_has_examples(run):
     assert "foldfeed ingest --alignments" in run("ingest", "--help").stdout
     assert "foldfeed export my-store" in run("export", "--help").stdout
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_many_records_are_chosen_by_all_a_condition_or_a_set(small_store, tmp_path):
+    ids = list(small_store)
+    deep = small_store.table(["record_id"], "depth > 100")["record_id"].to_pylist()
+    assert 0 < len(deep) < len(ids)
+    small_store.save_set("deep", "select record_id from records where depth > 100")
+    for words, expected in (
+        (["--all"], ids),
+        (["--where", "depth > 100"], deep),
+        (["--record-set", "deep"], deep),
+        (["--where", "depth > 1000000"], []),
+    ):
+        output = tmp_path / "".join(words).replace(" ", "")
+        done = CliRunner().invoke(main, ["export", small_store.url, *words, "--output", str(output)])
+        assert done.exit_code == 0, done.output
+        assert names_in(output) == [f"{name}.a3m" for name in expected]
+        for name in expected:
+            alone = CliRunner().invoke(main, ["export", small_store.url, name]).stdout_bytes
+            assert (output / f"{name}.a3m").read_bytes() == alone
+
+
+@pytest.mark.parametrize("form", ["a3m", "openproteinset", "alphafold2-npz"])
+def test_an_export_goes_on_where_it_was_interrupted(small_store, tmp_path, form):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    words = ["export", small_store.url, "--all", "--format", form, "--resume", "--output"]
+    done = CliRunner().invoke(main, [*words, str(whole)])
+    assert done.exit_code == 0, done.output
+    assert "(0 records were there already)" in done.output
+    first = next(iter(small_store))
+    for path in [path for path in whole.rglob("*") if path.is_file()]:
+        if first in str(path.relative_to(whole)):
+            (part / path.relative_to(whole)).parent.mkdir(parents=True, exist_ok=True)
+            (part / path.relative_to(whole)).write_bytes(path.read_bytes())
+    kept = {path: path.stat().st_mtime_ns for path in part.rglob("*") if path.is_file()}
+    assert kept
+    done = CliRunner().invoke(main, [*words, str(part)])
+    assert done.exit_code == 0, done.output
+    assert "(1 records were there already)" in done.output
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert names_in(part) == names_in(whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing given; say which records"),
+        (["a1", "--all"], "--all and RECORD given"),
+        (["--where", "depth > 1", "--record-set", "x"], "--where and --record-set given"),
+        (["--all"], "--all may be many records; add --output FOLDER"),
+        (["--all", "--format", "openfold-db", "--output", "o", "--resume"], "--resume has no effect"),
+    ],
+)
+def test_which_records_is_asked_once(small_store, words, message):
+    done = CliRunner().invoke(main, ["export", small_store.url, *words])
+    assert done.exit_code == 2
+    assert message in done.output

@@ -11,7 +11,8 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,13 @@ def ingest(
 
 @click.command(name="export", context_settings=HELP)
 @click.argument("store")
-@click.argument("record_ids", nargs=-1, required=True, metavar="RECORD...")
+@click.argument("record_ids", nargs=-1, metavar="[RECORD]...")
+@click.option("--all", "everything", is_flag=True, help="Every record of the store.")
+@click.option("--where", metavar="CONDITION", help="Records for which this SQL condition holds.")
+@click.option("--record-set", metavar="NAME", help="The records of a set (see `foldfeed sets`).")
+@click.option(
+    "--resume", is_flag=True, help="Pass over records whose files are there: goes on after an interruption."
+)
 @click.option("--format", "form", type=click.Choice(tuple(EXPORT_FORMATS)), default="a3m", show_default=True)
 @click.option(
     "--output",
@@ -245,6 +252,10 @@ def ingest(
 def export_command(
     store: str,
     record_ids: tuple[str, ...],
+    everything: bool,
+    where: str | None,
+    record_set: str | None,
+    resume: bool,
     form: str,
     output: Path | None,
     max_rows: int | None,
@@ -264,13 +275,26 @@ def export_command(
       foldfeed export my-store HBB_HUMAN --format sto --output HBB_HUMAN.sto.gz
       foldfeed export my-store HBB_HUMAN MYG_HUMAN --format alphafold3-json --output jobs/
       foldfeed export my-store HBB_HUMAN --format openproteinset --output alignments/
+      foldfeed export my-store --where "depth > 100" --output msas/ --compress .gz --resume
     """
     try:
         options = ExportOptions(form=form, max_rows=max_rows, chai_source=chai_source)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    ways = {"--all": everything, "--where": where, "--record-set": record_set, "RECORD": record_ids}
+    given = [name for name, value in ways.items() if value]
+    if len(given) != 1:
+        raise click.UsageError(
+            f"{' and '.join(given) or 'nothing'} given; say which records to export: their ids, --all, "
+            "--where or --record-set"
+        )
     opened = open_store(store, version)
     output = None if output == Path("-") else output
+    chosen = _choose(opened, record_ids, where, record_set)
+    if output is None and not record_ids:
+        raise click.UsageError(f"{given[0]} may be many records; add --output FOLDER.")
+    if resume and EXPORT_FORMATS[form].is_database:
+        raise click.UsageError(f"--resume has no effect on {form}, which is written whole.")
     is_folder = EXPORT_FORMATS[form].is_folder or EXPORT_FORMATS[form].is_database
     if output is None and is_folder:
         raise click.UsageError(f"{form} is more than one file; add --output FOLDER.")
@@ -279,7 +303,19 @@ def export_command(
     if output is None or (len(record_ids) == 1 and not is_folder and not _is_folder(output)):
         _export_one(opened, record_ids, options, output, compress)
         return
-    _export_many(opened, record_ids, options, output, compress)
+    _export_many(opened, chosen, options, output, compress, resume)
+
+
+def _choose(
+    store: FeatureStore, record_ids: tuple[str, ...], where: str | None, record_set: str | None
+) -> list[str]:
+    """Returns the ids of the records to export, each once; ids that a person gave are looked up first."""
+    if record_set is not None:
+        return list(store.subset(record_set))
+    if record_ids:
+        return [store[record_id].record_id for record_id in dict.fromkeys(record_ids)]
+    found: list[str] = store.table(["record_id"], where)["record_id"].to_pylist()
+    return found
 
 
 def _export_one(
@@ -306,32 +342,46 @@ def _export_one(
 
 def _export_many(
     store: FeatureStore,
-    record_ids: tuple[str, ...],
+    record_ids: Sequence[str],
     options: ExportOptions,
     output: Path,
     compress: str | None,
+    resume: bool,
 ) -> None:
-    # Unknown ids are found before the first file is written.
-    records = [store[record_id] for record_id in dict.fromkeys(record_ids)]
-    names = [file_name(record.record_id, record.sequence, options) for record in records]
-    for name in names:
-        if names.count(name) > 1:
+    if options.form == "chai-pqt":
+        # Its files are called after the sequence, so two records may meet; other names say the id.
+        counts = Counter(file_name(name, store[name].sequence, options) for name in record_ids)
+        name, count = next(iter(counts.most_common(1)), ("", 0))
+        if count > 1:
             raise ExchangeError(
                 f"several of these records would be called {name!r}; export them to other folders"
             )
     output.mkdir(parents=True, exist_ok=True)
-    num_files = 0
-    with _counting("exporting", len(records)) as advance:
+    num_files = num_there = 0
+    # One record at a time: a store may hold a million.
+    records = (store[record_id] for record_id in record_ids)
+    with _counting("exporting", len(record_ids)) as advance:
         if EXPORT_FORMATS[options.form].is_database:
             num_files = export_database(output, _counted(records, advance), options)
-            records = []
-        for record in records:
-            files = export_files(record, options, compress or "")
-            for name, data in files.items():
-                write_file(output / name, data)
-            num_files += len(files)
-            advance()
-    click.echo(f"{num_files} files in {output}", err=True)
+        else:
+            for record in _counted(records, advance):
+                if resume and _is_there(record, options, output, compress or ""):
+                    num_there += 1
+                    continue
+                files = export_files(record, options, compress or "")
+                for name, data in files.items():
+                    write_file(output / name, data)
+                num_files += len(files)
+    there = f" ({num_there} records were there already)" if resume else ""
+    click.echo(f"{num_files} files in {output}{there}", err=True)
+
+
+def _is_there(record: Record, options: ExportOptions, output: Path, suffix: str) -> bool:
+    """Returns whether a record's files were written before; a file has its name only when it is whole."""
+    if EXPORT_FORMATS[options.form].is_folder:
+        # Which files a folder gets is known when it is made.
+        return all((output / name).is_file() for name in export_files(record, options, suffix))
+    return (output / file_name(record.record_id, record.sequence, options, suffix)).is_file()
 
 
 def _counted(records: Iterable[Record], advance: Callable[[], None]) -> Iterator[Record]:
