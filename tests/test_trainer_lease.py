@@ -195,6 +195,37 @@ def test_a_run_that_diverged_is_no_success(tmp_path: Path, small_store: FeatureS
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+def test_a_short_run_of_which_every_step_was_skipped_is_no_success(
+    tmp_path: Path, small_store: FeatureStore
+) -> None:
+    arguments = ["--store", small_store.url, "--output", tmp_path / "run", *TINY, "--no-tensorboard"]
+    broken = run(*arguments, "--lr", "1e38", "--steps", "2")
+    # The first step is finite and makes the weights useless; from there on every step is skipped.
+    done = run(*arguments, "--lr", "1e38", "--steps", "4", "--max-skipped", "2")
+    assert broken.returncode == 0, broken.stderr
+    assert done.returncode == 1
+    assert "there is no snapshot before it" in done.stderr or "the last snapshot before it is" in done.stderr
+
+
+def test_a_beat_that_fails_for_a_moment_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease = lease_of(tmp_path, [], lease_s=0.6)
+    failures = []
+
+    def failing(path: object) -> None:
+        failures.append(path)
+        raise OSError(116, "Stale file handle")
+
+    lease.take()
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "utime", failing)
+        time.sleep(0.35)
+    assert failures
+    then = (tmp_path / LEASE_FILE).stat().st_mtime
+    time.sleep(0.35)
+    assert (tmp_path / LEASE_FILE).stat().st_mtime > then
+    lease.release()
+
+
 def test_a_port_that_is_taken_is_named(tmp_path: Path, small_store: FeatureStore) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", free_port()))

@@ -174,11 +174,13 @@ class Lease:
     def _keep_fresh(self) -> None:
         while not self._ended.wait(self.lease_s / BEATS_PER_LEASE):
             # Whoever took the lease over is told by `require`; this thread has nobody to tell.
-            holder = self._read()
-            if holder is not None and holder.get("token") not in (None, self._token):
-                return
-            # The path is set to the file system's own time, not to this machine's.
-            with contextlib.suppress(FileNotFoundError):
+            # A network file system may fail for a moment, and the next beat tries again: one that is missed
+            # says nothing, and a lease that was lost is found by `require`.
+            with contextlib.suppress(OSError):
+                holder = self._read()
+                if holder is not None and holder.get("token") not in (None, self._token):
+                    return
+                # The path is set to the file system's own time, not to this machine's.
                 os.utime(self.path)
 
 

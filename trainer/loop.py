@@ -242,7 +242,8 @@ class Trainer:
             return
         self._not_finite_since = self._not_finite_since or self.step
         count = self.step - self._not_finite_since + 1
-        if self.config.max_skipped and count >= self.config.max_skipped:
+        # A shorter run of which every step was skipped has diverged, too.
+        if self.config.max_skipped and count >= min(self.config.max_skipped, self.config.steps):
             before = [step for step in folder.steps() if step < self._not_finite_since]
             snapshot = str(folder.generation_path(max(before))) if before else ""
             raise DivergedError(self._not_finite_since, count, snapshot)
