@@ -133,7 +133,8 @@ def summarise(
     counts_crk = counts.view(num_centres, width, NUM_CLASSES)
     sums_cr = sums.view(num_centres, width)
     # The order of additions is AlphaFold 2's, so that float32 gives its bits: (1e-6 + 1) + members.
-    size_c = torch.tensor(1e-6, dtype=torch.float32, device=centres.device) + 1.0
+    # `full` writes on the device; `tensor` would copy from the host and wait.
+    size_c = torch.full((), 1e-6, dtype=torch.float32, device=centres.device) + 1.0
     size_c = size_c + _count(assignment, num_centres).to(torch.float32)
     return counts_crk.to(torch.float32) / size_c[:, None, None], sums_cr.to(torch.float32) / size_c[:, None]
 
@@ -159,4 +160,14 @@ def _pack(flags: NDArray[Any]) -> NDArray[np.uint64]:
 
 def _count(values: torch.Tensor, size: int) -> torch.Tensor:
     """Returns int64 (size,): how often each of 0..size-1 occurs."""
-    return torch.bincount(values.reshape(-1), minlength=size)
+    flat = values.reshape(-1)
+    # On a GPU bincount copies the smallest and largest value to the host and waits for them.
+    return torch.bincount(flat, minlength=size) if flat.device.type == "cpu" else _count_in_place(flat, size)
+
+
+def _count_in_place(flat: torch.Tensor, size: int) -> torch.Tensor:
+    """Returns what bincount returns, by additions of integers, whose order does not matter."""
+    index = flat.long()
+    return torch.zeros(size, dtype=torch.int64, device=flat.device).scatter_add_(
+        0, index, torch.ones_like(index)
+    )

@@ -7,6 +7,7 @@ the text of the supplement step by step. Only numbers drawn by chance are shared
 import math
 
 import numpy as np
+import torch
 
 GAP, MASK = 21, 22
 
@@ -115,3 +116,20 @@ def reference_sample(msa: np.ndarray, deletions: np.ndarray, plan, recipe) -> di
             out["extra_deletion_value"][slot, place] = value(deletions[rank, column])
             out["extra_msa_mask"][slot, place] = 1
     return out
+
+
+def assert_same_features(have, want, *, rtol: float = 0.0) -> None:
+    """Two feature dictionaries agree in names, dtypes, shapes, NaN and values, wherever they lie.
+
+    Comparing only the names of one side, or with equal_nan, has hidden a missing feature and a NaN.
+    """
+    assert sorted(have) == sorted(want), sorted({*have} ^ {*want})
+    for key, tensor in want.items():
+        other = have[key].cpu()
+        assert other.dtype == tensor.dtype, f"{key}: {other.dtype}, not {tensor.dtype}"
+        assert other.shape == tensor.shape, f"{key}: {tuple(other.shape)}, not {tuple(tensor.shape)}"
+        for name, one in (("left", other), ("right", tensor.cpu())):
+            if one.is_floating_point():
+                assert not bool(torch.isnan(one).any()), f"{key}: NaN on the {name}"
+        same = torch.allclose(other.double(), tensor.cpu().double(), rtol=rtol, atol=0)
+        assert same, f"{key}: other values"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from loader_reference import assert_same_features
 from records import make_record
 
 from foldfeed.feature_store import FeatureStore, write_part
@@ -27,9 +28,8 @@ def test_features_on_a_gpu_equal_those_on_the_cpu(store):
     gpu = CropLoader(store, RECIPE, seed=1, global_batch=3, device="cuda")
     for g in range(12):
         want, have = cpu.sample(g), gpu.sample(g)
-        for key, tensor in have.items():
-            assert tensor.device.type == "cuda"
-            torch.testing.assert_close(tensor.cpu(), want[key], rtol=2e-7, atol=0, msg=key)
+        assert {tensor.device.type for tensor in have.values()} == {"cuda"}
+        assert_same_features(have, want, rtol=2e-7)
 
 
 def test_batches_arrive_whole_while_the_consumer_keeps_the_device_busy(store):
@@ -46,6 +46,6 @@ def test_batches_arrive_whole_while_the_consumer_keeps_the_device_busy(store):
     for batch, sums in kept:
         for shard, total in zip(batch.shards, sums, strict=True):
             for slot, g in enumerate(shard.samples):
-                for key, tensor in cpu.sample(g).items():
-                    torch.testing.assert_close(shard.features[key][slot].cpu(), tensor, rtol=2e-7, atol=0)
+                sample = {key: tensor[slot] for key, tensor in shard.features.items()}
+                assert_same_features(sample, cpu.sample(g), rtol=2e-7)
             assert float(total) == float(shard.features["msa_feat"].sum(dtype=torch.float64))

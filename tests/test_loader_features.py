@@ -5,11 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loader_reference import nearest, reference_sample
+from loader_reference import assert_same_features, nearest, reference_sample
 from records import make_record
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 from foldfeed.loader import CropLoader, Recipe, clusters, plan
+from foldfeed.loader.clusters import _count_in_place
 from foldfeed.loader.featurise import deletion_value, replace_masked
 
 # (depth, length): one row, one residue, fewer rows than clusters, shorter and longer than the crop.
@@ -189,3 +190,38 @@ def test_deletion_value_is_the_formula_rounded_once():
     # The value of a count does not depend on where it stands in a tensor.
     for shift in range(1, 20):
         assert torch.equal(deletion_value(counts[shift:]), deletion_value(counts)[shift:])
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_counting_without_waiting_gives_what_bincount_gives(size):
+    generator = torch.Generator().manual_seed(size)
+    for shape in ((0,), (1,), (50, 3)):
+        for dtype in (torch.int64, torch.uint8):
+            values = torch.randint(0, size, shape, generator=generator).to(dtype)
+            want = torch.bincount(values.reshape(-1), minlength=size)
+            have = _count_in_place(values.reshape(-1), size)
+            assert have.dtype == want.dtype
+            assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("fault", ["missing", "additional", "dtype", "shape", "nan", "both nan", "value"])
+def test_the_comparison_of_features_sees(fault):
+    want = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3])}
+    have = {key: tensor.clone() for key, tensor in want.items()}
+    assert_same_features(have, want)
+    if fault == "missing":
+        del have["b"]
+    elif fault == "additional":
+        have["c"] = torch.zeros(1)
+    elif fault == "dtype":
+        have["b"] = have["b"].int()
+    elif fault == "shape":
+        have["b"] = torch.tensor([3, 3])
+    elif fault == "value":
+        have["a"][1] += 1e-3
+    else:
+        have["a"][0] = torch.nan
+    if fault == "both nan":
+        want["a"][0] = torch.nan
+    with pytest.raises(AssertionError, match=r"a: |b: |\['b'\]|\['c'\]"):
+        assert_same_features(have, want)
