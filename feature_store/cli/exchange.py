@@ -365,23 +365,28 @@ def _export_many(
             num_files = export_database(output, _counted(records, advance), options)
         else:
             for record in _counted(records, advance):
-                if resume and _is_there(record, options, output, compress or ""):
-                    num_there += 1
-                    continue
-                files = export_files(record, options, compress or "")
-                for name, data in files.items():
-                    write_file(output / name, data)
-                num_files += len(files)
+                written = _write_record(record, options, output, compress or "", resume)
+                num_files += written
+                num_there += not written
     there = f" ({num_there} records were there already)" if resume else ""
     click.echo(f"{num_files} files in {output}{there}", err=True)
 
 
-def _is_there(record: Record, options: ExportOptions, output: Path, suffix: str) -> bool:
-    """Returns whether a record's files were written before; a file has its name only when it is whole."""
-    if EXPORT_FORMATS[options.form].is_folder:
-        # Which files a folder gets is known when it is made.
-        return all((output / name).is_file() for name in export_files(record, options, suffix))
-    return (output / file_name(record.record_id, record.sequence, options, suffix)).is_file()
+def _write_record(record: Record, options: ExportOptions, output: Path, suffix: str, resume: bool) -> int:
+    """Writes a record's files and returns how many; 0 where a run that is resumed had written them.
+
+    A file has its name only when it is whole. Which files a folder gets is known when they are made.
+    """
+    is_folder = EXPORT_FORMATS[options.form].is_folder
+    name = file_name(record.record_id, record.sequence, options, suffix)
+    if resume and not is_folder and (output / name).is_file():
+        return 0
+    files = export_files(record, options, suffix)
+    if resume and all((output / name).is_file() for name in files):
+        return 0
+    for name, data in files.items():
+        write_file(output / name, data)
+    return len(files)
 
 
 def _counted(records: Iterable[Record], advance: Callable[[], None]) -> Iterator[Record]:
