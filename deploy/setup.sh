@@ -66,21 +66,18 @@ if [ ${#missing[@]} -gt 0 ] && can_install; then
     say "installing ${missing[*]}"
     apt_install "${missing[@]}"
 elif [ ${#missing[@]} -gt 0 ]; then
-    case " ${missing[*]} " in
-    *" hmmer "*)
+    lacks() { [[ " ${missing[*]} " == *" $1 "* ]]; }
+    if lacks hmmer; then
         say "no hmmer on PATH and no right to install packages: taking HMMER from its wheel (extra search)"
         "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt hmmer
-        ;;
-    esac
-    case " ${missing[*]} " in
-    *" hhsuite "*) say "no HH-suite: what needs it is left out (as root: apt-get install hhsuite)" ;;
-    esac
-    case " ${missing[*]} " in
-    *" hmmer-examples "*)
+    fi
+    if lacks hhsuite; then
+        say "no HH-suite: what needs it is left out (as root: apt-get install hhsuite)"
+    fi
+    if lacks hmmer-examples; then
         stop "missing: HMMER's tutorial. Install it as root: apt-get install --no-install-recommends hmmer-examples" \
             "(or set FOLDFEED_EXAMPLES to a folder that holds tutorial/globins45.fa)"
-        ;;
-    esac
+    fi
 fi
 if [ ! -e "$examples/tutorial/globins45.fa" ] && [ ! -e "$venv/examples/tutorial/globins45.fa" ]; then
     # Container images of Debian leave /usr/share/doc out of every package; unpack this one by hand.

@@ -88,6 +88,11 @@ def main() -> int:
 HHSUITE_TOOLS = ("hhblits", "hhmake", "ffindex_build")
 
 
+def missing_hhsuite() -> list[str]:
+    """Returns the programs of HH-suite that are not on PATH."""
+    return [name for name in HHSUITE_TOOLS if shutil.which(name) is None]
+
+
 def make_all(examples: Path, out: Path) -> None:
     """Writes every database and the queries."""
     real = real_proteins(examples)
@@ -96,8 +101,10 @@ def make_all(examples: Path, out: Path) -> None:
     write_fasta(out / "mgnify.fasta", [*parts, *decoys(real, NUM_DECOYS["mgnify.fasta"], "mgnify")])
     write_queries(out / "queries.fasta", real)
     print(f"{out}: {len(real)} real sequences, {sum(NUM_DECOYS.values())} decoys")
-    absent = [name for name in HHSUITE_TOOLS if shutil.which(name) is None]
+    absent = missing_hhsuite()
     if absent:
+        # One of an earlier run would be searched with a program that is gone.
+        shutil.rmtree(out / "hhsuite", ignore_errors=True)
         print(f"{out}: no HH-suite database, {', '.join(absent)} not on PATH (apt-get install hhsuite)")
     else:
         print(f"{out}: {make_hhsuite(examples, real, out / 'hhsuite')} HH-suite entries")
@@ -311,8 +318,8 @@ def input_digest(examples: Path) -> str:
     files = [Path(__file__), *(examples / "tutorial" / name for name in tutorial)]
     files += [examples / "easel" / "formats" / "fasta"]
     files += [family_file(examples, family) for family in FAMILIES]
-    files += [Path(find_binary("jackhmmer"))]
-    files += [Path(find_binary(name)) for name in HHSUITE_TOOLS if shutil.which(name) is not None]
+    tools = ("jackhmmer", *(() if missing_hhsuite() else HHSUITE_TOOLS))
+    files += [Path(find_binary(name)) for name in tools]
     return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()
 
 
