@@ -29,7 +29,8 @@
     └── (pipelines.errors, loader.errors, trainer.errors add their own branches)
 
 Every message names the offending value, the rule it breaks and what to do. Errors carry the values as
-fields, so that callers need not parse text. This module imports nothing of ours and owns no behaviour.
+fields, so that callers need not parse text. This module imports nothing of ours and owns no behaviour but
+this: every error survives pickling.
 """
 
 from __future__ import annotations

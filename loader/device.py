@@ -2,8 +2,8 @@
 
 On a GPU only compact data crosses the bus: a worker thread copies one raw sample to page-locked memory, the
 assembling thread starts asynchronous copies and all feature arithmetic on a side stream and records one event
-per step. The consumer's stream waits for that event on the device. The host is made to wait for
-nothing here: no operation reads a value back (whether one of torch's own does so inside is not measured yet).
+per step. The consumer's stream waits for that event on the device. The host is made to wait for nothing here:
+no operation reads a value back (whether one of torch's own does so inside is not measured yet).
 
 Rules that keep it correct: page-locked memory comes from torch's caching allocator, which reuses a block only
 after the copies that read it have finished; device tensors made on the side stream are marked with

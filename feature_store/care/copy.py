@@ -35,7 +35,7 @@ _THREADS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CopyReport:
-    """What `care.copy` did.
+    """What `copy_store` did.
 
     Attributes:
       source_version: version of the source that was copied.

@@ -332,6 +332,3 @@ def _part(text: str) -> tuple[str, float]:
         raise click.BadParameter(
             f"{text!r} is not NAME=SHARE, e.g. train=0.8", param_hint="--part"
         ) from error
-
-
-COMMANDS = (plot, report, sets, save_set, save_split)

@@ -36,9 +36,9 @@ def parse_stockholm(text: str | bytes) -> ParsedAlignment:
     Args:
       text: a whole file of one alignment.
     Raises:
-      AlignmentParseError: no ``# STOCKHOLM`` line, no ``//`` (a file that was cut), another
-        alignment behind it, no row, a line without a
-        sequence, rows of unequal length, a character that is no residue, or a query without residues.
+      AlignmentParseError: no ``# STOCKHOLM`` line, no ``//`` (a file that was cut), another alignment behind
+        it, no row, a line without a sequence, rows of unequal length, a character that is no residue, or a
+        query without residues.
     Source: Pfam/HMMER user guide, "Stockholm format"; AlphaFold 2 ``parsers.parse_stockholm``.
     """
     data = text.encode("utf-8") if isinstance(text, str) else text

@@ -297,7 +297,7 @@ class Record:
         return found
 
     def to_xarray(self, *, msa: bool = False) -> Any:
-        """Returns `features` as an ``xarray.Dataset``, see `features.to_dataset`.
+        """Returns `features` as an ``xarray.Dataset``, see `dataset.to_dataset`.
 
         Raises:
           MissingExtraError: xarray is not installed.

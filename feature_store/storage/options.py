@@ -91,7 +91,7 @@ def fsspec_options(url: str) -> dict[str, Any]:
 
 
 def delta_options(url: str | os.PathLike[str]) -> dict[str, str]:
-    """Returns ``storage.options`` with which delta-rs, Polars or DuckDB's Delta reader open ``URL/index``.
+    """Returns ``storage_options`` with which delta-rs, Polars or DuckDB's Delta reader open ``URL/index``.
 
     Example:
       >>> deltalake.DeltaTable(f"{url}/index", storage_options=delta_options(url)).version()
