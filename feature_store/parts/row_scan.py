@@ -1,12 +1,15 @@
 """Reads the provenance of the rows of many records, column by column, a bounded number of rows at a time.
 
-Owns the way from index rows to batches of the SQL table ``rows``. Does not own SQL (`query`) nor which
+Owns the way from index rows to batches of the SQL table ``rows``. Does not own SQL (`store.sql`) nor which
 records are asked for (`store.questions`). Invariants: an array that no asked column needs is neither opened
 nor read; what is in memory is one batch, however many records there are and however deep one is; the values
-are those that `Record.rows` gives (tested). Measured on a million rows of 400 records, warm, one core: 11
-million rows a second for one column, 6 for all of them; record by record, all columns, it was 1.5. Rows come
-part by part, as they lie on disk, not in the order of record ids: records of a part are neighbours, so a scan
-of a part reads each chunk once.
+are those that `Record.rows` gives (tested).
+
+Measured on a million rows of 400 records, warm, one core: 11 million rows a second for one column, 6 for all
+of them; record by record, all columns, it was 1.5.
+
+Rows come part by part, as they lie on disk, not in the order of record ids: records of a part are neighbours,
+so a scan of a part reads each chunk once.
 """
 
 from __future__ import annotations
