@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.format.record import RowProvenance
-from foldfeed.feature_store.parsers.a3m import ParsedAlignment, parse_a3m
+from foldfeed.feature_store.parsers.a3m import parse_a3m
+from foldfeed.feature_store.parsers.alignment import ParsedAlignment
 from foldfeed.feature_store.parsers.hit_names import species_of
 from foldfeed.feature_store.parsers.stockholm import parse_stockholm
 from foldfeed.pipelines.errors import ToolOutputError
@@ -124,7 +125,7 @@ def merge(sequence: str, hits: Sequence[DatabaseHits], max_hits: Sequence[int | 
     """
     seen = {sequence.encode("ascii")}
     query = np.frombuffer(sequence.encode("ascii"), dtype=np.uint8)[None]
-    letters, deletions = [query], [np.zeros(query.shape, dtype=np.int32)]
+    letters = [query]
     kept: list[NDArray[np.int64]] = []
     for one, cap in zip(hits, max_hits, strict=True):
         rows = one.alignment.letters[:cap]
@@ -136,10 +137,15 @@ def merge(sequence: str, hits: Sequence[DatabaseHits], max_hits: Sequence[int | 
                 new.append(index)
         kept.append(np.array(new, dtype=np.int64))
         letters.append(rows[kept[-1]])
-        deletions.append(one.alignment.deletions[kept[-1]])
+    msa = alphabet.ENCODE[np.concatenate(letters)]
+    deletions = np.zeros(msa.shape, dtype=np.int32)
+    stop = 1
+    for one, chosen in zip(hits, kept, strict=True):
+        start, stop = stop, stop + len(chosen)
+        one.alignment.sparse.write(chosen, deletions[start:stop])
     return MergedMsa(
-        msa=alphabet.ENCODE[np.concatenate(letters)],
-        deletions=np.concatenate(deletions),
+        msa=msa,
+        deletions=deletions,
         rows=_provenance(hits, kept),
         num_rows=tuple(len(rows) for rows in kept),
     )

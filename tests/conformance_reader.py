@@ -132,9 +132,20 @@ class ConformanceReader:
         for name in ("row_database", "row_e_value", "row_bit_score"):
             digest.update(group[name][lines].tobytes())
         digest.update(b"\0".join(hit_ids) + b"\0".join(species))
+        keys = self.pairing_keys(record_id)
+        if any(keys):
+            digest.update(b"\0".join([b"pairing_key", *keys]))
         if row["structure"] is not None:
             digest.update(self.structure_fingerprint(record_id).encode())
         return digest.hexdigest()
+
+    def pairing_keys(self, record_id: str) -> list[bytes]:
+        row = self.rows[record_id]
+        group = self.part(row["part_id"])
+        lines = slice(row["first_row"], row["first_row"] + row["depth"])
+        if "row_pairing_key" not in group:
+            return [b""] * row["depth"]
+        return [name.tobytes().rstrip(b"\0") for name in group["row_pairing_key"][lines]]
 
     def structure(self, record_id: str) -> dict[str, np.ndarray]:
         row = self.rows[record_id]

@@ -11,7 +11,8 @@ from foldfeed.feature_store.format.structure import NO_NUMBER, NUM_ATOMS
 def make_record(name: str, depth: int, length: int, seed: int = 1, big_deletions: bool = True) -> MsaRecord:
     """Returns a valid record of that size; some deletion counts are above 255.
 
-    Odd lengths come with a structure, depths that three divides with N_eff.
+    Odd lengths come with a structure, depths that three divides with N_eff, depths of two more than a
+    multiple of four with pairing keys.
     """
     rng = np.random.default_rng((seed, depth, length))
     msa = rng.integers(0, alphabet.NUM_TOKENS, (depth, length)).astype(np.uint8)
@@ -25,6 +26,7 @@ def make_record(name: str, depth: int, length: int, seed: int = 1, big_deletions
         bit_score=np.concatenate([[np.nan], rng.random(hits)]).astype(np.float32),
         hit_id=[name, *(f"Hit_{number}/1-{length}·é" for number in range(hits))],
         species=["", *rng.choice(["HUMAN", "ECOLI", "", "9BACT"], hits).tolist()],
+        pairing_key=["", *(str(row) if row % 3 else "" for row in range(hits))] if depth % 4 == 2 else (),
     )
     databases = tuple(
         DatabaseUse(

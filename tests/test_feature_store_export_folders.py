@@ -180,7 +180,9 @@ def test_files_of_a_record_have_safe_names():
             import pyarrow as pa
 
             names = [None, "uniref90", "mgnify"]
-            return pa.table({"database": names, "hit_id": ["q", "a", "b"], "species": [""] * 3})
+            return pa.table(
+                {"database": names, "hit_id": ["q", "a", "b"], "species": [""] * 3, "pairing_key": [""] * 3}
+            )
 
     files = export_files(Stored(), ExportOptions(form="openproteinset"), ".gz")
     assert list(files) == ["sp%7CP1/uniref90_hits.a3m.gz", "sp%7CP1/mgnify_hits.a3m.gz"]

@@ -25,7 +25,7 @@ def test_alphafold_3_json(tmp_path):
     )
     (tmp_path / "ranking_scores.json").write_text('{"x": 1}')
     found, (record,) = read_all(tmp_path)
-    assert (found.layout, record.record_id) == ("alphafold3-json", "my_job_A")
+    assert (found.layout, record.record_id) == ("alphafold3-json", "my_job")
     assert_rows(record, naive_merge(BFD))
     (record,) = read_all(path, paired=True)[1]
     assert [use.name for use in record.databases] == ["unpaired", "paired"]

@@ -47,6 +47,7 @@ def assert_equal(stored, record: MsaRecord) -> None:
     table = stored.rows()
     assert table["hit_id"].to_pylist() == list(record.rows.hit_id)
     assert table["species"].to_pylist() == list(record.rows.species)
+    assert table["pairing_key"].to_pylist() == list(record.rows.pairing_key or [""] * record.depth)
     names = [record.databases[code].name if code >= 0 else None for code in record.rows.database]
     assert table["database"].to_pylist() == names
     for column, values in (("e_value", record.rows.e_value), ("bit_score", record.rows.bit_score)):

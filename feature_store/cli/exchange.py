@@ -428,6 +428,12 @@ def _print_report(report: ImportReport, store: str) -> None:
             "columns and "
             f"not in the stored sequence: {names}"
         )
+    if report.renamed:
+        name, record_id = next(iter(report.renamed.items()))
+        click.echo(
+            f"note       {len(report.renamed)} names cannot be record ids and were changed, such as "
+            f"{name!r} to {record_id!r}"
+        )
     if report.kept_structures:
         click.echo(f"kept structures of {len(report.kept_structures)} records, whose alignment was replaced")
     if report.lost_structures:

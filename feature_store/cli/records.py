@@ -34,7 +34,7 @@ def query(
     """Answer a SQL question about the records of STORE.
 
     The tables are `records` (`foldfeed show STORE` lists its columns), `rows` (one per alignment row:
-    record_id, rank, database, e_value, bit_score, hit_id, species), `sets` and `splits` (see
+    record_id, rank, database, e_value, bit_score, hit_id, species, pairing_key), `sets` and `splits` (see
     `foldfeed sets`). A question about `rows` reads the columns that it needs of every record (some million
     rows a second), or of those that it names: `where record_id = 'HBB_HUMAN'`, or --rows-of. The dialect is
     DuckDB's.

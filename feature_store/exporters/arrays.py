@@ -95,8 +95,8 @@ def _labels(structure: Structure) -> dict[str, NDArray[Any]]:
 def to_boltz_npz(rows: ExportRows) -> bytes:
     """Returns Boltz's ``sequences``, ``deletions`` and ``residues``.
 
-    Species that are numbers (NCBI taxonomy ids, as Boltz has them) become the taxonomy of their rows, others
-    -1.
+    Pairing keys that are numbers become the taxonomy of their rows, by which Boltz pairs; so do species
+    that are (NCBI taxonomy ids, as Boltz has them). Other rows have -1.
 
     Raises:
       ExportError: more rows, residues or inserted residues than Boltz's 16-bit numbers can say.
@@ -119,13 +119,18 @@ def to_boltz_npz(rows: ExportRows) -> bytes:
     sequences = np.empty(rows.depth, dtype=BOLTZ_SEQUENCE)
     sequences["seq_idx"] = np.arange(rows.depth)
     sequences["taxonomy"] = [
-        int(name) if name.isdecimal() and name.isascii() else -1 for name in rows.species
+        next((int(name) for name in names if _is_int32(name)), -1)
+        for names in zip(rows.pairing_keys, rows.species, strict=True)
     ]
     sequences["res_start"] = np.arange(rows.depth) * rows.length
     sequences["res_end"] = sequences["res_start"] + rows.length
     sequences["del_start"], sequences["del_end"] = np.concatenate([[0], ends[:-1]]), ends
     residues = _BOLTZ_OF_CODE[rows.msa].ravel().view(BOLTZ_RESIDUE)
     return _npz({"sequences": sequences, "deletions": deletions, "residues": residues})
+
+
+def _is_int32(name: str) -> bool:
+    return name.isdecimal() and name.isascii() and len(name) <= 10 and int(name) <= _INT32
 
 
 def _bytes(texts: Any) -> NDArray[np.bytes_]:

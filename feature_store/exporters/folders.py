@@ -5,11 +5,12 @@
     alignments.db                 the same files of all records, end to end
     alignments.index              JSON: where each of them is
 
-Owns which rows go into which file, and the database's two files. What was searched and gave no row has a file
-with the query alone. Files of databases that are meant for pairing chains (uniprot) are written like all
-others; an import takes them only with ``--paired``, and says what it left out. Reading them again merges the
-files in AlphaFold 2's order, or as ``--databases`` says; rows come back in the order they had if those of one
-database were neighbours, equal rows once.
+Owns which rows go into which file, and the database's two files. What was searched and gave no row has a
+file with the query alone. Files of databases that are meant for pairing chains (uniprot) are written like
+all others; an import takes them only with ``--paired``, and says what it left out. Reading them again
+merges the files in AlphaFold 2's order, or as ``--databases`` says; rows come back in the order they had if
+those of one database were neighbours. A record with equal rows gets one more file, `KEEPS_REPEATS`, by
+which an import knows that they are all meant; without it equal rows come once, as in AlphaFold 2.
 
 Source: OpenProteinSet, "alignment directory"; OpenFold ``data/data_pipeline.py`` _parse_msa_data,
 ``scripts/alignment_db_scripts/create_alignment_db.py``.
@@ -28,7 +29,7 @@ import numpy as np
 
 from foldfeed.feature_store.exporters.rows import ExportRows
 from foldfeed.feature_store.exporters.texts import to_a3m
-from foldfeed.feature_store.parsers.conventions import database_name
+from foldfeed.feature_store.parsers.conventions import KEEPS_REPEATS, database_name
 from foldfeed.feature_store.storage import TEMPORARY_PREFIX, open_blobs
 
 DATABASE_FILE = "alignments.db"
@@ -55,8 +56,19 @@ def to_openproteinset(rows: ExportRows) -> dict[str, bytes]:
             raise rows.refuse(
                 f"its database {name!r} cannot name a file of alignments in this layout; use another format"
             )
-        files[file_name] = to_a3m(rows.take(np.concatenate([[0], np.flatnonzero(of_row == name)])))
+        chosen = np.concatenate([[0], np.flatnonzero(of_row == name)])
+        files[file_name] = to_a3m(rows.take(chosen))
+    if _has_repeats(rows):
+        files[KEEPS_REPEATS] = b"rows of equal letters are all meant\n"
     return files
+
+
+def _has_repeats(rows: ExportRows) -> bool:
+    """Returns whether an import would take a row for a repetition: of another, or of the query."""
+    seen = {rows.msa[0].tobytes()}
+    for row in rows.msa[1:]:
+        seen.add(row.tobytes())
+    return len(seen) < rows.depth
 
 
 def write_openfold_db(folder: Path, records: Iterable[ExportRows]) -> int:

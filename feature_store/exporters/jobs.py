@@ -59,7 +59,7 @@ def to_alphafold3_json(rows: ExportRows) -> bytes:
 
 
 def to_chai_pqt(rows: ExportRows, other_source: str | None = None) -> bytes:
-    """Returns Chai's aligned Parquet.
+    """Returns Chai's aligned Parquet; a row without a pairing key has its species in that column.
 
     Args:
       rows: of the record.
@@ -73,7 +73,10 @@ def to_chai_pqt(rows: ExportRows, other_source: str | None = None) -> bytes:
         {
             "sequence": pa.array([line.decode("ascii") for line in text[1::2]], type=pa.string()),
             "source_database": pa.array(sources, type=pa.string()),
-            "pairing_key": pa.array(rows.species, type=pa.string()),
+            "pairing_key": pa.array(
+                [key or name for key, name in zip(rows.pairing_keys, rows.species, strict=True)],
+                type=pa.string(),
+            ),
             "comment": pa.array([rows.record_id, *rows.hit_ids[1:]], type=pa.string()),
         }
     )

@@ -39,6 +39,7 @@ class ExportRows:
       databases: name of the database of every row; "" for the query.
       hit_ids: name of every row.
       species: of every row, or "".
+      pairing_keys: of every row, or "", see `RowProvenance`.
       searched: names of all databases, in merge order, also of those without a row.
       structure: of the query; None where there is none, or where the format does not ask for it.
     """
@@ -51,6 +52,7 @@ class ExportRows:
     databases: Sequence[str]
     hit_ids: Sequence[str]
     species: Sequence[str]
+    pairing_keys: Sequence[str]
     searched: Sequence[str] = ()
     structure: Structure | None = None
 
@@ -83,6 +85,7 @@ class ExportRows:
             databases=[self.databases[row] for row in rows],
             hit_ids=[self.hit_ids[row] for row in rows],
             species=[self.species[row] for row in rows],
+            pairing_keys=[self.pairing_keys[row] for row in rows],
         )
 
 
@@ -108,6 +111,7 @@ def rows_of_record(record: Record, max_rows: int | None = None, structure: bool 
         databases=[name or "" for name in table["database"].to_pylist()],
         hit_ids=table["hit_id"].to_pylist(),
         species=table["species"].to_pylist(),
+        pairing_keys=table["pairing_key"].to_pylist(),
         searched=[use["name"] for use in record.databases],
         structure=record.structure() if structure else None,
     )
@@ -125,6 +129,7 @@ def rows_of_msa(record: MsaRecord) -> ExportRows:
         databases=["" if code < 0 else names[code] for code in record.rows.database.tolist()],
         hit_ids=list(record.rows.hit_id),
         species=list(record.rows.species),
+        pairing_keys=list(record.rows.pairing_key or [""] * record.depth),
         searched=names,
         structure=record.structure,
     )

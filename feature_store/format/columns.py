@@ -11,6 +11,8 @@ from foldfeed.feature_store.errors import QueryError
 
 RELEASE_DATE = "release_date"
 EXTRA_PREFIX = "extra."
+# Key of a record's `extra`: the complex whose chains its pairing keys pair it with.
+ASSEMBLY = "assembly"
 
 
 def column_values(index: pa.Table, name: str) -> list[Any]:

@@ -28,6 +28,7 @@ MAX_RESIDUES = 100_000
 MAX_ROWS = 2**31 - 1
 MAX_DELETION = 2**31 - 1
 SPECIES_BYTES = 8
+PAIRING_KEY_BYTES = 32
 # Of the numbers that `RowProvenance` holds.
 ROW_DTYPES = {"database": "int16", "e_value": "float64", "bit_score": "float32"}
 
@@ -63,6 +64,9 @@ class RowProvenance:
       bit_score: float32 (depth,); NaN where the tool gives none.
       hit_id: the row's name as the tool wrote it, e.g. ``UniRef90_P69905/3-140``.
       species: UniProt species mnemonic (``HUMAN``) or "".
+      pairing_key: what the source pairs the rows of several chains by, or "" for a row without partners: rows
+        of different records with equal keys belong together where the records say the same ``assembly`` in
+        `MsaRecord.extra`. Empty when no row has one.
     """
 
     database: NDArray[np.int16]
@@ -70,6 +74,12 @@ class RowProvenance:
     bit_score: NDArray[np.float32]
     hit_id: Sequence[str]
     species: Sequence[str]
+    pairing_key: Sequence[str] = ()
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether any row has a pairing key."""
+        return any(self.pairing_key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +145,8 @@ class MsaRecord:
             digest.update(np.ascontiguousarray(array).data.cast("B"))
         digest.update("\x00".join(self.rows.hit_id).encode())
         digest.update("\x00".join(self.rows.species).encode())
+        if self.rows.is_paired:
+            digest.update("\x00".join(["pairing_key", *self.rows.pairing_key]).encode())
         if self.structure is not None:
             digest.update(self.structure.fingerprint.encode())
         return digest.hexdigest()
@@ -185,6 +197,8 @@ class MsaRecord:
         for name in (*ROW_DTYPES, "hit_id", "species"):
             if len(getattr(self.rows, name)) != self.depth:
                 return f"rows.{name} has {len(getattr(self.rows, name))} entries for {self.depth} rows"
+        if len(self.rows.pairing_key) not in (0, self.depth):
+            return f"rows.pairing_key has {len(self.rows.pairing_key)} entries for {self.depth} rows"
         if int(self.rows.database.max()) >= len(self.databases) or int(self.rows.database.min()) < -1:
             return f"rows.database must be -1 or an index into the {len(self.databases)} databases"
         if int(self.rows.database[0]) != -1:
@@ -192,11 +206,16 @@ class MsaRecord:
         return None
 
     def _text_problem(self) -> str | None:
-        species, hit_ids = "".join(self.rows.species), "".join(self.rows.hit_id)
-        if not species.isascii() or "\0" in species:
-            return "a species name holds something else than ASCII, or a zero byte"
-        if any(len(name) > SPECIES_BYTES for name in self.rows.species):
-            return f"a species name is longer than {SPECIES_BYTES} bytes"
+        hit_ids = "".join(self.rows.hit_id)
+        for what, names, limit in (
+            ("species name", self.rows.species, SPECIES_BYTES),
+            ("pairing key", self.rows.pairing_key, PAIRING_KEY_BYTES),
+        ):
+            joined = "".join(names)
+            if not joined.isascii() or "\0" in joined:
+                return f"a {what} holds something else than ASCII, or a zero byte"
+            if any(len(name) > limit for name in names):
+                return f"a {what} is longer than {limit} bytes"
         for name, text in (("a hit id", hit_ids), ("its description", self.description)):
             try:
                 text.encode()

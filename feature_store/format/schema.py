@@ -36,6 +36,9 @@ OVERFLOW_CHUNK = 1024
 # A chain of atoms is read whole or by window: 64 residues of positions are 28 KB.
 ATOM_CHUNK = 64
 TEXT_CHUNK = 1 << 16
+# A part has this array if and only if one of its rows has a key, so parts without are the same bytes as
+# before it came.
+PAIRING_KEY = "row_pairing_key"
 # First axis of the arrays of a structure.
 STRUCTURE_AXIS = "structure_residue"
 # A deletion count from this on does not fit its cell; the cell holds it and the exact count is in the
@@ -170,6 +173,13 @@ def array_specs(settings: StoreSettings) -> dict[str, ArraySpec]:
             chunk=(ROW_CHUNK, record.SPECIES_BYTES),
             fill=0,
             dims=("row", "species_byte"),
+        ),
+        ArraySpec(
+            name=PAIRING_KEY,
+            dtype="|u1",
+            chunk=(ROW_CHUNK, record.PAIRING_KEY_BYTES),
+            fill=0,
+            dims=("row", "pairing_key_byte"),
         ),
         ArraySpec(name="row_hit_id_bytes", dtype="<i4", chunk=(ROW_CHUNK,), fill=0, dims=("row",)),
         ArraySpec(name="row_hit_id", dtype="|u1", chunk=(TEXT_CHUNK,), fill=0, dims=("hit_id_byte",)),

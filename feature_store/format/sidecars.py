@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from foldfeed.feature_store.format import alphabet
 
 # Rows are counted in blocks, so that the temporary index array stays small however deep the alignment is.
-BLOCK_CELLS = 1 << 22
+BLOCK_CELLS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,12 +3,14 @@
     TARGET/msas/uniref90_hits.sto ...           a monomer: record TARGET
     TARGET/msas/A/uniref90_hits.sto ...         a multimer: records TARGET_A, TARGET_B, ...
     TARGET/features.pkl[.gz], features.npz      used where TARGET has no msas/
+    CHAIN.feature.pkl[.gz]                      as Uni-Fold writes them, deletions as a sparse matrix
 
 The pickles are not executed (`foldfeed.feature_store.parsers.pickle`). Owns the meaning of the feature
 dictionary: HHblits codes, one row per alignment row, species, labels. Features do not say which database a
 row came from, so they become one database called ``features``; nor how the author numbered the residues.
 
-Source: AlphaFold 2 ``run_alphafold.py``, ``data/pipeline.py``, ``data/pipeline_multimer.py``.
+Source: AlphaFold 2 ``run_alphafold.py``, ``data/pipeline.py``, ``data/pipeline_multimer.py``; Uni-Fold
+``data/utils.py`` compress_features.
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ from foldfeed.feature_store.importers.sources import (
     Found,
     Reject,
     Source,
-    id_of_file,
     load_json,
+    name_of_file,
     relative,
+    renamed_from,
     sub_folders,
 )
-from foldfeed.feature_store.parsers.a3m import ParsedAlignment
+from foldfeed.feature_store.parsers.alignment import ParsedAlignment
 from foldfeed.feature_store.parsers.bounded_files import COMPRESSED_SUFFIXES, kind_of, read_file, stem_of
 from foldfeed.feature_store.parsers.conventions import HHBLITS_CODES
 from foldfeed.feature_store.parsers.hit_names import fit_species, make_id
@@ -52,6 +55,11 @@ FEATURE_NAMES = (
     "features.npz",
     *(f"features.npz{suffix}" for suffix in COMPRESSED_SUFFIXES),
 )
+
+# Uni-Fold's: row, col and data of the cells that are not zero, and shape.
+SPARSE_DELETIONS = "sparse_deletion_matrix_int"
+# And what it puts behind the name of a chain.
+UNIFOLD_SUFFIX = ".feature"
 
 _FEATURES = (
     "sequence",
@@ -72,17 +80,32 @@ def scan_alphafold2(root: Path, options: ImportOptions) -> Found:
     """Yields the records of one output folder, of a folder of them, or of one feature file."""
     if not root.is_dir():
         # Every features.pkl has the same name; its folder says whose it is.
-        name = root.resolve().parent.name if stem_of(root) == "features" else id_of_file(root, options)
-        yield _feature_source(root, root, make_id(name), options)
+        name = root.resolve().parent.name if stem_of(root) == "features" else _plain(root, options)
+        yield _feature_source(root, root, name, options)
         return
     if root.name == "msas" and has_chains(root):
         root = root.resolve().parent
     if is_output_folder(root):
         yield from _scan_target(root, root, options)
         return
+    for path in unifold_files(root):
+        yield _feature_source(path, root, _plain(path, options), options)
     for folder in sub_folders(root):
         if is_output_folder(folder):
             yield from _scan_target(folder, root, options)
+
+
+def unifold_files(folder: Path) -> list[Path]:
+    """Returns the feature files ``CHAIN.feature.pkl[.gz]`` of a folder, sorted."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if kind_of(path)[1] == ".pkl" and stem_of(path).endswith(UNIFOLD_SUFFIX) and path.is_file()
+    )
+
+
+def _plain(path: Path, options: ImportOptions) -> str:
+    return name_of_file(path, options).removesuffix(UNIFOLD_SUFFIX)
 
 
 def has_chains(msas: Path) -> bool:
@@ -96,7 +119,7 @@ def is_output_folder(folder: Path) -> bool:
 
 
 def _scan_target(folder: Path, root: Path, options: ImportOptions) -> Found:
-    target = make_id(folder.resolve().name)
+    target = folder.resolve().name
     chains = _chain_folders(folder / "msas") if (folder / "msas").is_dir() else {}
     if not chains:
         for name in FEATURE_NAMES:
@@ -104,22 +127,26 @@ def _scan_target(folder: Path, root: Path, options: ImportOptions) -> Found:
                 yield _feature_source(folder / name, root, target, options)
                 return
         yield Reject(
-            target, relative(folder, root), "its msas/ folder holds no alignment and there are no features"
+            make_id(target),
+            relative(folder, root),
+            "its msas/ folder holds no alignment and there are no features",
         )
         return
     try:
         descriptions = _descriptions(folder / "msas" / "chain_id_map.json", options)
     except (FoldfeedError, OSError) as error:
-        yield Reject(target, relative(folder, root), str(error))
+        yield Reject(make_id(target), relative(folder, root), str(error))
         return
     for chain, chain_folder in chains.items():
-        record_id = make_id(f"{target}_{chain}") if chain else target
+        name = f"{target}_{chain}" if chain else target
+        record_id = make_id(name)
         where = relative(chain_folder, root)
         facts = {"source": where, "source_format": "alphafold2"}
         files = folder_files(chain_folder)
         description = descriptions.get(chain, "")
         read = functools.partial(merge_files, record_id, files, options, description=description, extra=facts)
-        yield Source(record_id, where, read, left_out_of((name for name, _ in files), options))
+        left_out = left_out_of((file for file, _ in files), options)
+        yield Source(record_id, where, read, left_out, renamed_from(name))
 
 
 def _chain_folders(msas: Path) -> dict[str, Path]:
@@ -142,9 +169,10 @@ def _descriptions(path: Path, options: ImportOptions) -> dict[str, str]:
     }
 
 
-def _feature_source(path: Path, root: Path, record_id: str, options: ImportOptions) -> Source:
+def _feature_source(path: Path, root: Path, name: str, options: ImportOptions) -> Source:
     where = relative(path, root)
-    return Source(record_id, where, functools.partial(_read_features, path, where, record_id, options))
+    read = functools.partial(_read_features, path, where, make_id(name), options)
+    return Source(make_id(name), where, read, renamed_from=renamed_from(name))
 
 
 def _read_features(path: Path, where: str, record_id: str, options: ImportOptions) -> MsaRecord:
@@ -159,6 +187,32 @@ def _read_features(path: Path, where: str, record_id: str, options: ImportOption
         features = load_pickled_arrays(data, where)
     facts = {"source": where, "source_format": "alphafold2"}
     return record_of_features(record_id, features, where, options, facts)
+
+
+def _deletions(features: Mapping[str, Any], where: str) -> NDArray[Any]:
+    """Returns the deletion counts, integers (depth, length).
+
+    Raises:
+      SourceFileError: they are not there, or have another shape, dtype or range.
+    """
+    if SPARSE_DELETIONS not in features:
+        return _integers(features, "deletion_matrix_int", where, MAX_DELETION)
+    sparse = features[SPARSE_DELETIONS]
+    shape = sparse.get("shape") if isinstance(sparse, dict) else None
+    msa = features.get("msa")
+    if not isinstance(msa, np.ndarray) or not isinstance(shape, tuple) or shape != msa.shape:
+        raise SourceFileError(
+            where, f"feature {SPARSE_DELETIONS!r} must be a dictionary whose 'shape' is that of msa"
+        )
+    parts = {}
+    for name, largest in (("row", shape[0] - 1), ("col", shape[1] - 1), ("data", MAX_DELETION)):
+        parts[name] = _integers(sparse, name, where, largest, num_axes=1)
+    if len({len(values) for values in parts.values()}) != 1:
+        raise SourceFileError(where, f"row, col and data of {SPARSE_DELETIONS!r} must have one length")
+    dense = np.zeros(shape, dtype=np.int32)
+    # Cells that come twice add up, as in the matrices of SciPy that Uni-Fold takes apart.
+    np.add.at(dense, (parts["row"], parts["col"]), parts["data"].astype(np.int32))
+    return dense
 
 
 def _complex() -> UnsupportedSourceError:
@@ -177,9 +231,9 @@ def record_of_features(
     Args:
       record_id: its id.
       features: ``sequence`` (1,), ``msa`` (depth, length) integers in HHblits codes, ``deletion_matrix_int``
-        of the same shape; ``msa_species_identifiers`` (depth,) and ``domain_name`` (1,) where they are; and
-        the labels ``all_atom_positions`` (length, 37, 3), ``all_atom_mask`` (length, 37), ``resolution``
-        (1,), ``release_date`` (1,) where they are.
+        of the same shape, or Uni-Fold's ``sparse_deletion_matrix_int``; ``msa_species_identifiers``
+        (depth,) and ``domain_name`` (1,) where they are; and the labels ``all_atom_positions`` (length, 37,
+        3), ``all_atom_mask`` (length, 37), ``resolution`` (1,), ``release_date`` (1,) where they are.
       where: for messages.
       options: of the import.
       extra: further facts.
@@ -191,7 +245,7 @@ def record_of_features(
     if any(name in features for name in _COMPLEX_FEATURES):
         raise _complex()
     msa = _integers(features, "msa", where, len(HHBLITS_LETTERS) - 1)
-    deletions = _integers(features, "deletion_matrix_int", where, MAX_DELETION)
+    deletions = _deletions(features, where)
     if deletions.shape != msa.shape or msa.shape[0] < 1 or msa.shape[1] < 1:
         raise SourceFileError(
             where, f"msa {msa.shape} and deletion_matrix_int {deletions.shape} must be equal and not empty"
@@ -203,7 +257,7 @@ def record_of_features(
     species = [fit_species(name) for name in _texts(features, "msa_species_identifiers", depth, where)]
     rows = DatabaseRows(
         name="features",
-        alignment=ParsedAlignment(names=[""] * depth, letters=letters, deletions=deletions.astype(np.int32)),
+        alignment=ParsedAlignment.dense([""] * depth, letters, deletions.astype(np.int32)),
         hit_ids=_texts(features, "msa_uniprot_accession_identifiers", depth, where),
         e_values=np.full(depth, np.nan),
         bit_scores=np.full(depth, np.nan, dtype=np.float32),
@@ -211,6 +265,8 @@ def record_of_features(
         tool=TOOL,
     )
     description = _text(features, "domain_name", where) if "domain_name" in features else ""
+    # An export of a record without a description has its id there, as AlphaFold 2 has the FASTA header's.
+    description = "" if description == record_id else description
     structure = structure_of_labels(features, len(sequence), where)
     if structure is not None and RELEASE_DATE in structure.source:
         extra = {**extra, RELEASE_DATE: structure.source[RELEASE_DATE]}
@@ -226,10 +282,13 @@ def record_of_features(
     return record if structure is None else dataclasses.replace(record, structure=structure)
 
 
-def _integers(features: Mapping[str, Any], name: str, where: str, largest: int) -> NDArray[Any]:
+def _integers(
+    features: Mapping[str, Any], name: str, where: str, largest: int, num_axes: int = 2
+) -> NDArray[Any]:
     array = features.get(name)
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu":
-        raise SourceFileError(where, f"feature {name!r} must be there, with integers of (rows, residues)")
+    if not isinstance(array, np.ndarray) or array.ndim != num_axes or array.dtype.kind not in "iu":
+        axes = "(rows, residues)" if num_axes == 2 else "one axis"
+        raise SourceFileError(where, f"feature {name!r} must be there, with integers of {axes}")
     if array.size and not 0 <= int(array.min()) <= int(array.max()) <= largest:
         raise SourceFileError(
             where,

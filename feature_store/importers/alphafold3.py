@@ -24,9 +24,17 @@ from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.exchange_errors import SourceFileError, UnsupportedSourceError
 from foldfeed.feature_store.format.record import MsaRecord
 from foldfeed.feature_store.importers.rows import ImportOptions, build_record, rows_of
-from foldfeed.feature_store.importers.sources import Found, Reject, Source, load_json, relative, walk_files
+from foldfeed.feature_store.importers.sources import (
+    Found,
+    Reject,
+    Source,
+    load_json,
+    relative,
+    renamed_from,
+    walk_files,
+)
 from foldfeed.feature_store.importers.texts import read_alignment
-from foldfeed.feature_store.parsers.a3m import ParsedAlignment
+from foldfeed.feature_store.parsers.alignment import ParsedAlignment
 from foldfeed.feature_store.parsers.bounded_files import read_file, read_head, stem_of
 from foldfeed.feature_store.parsers.hit_names import make_id
 
@@ -50,9 +58,10 @@ def scan_alphafold3(root: Path, options: ImportOptions) -> Found:
         if not chains:
             yield Reject("", where, "it has no protein chain")
         for number, (name, chain_id) in enumerate(chains):
-            record_id = make_id(f"{name}_{chain_id}")
-            read = functools.partial(_read_chain, jobs, path, where, number, record_id)
-            yield Source(record_id, f"{where}:{chain_id}", read)
+            # The only chain of a job is called by the job, as AlphaFold 2 calls a monomer by its target.
+            full = name if len(chains) == 1 else f"{name}_{chain_id}"
+            read = functools.partial(_read_chain, jobs, path, where, number, make_id(full))
+            yield Source(make_id(full), f"{where}:{chain_id}", read, renamed_from=renamed_from(full))
 
 
 class _Jobs:
@@ -158,9 +167,7 @@ def record_of_chain(
 
 def _only(sequence: str) -> ParsedAlignment:
     letters = np.frombuffer(sequence.encode("latin-1", errors="replace"), dtype=np.uint8)[None]
-    return ParsedAlignment(
-        names=["query"], letters=letters, deletions=np.zeros(letters.shape, dtype=np.int32)
-    )
+    return ParsedAlignment.dense(["query"], letters, np.zeros(letters.shape, dtype=np.int32))
 
 
 def _alignment_text(chain: dict[str, Any], field: str, path: Path, options: ImportOptions) -> bytes | None:

@@ -1,34 +1,60 @@
-"""Boltz's processed alignments: ``.npz`` with ``sequences``, ``deletions`` and ``residues``.
+"""Boltz's alignments: processed, ``.npz`` with ``sequences``, ``deletions`` and ``residues``; and CSV.
 
-Rows lie end to end in ``residues``; ``deletions`` lists (column, count) of the cells that have any. Boltz
-keeps no names and no databases; its taxonomy id (an NCBI number) is kept as the species of the row, as
-digits, which no UniProt mnemonic is. Boltz itself dropped rows with equal ungapped sequences and cut at
-16,384 rows when it wrote the file.
+A CSV has the columns ``key`` and ``sequence`` (a row of A3M). Equal keys of different chains are a pair and
+become the `RowProvenance.pairing_key` of their rows, valid among the files ``TARGET_0.csv``,
+``TARGET_1.csv``, ... of one target, which is the ``assembly`` in the records' ``extra``.
 
-Source: Boltz ``data/types.py`` MSA, ``data/const.py`` tokens, ``data/parse/a3m.py``.
+In an ``.npz`` rows lie end to end in ``residues``; ``deletions`` lists (column, count) of the cells that
+have any. Boltz keeps no names and no databases; its taxonomy id (an NCBI number) is kept as the species of
+the row, as digits, which no UniProt mnemonic is. Boltz itself dropped rows with equal ungapped sequences
+and cut at 16,384 rows when it wrote the file.
+
+Source: Boltz ``data/types.py`` MSA, ``data/const.py`` tokens, ``data/parse/a3m.py``, ``data/parse/csv.py``.
 """
 
 from __future__ import annotations
 
+import csv
 import functools
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foldfeed.feature_store.errors import FoldfeedError
+from foldfeed.feature_store.errors import AlignmentParseError, FoldfeedError
 from foldfeed.feature_store.exchange_errors import SourceFileError
 from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.columns import ASSEMBLY
 from foldfeed.feature_store.format.record import MAX_RESIDUES, MsaRecord
-from foldfeed.feature_store.importers.rows import DatabaseRows, ImportOptions, build_record, check_depth
-from foldfeed.feature_store.importers.sources import Found, Reject, Source, id_of_file, relative, walk_files
-from foldfeed.feature_store.parsers.a3m import ParsedAlignment
-from foldfeed.feature_store.parsers.bounded_files import read_file
+from foldfeed.feature_store.importers.rows import (
+    MAX_IMPORT_ROWS,
+    DatabaseRows,
+    ImportOptions,
+    build_record,
+    check_depth,
+    rows_of,
+)
+from foldfeed.feature_store.importers.sources import (
+    Found,
+    Reject,
+    Source,
+    name_of_file,
+    relative,
+    renamed_from,
+    walk_files,
+)
+from foldfeed.feature_store.parsers.a3m import Row, alignment_of, shown
+from foldfeed.feature_store.parsers.alignment import ParsedAlignment
+from foldfeed.feature_store.parsers.bounded_files import read_blocks, read_file, read_head, stem_of
 from foldfeed.feature_store.parsers.conventions import FIRST_RESIDUE_TOKEN, GAP_TOKEN, UNKNOWN_TOKEN
-from foldfeed.feature_store.parsers.hit_names import fit_species
+from foldfeed.feature_store.parsers.hit_names import fit_species, make_id
+from foldfeed.feature_store.parsers.lines import lines_of
 from foldfeed.feature_store.parsers.npz import NpzFile
 
+CSV_COLUMNS = ["key", "sequence"]
 ARRAYS = ("sequences", "deletions", "residues")
 
 LETTER_OF_TOKEN = np.zeros(256, dtype=np.uint8)
@@ -36,6 +62,7 @@ LETTER_OF_TOKEN[GAP_TOKEN] = ord("-")
 LETTER_OF_TOKEN[FIRST_RESIDUE_TOKEN:UNKNOWN_TOKEN] = np.frombuffer(alphabet.RESIDUES.encode(), dtype=np.uint8)
 LETTER_OF_TOKEN[UNKNOWN_TOKEN] = ord("X")
 
+_NUMBERED = re.compile(r"(.+)_\d+")
 _FIELDS = {
     "sequences": ("res_start", "res_end", "del_start", "del_end"),
     "deletions": ("res_idx", "deletion"),
@@ -48,11 +75,12 @@ def scan_boltz(root: Path, options: ImportOptions) -> Found:
     for path in walk_files(root, (".npz",)):
         where = relative(path, root)
         try:
-            record_id = id_of_file(path, options)
+            name = name_of_file(path, options)
         except (FoldfeedError, OSError) as error:
             yield Reject("", where, str(error))
             continue
-        yield Source(record_id, where, functools.partial(_read, path, where, record_id, options))
+        read = functools.partial(_read, path, where, make_id(name), options)
+        yield Source(make_id(name), where, read, renamed_from=renamed_from(name))
 
 
 def _read(path: Path, where: str, record_id: str, options: ImportOptions) -> MsaRecord:
@@ -112,7 +140,7 @@ def rows_of_boltz(arrays: dict[str, NDArray[Any]], where: str) -> DatabaseRows:
     depth = len(letters)
     return DatabaseRows(
         name="boltz",
-        alignment=ParsedAlignment(names=[""] * depth, letters=letters, deletions=deletions),
+        alignment=ParsedAlignment.dense([""] * depth, letters, deletions),
         hit_ids=[""] * depth,
         e_values=np.full(depth, np.nan),
         bit_scores=np.full(depth, np.nan, dtype=np.float32),
@@ -158,3 +186,78 @@ def _deletions(
     deletions = np.zeros(shape, dtype=np.int32)
     deletions[rows, columns] = values
     return deletions
+
+
+def is_boltz_csv(head: bytes) -> bool:
+    """Returns whether a text begins with the two columns of Boltz's CSV, in any order."""
+    first = head.removeprefix(b"\xef\xbb\xbf").partition(b"\n")[0].decode("utf-8", errors="replace")
+    return sorted(name.strip().strip('"') for name in first.split(",")) == CSV_COLUMNS
+
+
+def scan_boltz_csv(root: Path, options: ImportOptions) -> Found:
+    """Yields one source per CSV file at or below ``root``."""
+    for path in walk_files(root, (".csv",)):
+        where = relative(path, root)
+        try:
+            if path != root and not is_boltz_csv(read_head(path, 4096)):
+                continue
+            name = name_of_file(path, options)
+        except (FoldfeedError, OSError) as error:
+            yield Reject("", where, str(error))
+            continue
+        folder = path.resolve().parent
+        numbered = _NUMBERED.fullmatch(stem_of(path))
+        # Boltz writes TARGET_0.csv, TARGET_1.csv; other names say nothing, but their folder does.
+        assembly = numbered[1] if numbered else folder.name
+        if folder != root.resolve() and root.is_dir():
+            assembly = f"{folder.relative_to(root.resolve()).as_posix()}/{assembly}"
+        read = functools.partial(_read_boltz_csv, path, where, make_id(name), assembly, options)
+        yield Source(make_id(name), where, read, renamed_from=renamed_from(name))
+
+
+def _read_boltz_csv(
+    path: Path, where: str, record_id: str, assembly: str, options: ImportOptions
+) -> MsaRecord:
+    keys: list[str] = []
+    alignment = alignment_of(_csv_rows(path, where, keys, options), MAX_IMPORT_ROWS)
+    return build_record(
+        record_id,
+        [rows_of("boltz", alignment, pairing_keys=keys)],
+        drop_repeats=options.dedup == "rows",
+        max_hits=options.max_hits,
+        extra={"source": where, "source_format": "boltz-csv", ASSEMBLY: assembly},
+    )
+
+
+def _csv_rows(path: Path, where: str, keys: list[str], options: ImportOptions) -> Iterator[Row]:
+    lines = (
+        line.decode("utf-8", errors="replace") for _, line in lines_of(read_blocks(path, options.max_bytes))
+    )
+    table = csv.reader(lines)
+    try:
+        columns = [name.strip() for name in next(table, [])]
+        if sorted(columns) != CSV_COLUMNS:
+            raise SourceFileError(
+                where, f"its columns must be key and sequence, not {', '.join(columns)[:200]}"
+            )
+        key, sequence = columns.index("key"), columns.index("sequence")
+        for cells in table:
+            if len(cells) == 0 or (len(cells) == 2 and not cells[sequence].strip()):
+                continue
+            if len(cells) != 2:
+                raise AlignmentParseError(f"it has {len(cells)} cells, not 2", table.line_num)
+            keys.append(_pairing_key(cells[key], table.line_num))
+            yield "", cells[sequence].strip().encode("utf-8"), table.line_num
+    except csv.Error as error:
+        raise AlignmentParseError(f"it is no CSV ({error})", table.line_num) from error
+
+
+def _pairing_key(text: str, line: int) -> str:
+    """Returns a row's key, "" where it has none; 7.0 is 7, as pandas writes it beside empty cells."""
+    text = text.strip()
+    if text.lower() in ("", "nan", "-1", "-1.0"):
+        return ""
+    number = text.removesuffix(".0")
+    if not number.isdecimal() or not number.isascii() or len(number) > 20:
+        raise AlignmentParseError(f"key {shown(text)} is no whole number; -1 is a row without partners", line)
+    return number

@@ -1,9 +1,14 @@
 """Chai's aligned Parquet (``.aligned.pqt``): one row per sequence, with its database.
 
-``sequence`` is a row of A3M, ``source_database`` one of query, uniref90, mgnify, uniprot, bfd_uniclust, ...;
-``comment`` begins with the name of the hit. The first row is the query. Each source becomes a database of the
-record, in the order of first appearance, and rows keep the order of the file. ``pairing_key`` is kept where
-it is a species the store can hold (8 bytes) and the name of the hit has none.
+``sequence`` is a row of A3M, ``source_database`` one of query, uniref90, mgnify, uniprot, bfd_uniclust,
+...; ``comment`` begins with the name of the hit. The first row is the query. Each source becomes a database
+of the record, in the order of first appearance, and rows keep the order of the file. A ``pairing_key`` that
+is no number counts as the row's species where the name of the hit has none and 8 bytes hold it; every other
+is kept as the row's pairing key, valid among the files of one folder, which is the ``assembly`` in the
+records' ``extra``.
+
+The record of a file that Chai named by a digest is called by the ``comment`` of its query, if that can be
+an id.
 
 The columns are read as dictionaries, so a file that repeats one long value a million times stays small, and
 what they would unpack to is counted before anything does.
@@ -16,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +30,37 @@ import pyarrow.parquet as pq
 
 from foldfeed.feature_store.errors import AlignmentParseError, FoldfeedError
 from foldfeed.feature_store.exchange_errors import SourceFileError, SourceTooLargeError
-from foldfeed.feature_store.format.record import MsaRecord
+from foldfeed.feature_store.format.columns import ASSEMBLY
+from foldfeed.feature_store.format.record import RECORD_ID, MsaRecord
 from foldfeed.feature_store.importers.rows import (
     DatabaseRows,
     ImportOptions,
     build_labelled_record,
     check_depth,
 )
-from foldfeed.feature_store.importers.sources import Found, Reject, Source, id_of_file, relative, walk_files
+from foldfeed.feature_store.importers.sources import (
+    Found,
+    Reject,
+    Source,
+    name_of_file,
+    relative,
+    renamed_from,
+    walk_files,
+)
 from foldfeed.feature_store.parsers.a3m import parse_a3m
 from foldfeed.feature_store.parsers.bounded_files import read_file
 from foldfeed.feature_store.parsers.conventions import CHAI_QUERY
-from foldfeed.feature_store.parsers.hit_names import first_word, fit_species, make_id, species_of
+from foldfeed.feature_store.parsers.hit_names import (
+    first_word,
+    fit_pairing_key,
+    fit_species,
+    make_id,
+    species_of,
+)
 
 COLUMNS = ("sequence", "source_database", "pairing_key", "comment")
+# How Chai calls the file of a sequence.
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 SUFFIXES = (".pqt", ".parquet")
 MAX_DATABASES = 1000
 
@@ -47,11 +70,14 @@ def scan_chai(root: Path, options: ImportOptions) -> Found:
     for path in walk_files(root, SUFFIXES):
         where = relative(path, root)
         try:
-            record_id = make_id(id_of_file(path, options).removesuffix(".aligned"))
+            name = name_of_file(path, options).removesuffix(".aligned")
+            if options.id_from == "auto" and _DIGEST.fullmatch(name):
+                name = _name_of_query(path, where, options) or name
         except (FoldfeedError, OSError) as error:
             yield Reject("", where, str(error))
             continue
-        yield Source(record_id, where, functools.partial(_read, path, where, record_id, options))
+        read = functools.partial(_read, path, where, make_id(name), options)
+        yield Source(make_id(name), where, read, renamed_from=renamed_from(name))
 
 
 def _read(path: Path, where: str, record_id: str, options: ImportOptions) -> MsaRecord:
@@ -66,8 +92,26 @@ def _read(path: Path, where: str, record_id: str, options: ImportOptions) -> Msa
         labels,
         drop_repeats=options.dedup == "rows",
         max_hits=options.max_hits,
-        extra={"source": where, "source_format": "chai-pqt"},
+        extra=_facts(path, where, rows),
     )
+
+
+def _name_of_query(path: Path, where: str, options: ImportOptions) -> str:
+    """Returns what the first row says it is called; Chai names files by a digest of the sequence."""
+    try:
+        file = pq.ParquetFile(path)
+        _check_claims(file, where, options.max_bytes)
+        batch = next(file.iter_batches(batch_size=1, columns=["comment"], use_threads=False), None)
+        comment = batch.column(0)[0].as_py() if batch is not None and len(batch) else None
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+        raise SourceFileError(where, f"it is no Parquet file with texts ({str(error)[:200]})") from error
+    name = first_word(comment) if isinstance(comment, str) else ""
+    return name if RECORD_ID.fullmatch(name) else ""
+
+
+def _facts(path: Path, where: str, rows: DatabaseRows) -> dict[str, str]:
+    facts = {"source": where, "source_format": "chai-pqt"}
+    return facts | {ASSEMBLY: path.resolve().parent.name} if rows.pairing_keys else facts
 
 
 def rows_of_chai(table: dict[str, list[str]], where: str) -> DatabaseRows:
@@ -91,16 +135,22 @@ def rows_of_chai(table: dict[str, list[str]], where: str) -> DatabaseRows:
     if len(alignment.names) != len(sequences):
         raise AlignmentParseError("a sequence holds line breaks and '>'")
     hit_ids = [first_word(comment) for comment in table["comment"]]
+    species = [
+        species_of(hit_id) or ("" if key.isdecimal() else fit_species(key))
+        for hit_id, key in zip(hit_ids, table["pairing_key"], strict=True)
+    ]
+    keys = [
+        "" if key == name else fit_pairing_key(key)
+        for key, name in zip(table["pairing_key"], species, strict=True)
+    ]
     return DatabaseRows(
         name="chai",
         alignment=dataclasses.replace(alignment, names=table["comment"]),
         hit_ids=hit_ids,
         e_values=np.full(len(hit_ids), np.nan),
         bit_scores=np.full(len(hit_ids), np.nan, dtype=np.float32),
-        species=[
-            species_of(hit_id) or fit_species(key)
-            for hit_id, key in zip(hit_ids, table["pairing_key"], strict=True)
-        ],
+        species=species,
+        pairing_keys=keys if any(keys) else (),
     )
 
 

@@ -46,6 +46,7 @@ class ImportReport:
       already_done: the same job was committed before.
       query_insertions: ids of records whose query had residues that are no columns.
       rejects: what could not be imported.
+      renamed: names of sources that cannot be ids, and the ids of their records.
       kept_structures: ids of records that were replaced and kept the structure that the store had.
       lost_structures: ids of records that were replaced and have no structure any more, because their
         sequence is another one now.
@@ -61,6 +62,7 @@ class ImportReport:
     already_done: bool
     query_insertions: tuple[str, ...]
     rejects: tuple[Reject, ...]
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     kept_structures: tuple[str, ...] = ()
     lost_structures: tuple[str, ...] = ()
 
@@ -137,6 +139,7 @@ def import_into(
         already_done=done,
         query_insertions=tuple(insertions),
         rejects=tuple(found.rejects),
+        renamed=found.renamed,
         kept_structures=tuple(structures.kept) if on_existing == "replace" and not done else (),
         lost_structures=tuple(structures.lost) if on_existing == "replace" and not done else (),
     )

@@ -21,11 +21,17 @@ from pathlib import Path
 from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.exchange_errors import LayoutError
 from foldfeed.feature_store.format.record import MsaRecord
-from foldfeed.feature_store.importers.alphafold2 import has_chains, is_output_folder, scan_alphafold2
+from foldfeed.feature_store.importers.alphafold2 import (
+    has_chains,
+    is_output_folder,
+    scan_alphafold2,
+    unifold_files,
+)
 from foldfeed.feature_store.importers.alphafold3 import is_alphafold3, scan_alphafold3
-from foldfeed.feature_store.importers.boltz import ARRAYS, scan_boltz
+from foldfeed.feature_store.importers.boltz import ARRAYS, is_boltz_csv, scan_boltz, scan_boltz_csv
 from foldfeed.feature_store.importers.chai import SUFFIXES as CHAI_SUFFIXES
 from foldfeed.feature_store.importers.chai import scan_chai
+from foldfeed.feature_store.importers.colabfold import is_server_folder, scan_server
 from foldfeed.feature_store.importers.mmcif import SUFFIXES as MMCIF_SUFFIXES
 from foldfeed.feature_store.importers.mmcif import scan_mmcif
 from foldfeed.feature_store.importers.openfold import (
@@ -34,12 +40,21 @@ from foldfeed.feature_store.importers.openfold import (
     scan_openfold_db,
     scan_openproteinset,
 )
+from foldfeed.feature_store.importers.protenix import is_protenix_folder, scan_protenix
 from foldfeed.feature_store.importers.rows import ImportOptions
 from foldfeed.feature_store.importers.single import scan_single
-from foldfeed.feature_store.importers.sources import Found, Reject, Source, sub_folders, walk_files
+from foldfeed.feature_store.importers.sources import (
+    Found,
+    Reject,
+    Source,
+    plain_name,
+    sub_folders,
+    walk_files,
+)
 from foldfeed.feature_store.importers.texts import is_colabfold
-from foldfeed.feature_store.parsers.bounded_files import kind_of, read_file, read_head
-from foldfeed.feature_store.parsers.conventions import STOCKHOLM_SUFFIXES, database_name
+from foldfeed.feature_store.parsers.bounded_files import kind_of, read_file, read_head, stem_of
+from foldfeed.feature_store.parsers.conventions import STOCKHOLM_SUFFIXES, database_name, is_database_stem
+from foldfeed.feature_store.parsers.hit_names import make_id
 from foldfeed.feature_store.parsers.npz import NpzFile
 
 AUTO = "auto"
@@ -81,7 +96,7 @@ LAYOUTS = {
         Layout("openfold-db", "*.index (JSON) beside *.db", scan_openfold_db),
         Layout(
             "alphafold2",
-            "a folder per target with msas/ or features.pkl[.gz] or features.npz",
+            "a folder per target with msas/, features.pkl[.gz] or features.npz; *.feature.pkl[.gz]",
             scan_alphafold2,
         ),
         Layout("alphafold3-json", "*.json with 'sequences' (dialect alphafold3)", scan_alphafold3),
@@ -90,6 +105,11 @@ LAYOUTS = {
             "*.a3m whose first line is '#LENGTHS<tab>COPIES'",
             functools.partial(scan_single, "colabfold"),
         ),
+        Layout(
+            "msa-server", "a folder with uniref.a3m, bfd....a3m or pair.a3m of an MSA server", scan_server
+        ),
+        Layout("protenix", "a folder per chain with pairing.a3m, non_pairing.a3m", scan_protenix),
+        Layout("boltz-csv", "*.csv with the columns key, sequence", scan_boltz_csv),
         Layout("boltz-npz", "*.npz with sequences, deletions, residues", scan_boltz),
         Layout("chai-pqt", "*.aligned.pqt (Parquet)", scan_chai),
         Layout("mmcif", "*.cif, structures; one record per protein chain, without alignment", scan_mmcif),
@@ -97,14 +117,15 @@ LAYOUTS = {
 }
 
 
-_SINGLE = ("a3m", "a2m", "sto", "colabfold", "boltz-npz", "chai-pqt")
+_NAMED_BY_FILES = ("a3m", "a2m", "sto", "colabfold")
+_SINGLE = ("a3m", "a2m", "sto", "colabfold", "boltz-csv", "boltz-npz", "chai-pqt")
 _MERGED = ("openproteinset", "openfold-db", "alphafold2")
 _EFFECTIVE = {
     "id_from": _SINGLE,
     "a2m_columns": ("a2m",),
-    "databases": _MERGED,
+    "databases": (*_MERGED, "msa-server"),
     "empty_as_no_hits": _MERGED,
-    "paired": (*_MERGED, "alphafold3-json"),
+    "paired": (*_MERGED, "alphafold3-json", "msa-server"),
     "modified": ("mmcif",),
     "model": ("mmcif",),
 }
@@ -126,13 +147,35 @@ def detect_layout(path: Path) -> str:
         return "openfold-db"
     if is_output_folder(path) or (path.name == "msas" and has_chains(path)):
         return "alphafold2"
-    kinds: dict[str, Path] = {"openproteinset": path} if _has_known_databases(path) else {}
-    for folder in sub_folders(path)[:MAX_LOOKED_AT]:
-        if is_output_folder(folder):
-            kinds.setdefault("alphafold2", folder)
-        elif _has_known_databases(folder):
-            kinds.setdefault("openproteinset", folder)
+    kinds = _kinds_of_folders(path)
     return _only(path, kinds) if kinds else _kind_of_files(path)
+
+
+def _kinds_of_folders(root: Path) -> dict[str, Path]:
+    """Returns the layouts that the folders in a tree make up, each with its first folder."""
+    kinds: dict[str, Path] = {}
+    pending = [root]
+    for _ in range(MAX_LOOKED_AT):
+        if not pending:
+            break
+        folder = pending.pop()
+        kind = _kind_of_folder(folder)
+        if kind is None:
+            pending += reversed(sub_folders(folder))
+        else:
+            kinds.setdefault(kind, folder)
+    return kinds
+
+
+def _kind_of_folder(folder: Path) -> str | None:
+    if is_output_folder(folder) or unifold_files(folder):
+        return "alphafold2"
+    names = [plain_name(entry.name) for entry in folder.iterdir()]
+    if is_server_folder(names):
+        return "msa-server"
+    if is_protenix_folder(names):
+        return "protenix"
+    return "openproteinset" if _has_known_databases(folder) else None
 
 
 def _unrecognised(path: Path) -> LayoutError:
@@ -145,15 +188,17 @@ def _unrecognised(path: Path) -> LayoutError:
 
 
 def _has_known_databases(folder: Path) -> bool:
-    found = [database_name(name) for name, _ in folder_files(folder)]
-    return any(one is not None and one[0] in MERGE_ORDER for one in found)
+    """Returns whether a folder's alignments are named by databases: a known one, or all as NAME_hits."""
+    names = [name for name, _ in folder_files(folder)]
+    known = [found is not None and found[0] in MERGE_ORDER for found in map(database_name, names)]
+    return bool(names) and (any(known) or all(stem_of(Path(name)).endswith("_hits") for name in names))
 
 
 def _kind_of_files(root: Path) -> str:
     """Returns the one kind of the files in a tree, from the first of each extension."""
     kinds: dict[str, Path] = {}
     looked_at: Counter[str] = Counter()
-    extensions = (".a3m", ".a2m", ".json", ".npz", *STOCKHOLM_SUFFIXES, *CHAI_SUFFIXES)
+    extensions = (".a3m", ".a2m", ".json", ".npz", ".csv", *STOCKHOLM_SUFFIXES, *CHAI_SUFFIXES)
     for path in walk_files(root, extensions):
         extension = kind_of(path)[1]
         looked_at[extension] += 1
@@ -198,6 +243,8 @@ def _kind_of_file(path: Path) -> str | None:
         return "colabfold" if is_colabfold(read_head(path, 4096)) else "a3m"
     if extension == ".json":
         return "alphafold3-json" if is_alphafold3(read_head(path)) else None
+    if extension == ".csv":
+        return "boltz-csv" if is_boltz_csv(read_head(path, 4096)) else None
     if extension == ".npz":
         return _kind_of_npz(path)
     return {".a2m": "a2m", ".index": "openfold-db", ".pkl": "alphafold2"}.get(extension)
@@ -265,7 +312,10 @@ class AlignmentImport:
         self._neff_max_rows = chosen_options.neff_max_rows
         self._scan_rejects: list[Reject] = []
         self._read_rejects: list[Reject] = []
+        self._repeated: list[str] = []
         self.sources = self._scan(root, chosen_options)
+        if layout == AUTO and root.is_dir():
+            self._refuse_bad_guess(root, chosen_options)
         if not self.sources and not self._scan_rejects:
             chosen = LAYOUTS[self.layout]
             raise LayoutError(
@@ -273,6 +323,35 @@ class AlignmentImport:
                 "it holds nothing of this layout. Looked for:",
                 [f"{chosen.name}: {chosen.looks_for}"],
             )
+
+    def _refuse_bad_guess(self, root: Path, options: ImportOptions) -> None:
+        """Raises where the files found make sense to nobody under the layout that was recognised.
+
+        Raises:
+          LayoutError: records would be called after databases, or more sources share an id than not.
+        """
+        named = [
+            one
+            for one in self.sources
+            if self.layout in _NAMED_BY_FILES
+            and is_database_stem(stem_of(Path(one.where)))
+            and one.record_id == make_id(stem_of(Path(one.where)))
+        ]
+        if named and options.id_from in ("auto", "file"):
+            reason = f"their records would be called after databases, such as {named[0].record_id!r}"
+            examples = [one.where for one in named]
+        elif len(self._repeated) > len(self.sources):
+            total = len(self._repeated) + len(self.sources)
+            reason = f"{len(self._repeated)} of {total} would have the id of another"
+            examples = self._repeated
+        else:
+            return
+        raise LayoutError(
+            str(root),
+            f"it looks like the layout {self.layout}, but {reason}. Say with --layout what it is, and with "
+            "--id-from what names its records. Found:",
+            examples[:5],
+        )
 
     @property
     def rejects(self) -> list[Reject]:
@@ -283,6 +362,11 @@ class AlignmentImport:
     def left_out(self) -> dict[str, int]:
         """Databases that are left out because they are for pairing chains, and of how many sources."""
         return dict(sorted(Counter(name for source in self.sources for name in source.left_out).items()))
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Names of sources that cannot be ids, and the ids that their records get instead."""
+        return {one.renamed_from: one.record_id for one in self.sources if one.renamed_from}
 
     def __len__(self) -> int:
         """Number of sources; as many records come, less the rejects of reading."""
@@ -312,6 +396,7 @@ class AlignmentImport:
                     f"the record id is already that of {first}; choose with --id-from where ids come from"
                 )
                 self._scan_rejects.append(Reject(found.record_id, found.where, reason))
+                self._repeated.append(found.where)
             else:
                 taken[found.record_id] = found
         return [taken[record_id] for record_id in sorted(taken)]

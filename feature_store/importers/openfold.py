@@ -23,10 +23,18 @@ from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.exchange_errors import SourceFileError, UnsupportedSourceError
 from foldfeed.feature_store.format.record import MsaRecord
 from foldfeed.feature_store.importers.rows import DatabaseRows, ImportOptions, build_record
-from foldfeed.feature_store.importers.sources import Found, Reject, Source, load_json, relative, sub_folders
-from foldfeed.feature_store.importers.texts import read_alignment
-from foldfeed.feature_store.parsers.bounded_files import read_file, read_range, unpack
-from foldfeed.feature_store.parsers.conventions import PAIRED_DATABASES, database_name
+from foldfeed.feature_store.importers.sources import (
+    Found,
+    Reject,
+    Source,
+    load_json,
+    relative,
+    renamed_from,
+    sub_folders,
+)
+from foldfeed.feature_store.importers.texts import ReadAlignment, is_blank, read_alignment
+from foldfeed.feature_store.parsers.bounded_files import read_blocks, read_file, read_range, unpack
+from foldfeed.feature_store.parsers.conventions import KEEPS_REPEATS, PAIRED_DATABASES, database_name
 from foldfeed.feature_store.parsers.hit_names import make_id
 
 # AlphaFold 2's order; what it does not know comes after, by name.
@@ -35,7 +43,8 @@ MERGE_ORDER = ("uniref90", "bfd_uniref", "bfd_uniclust", "uniclust30", "small_bf
 # An index of 600,000 chains with four files each has about 17 million values.
 MAX_INDEX_ITEMS = 60_000_000
 
-AlignmentFile = tuple[str, Callable[[int], bytes]]
+# Name, and what gives its decompressed blocks up to a number of bytes.
+AlignmentFile = tuple[str, Callable[[int], Iterable[bytes]]]
 
 
 def choose_databases(names: Sequence[str], options: ImportOptions) -> list[str]:
@@ -88,7 +97,7 @@ def merge_files(
 
     Args:
       record_id: its id.
-      files: name and reader of each file; the reader takes the largest size and returns decompressed bytes.
+      files: name and reader of each file.
       options: of the import.
       description: free text.
       extra: further facts.
@@ -96,7 +105,7 @@ def merge_files(
       UnsupportedSourceError: nothing to merge, two files for a database, or they disagree about the query.
       SourceFileError, AlignmentParseError: a file cannot be used.
     """
-    known: dict[str, tuple[str, str, Callable[[int], bytes]]] = {}
+    known: dict[str, tuple[str, str, Callable[[int], Iterable[bytes]]]] = {}
     for file_name, read in files:
         found = database_name(file_name)
         if found is None:
@@ -112,17 +121,25 @@ def merge_files(
     facts = dict(extra or {})
     for name in choose_databases(list(known), options):
         file_name, kind, read = known[name]
-        text = read(options.max_bytes)
-        if not text.strip(b"\0 \r\n\t"):
+        blank, blocks = is_blank(iter(read(options.max_bytes)))
+        if blank:
             empty.append(name)
             continue
         try:
-            found_here = read_alignment(text, kind, name)
+            found_here = read_alignment(blocks, kind, name)
         except FoldfeedError as error:
             raise SourceFileError(file_name, str(error)) from error
         rows.append(found_here.rows)
         facts = found_here.extra | facts
-    return _merged(record_id, rows, empty, options, description, facts)
+        description = description or described(record_id, found_here)
+    keeps_repeats = any(name == KEEPS_REPEATS for name, _ in files)
+    return _merged(record_id, rows, empty, options, keeps_repeats, description, facts)
+
+
+def described(record_id: str, found: ReadAlignment) -> str:
+    """Returns what a file says about a query that is called like its record; else ""."""
+    name, _, rest = found.rows.alignment.names[0].partition(" ")
+    return (found.description or rest.strip()) if name == record_id else ""
 
 
 def _merged(
@@ -130,6 +147,7 @@ def _merged(
     rows: list[DatabaseRows],
     empty: list[str],
     options: ImportOptions,
+    keeps_repeats: bool,
     description: str,
     extra: dict[str, str],
 ) -> MsaRecord:
@@ -145,7 +163,9 @@ def _merged(
         record_id,
         rows,
         description=description,
-        drop_repeats=options.dedup != "none",
+        drop_repeats=options.dedup == "rows" or (options.dedup == "source" and not keeps_repeats),
+        # Each file of an export begins with the query, which is one row of the record.
+        keep_query_rows=not (keeps_repeats and options.dedup == "source"),
         max_hits=options.max_hits,
         extra=extra,
     )
@@ -157,27 +177,32 @@ def folder_files(folder: Path) -> list[AlignmentFile]:
     if (folder / "a3m").is_dir():
         paths += (folder / "a3m").iterdir()
     return [
-        (path.name, functools.partial(read_file, path))
+        (path.name, functools.partial(read_blocks, path))
         for path in sorted(paths)
-        if database_name(path.name) is not None and path.is_file()
+        if (database_name(path.name) is not None or path.name == KEEPS_REPEATS) and path.is_file()
     ]
 
 
 def scan_openproteinset(root: Path, options: ImportOptions) -> Found:
-    """Yields one source per folder that holds alignment files: the root itself, or the folders in it."""
-    own = folder_files(root)
-    for folder in [root] if own else sub_folders(root):
+    """Yields one source per folder that holds alignment files: the root itself, or those below it."""
+    pending = [root]
+    while pending:
+        folder = pending.pop()
         where = relative(folder, root)
         try:
-            files = own or folder_files(folder)
+            files = folder_files(folder)
+            if not files:
+                # The published root has the chains one level down, in pdb/ and uniclust30/.
+                pending += reversed(sub_folders(folder))
+                continue
         except OSError as error:
             yield Reject("", where, str(error))
             continue
-        if files:
-            record_id = make_id(folder.resolve().name)
-            facts = {"source": where, "source_format": "openproteinset"}
-            read = functools.partial(merge_files, record_id, files, options, extra=facts)
-            yield Source(record_id, where, read, left_out_of((name for name, _ in files), options))
+        name = folder.resolve().name
+        facts = {"source": where, "source_format": "openproteinset"}
+        read = functools.partial(merge_files, make_id(name), files, options, extra=facts)
+        left_out = left_out_of((file for file, _ in files), options)
+        yield Source(make_id(name), where, read, left_out, renamed_from(name))
 
 
 def scan_openfold_db(root: Path, options: ImportOptions) -> Found:
@@ -193,7 +218,8 @@ def scan_openfold_db(root: Path, options: ImportOptions) -> Found:
                 yield Reject("", where, "no record id can be made from the name of the chain")
                 continue
             read = functools.partial(_read_entry, path, where, record_id, entry, options)
-            yield Source(record_id, where, read, left_out_of(_member_names(entry), options))
+            left_out = left_out_of(_member_names(entry), options)
+            yield Source(record_id, where, read, left_out, renamed_from(chain))
 
 
 def _member_names(entry: Any) -> list[str]:
@@ -239,5 +265,5 @@ def _is_file_name(name: str) -> bool:
     return bool(name) and Path(name).name == name and name != ".."
 
 
-def _read_member(database: Path, where: str, start: int, size: int, max_bytes: int) -> bytes:
-    return unpack(read_range(database, start, size, max_bytes), where, max_bytes)
+def _read_member(database: Path, where: str, start: int, size: int, max_bytes: int) -> Iterable[bytes]:
+    return [unpack(read_range(database, start, size, max_bytes), where, max_bytes)]

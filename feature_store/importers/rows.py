@@ -23,7 +23,7 @@ from foldfeed.feature_store.exchange_errors import SourceTooLargeError, Unsuppor
 from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.format.effective_rows import NEFF_MAX_ROWS
 from foldfeed.feature_store.format.record import DatabaseUse, MsaRecord, RowProvenance
-from foldfeed.feature_store.parsers.a3m import ParsedAlignment
+from foldfeed.feature_store.parsers.alignment import ParsedAlignment
 from foldfeed.feature_store.parsers.bounded_files import DEFAULT_MAX_BYTES
 from foldfeed.feature_store.parsers.hit_names import first_word, mmseqs_scores, species_of
 from foldfeed.feature_store.parsers.mmcif.sequence import MODIFIED
@@ -36,6 +36,7 @@ A2M_COLUMNS = ("match", "query")
 
 # The deepest alignments of today have about a million rows. A row costs some 600 bytes besides its residues.
 MAX_IMPORT_ROWS = 4_000_000
+_ROWS_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +100,7 @@ class DatabaseRows:
       e_values: float64 (num_rows,); NaN where the source has none.
       bit_scores: float32 (num_rows,); NaN where the source has none.
       species: UniProt mnemonic of every row or "".
+      pairing_keys: of every row or "", see `RowProvenance`; empty where no row has one.
       tool: what made it, where the source says so.
       tool_version: as above.
     """
@@ -109,6 +111,7 @@ class DatabaseRows:
     e_values: NDArray[np.float64]
     bit_scores: NDArray[np.float32]
     species: Sequence[str]
+    pairing_keys: Sequence[str] = ()
     tool: str = TOOL
     tool_version: str = ""
 
@@ -118,6 +121,7 @@ def rows_of(
     alignment: ParsedAlignment,
     *,
     hit_ids: Sequence[str] | None = None,
+    pairing_keys: Sequence[str] = (),
     tool: str = TOOL,
     tool_version: str = "",
 ) -> DatabaseRows:
@@ -129,6 +133,7 @@ def rows_of(
       name: of the database.
       alignment: as parsed.
       hit_ids: names where they are not the first words of the headers.
+      pairing_keys: of every row, where the source pairs rows.
       tool: what made it.
       tool_version: as above.
     """
@@ -143,6 +148,7 @@ def rows_of(
         e_values=np.ascontiguousarray(scores[:, 0]),
         bit_scores=scores[:, 1].astype(np.float32),
         species=[species_of(hit_id) for hit_id in ids],
+        pairing_keys=pairing_keys,
         tool=tool,
         tool_version=tool_version,
     )
@@ -165,6 +171,7 @@ def build_record(
     sequence: str | None = None,
     description: str = "",
     drop_repeats: bool = False,
+    keep_pairs: bool = False,
     keep_query_rows: bool = True,
     max_hits: Mapping[str, int] | None = None,
     extra: Mapping[str, str] | None = None,
@@ -177,6 +184,7 @@ def build_record(
       sequence: the query, when the source states it apart from the rows.
       description: free text.
       drop_repeats: keep only the first of rows with equal letters.
+      keep_pairs: but keep every row with a pairing key, which says something of its own.
       keep_query_rows: the first rows of further databases stay, although they are the query again.
       max_hits: most rows of a database, its query row counted.
       extra: further facts.
@@ -188,7 +196,8 @@ def build_record(
         sequence if sequence is not None else databases[0].alignment.letters[0].tobytes().decode("latin-1")
     )
     _check_queries(query, databases)
-    kept = _choose(query, databases, drop_repeats, keep_query_rows, max_hits or {})
+    repeats = _Repeats(query, keep_pairs) if drop_repeats else None
+    kept = _choose(query, databases, repeats, keep_query_rows, max_hits or {})
     return _assemble(
         record_id,
         query,
@@ -232,15 +241,12 @@ def build_labelled_record(
     names = list(dict.fromkeys(labels[1:]))
     code_of = {name: code for code, name in enumerate(names)}
     room = {name: (max_hits or {}).get(name, len(labels) + 1) - 1 for name in names}
-    seen = {rows.alignment.letters[0].tobytes()}
+    is_new = _Repeats(query) if drop_repeats else None
     kept: list[int] = []
     for row, label in enumerate(labels[1:], start=1):
-        key = rows.alignment.letters[row].tobytes() if drop_repeats else b""
         room[label] -= 1
-        if room[label] < 0 or (drop_repeats and key in seen):
-            continue
-        seen.add(key)
-        kept.append(row)
+        if room[label] >= 0 and (is_new is None or is_new(rows, row)):
+            kept.append(row)
     codes = np.array([code_of[labels[row]] for row in kept], dtype=np.int64)
     hits = Counter(labels[1:])
     return _assemble(
@@ -285,26 +291,33 @@ def _check_queries(query: str, databases: Sequence[DatabaseRows]) -> None:
 def _choose(
     query: str,
     databases: Sequence[DatabaseRows],
-    drop_repeats: bool,
+    is_new: _Repeats | None,
     keep_query_rows: bool,
     max_hits: Mapping[str, int],
 ) -> list[NDArray[np.int64]]:
     """Returns which rows of every database stay, besides the query row of the first."""
-    seen = {query.encode("latin-1", errors="replace")}
     kept = []
     for number, one in enumerate(databases):
         letters = one.alignment.letters[: max_hits.get(one.name)]
         rows = np.arange(0 if number and keep_query_rows else 1, len(letters))
-        if drop_repeats:
-            new = []
-            for row in rows.tolist():
-                key = letters[row].tobytes()
-                if key not in seen:
-                    seen.add(key)
-                    new.append(row)
-            rows = np.array(new, dtype=np.int64)
+        if is_new is not None:
+            rows = np.array([row for row in rows.tolist() if is_new(one, row)], dtype=np.int64)
         kept.append(rows)
     return kept
+
+
+class _Repeats:
+    """Says of one row after the other whether its letters are new."""
+
+    def __init__(self, query: str, keep_pairs: bool = False) -> None:
+        self._keep_pairs = keep_pairs
+        self._seen = {query.encode("latin-1", errors="replace")}
+
+    def __call__(self, rows: DatabaseRows, row: int) -> bool:
+        letters = rows.alignment.letters[row].tobytes()
+        is_new = letters not in self._seen
+        self._seen.add(letters)
+        return is_new or bool(self._keep_pairs and rows.pairing_keys and rows.pairing_keys[row])
 
 
 def _use(name: str, tool: str, tool_version: str, num_hits: int, num_rows: int) -> DatabaseUse:
@@ -319,6 +332,36 @@ def _use(name: str, tool: str, tool_version: str, num_hits: int, num_rows: int) 
     )
 
 
+def _encoded(pieces: Sequence[tuple[NDArray[np.uint8], NDArray[np.int64]]], depth: int) -> NDArray[np.uint8]:
+    """Returns codes (depth, length) of the chosen rows of all pieces; what row 0 holds is for the caller."""
+    letters, rows = pieces[0]
+    if len(pieces) == 1 and len(letters) == depth == len(rows) + 1 and letters.flags.writeable:
+        # The whole of one alignment, which nobody reads again: its letters become codes where they are.
+        for first in range(0, depth, _ROWS_AT_ONCE):
+            block = letters[first : first + _ROWS_AT_ONCE]
+            block[:] = alphabet.ENCODE[block]
+        return letters
+    msa = np.empty((depth, letters.shape[1]), dtype=np.uint8)
+    start = 1
+    for letters, rows in pieces:
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            chosen = rows[first : first + _ROWS_AT_ONCE]
+            msa[start + first : start + first + len(chosen)] = alphabet.ENCODE[letters[chosen]]
+        start += len(rows)
+    return msa
+
+
+def _pairing_keys(pieces: Sequence[tuple[DatabaseRows, NDArray[np.int64]]]) -> list[str]:
+    """Returns the key of every row of a record, the query's first; an empty list when no source has keys."""
+    if not any(one.pairing_keys for one, _ in pieces):
+        return []
+    first = pieces[0][0].pairing_keys
+    keys = [first[0] if first else ""]
+    for one, rows in pieces:
+        keys += [one.pairing_keys[row] for row in rows] if one.pairing_keys else [""] * len(rows)
+    return keys
+
+
 def _assemble(
     record_id: str,
     query: str,
@@ -328,22 +371,23 @@ def _assemble(
     description: str,
     extra: dict[str, str],
 ) -> MsaRecord:
-    """Returns the record of the query row of the first piece and the chosen rows of all pieces."""
-    query_deletions = pieces[0][0].alignment.deletions[:1]
-    if query_deletions.any():
-        # A record whose `sequence` lacks residues says so; readers of text know the number better.
-        extra.setdefault("query_insertions", str(int(query_deletions.sum())))
+    """Returns the record of the query row of the first piece and the chosen rows of all pieces.
+
+    The letters of the pieces are used up.
+    """
+    if pieces[0][0].alignment.query_insertions:
+        # AlphaFold 2 passes over such residues in silence; here the record says that its sequence lacks them.
+        extra.setdefault("query_insertions", str(pieces[0][0].alignment.query_insertions))
     depth = 1 + len(codes)
-    msa = np.empty((depth, len(query)), dtype=np.uint8)
-    deletions = np.empty((depth, len(query)), dtype=np.int32)
-    msa[0], deletions[0] = alphabet.encode(query), query_deletions[0]
+    # Zeros are not touched before a count is written, and most of them never are.
+    deletions = np.zeros((depth, len(query)), dtype=np.int32)
+    pieces[0][0].alignment.sparse.write(np.zeros(1, dtype=np.int64), deletions[:1])
     start = 1
-    # Written in place: a deep alignment is tens of times larger than its file as it is.
     for one, rows in pieces:
-        stop = start + len(rows)
-        msa[start:stop] = alphabet.ENCODE[one.alignment.letters[rows]]
-        np.take(one.alignment.deletions, rows, axis=0, out=deletions[start:stop], mode="clip")
-        start = stop
+        one.alignment.sparse.write(rows, deletions[start : start + len(rows)])
+        start += len(rows)
+    msa = _encoded([(one.alignment.letters, rows) for one, rows in pieces], depth)
+    msa[0] = alphabet.encode(query)
     return MsaRecord(
         record_id=record_id,
         description=description,
@@ -358,6 +402,7 @@ def _assemble(
             ),
             hit_id=[record_id, *(one.hit_ids[row] for one, rows in pieces for row in rows)],
             species=["", *(one.species[row] for one, rows in pieces for row in rows)],
+            pairing_key=_pairing_keys(pieces),
         ),
         databases=uses,
         extra=extra,

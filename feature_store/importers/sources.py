@@ -21,7 +21,7 @@ from foldfeed.feature_store.exchange_errors import SourceFileError, SourceTooLar
 from foldfeed.feature_store.format.record import MsaRecord
 from foldfeed.feature_store.importers.rows import ImportOptions
 from foldfeed.feature_store.parsers.bounded_files import kind_of, read_head, stem_of
-from foldfeed.feature_store.parsers.hit_names import first_word, make_id
+from foldfeed.feature_store.parsers.hit_names import first_word, make_id, name_in_file
 
 # The JSON of a job has hundreds, with many templates some hundred thousand.
 MAX_JSON_ITEMS = 5_000_000
@@ -55,12 +55,14 @@ class Source:
       where: file or folder, for messages.
       read: reads it; raises `FoldfeedError` or `OSError`.
       left_out: names of its alignments that the options leave out (made for pairing chains).
+      renamed_from: the name that the source has, where an id cannot be that; "" where it is the id.
     """
 
     record_id: str
     where: str
     read: Callable[[], MsaRecord]
     left_out: tuple[str, ...] = ()
+    renamed_from: str = ""
 
 
 Found = Iterable[Source | Reject]
@@ -82,6 +84,26 @@ def walk_files(root: Path, extensions: tuple[str, ...]) -> Iterator[Path]:
                 yield path
 
 
+def walk_folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yields each folder at or below ``root`` and the names of its files, sorted, without hidden ones."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(folder), sorted(name for name in names if not name.startswith("."))
+
+
+def plain_name(name: str) -> str:
+    """Returns a file's name without a compression's extension: ``x.a3m.gz`` gives ``x.a3m``."""
+    return "".join(kind_of(Path(name)))
+
+
+def names_of_folders(folders: list[Path]) -> list[str]:
+    """Returns what records of folders are called: their names, after the folder above if some agree."""
+    short = [folder.resolve().name for folder in folders]
+    if len(set(short)) == len(short):
+        return short
+    return [f"{folder.resolve().parent.name}_{folder.resolve().name}" for folder in folders]
+
+
 def sub_folders(root: Path) -> list[Path]:
     """Returns the folders in a folder, sorted, without hidden ones."""
     with os.scandir(root) as entries:
@@ -96,14 +118,27 @@ def relative(path: Path, root: Path) -> str:
 
 
 def id_of_file(path: Path, options: ImportOptions, header: Callable[[bytes], str] | None = None) -> str:
-    """Returns the record id that a file's alignment gets.
+    """Returns the record id that a file's alignment gets: its name as an id.
+
+    Args, Raises: as `name_of_file`.
+    """
+    return make_id(name_of_file(path, options, header))
+
+
+def renamed_from(name: str) -> str:
+    """Returns a source's name where its record cannot have that as its id; "" where it has."""
+    return "" if make_id(name) == name_in_file(name) else name
+
+
+def name_of_file(path: Path, options: ImportOptions, header: Callable[[bytes], str] | None = None) -> str:
+    """Returns what a file's alignment is called.
 
     Args:
       path: the file.
       options: say where ids come from.
       header: finds the query's header in the first bytes; None where the format has none.
     Raises:
-      SourceFileError: no id can be made.
+      SourceFileError: no id can be made of it.
       OSError: the file cannot be read.
     """
     if options.id_from == "folder":
@@ -116,10 +151,9 @@ def id_of_file(path: Path, options: ImportOptions, header: Callable[[bytes], str
         name = first_word(header(read_head(path)))
     else:
         name = stem_of(path)
-    record_id = make_id(name)
-    if not record_id:
+    if not make_id(name):
         raise SourceFileError(path.name, f"no record id can be made from its {options.id_from}")
-    return record_id
+    return name
 
 
 def load_json(data: bytes, where: str, max_items: int = MAX_JSON_ITEMS) -> Any:

@@ -11,16 +11,18 @@ Source: HH-suite user guide; HMMER user guide, "Stockholm format"; UCSC SAM docu
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-
-import numpy as np
+from collections.abc import Iterator
 
 from foldfeed.feature_store.errors import AlignmentParseError
-from foldfeed.feature_store.exchange_errors import SourceTooLargeError, UnsupportedSourceError
-from foldfeed.feature_store.importers.rows import MAX_IMPORT_ROWS, TOOL, DatabaseRows, check_depth, rows_of
-from foldfeed.feature_store.parsers.a3m import ANNOTATION_ROWS, ParsedAlignment, parse_a3m
+from foldfeed.feature_store.exchange_errors import UnsupportedSourceError
+from foldfeed.feature_store.importers.rows import MAX_IMPORT_ROWS, TOOL, DatabaseRows, rows_of
+from foldfeed.feature_store.parsers.a3m import ANNOTATION_ROWS, a3m_rows, parse_a3m, shown
+from foldfeed.feature_store.parsers.alignment import ParsedAlignment
 from foldfeed.feature_store.parsers.bounded_files import without_mark
-from foldfeed.feature_store.parsers.stockholm import parse_stockholm
+from foldfeed.feature_store.parsers.lines import Text, blocks_of
+from foldfeed.feature_store.parsers.stockholm import alignment_of_aligned, parse_stockholm
 
 _COLABFOLD_LINE = re.compile(rb"#([0-9]+(?:,[0-9]+)*)[ \t]+([0-9]+(?:,[0-9]+)*)[ \t]*")
 _AUTHOR = re.compile(rb"^#=GF\s+AU\s+(\S+)(?:\s+\((\S+)\s+([^)\s]+)\))?", re.MULTILINE)
@@ -29,7 +31,8 @@ _NUMBERED_NAMES = b"seq names have been made unique"
 _NUMBER_PREFIX = re.compile(r"^\d+\|")
 _HEAD_BYTES = 4096
 _HEADER = re.compile(rb"^[ \t\r\f\v]*>([^\n]*)", re.MULTILINE)
-_LOWER = [bytes([letter]) for letter in range(ord("a"), ord("z") + 1)]
+_DESCRIPTION = re.compile(rb"^#=GF\s+DE\s+([^\n]*)", re.MULTILINE)
+_MAX_DIGITS = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,44 +42,43 @@ class ReadAlignment:
     Attributes:
       rows: of it, the query first.
       extra: further facts the file states.
+      description: of the query, where the file states it apart from the rows.
     """
 
     rows: DatabaseRows
     extra: dict[str, str]
+    description: str = ""
 
 
-def read_alignment(text: bytes, kind: str, name: str, a2m_columns: str = "match") -> ReadAlignment:
+def read_alignment(text: Text, kind: str, name: str, a2m_columns: str = "match") -> ReadAlignment:
     """Returns the rows of an alignment text.
 
     Args:
-      text: decompressed.
+      text: decompressed, whole or in blocks; blocks are not held.
       kind: ``a3m``, ``a2m``, ``sto`` or ``colabfold``.
       name: what the database is called.
       a2m_columns: see `foldfeed.feature_store.importers.rows.ImportOptions`.
     Raises:
-      AlignmentParseError: the text breaks its format.
+      AlignmentParseError: the text breaks its format, or has more than `MAX_IMPORT_ROWS` rows.
       UnsupportedSourceError: a complex.
-      SourceTooLargeError: more than `MAX_IMPORT_ROWS` rows.
     """
-    text = without_mark(text)
-    _refuse_too_many(text, kind, name)
     if kind == "sto":
         return _read_stockholm(text, name)
     if kind == "colabfold":
         return _read_colabfold(text, name)
     if kind == "a2m" and a2m_columns == "query":
-        return ReadAlignment(rows=rows_of(name, _query_columns(parse_rows(text))), extra={})
-    return ReadAlignment(rows=rows_of(name, parse_a3m(text)), extra=_insertions_of_query(text))
+        return ReadAlignment(rows=rows_of(name, _query_columns(text)), extra={})
+    return ReadAlignment(rows=rows_of(name, parse_a3m(text, MAX_IMPORT_ROWS)), extra={})
 
 
-def _insertions_of_query(text: bytes) -> dict[str, str]:
-    """Returns how many residues of the query are in lower case and so are no columns, if there are any.
-
-    AlphaFold 2 passes over them in silence; here the record says that its sequence lacks them.
-    """
-    row = _query_row(text)[1]
-    num_lower = sum(row.count(letter) for letter in _LOWER)
-    return {"query_insertions": str(num_lower)} if num_lower else {}
+def is_blank(blocks: Iterator[bytes]) -> tuple[bool, Iterator[bytes]]:
+    """Returns whether a text holds nothing but white space and NUL bytes, and the same blocks again."""
+    seen = []
+    for block in blocks:
+        seen.append(block)
+        if block.strip(b"\0 \r\t\n"):
+            return False, itertools.chain(seen, blocks)
+    return True, iter(seen)
 
 
 def _query_row(text: bytes) -> tuple[str, bytes]:
@@ -88,15 +90,6 @@ def _query_row(text: bytes) -> tuple[str, bytes]:
             following = next(headers, None)
             return name, text[header.end() : following.start() if following else len(text)]
     return "", b""
-
-
-def _refuse_too_many(text: bytes, kind: str, name: str) -> None:
-    """Raises when a text has so many rows that their names alone would fill the memory: 4 bytes make one."""
-    check_depth(text.count(b"\n>"), name)
-    # Stockholm has up to four lines of markup per row; A3M may be wrapped.
-    most = MAX_IMPORT_ROWS * (5 if kind == "sto" else 15)
-    if text.count(b"\n") > most:
-        raise SourceTooLargeError(name, f"it has more than {most} lines")
 
 
 def is_colabfold(head: bytes) -> bool:
@@ -122,96 +115,94 @@ def first_header(head: bytes, kind: str) -> str:
     return b"".join(row.split()[:1]).decode("utf-8", errors="replace")
 
 
-def _read_stockholm(text: bytes, name: str) -> ReadAlignment:
-    alignment = parse_stockholm(text)
-    head = text[:_HEAD_BYTES]
+def _read_stockholm(text: Text, name: str) -> ReadAlignment:
+    head, blocks = head_of(blocks_of(text))
+    alignment = parse_stockholm(blocks, MAX_IMPORT_ROWS)
     hit_ids = [one.split(maxsplit=1)[0] if one.split() else "" for one in alignment.names]
     if _NUMBERED_NAMES in head:
         hit_ids = [_NUMBER_PREFIX.sub("", hit_id) for hit_id in hit_ids]
-    author = _AUTHOR.search(head)
+    author, description = _AUTHOR.search(head), _DESCRIPTION.search(head)
     tool, version = TOOL, ""
     if author is not None:
         tool = author[1].decode("utf-8", errors="replace")
         version = (author[3] or b"").decode("utf-8", errors="replace")
     return ReadAlignment(
-        rows=rows_of(name, alignment, hit_ids=hit_ids, tool=tool, tool_version=version), extra={}
+        rows=rows_of(name, alignment, hit_ids=hit_ids, tool=tool, tool_version=version),
+        extra={},
+        description=description[1].decode("utf-8", errors="replace").strip() if description else "",
     )
 
 
-def _read_colabfold(text: bytes, name: str) -> ReadAlignment:
+def head_of(blocks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """Returns the first bytes of a text, and all of it again."""
+    seen: list[bytes] = []
+    for block in blocks:
+        seen.append(block)
+        if sum(map(len, seen)) >= _HEAD_BYTES:
+            break
+    return b"".join(seen)[:_HEAD_BYTES], itertools.chain(seen, blocks)
+
+
+def _read_colabfold(text: Text, name: str) -> ReadAlignment:
     # The parts of a search end with NUL bytes, also in the middle of the file.
-    clean = text.replace(b"\0", b"")
-    first, _, rest = clean.partition(b"\n")
-    extra: dict[str, str] = {}
-    line = _COLABFOLD_LINE.fullmatch(first.rstrip(b"\r"))
-    if line is not None:
-        lengths, copies = line[1].split(b","), line[2].split(b",")
-        if len(lengths) != 1 or len(copies) != 1:
-            raise UnsupportedSourceError(
-                f"it is the alignment of a complex of {len(lengths)} different chains (first line "
-                f"{first[:60].decode('ascii', errors='replace')!r}); records hold one chain each, so split "
-                "it by chain"
-            )
-        clean = rest
-        extra["colabfold_copies"] = copies[0].decode("ascii")
-    alignment = parse_a3m(clean)
-    if line is not None and alignment.letters.shape[1] != _small_int(line[1]):
-        raise AlignmentParseError(
-            f"its first line announces {line[1][:20].decode('ascii')} residues, the query has "
-            f"{alignment.letters.shape[1]}"
+    clean = (block.replace(b"\0", b"") for block in blocks_of(text))
+    head, blocks = head_of(clean)
+    lengths, copies = lengths_and_copies(head)
+    if len(lengths) > 1:
+        raise UnsupportedSourceError(
+            f"it is the alignment of a complex of {len(lengths)} different chains; layout colabfold makes "
+            "a record of each"
         )
-    return ReadAlignment(rows=rows_of(name, alignment), extra=extra | _insertions_of_query(clean))
+    alignment = parse_a3m(blocks, MAX_IMPORT_ROWS)
+    if lengths and alignment.letters.shape[1] != lengths[0]:
+        raise AlignmentParseError(
+            f"its first line announces {lengths[0]} residues, the query has {alignment.letters.shape[1]}"
+        )
+    extra = {"colabfold_copies": str(copies[0])} if copies else {}
+    return ReadAlignment(rows=rows_of(name, alignment), extra=extra)
 
 
-def _small_int(digits: bytes) -> int:
-    return int(digits) if len(digits) < 12 else -1
-
-
-def parse_rows(text: bytes) -> list[tuple[str, bytes]]:
-    """Returns headers and residues of a FASTA-like text, joined over lines.
+def lengths_and_copies(head: bytes) -> tuple[list[int], list[int]]:
+    """Returns what ColabFold's first line says of the different chains; two empty lists without one.
 
     Raises:
-      AlignmentParseError: no row, or text before the first.
+      AlignmentParseError: the two lists differ in length, or hold numbers that no protein has.
     """
-    rows: list[tuple[str, list[bytes]]] = []
-    for number, raw in enumerate(text.rstrip(b"\0").split(b"\n"), start=1):
-        line = raw.strip()
-        if line.startswith(b">"):
-            rows.append((line[1:].decode("utf-8", errors="replace").strip(), []))
-        elif line and rows:
-            rows[-1][1].append(line)
-        elif line and not line.startswith(b"#"):
-            raise AlignmentParseError("text before the first '>' header", number)
-    if not rows:
-        raise AlignmentParseError("the text holds no row; expected '>' and a name, then a sequence")
-    return [(name, b"".join(pieces)) for name, pieces in rows]
+    first = without_mark(head).replace(b"\0", b"").partition(b"\n")[0].rstrip(b"\r")
+    line = _COLABFOLD_LINE.fullmatch(first)
+    if line is None:
+        return [], []
+    texts = [line[group].split(b",") for group in (1, 2)]
+    if len(texts[0]) != len(texts[1]) or any(len(one) > _MAX_DIGITS for one in (*texts[0], *texts[1])):
+        raise AlignmentParseError(
+            f"its first line {shown(first.decode('ascii', errors='replace'))} must have as many lengths as "
+            f"copies, of at most {_MAX_DIGITS} digits",
+            1,
+        )
+    lengths, copies = ([int(one) for one in numbers] for numbers in texts)
+    return lengths, copies
 
 
-def _query_columns(rows: list[tuple[str, bytes]]) -> ParsedAlignment:
+def _query_columns(text: Text) -> ParsedAlignment:
     """Returns an A2M alignment in the columns where the query has a residue of either case.
 
     As in Stockholm: what other rows have in the remaining columns is counted as inserted.
     """
-    width = len(rows[0][1])
-    for name, row in rows:
-        if len(row) != width:
+    names: list[str] = []
+    rows: list[bytes] = []
+    lines: list[int] = []
+    for name, row, line in a3m_rows(text):
+        if rows and len(row) != len(rows[0]):
             raise AlignmentParseError(
-                f"row {name!r} has {len(row)} characters, the first row {width}; only A2M whose insertions "
-                "are "
-                "padded with '.' has columns for every residue of the query"
+                f"row {shown(name)} has {len(row)} characters, the first row {len(rows[0])}; only A2M whose "
+                "insertions are padded with '.' has columns for every residue of the query",
+                line,
             )
-    # Names may hold what Stockholm cannot, so the rows go by number and get their names back.
-    lines = [
-        b"# STOCKHOLM 1.0",
-        *(b"%d %s" % (number, row) for number, (_, row) in enumerate(rows)),
-        b"//",
-        b"",
-    ]
-    if width == 0:
-        raise AlignmentParseError("the first row (the query) has no residue")
-    parsed = parse_stockholm(b"\n".join(lines))
-    return ParsedAlignment(
-        names=[name for name, _ in rows],
-        letters=np.ascontiguousarray(parsed.letters),
-        deletions=np.ascontiguousarray(parsed.deletions),
-    )
+        if len(rows) >= MAX_IMPORT_ROWS:
+            raise AlignmentParseError(f"the alignment has more than {MAX_IMPORT_ROWS} rows", line)
+        names.append(name)
+        rows.append(row)
+        lines.append(line)
+    if not rows:
+        raise AlignmentParseError("the text holds no row; expected '>' and a name, then a sequence")
+    return alignment_of_aligned(names, rows, lines)

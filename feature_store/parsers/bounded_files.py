@@ -1,9 +1,10 @@
 """Bounded reading of other programs' files, plain or compressed.
 
-Owns the limit on what may enter memory: a file is refused when its *decompressed* size passes the limit, and
-no more than the limit plus one block (1 MiB; 16 MiB for zstd) is ever held, so a small file that unpacks to a
-huge one does no harm. The codec is chosen by the first bytes, not by the name. Only regular local files are
-read. Pure functions but for the reading; safe from any thread.
+Owns the limits on what may enter memory: a file is refused when its *decompressed* size passes the limit, or
+when it unpacks to far more than alignments ever do, and no more than the limit plus one block (1 MiB; 16 MiB
+for zstd) is ever held, so a small file that unpacks to a huge one does no harm. The codec is chosen by the
+first bytes, not by the name. Only regular local files are read. Pure functions but for the reading; safe from
+any thread.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ import zstandard
 
 from foldfeed.feature_store.exchange_errors import SourceFileError, SourceTooLargeError
 
-# The largest alignment texts that tools write today are a few GB; parsing one takes about twelve times its
-# size.
+# The largest alignment texts that tools write today are a few GB.
 DEFAULT_MAX_BYTES = 2 << 30
 BLOCK_BYTES = 1 << 20
+# xz -9 needs 65 MiB, zstd --ultra -22 a window of 128 MiB; what asks for more is not made for exchange. A
+# row of titin that holds one short hit is 35,000 gaps and a name of its own: some 250 to 1. What passes
+# this, and is large, was made to.
+MAX_EXPANSION = 1000
+EXPANSION_FREE_BYTES = 64 << 20
 # xz -9 needs 65 MiB, zstd --ultra -22 a window of 128 MiB; what asks for more is not made for exchange.
 XZ_MEMORY_BYTES = 256 << 20
 ZSTD_WINDOW_BYTES = 128 << 20
@@ -48,8 +53,17 @@ def read_file(path: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> bytes:
       SourceFileError: not a regular file, or damaged compression.
       OSError: it cannot be opened or read.
     """
+    return b"".join(read_blocks(path, max_bytes))
+
+
+def read_blocks(path: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> Iterator[bytes]:
+    """Yields the content of a file, decompressed, as `read_file` returns it, a block at a time.
+
+    Raises:
+      SourceTooLargeError, SourceFileError, OSError: as `read_file`, when the place is reached.
+    """
     with _open_regular(path) as file:
-        return _collect(str(path), file, max_bytes)
+        yield from _bounded(str(path), file, max_bytes)
 
 
 def without_mark(text: bytes) -> bytes:
@@ -67,7 +81,7 @@ def unpack(data: bytes, where: str, max_bytes: int) -> bytes:
     Raises:
       SourceTooLargeError, SourceFileError: as `read_file`.
     """
-    return _collect(where, io.BytesIO(data), max_bytes)
+    return b"".join(_bounded(where, io.BytesIO(data), max_bytes))
 
 
 def read_head(path: Path, num_bytes: int = 1 << 16) -> bytes:
@@ -144,15 +158,21 @@ def _open_regular(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _collect(where: str, file: BinaryIO, max_bytes: int) -> bytes:
-    pieces: list[bytes] = []
+def _bounded(where: str, file: BinaryIO, max_bytes: int) -> Iterator[bytes]:
+    """Yields decompressed blocks up to the limits."""
     total = 0
     for block in _blocks(where, file):
         total += len(block)
         if total > max_bytes:
             raise _too_large(where, max_bytes)
-        pieces.append(block)
-    return b"".join(pieces)
+        # What was taken from the file so far is a little more than what these blocks were unpacked from.
+        if total > EXPANSION_FREE_BYTES and total > MAX_EXPANSION * file.tell():
+            raise SourceTooLargeError(
+                where,
+                f"{file.tell()} bytes of it unpack to more than {MAX_EXPANSION} times as much, which no "
+                "alignment does; if you know what it is, unpack it and import the plain file",
+            )
+        yield block
 
 
 def _too_large(where: str, max_bytes: int) -> SourceTooLargeError:

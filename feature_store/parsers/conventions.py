@@ -24,7 +24,34 @@ STOCKHOLM_SUFFIXES = (".sto", ".stk", ".stockholm")
 
 # Template hits, in the query's coordinates or not, are never rows of an alignment.
 TEMPLATE_FILES = ("hmm_output", "pdb_hits", "pdb70_hits", "hmmsearch")
-PAIRED_DATABASES = ("uniprot", "pairing", "paired")
+# Beside the files of a chain that an export wrote from a record with repeated rows: programs that merge such
+# files drop repetitions, an import then does not. Others pass over it, as it is no alignment.
+KEEPS_REPEATS = "repeats_kept.txt"
+PAIRED = "paired"
+PAIRED_DATABASES = ("uniprot", "pairing", PAIRED)
+
+
+# What databases are called in others' folders, besides names that end in _hits.
+_DATABASES = (
+    "bfd_uniclust",
+    "bfd_uniref",
+    "mgnify",
+    "small_bfd",
+    "uniclust30",
+    "uniref",
+    "uniref30",
+    "uniref90",
+    "uniref100",
+    "pair",
+    "non_pairing",
+    *PAIRED_DATABASES,
+    *TEMPLATE_FILES,
+)
+
+
+def is_database_stem(stem: str) -> bool:
+    """Returns whether a file of that name holds what one database gave for a query named elsewhere."""
+    return stem in _DATABASES or stem.endswith("_hits")
 
 
 def database_name(file_name: str) -> tuple[str, str] | None:

@@ -8,10 +8,11 @@ Source: AlphaFold 2 ``data/msa_identifiers.py``; MMseqs2 ``result2msa --msa-form
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 
-from foldfeed.feature_store.format.record import SPECIES_BYTES
+from foldfeed.feature_store.format.record import PAIRING_KEY_BYTES, SPECIES_BYTES
 
 # tr|A0A146SKV9|A0A146SKV9_FUNHE and, as small BFD writes it, with _1 behind the accession or the whole name.
 _UNIPROT = re.compile(
@@ -21,6 +22,9 @@ _UNIPROT = re.compile(
 _ENTRY_NAME = re.compile(r"(?:[A-Z0-9]{1,6}|[A-Z0-9]{10})_(?P<species>(?=[0-9]*[A-Z])[A-Z0-9]{3,5})")
 _ILLEGAL_IN_ID = re.compile(r"[^A-Za-z0-9_.|:+=@-]+")
 _ID_LENGTH = 255
+# Characters of ids that names of files cannot hold, as `exporters.formats.file_name` writes them.
+_CODES = {"%7C": "|", "%3A": ":"}
+_DIGEST_DIGITS = PAIRING_KEY_BYTES - len("sha256:")
 MAX_BITS = 1e9
 
 
@@ -61,10 +65,28 @@ def fit_species(name: str) -> str:
     return name if name.isascii() and name.isprintable() and len(name) <= SPECIES_BYTES else ""
 
 
+def fit_pairing_key(key: str) -> str:
+    """Returns a key as the format can hold it: as it is, or a digest of it where it is too long or not ASCII.
+
+    Keys are only ever compared, so a digest pairs what the key paired.
+    """
+    if key.isascii() and "\0" not in key and len(key) <= PAIRING_KEY_BYTES:
+        return key
+    return "sha256:" + hashlib.sha256(key.encode("utf-8", errors="replace")).hexdigest()[:_DIGEST_DIGITS]
+
+
+def name_in_file(name: str) -> str:
+    """Returns the name that a file's name stands for: exports write ``|`` and ``:`` as their codes."""
+    for code, character in _CODES.items():
+        name = name.replace(code, character)
+    return name
+
+
 def make_id(name: str) -> str:
     """Returns a name as a record id: every run of characters that an id cannot hold becomes one ``_``.
 
-    ``"job 1/A"`` gives ``job_1_A``. The empty string comes back as it is and is refused later.
+    ``"job 1/A"`` gives ``job_1_A``, the file name ``a%7Cb`` gives ``a|b``. The empty string comes back as
+    it is and is refused later.
     """
-    text = _ILLEGAL_IN_ID.sub("_", name)
+    text = _ILLEGAL_IN_ID.sub("_", name_in_file(name))
     return ("_" + text if text and not (text[0].isalnum() or text[0] == "_") else text)[:_ID_LENGTH]

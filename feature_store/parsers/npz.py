@@ -44,9 +44,10 @@ class NpzFile:
         Args:
           data: the whole file.
           where: its name, for messages.
-          max_bytes: most bytes of one array.
+          max_bytes: most bytes of all its arrays together, unpacked.
         Raises:
           SourceFileError: not a zip file, or one of absurdly many members.
+          SourceTooLargeError: its directory announces more than the limit.
         """
         self._where = where
         self._max_bytes = max_bytes
@@ -57,6 +58,13 @@ class NpzFile:
             self._zip = zipfile.ZipFile(io.BytesIO(data))
         except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
             raise SourceFileError(where, f"it is no npz file ({error})") from error
+        announced = sum(info.file_size for info in self._zip.infolist())
+        if announced > max_bytes:
+            raise SourceTooLargeError(
+                where,
+                f"its arrays have {announced} bytes unpacked, more than {max_bytes}; raise the limit if that "
+                "is what you expect",
+            )
         self.names = tuple(info.filename.removesuffix(".npy") for info in self._zip.infolist())
 
     def __contains__(self, name: str) -> bool:
@@ -85,6 +93,7 @@ class NpzFile:
 
     def _unpack(self, name: str) -> bytes:
         member = name if name in self._zip.NameToInfo else name + ".npy"
+        # Its size was checked when the file was opened; what comes may still be more than was announced.
         with self._zip.open(member) as packed:
             content = packed.read(self._max_bytes + 1)
         if len(content) > self._max_bytes:

@@ -10,12 +10,15 @@ Pure functions without state: safe from any thread.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from foldfeed.feature_store.errors import AlignmentParseError
-from foldfeed.feature_store.parsers.a3m import BLOCK_CHARACTERS, ParsedAlignment, shown
-from foldfeed.feature_store.parsers.bounded_files import without_mark
+from foldfeed.feature_store.parsers.a3m import BLOCK_CHARACTERS, MAX_ROW_CHARACTERS, shown
+from foldfeed.feature_store.parsers.alignment import AlignmentBuilder, ParsedAlignment
+from foldfeed.feature_store.parsers.lines import Text, lines_of
 
 _GAPS = np.zeros(256, dtype=np.bool_)
 _GAPS[[ord(gap) for gap in "-._~"]] = True
@@ -27,53 +30,61 @@ for _letter in range(26):
 _NORMAL[_GAPS] = ord("-")
 
 
-def parse_stockholm(text: str | bytes) -> ParsedAlignment:
-    """Returns the rows of the first alignment of a Stockholm text, the query (first row) first.
+def parse_stockholm(text: Text, max_rows: int | None = None) -> ParsedAlignment:
+    """Returns the rows of the only alignment of a Stockholm text, the query (first row) first.
 
     With the query ``A-CD`` and a hit ``AkC-``, the columns are ``ACD`` and the hit is ``AC-`` with one
     deletion left of its second column. A name that comes again continues its row (blocks).
 
     Args:
-      text: a whole file of one alignment.
+      text: a whole text of one alignment, or its bytes in blocks.
+      max_rows: most rows; any number when None.
     Raises:
       AlignmentParseError: no ``# STOCKHOLM`` line, no ``//`` (a file that was cut), another alignment behind
-        it, no row, a line without a sequence, rows of unequal length, a character that is no residue, or a
-        query without residues.
+        it, no row, a line without a sequence, rows of unequal length, a character that is no residue, a
+        query without residues, more rows than ``max_rows``, or a row of more than `MAX_ROW_CHARACTERS`.
     Source: Pfam/HMMER user guide, "Stockholm format"; AlphaFold 2 ``parsers.parse_stockholm``.
     """
-    data = text.encode("utf-8") if isinstance(text, str) else text
-    rows, lines = _split(without_mark(data))
-    width = len(next(iter(rows.values())))
-    for name, row in rows.items():
+    rows, lines = _split(text, max_rows)
+    return alignment_of_aligned(list(rows), list(rows.values()), [lines[name] for name in rows])
+
+
+def alignment_of_aligned(
+    names: list[str], rows: Sequence[bytes | bytearray], lines: list[int]
+) -> ParsedAlignment:
+    """Returns the alignment of rows of equal width, in the columns where the first has a residue.
+
+    Args:
+      names: of the rows.
+      rows: letters of either case and gaps; the query first, at least one.
+      lines: of the rows, for messages.
+    Raises:
+      AlignmentParseError: rows of unequal width, a character that is no residue, a query without residues.
+    """
+    width = len(rows[0])
+    for name, row, line in zip(names, rows, lines, strict=True):
         if len(row) != width:
             raise AlignmentParseError(
-                f"row {shown(name)} has {len(row)} columns, the first row has {width}", lines[name]
+                f"row {shown(name)} has {len(row)} columns, the first row has {width}", line
             )
-    table = np.frombuffer(b"".join(rows.values()), dtype=np.uint8).reshape(len(rows), width)
-    names = list(rows)
-    is_query_column = ~_GAPS[table[0]]
+    is_query_column = ~_GAPS[np.frombuffer(rows[0], dtype=np.uint8)]
     if not is_query_column.any():
-        raise AlignmentParseError(
-            f"the first row {shown(names[0])} (the query) has no residue", lines[names[0]]
-        )
-    length = int(is_query_column.sum())
-    letters = np.empty((len(rows), length), dtype=np.uint8)
-    deletions = np.empty((len(rows), length), dtype=np.int32)
+        raise AlignmentParseError(f"the first row {shown(names[0])} (the query) has no residue", lines[0])
+    builder = AlignmentBuilder(int(is_query_column.sum()))
     step = max(1, BLOCK_CHARACTERS // width)
     for first in range(0, len(rows), step):
-        block = slice(first, min(first + step, len(rows)))
-        letters[block], deletions[block] = _parse_block(
-            table[block], is_query_column, names[block], [lines[name] for name in names[block]]
-        )
-    return ParsedAlignment(names=names, letters=letters, deletions=deletions)
+        block = slice(first, first + step)
+        table = np.frombuffer(b"".join(rows[block]), dtype=np.uint8).reshape(-1, width)
+        builder.add(*_parse_block(table, is_query_column, names[block], lines[block]))
+    return builder.finish(names)
 
 
-def _split(data: bytes) -> tuple[dict[str, bytes], dict[str, int]]:
+def _split(text: Text, max_rows: int | None) -> tuple[dict[str, bytearray], dict[str, int]]:
     """Returns the joined residues of every row in order of first appearance, and its first line number."""
-    pieces: dict[str, list[bytes]] = {}
+    rows: dict[str, bytearray] = {}
     lines: dict[str, int] = {}
     headed = closed = False
-    for number, raw in enumerate(data.split(b"\n"), start=1):
+    for number, raw in lines_of(text):
         line = raw.strip()
         if not line:
             continue
@@ -93,20 +104,29 @@ def _split(data: bytes) -> tuple[dict[str, bytes], dict[str, int]]:
             if len(fields) != 2:
                 raise AlignmentParseError("expected a name and aligned residues on this line", number)
             name = fields[0].decode("utf-8", errors="replace")
-            pieces.setdefault(name, []).append(fields[1])
-            lines.setdefault(name, number)
+            if name not in rows:
+                if max_rows is not None and len(rows) >= max_rows:
+                    raise AlignmentParseError(f"the alignment has more than {max_rows} rows", number)
+                rows[name], lines[name] = bytearray(), number
+            row = rows[name]
+            row += fields[1]
+            if len(row) > MAX_ROW_CHARACTERS:
+                raise AlignmentParseError(
+                    f"row {shown(name)} has more than {MAX_ROW_CHARACTERS} characters", number
+                )
     if not headed:
         raise AlignmentParseError("not Stockholm: the text is empty")
     if not closed:
         raise AlignmentParseError("the alignment has no closing '//': the file was cut off")
-    if not pieces:
+    if not rows:
         raise AlignmentParseError("the alignment holds no row")
-    return {name: b"".join(parts) for name, parts in pieces.items()}, lines
+    return rows, lines
 
 
 def _parse_block(
     table: NDArray[np.uint8], is_query_column: NDArray[np.bool_], names: list[str], lines: list[int]
-) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Returns letters (rows, length) and the cells right of inserted residues, for `AlignmentBuilder.add`."""
     normal = _NORMAL[table]
     if not normal.all():
         row, column = (int(index) for index in np.argwhere(normal == 0)[0])
@@ -115,7 +135,9 @@ def _parse_block(
             "and no gap",
             lines[row],
         )
-    inserted = (normal != ord("-")) & ~is_query_column
-    seen = np.cumsum(inserted, axis=1, dtype=np.int32)[:, is_query_column]
-    deletions = np.diff(seen, axis=1, prepend=np.int32(0))
-    return normal[:, is_query_column], deletions
+    rows, columns = np.nonzero((normal != ord("-")) & ~is_query_column)
+    length = int(is_query_column.sum())
+    # Of each column of the text, how many columns of the query lie left of it.
+    before = np.cumsum(is_query_column, dtype=np.int64)[columns]
+    is_kept = before < length
+    return normal[:, is_query_column], (rows * length + before)[is_kept]

@@ -19,7 +19,13 @@ from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
 from foldfeed.feature_store.format import structure
 from foldfeed.feature_store.format.grid import Rows, grid_of
 from foldfeed.feature_store.format.row_order import RowOrder
-from foldfeed.feature_store.format.schema import GROUP_FILE, INDEX_SCHEMA, array_specs, stored_specs
+from foldfeed.feature_store.format.schema import (
+    GROUP_FILE,
+    INDEX_SCHEMA,
+    PAIRING_KEY,
+    array_specs,
+    stored_specs,
+)
 from foldfeed.feature_store.format.settings import SUPPORTED_VERSIONS, StoreSettings
 from foldfeed.feature_store.parts.shard_reader import ShardReader
 from foldfeed.feature_store.parts.tiles import Crop, CropArrays, TiledRecord, TileReader
@@ -162,17 +168,10 @@ class PartReader:
         return {name: self.arrays[name].read(start, stop) for name in structure.ARRAYS}
 
     def row_table(self, at: RecordLocation, database_names: list[str]) -> pa.Table:
-        """Returns the provenance of every row: rank, database, e_value, bit_score, hit_id, species.
-
-        ``database`` is null for the query row; ``e_value`` and ``bit_score`` are null where the tool gave
-        none.
-        """
+        """Returns the provenance of every row, see `Record.rows`."""
         start, stop = at.first_row, at.first_row + at.depth
         database = self.arrays["row_database"].read(start, stop)
         names = [None if code < 0 else database_names[code] for code in database.tolist()]
-        species = [
-            row.tobytes().rstrip(b"\0").decode() for row in self.arrays["row_species"].read(start, stop)
-        ]
         return pa.table(
             {
                 "rank": pa.array(np.arange(at.depth, dtype=np.int32)),
@@ -180,9 +179,16 @@ class PartReader:
                 "e_value": _nullable(self.arrays["row_e_value"].read(start, stop)),
                 "bit_score": _nullable(self.arrays["row_bit_score"].read(start, stop)),
                 "hit_id": pa.array(self._hit_ids(at), type=pa.string()),
-                "species": pa.array(species, type=pa.string()),
+                "species": pa.array(self._names("row_species", start, stop), type=pa.string()),
+                "pairing_key": pa.array(self._names(PAIRING_KEY, start, stop), type=pa.string()),
             }
         )
+
+    def _names(self, array: str, start: int, stop: int) -> list[str]:
+        """Returns names of fixed width; "" where the part has no such array."""
+        if array not in self.arrays:
+            return [""] * (stop - start)
+        return [row.tobytes().rstrip(b"\0").decode() for row in self.arrays[array].read(start, stop)]
 
     def _hit_ids(self, at: RecordLocation) -> list[str]:
         sizes = self.arrays["row_hit_id_bytes"].read(at.first_row, at.first_row + at.depth)

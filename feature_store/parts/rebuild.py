@@ -78,6 +78,7 @@ def _provenance(reader: Record) -> RowProvenance:
         bit_score=rows["bit_score"].to_numpy().astype(np.float32),
         hit_id=rows["hit_id"].to_pylist(),
         species=rows["species"].to_pylist(),
+        pairing_key=rows["pairing_key"].to_pylist(),
     )
 
 

@@ -272,7 +272,12 @@ class Record:
             raise CorruptDataError(f"{self._part.path}, record {self.record_id}", str(error)) from error
 
     def rows(self) -> pa.Table:
-        """Returns the provenance of every row: rank, database, e_value, bit_score, hit_id, species."""
+        """Returns the provenance of every row, see `RowProvenance`.
+
+        Columns are rank, database, e_value, bit_score, hit_id, species and pairing_key. ``database`` is
+        null for the query row; ``e_value`` and ``bit_score`` are null where the tool gave none; ``species``
+        and ``pairing_key`` are empty where a row has none.
+        """
         return self._part.row_table(self._at, [entry["name"] for entry in self.databases])
 
     def features(self, *, msa: bool = False) -> dict[str, NDArray[Any]]:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from foldfeed.feature_store.errors import CorruptDataError
-from foldfeed.feature_store.format.schema import ROW_CHUNK
+from foldfeed.feature_store.format.schema import PAIRING_KEY, ROW_CHUNK
 from foldfeed.feature_store.parts.reader import PartReader
 from foldfeed.feature_store.storage import Blobs
 
@@ -35,6 +35,7 @@ ROWS_SCHEMA = pa.schema(
         ("bit_score", pa.float32()),
         ("hit_id", pa.string()),
         ("species", pa.string()),
+        ("pairing_key", pa.string()),
     ]
 )
 # What a scan takes from the index.
@@ -128,10 +129,12 @@ class _PartScan:
         if name == "hit_id":
             assert names is not None
             return names if len(names) == len(row) else names.take(pa.array(row - start))
+        if name == "pairing_key" and PAIRING_KEY not in self._part.arrays:
+            return pa.repeat(pa.scalar("", pa.string()), len(row))
         values = self._part.arrays[f"row_{name}"].read(start, end)[row - start]
         if name == "database":
             return self._database_names(owner, values)
-        if name == "species":
+        if name in ("species", "pairing_key"):
             return _text(pa.array(values.view(f"S{values.shape[1]}").ravel()), self._part, name)
         return pa.array(values, mask=np.isnan(values))
 

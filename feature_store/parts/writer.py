@@ -25,11 +25,18 @@ from numpy.typing import NDArray
 from foldfeed.feature_store.errors import InvalidRecordError
 from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.format.grid import grid_of
-from foldfeed.feature_store.format.record import SPECIES_BYTES, MsaRecord, canonical_nan
+from foldfeed.feature_store.format.record import (
+    PAIRING_KEY_BYTES,
+    SPECIES_BYTES,
+    MsaRecord,
+    canonical_nan,
+)
 from foldfeed.feature_store.format.row_order import RowOrder
 from foldfeed.feature_store.format.schema import (
     DELETION_OVERFLOW,
     GROUP_FILE,
+    PAIRING_KEY,
+    ROW_CHUNK,
     ArraySpec,
     array_specs,
     chunk_entries_of,
@@ -103,7 +110,10 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
         self._settings = settings
         specs = array_specs(settings) if specs is None else specs
         self._chunk_entries = chunk_entries_of(specs)
-        self._shards = {name: ShardWriter(folder, spec) for name, spec in specs.items()}
+        self._pairing_spec = specs[PAIRING_KEY]
+        self._shards = {
+            name: ShardWriter(folder, spec) for name, spec in specs.items() if name != PAIRING_KEY
+        }
         self._last_id = ""
 
     def __exit__(self, *exc: object) -> None:
@@ -140,6 +150,7 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
         if not self.num_records:
             raise ValueError("a part needs at least one record; an empty job has nothing to write")
         files: dict[str, dict[str, Any]] = {}
+        self._pad_pairing_keys()
         for shard in self._shards.values():
             files.update(shard.close())
         lengths = {name: shard.length for name, shard in self._shards.items()}
@@ -209,9 +220,27 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
         self._shards["row_e_value"].append(canonical_nan(rows.e_value))
         self._shards["row_bit_score"].append(canonical_nan(rows.bit_score))
         self._shards["row_species"].append(fixed_width(rows.species, SPECIES_BYTES))
+        if rows.is_paired:
+            self._append_pairing_keys(rows.pairing_key)
         sizes, text = encode_names(rows.hit_id)
         self._shards["row_hit_id_bytes"].append(sizes)
         self._shards["row_hit_id"].append(np.frombuffer(text, dtype=np.uint8))
+
+    def _append_pairing_keys(self, keys: Sequence[str]) -> None:
+        """Appends the keys of the record whose other rows were appended just before."""
+        if PAIRING_KEY not in self._shards:
+            self._shards[PAIRING_KEY] = ShardWriter(self._folder, self._pairing_spec)
+        self._pad_pairing_keys(len(keys))
+        self._shards[PAIRING_KEY].append(fixed_width(keys, PAIRING_KEY_BYTES))
+
+    def _pad_pairing_keys(self, num_left: int = 0) -> None:
+        """Gives the rows before the last ``num_left`` no key, if there is such an array at all."""
+        if PAIRING_KEY not in self._shards:
+            return
+        shard = self._shards[PAIRING_KEY]
+        missing = self._shards["row_database"].length - num_left - shard.length
+        for start in range(0, missing, ROW_CHUNK):
+            shard.append(np.zeros((min(ROW_CHUNK, missing - start), PAIRING_KEY_BYTES), dtype=np.uint8))
 
     def _append_sidecars(self, record: MsaRecord) -> float:
         sidecars = summarise(record.msa, record.deletions)

@@ -172,7 +172,7 @@ class RecordSource(abc.ABC, Generic[RecordT]):
         """Returns the answer to a SQL query (DuckDB's dialect), read only.
 
         Tables: ``records`` (the index), ``rows`` (provenance of every alignment row: record_id, rank,
-        database, e_value, bit_score, hit_id, species), ``sets`` (name, record_id) and ``splits`` (name,
+        database, e_value, bit_score, hit_id, species, pairing_key), ``sets`` (name, record_id) and ``splits``
         record_id, cluster_id, part).
 
         A query that names ``rows`` reads the provenance of every record, but only the columns that it needs
