@@ -25,8 +25,8 @@ from foldfeed.feature_store.care.repair import repair
 from foldfeed.feature_store.care.repair_index import ON_AMBIGUOUS
 from foldfeed.feature_store.care.roll_back import message_of
 from foldfeed.feature_store.care.verify import VerifyReport, verify
-from foldfeed.feature_store.care.verify_parts import LEVELS
-from foldfeed.feature_store.errors import TagError
+from foldfeed.feature_store.care.verify_parts import LEVELS, Problem
+from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.index import tags as versions
 from foldfeed.feature_store.index.transactions import ON_EXISTING
 from foldfeed.feature_store.looking.tables import in_bytes
@@ -56,19 +56,29 @@ class Size(click.ParamType):
 @click.option("--full", "level", flag_value="full", default=True, help="Every byte (the default).")
 @click.option("--deep", "level", flag_value="deep", help="Also derive sidecars and fingerprints anew.")
 @click.option("--version", help="A version or tag; the newest by default.")
-def verify_command(store: str, level: str, version: str | None) -> None:
+@click.option("--all-versions", is_flag=True, help="Parts of every version that can be opened.")
+def verify_command(store: str, level: str, version: str | None, all_versions: bool) -> None:
     """Check that everything in STORE is as it was written. Exit code 1 when it is not.
+
+    Settings, log, the index of all versions, tags, sets and splits are checked in any case; parts are those
+    of one version. With --all-versions they are those of every version that can be opened, and each damaged
+    part comes with the first and the last version that show it.
 
     \b
     Examples:
       foldfeed verify my-store
       foldfeed verify my-store --quick
       foldfeed verify my-store --deep --version paper-1
+      foldfeed verify my-store --all-versions
     """
     assert level in LEVELS
+    if all_versions and version is not None:
+        raise click.UsageError("--version is one version, --all-versions are all; give one of them.")
     with bars() as progress, bad_version_is_usage():
-        report = verify(store, level=level, version=version, progress=progress)
+        report = verify(store, level=level, version=version, all_versions=all_versions, progress=progress)
     print_problems(report)
+    for name in report.stale_sets:
+        click.echo(f"note     record set {name}: no version that can be opened has all of its records")
     click.echo(summary(report))
     if report.problems:
         raise click.exceptions.Exit(1)
@@ -330,6 +340,8 @@ def summary(report: VerifyReport) -> str:
     """Returns one line that says what was checked and whether it is well."""
     found = f"{len(report.problems)} problems" if report.problems else "no damage found"
     version = "no readable index" if report.version is None else f"version {report.version}"
+    if len(report.versions) > 1:
+        version = f"{len(report.versions)} versions from {report.versions[0]} to {report.versions[-1]}"
     return (
         f"{version}: {report.num_records} records, {report.num_parts} parts, {report.num_files} files, "
         f"{in_bytes(report.num_bytes)}: {found} ({report.level}, {report.seconds:.1f} s)"
@@ -358,7 +370,14 @@ def print_problems(report: VerifyReport) -> None:
         names = ", ".join(problem.record_ids[:_NAMED_RECORDS])
         more = len(problem.record_ids) - _NAMED_RECORDS
         suffix = f" [{names}{f' and {more} more' if more > 0 else ''}]" if names else ""
-        click.echo(f"damaged  {problem.where}: {problem.reason}{suffix}")
+        click.echo(f"damaged  {problem.where}: {problem.reason}{suffix}{_shown_by(problem)}")
+
+
+def _shown_by(problem: Problem) -> str:
+    if problem.versions is None:
+        return ""
+    first, last = problem.versions
+    return f" (version {first})" if first == last else f" (versions {first} to {last})"
 
 
 @contextlib.contextmanager
@@ -366,7 +385,8 @@ def bad_version_is_usage() -> Iterator[None]:
     """Turns "no such version" into bad usage."""
     try:
         yield
-    except TagError:
+    except FoldfeedError:
+        # Some are ValueErrors and are about something else, or say more than that.
         raise
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--version") from error
