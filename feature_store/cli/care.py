@@ -26,6 +26,7 @@ from foldfeed.feature_store.care.repair_index import ON_AMBIGUOUS
 from foldfeed.feature_store.care.roll_back import message_of
 from foldfeed.feature_store.care.verify import VerifyReport, verify
 from foldfeed.feature_store.care.verify_parts import LEVELS, Problem
+from foldfeed.feature_store.cli.tools import chosen_way, selection_options
 from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.index import tags as versions
 from foldfeed.feature_store.index.transactions import ON_EXISTING
@@ -245,6 +246,8 @@ def gc_command(store: str, grace_hours: float, keep_days: float | None, dry_run:
 @click.command("copy")
 @click.argument("source")
 @click.argument("target")
+@click.argument("record_ids", nargs=-1, metavar="[RECORD]...")
+@selection_options
 @click.option("--version", help="A version or tag of SOURCE; the newest by default.")
 @click.option(
     "--on-existing",
@@ -253,23 +256,46 @@ def gc_command(store: str, grace_hours: float, keep_days: float | None, dry_run:
     show_default=True,
     help="What to do with records that TARGET has with other content.",
 )
-def copy_command(source: str, target: str, version: str | None, on_existing: str) -> None:
+def copy_command(
+    source: str,
+    target: str,
+    record_ids: tuple[str, ...],
+    where: str | None,
+    record_set: str | None,
+    version: str | None,
+    on_existing: str,
+) -> None:
     """Copy one version of the store SOURCE to TARGET. Run it again to go on after an interruption.
 
-    Named sets, splits and the tags of that version come along; other versions stay behind.
+    All records, or the RECORDs named, or those of --where or --record-set: then nothing of other records is
+    copied. Named sets, splits and the tags of that version come along; other versions stay behind.
 
     \b
     Examples:
       foldfeed copy my-store s3://bucket/my-store
       foldfeed copy my-store /mnt/other/my-store --version paper-1
+      foldfeed copy my-store deep-ones --where "depth > 1000"
+      foldfeed copy my-store train-set --record-set train
     """
+    way = chosen_way("copy", {"--where": where, "--record-set": record_set, "RECORD": record_ids})
     with bars() as progress, bad_version_is_usage():
-        report = copy_store(source, target, version=version, on_existing=on_existing, progress=progress)
+        report = copy_store(
+            source,
+            target,
+            version=version,
+            record_ids=record_ids or None,
+            where=where,
+            record_set=record_set,
+            on_existing=on_existing,
+            progress=progress,
+        )
+    anew = f", {report.parts_rewritten} of them written anew" if report.parts_rewritten else ""
     click.echo(
-        f"parts    {report.parts_copied} copied ({in_bytes(report.bytes_copied)}), "
+        f"parts    {report.parts_copied} copied ({in_bytes(report.bytes_copied)}){anew}, "
         f"{report.parts_skipped} were there"
     )
-    click.echo(f"records  {report.num_added} added")
+    chosen = f" of {report.num_chosen} chosen" if way else ""
+    click.echo(f"records  {report.num_added} added{chosen}")
     for path in report.names_copied:
         click.echo(f"name     {path}")
     if not report.names_known:
