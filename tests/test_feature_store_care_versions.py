@@ -9,10 +9,12 @@ import pytest
 from click.testing import CliRunner
 from records import make_record
 
-from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
+from foldfeed.feature_store import CorruptDataError, FeatureStore, StoreSettings, TagError, write_part
 from foldfeed.feature_store.care import verify as verify_module
 from foldfeed.feature_store.care.compact import compact
+from foldfeed.feature_store.care.copy import copy_store
 from foldfeed.feature_store.care.garbage import collect_garbage
+from foldfeed.feature_store.care.repair import repair
 from foldfeed.feature_store.care.verify import verify
 from foldfeed.feature_store.cli.main import main
 from foldfeed.feature_store.index.tags import set_tag
@@ -256,6 +258,127 @@ def test_the_command_line_tells_which_versions(made):
     assert (result.exit_code, "give one of them" in result.stderr) == (2, True)
 
 
+def test_a_version_is_repaired_from_what_the_part_still_holds(made):
+    store, parts = made
+    before = {path: path.read_bytes() for path in Path(store.url).rglob("*") if path.is_file()}
+    damage(shard(store, parts["cd"], "profile"))
+    Path(store.url, "parts", parts["cd"], "msa/zarr.json").unlink()
+    # The newest version needs nothing of it.
+    assert repair(store.url).restored == ()
+    assert verify(store.url, all_versions=True).problems
+    dry = repair(store.url, version=3, dry_run=True)
+    assert len(dry.restored) == 2
+    assert dry.after.problems
+    report = repair(store.url, version=3)
+    assert sorted(report.restored) == sorted(dry.restored)
+    assert (report.before.version, report.after.version, report.after.problems) == (3, 3, ())
+    # Whoever else shows the part has it back, and nothing was committed.
+    assert verify(store.url, level="deep", all_versions=True).problems == ()
+    assert {path: path.read_bytes() for path in Path(store.url).rglob("*") if path.is_file()} == before
+
+
+def test_a_version_is_repaired_from_a_copy(made, tmp_path):
+    store, parts = made
+    set_tag(store.url, "paper", 2)
+    copy_store(store.url, tmp_path / "copy", version=2)
+    damage(shard(store, parts["ab"]))
+    shutil.rmtree(Path(store.url, "parts", parts["cd"]))
+    damage(shard(store, parts["e"]))
+    stuck = repair(store.url, version="paper")
+    assert stuck.after.damaged_records == ["a", "c", "d"]
+    report = repair(store.url, version="paper", source_url=tmp_path / "copy")
+    assert report.after.problems == ()
+    assert verify(store.url, version=2, level="deep").problems == ()
+    # Another version's damage is another repair's.
+    assert not any(parts["e"] in path for path in report.restored)
+    assert verify(store.url).damaged_records == ["e"]
+
+
+def test_index_files_of_older_versions_come_from_a_copy_of_the_files(made, tmp_path):
+    store, _ = made
+    twin = tmp_path / "twin"
+    shutil.copytree(store.url, twin)
+    copy_store(store.url, tmp_path / "copy", version=2)
+    (old,) = set(Index.open(store.url, 1).files) - set(Index.open(store.url, 7).files)
+    path = Path(store.url, "index", old)
+    good = damage(path)
+    with pytest.raises(CorruptDataError):
+        FeatureStore.open(store.url, 1).index_rows()
+    assert repair(store.url, version=1).after.problems
+    # A copy by `foldfeed copy` has an index of its own: here one file for what came in two.
+    assert f"index/{old}" not in repair(store.url, version=1, source_url=tmp_path / "copy").restored
+    damage(twin / "index" / old)
+    assert repair(store.url, version=1, source_url=twin).restored == (), "a damaged copy is no help"
+    (twin / "index" / old).write_bytes(good)
+    assert repair(store.url, version=1, source_url=twin, dry_run=True).restored == (f"index/{old}",)
+    assert path.read_bytes() != good
+    report = repair(store.url, version=1, source_url=twin)
+    assert (report.restored, report.after.problems) == ((f"index/{old}",), ())
+    assert path.read_bytes() == good
+    path.unlink()
+    assert repair(store.url, source_url=twin).restored == (f"index/{old}",)
+    newest = Path(store.url, "index", Index.open(store.url, 7).files[0])
+    newest.unlink()
+    report = repair(store.url, source_url=twin, roll_back_index=True)
+    assert (report.rolled_back, report.after.problems) == (None, ()), "nothing had to be given up"
+
+
+@pytest.mark.parametrize("name", ["quarantine", "roll_back_index", "rebuild_lost_index", "add_missing"])
+def test_a_version_never_changes(made, name):
+    store, parts = made
+    damage(shard(store, parts["cd"]))
+    with pytest.raises(ValueError, match=f"{name} would change the newest version, and version 2 was asked"):
+        repair(store.url, version=2, **{name: True})
+    assert FeatureStore.open(store.url).version == 7
+
+
+def test_a_version_that_is_not_there_is_not_repaired(made):
+    store, parts = made
+    path = shard(store, parts["b2"], "profile")
+    damage(path)
+    held = path.read_bytes()
+    with pytest.raises(ValueError, match="version 9 does not exist"):
+        repair(store.url, version=9)
+    with pytest.raises(TagError, match="no tag 'nine'"):
+        repair(store.url, version="nine")
+    collect_garbage(store.url, grace_s=0, keep_days=0)
+    with pytest.raises(ValueError, match="version 2 is no longer kept"):
+        repair(store.url, version=2)
+    assert path.read_bytes() == held
+
+
+def test_a_part_that_gc_had_set_aside_comes_back_for_its_version(made):
+    store, parts = made
+    folder = Path(store.url, "parts", parts["cd"])
+    folder.rename(folder.parent / f".tmp-gc-{parts['cd']}")
+    assert repair(store.url).after.problems == ()
+    assert not folder.exists()
+    assert repair(store.url, version=2).after.problems == ()
+    assert folder.exists()
+
+
+def test_repair_of_a_version_from_the_command_line(made, tmp_path):
+    store, parts = made
+    copy_store(store.url, tmp_path / "copy", version=2)
+    damage(shard(store, parts["cd"]))
+    run = CliRunner().invoke
+    assert run(main, ["repair", store.url]).exit_code == 0
+    result = run(main, ["repair", store.url, "--version", "2"])
+    assert result.exit_code == 1
+    assert "version 2: restore what is damaged from a copy (--from)" in result.stdout
+    result = run(main, ["repair", store.url, "--version", "2", "--from", str(tmp_path / "copy")])
+    assert (result.exit_code, "restored  parts/" in result.stdout) == (0, True), result.output
+    assert "version 2: 4 records, 2 parts" in result.stdout
+    for words, message in (
+        (["--quarantine"], "--quarantine would change the newest version"),
+        (["--add-missing", "--roll-back"], "--roll-back and --add-missing would change"),
+    ):
+        result = run(main, ["repair", store.url, "--version", "2", *words])
+        assert (result.exit_code, message in result.stderr) == (2, True)
+    result = run(main, ["repair", store.url, "--version", "77"])
+    assert (result.exit_code, "version 77 does not exist" in result.stderr) == (2, True)
+
+
 def test_in_a_bucket(s3):
     store, parts = history(s3)
     blobs = open_blobs(store.url)
@@ -266,3 +389,8 @@ def test_in_a_bucket(s3):
     assert verify(store.url).problems == ()
     report = verify(store.url, all_versions=True)
     assert {problem.versions for problem in report.problems} == {(2, 5)}
+    blobs.delete(f"parts/{parts['cd']}/profile/zarr.json")
+    copy_store(store.url, f"{s3}-copy", version=1)
+    assert len(repair(store.url, version=2).restored) == 1
+    blobs.write_atomic(path, whole)
+    assert verify(store.url, all_versions=True).problems == ()

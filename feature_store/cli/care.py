@@ -87,6 +87,7 @@ def verify_command(store: str, level: str, version: str | None, all_versions: bo
 
 @click.command("repair")
 @click.argument("store")
+@click.option("--version", help="A version or tag whose files to restore; the newest by default.")
 @click.option("--from", "source", metavar="STORE2", help="A copy to take damaged files from.")
 @click.option("--quarantine", is_flag=True, help="Delete records that stay damaged from the index.")
 @click.option("--roll-back", is_flag=True, help="Go back to the last version that can be read.")
@@ -102,6 +103,7 @@ def verify_command(store: str, level: str, version: str | None, all_versions: bo
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 def repair_command(
     store: str,
+    version: str | None,
     source: str | None,
     quarantine: bool,
     roll_back: bool,
@@ -112,10 +114,15 @@ def repair_command(
 ) -> None:
     """Restore damaged files of STORE that can be restored bit for bit; more only if told so.
 
+    Looked at are the parts of the newest version, or of --version: `foldfeed verify --all-versions` says
+    which versions show a damaged part. Then that version can be read again; no version changes, so what
+    changes the newest one (--quarantine, --roll-back, --rebuild-index, --add-missing) does not go with it.
+
     \b
     Examples:
       foldfeed repair my-store --dry-run
       foldfeed repair my-store --from s3://backup/my-store
+      foldfeed repair my-store --version paper-1 --from s3://backup/my-store
       foldfeed repair my-store --quarantine
       foldfeed repair my-store --roll-back --add-missing
       foldfeed repair my-store --rebuild-index --on-ambiguous newest
@@ -124,9 +131,22 @@ def repair_command(
         raise click.UsageError(
             "--roll-back keeps the history, --rebuild-index makes a new one; try the first."
         )
-    with bars() as progress:
+    changes = {
+        "--quarantine": quarantine,
+        "--roll-back": roll_back,
+        "--rebuild-index": rebuild_index,
+        "--add-missing": add_missing,
+    }
+    given = [name for name, value in changes.items() if value]
+    if version is not None and given:
+        raise click.UsageError(
+            f"{' and '.join(given)} would change the newest version; --version restores files of one that "
+            "is there and changes none. Leave one of them out."
+        )
+    with bars() as progress, bad_version_is_usage():
         report = repair(
             store,
+            version=version,
             source_url=source,
             quarantine=quarantine,
             roll_back_index=roll_back,
@@ -159,7 +179,7 @@ def repair_command(
     print_problems(report.after)
     click.echo(summary(report.after))
     if report.after.problems:
-        click.echo(advice(report.after))
+        click.echo(advice(report.after, version))
         raise click.exceptions.Exit(1)
 
 
@@ -374,8 +394,13 @@ def summary(report: VerifyReport) -> str:
     )
 
 
-def advice(report: VerifyReport) -> str:
-    """Returns what to do about damage that is left."""
+def advice(report: VerifyReport, version: str | None = None) -> str:
+    """Returns what to do about damage that is left, in the newest version or in one that was asked for."""
+    if version is not None:
+        return (
+            f"version {version}: restore what is damaged from a copy (--from); one that was made file by "
+            "file has all files of the index, too"
+        )
     if report.version is None:
         return (
             "the index cannot be read: repair --roll-back goes back to the last version that can, "
