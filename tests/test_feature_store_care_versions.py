@@ -1,6 +1,7 @@
 """Damage that older versions alone show: found, named with its versions, and repaired."""
 
 import collections
+import random
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,14 @@ import pytest
 from click.testing import CliRunner
 from records import make_record
 
-from foldfeed.feature_store import CorruptDataError, FeatureStore, StoreSettings, TagError, write_part
+from foldfeed.feature_store import (
+    CorruptDataError,
+    FeatureStore,
+    NotAStoreError,
+    StoreSettings,
+    TagError,
+    write_part,
+)
 from foldfeed.feature_store.care import verify as verify_module
 from foldfeed.feature_store.care.compact import compact
 from foldfeed.feature_store.care.copy import copy_store
@@ -102,6 +110,25 @@ def test_a_part_that_is_missing_is_found(made, what):
     assert verify(store.url).problems == ()
     (problem,) = verify(store.url, all_versions=True).problems
     assert (problem.versions, problem.record_ids) == ((2, 5), ("c", "d"))
+
+
+def test_all_versions_find_what_each_version_finds(made):
+    """Any flipped byte of any file of a part: the same problems, in the versions in which they are."""
+    store, _ = made
+    files = sorted(path for path in Path(store.url, "parts").rglob("*") if path.is_file())
+    rng = random.Random(7)
+    for path in rng.sample(files, 6):
+        good = damage(path, rng.randrange(path.stat().st_size))
+        alone = {version: verify(store.url, version=version).problems for version in range(8)}
+        shown = [version for version, problems in alone.items() if problems]
+        together = verify(store.url, all_versions=True).problems
+        assert together, path
+        assert {problem.versions for problem in together} == {(shown[0], shown[-1])}
+        assert {problem.where for problem in together} == {
+            problem.where for problems in alone.values() for problem in problems
+        }
+        path.write_bytes(good)
+    assert verify(store.url, all_versions=True).problems == ()
 
 
 def reads_of(monkeypatch, work) -> collections.Counter:
@@ -345,6 +372,11 @@ def test_a_version_that_is_not_there_is_not_repaired(made):
     with pytest.raises(ValueError, match="version 2 is no longer kept"):
         repair(store.url, version=2)
     assert path.read_bytes() == held
+
+
+def test_a_copy_that_is_none_is_said(made, tmp_path):
+    with pytest.raises(NotAStoreError, match="nothing of a store that files could be taken from"):
+        repair(made[0].url, version=2, source_url=tmp_path / "typo")
 
 
 def test_a_part_that_gc_had_set_aside_comes_back_for_its_version(made):

@@ -34,6 +34,7 @@ from foldfeed.feature_store.format.schema import INDEX_SCHEMA
 from foldfeed.feature_store.format.settings import SETTINGS_FILE
 from foldfeed.feature_store.index import tags as versions
 from foldfeed.feature_store.index.transactions import Index
+from foldfeed.feature_store.parts.presence import anything_left
 from foldfeed.feature_store.progress import Progress, silent
 from foldfeed.feature_store.storage import Blobs, open_blobs
 
@@ -102,6 +103,7 @@ def repair(
     Raises:
       CommitConflictError: see ``on_ambiguous``.
       CorruptDataError: the log, or the tag that names the version, is damaged.
+      NotAStoreError: there is no store, or none at ``source_url``.
       ValueError: ``roll_back_index`` and ``rebuild_lost_index``: one keeps the history, one does not. No such
         version. A version together with what changes the newest one: ``quarantine``, ``roll_back_index``,
         ``rebuild_lost_index`` or ``add_missing``.
@@ -121,6 +123,8 @@ def repair(
         )
     blobs = open_blobs(store_url)
     source = None if source_url is None else open_blobs(source_url)
+    if source is not None and not anything_left(source):
+        raise NotAStoreError(source.url, "there is nothing of a store that files could be taken from")
     restored = [*drop_wrong_checkpoints(blobs, dry_run)]
     if version is not None:
         # Now, so that nothing else is done for a version that is not there.

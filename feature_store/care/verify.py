@@ -23,7 +23,7 @@ from foldfeed.feature_store.care.verify_index import (
     readable_versions,
 )
 from foldfeed.feature_store.care.verify_parts import LEVELS, PartCheck, Problem, check_part
-from foldfeed.feature_store.care.verify_versions import NamedRows, named_rows, stale_sets
+from foldfeed.feature_store.care.verify_versions import named_rows, stale_sets
 from foldfeed.feature_store.errors import NOT_DAMAGE, CorruptDataError, FoldfeedError, NotAStoreError
 from foldfeed.feature_store.format.schema import INDEX_SCHEMA
 from foldfeed.feature_store.format.settings import SETTINGS_FILE, StoreSettings
@@ -94,7 +94,8 @@ def verify(
       level: ``quick``, ``full`` or ``deep``, see `care.verify_parts.check_part`.
       version: the newest when None.
       all_versions: check the parts of every version that can be opened, each part once. Its problems say in
-        ``versions`` whom they concern.
+        ``versions`` whom they concern. Where the log is damaged nobody knows these versions: that is told,
+        and the parts of the newest version are checked.
       progress: told after each part.
     Raises:
       NotAStoreError: there is nothing of a store at all.
@@ -112,43 +113,73 @@ def verify(
             blobs.url, f"it has neither {SETTINGS_FILE} nor {INDEX_FOLDER}/ nor {PARTS_FOLDER}/"
         )
     problems: list[Problem] = []
-    versions: tuple[int, ...] = ()
-    named: NamedRows | None = None
-    stale: tuple[str, ...] = ()
-    opened = _open(blobs, version, problems)
-    if opened is None:
-        # Without an index nobody knows what is visible; whatever parts there are can still be checked.
-        names = [name for name in blobs.list(PARTS_FOLDER) if not name.startswith(TEMPORARY_PREFIX)]
-        by_part = dict.fromkeys(names, INDEX_SCHEMA.empty_table())
-    else:
-        versions = (opened.version,)
-        index = Index.open(blobs.url, None)
-        log = _log(index, problems)
-        if log is not None:
-            problems += check_index(blobs, index, log, level)
-        if all_versions and log is not None:
-            versions = tuple(readable_versions(blobs, log))
-            named = named_rows(blobs, index.schema, needed_files(blobs, log))
-            reported = {problem.where for problem in problems}
-            problems += [problem for problem in named.problems if problem.where not in reported]
-            stale = stale_sets(blobs, opened.settings, named)
-        by_part = rows_by_part(opened.index_rows() if named is None else named.rows)
-        problems += check_names(blobs, opened.settings)
-    checks = _check_parts(blobs, by_part, level, None if opened is None else opened.settings, progress)
-    if named is not None:
-        checks = [_with_versions(check, named.spans[check.part_id]) for check in checks]
+    scope = _scope(blobs, version, all_versions, level, problems)
+    checks = _check_parts(blobs, scope.by_part, level, scope.settings, progress)
+    checks = [_with_versions(check, scope.spans.get(check.part_id)) for check in checks]
     return VerifyReport(
         url=blobs.url,
         level=level,
-        version=None if opened is None else opened.version,
-        versions=versions,
-        num_records=0 if opened is None else len(opened) if named is None else named.num_records,
+        version=scope.version,
+        versions=scope.versions,
+        num_records=scope.num_records,
         num_parts=len(checks),
         num_files=sum(check.num_files for check in checks),
         num_bytes=sum(check.num_bytes for check in checks),
         problems=(*problems, *(problem for check in checks for problem in check.problems)),
-        stale_sets=stale,
+        stale_sets=scope.stale_sets,
         seconds=time.monotonic() - started,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Scope:
+    """Which parts are to be checked, with the rows that point into them; fields as in `VerifyReport`.
+
+    ``spans`` has the first and the last version that show a part, where all versions are looked at.
+    """
+
+    by_part: Mapping[str, pa.Table]
+    settings: StoreSettings | None = None
+    version: int | None = None
+    versions: tuple[int, ...] = ()
+    num_records: int = 0
+    spans: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    stale_sets: tuple[str, ...] = ()
+
+
+def _scope(
+    blobs: Blobs, version: int | str | None, all_versions: bool, level: str, problems: list[Problem]
+) -> _Scope:
+    """Checks everything but the parts, and returns which parts are next."""
+    opened = _open(blobs, version, problems)
+    if opened is None:
+        # Without an index nobody knows what is visible; whatever parts there are can still be checked.
+        names = [name for name in blobs.list(PARTS_FOLDER) if not name.startswith(TEMPORARY_PREFIX)]
+        return _Scope(by_part=dict.fromkeys(names, INDEX_SCHEMA.empty_table()))
+    index = Index.open(blobs.url, None)
+    log = _log(index, problems)
+    if log is not None:
+        problems += check_index(blobs, index, log, level)
+    problems += check_names(blobs, opened.settings)
+    if log is None or not all_versions:
+        return _Scope(
+            by_part=rows_by_part(opened.index_rows()),
+            settings=opened.settings,
+            version=opened.version,
+            versions=(opened.version,),
+            num_records=len(opened),
+        )
+    named = named_rows(blobs, index.schema, needed_files(blobs, log))
+    reported = {problem.where for problem in problems}
+    problems += [problem for problem in named.problems if problem.where not in reported]
+    return _Scope(
+        by_part=rows_by_part(named.rows),
+        settings=opened.settings,
+        version=opened.version,
+        versions=tuple(readable_versions(blobs, log)),
+        num_records=named.num_records,
+        spans=named.spans,
+        stale_sets=stale_sets(blobs, opened.settings, named),
     )
 
 
@@ -174,7 +205,7 @@ def _log(index: Index, problems: list[Problem]) -> list[Commit] | None:
         return None
 
 
-def _with_versions(check: PartCheck, versions: tuple[int, int]) -> PartCheck:
+def _with_versions(check: PartCheck, versions: tuple[int, int] | None) -> PartCheck:
     problems = tuple(dataclasses.replace(problem, versions=versions) for problem in check.problems)
     return dataclasses.replace(check, problems=problems)
 

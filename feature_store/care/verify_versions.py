@@ -27,7 +27,7 @@ from foldfeed.feature_store.store.feature_store import PLACE_COLUMNS
 # Rows that agree in these lie at the same place and say the same.
 _IDENTITY = [*PLACE_COLUMNS, "fingerprint"]
 _POSITION = "position"
-# Rows of this many are compared at once; more often costs time, more rarely memory.
+# About so many rows are compared at once with those before: of small files each would cost as much.
 _COMPARED_ROWS = 1 << 17
 
 
@@ -60,7 +60,8 @@ def named_rows(blobs: Blobs, index_schema: pa.Schema, needed: Mapping[str, Neede
       needed: files by name, with the versions that show them.
     """
     schema = pa.schema([index_schema.field(name) for name in INDEX_SCHEMA.names])
-    rows, waiting = schema.empty_table(), []
+    kept, waiting = [schema.empty_table()], []
+    seen = kept[0].select(_IDENTITY)
     spans: dict[str, tuple[int, int]] = {}
     problems = []
     for name, file in sorted(needed.items()):
@@ -73,9 +74,11 @@ def named_rows(blobs: Blobs, index_schema: pa.Schema, needed: Mapping[str, Neede
             first, last = spans.get(part_id, file.versions)
             spans[part_id] = min(first, file.versions[0]), max(last, file.versions[1])
         waiting.append(table)
-        if sum(map(len, waiting)) > len(rows) + _COMPARED_ROWS:
-            rows, waiting = _distinct([rows, *waiting]), []
-    return NamedRows(rows=_distinct([rows, *waiting]), spans=spans, problems=tuple(problems))
+        if sum(map(len, waiting)) > len(seen) // 4 + _COMPARED_ROWS:
+            kept.append(_unseen(seen, waiting))
+            seen, waiting = pa.concat_tables([seen, kept[-1].select(_IDENTITY)]), []
+    kept += [_unseen(seen, waiting)] if waiting else []
+    return NamedRows(rows=pa.concat_tables(kept), spans=spans, problems=tuple(problems))
 
 
 def stale_sets(blobs: Blobs, settings: StoreSettings, named: NamedRows) -> tuple[str, ...]:
@@ -93,12 +96,14 @@ def stale_sets(blobs: Blobs, settings: StoreSettings, named: NamedRows) -> tuple
     return tuple(stale)
 
 
-def _distinct(tables: Sequence[pa.Table]) -> pa.Table:
+def _unseen(seen: pa.Table, tables: Sequence[pa.Table]) -> pa.Table:
+    """Returns the rows of tables whose identity is not among those seen, each once."""
     rows = pa.concat_tables(tables)
-    positions = pa.array(np.arange(len(rows)))
-    numbered = rows.select(_IDENTITY).append_column(_POSITION, positions)
-    firsts = numbered.group_by(_IDENTITY).aggregate([(_POSITION, "min")])[f"{_POSITION}_min"]
-    return rows.filter(pc.is_in(positions, value_set=firsts.combine_chunks()))
+    keys = pa.concat_tables([seen, rows.select(_IDENTITY)])
+    positions = pa.array(np.arange(len(keys)))
+    keys = keys.append_column(_POSITION, positions).group_by(_IDENTITY).aggregate([(_POSITION, "min")])
+    firsts = keys[f"{_POSITION}_min"].combine_chunks()
+    return rows.filter(pc.is_in(positions.slice(len(seen)), value_set=firsts))
 
 
 def _content(rows: pa.Table) -> pa.ChunkedArray:
