@@ -5,8 +5,9 @@ one transaction. So an interrupted copy is an older (or empty) store beside part
 the same command goes on where it stopped. Copies the chosen version with its tags, and all named sets and
 splits (`care.copy_names`); other versions stay behind.
 
-Of a selection nothing else leaves the source: a part that holds other records, too, is not copied, its chosen
-records are written into new parts (`care.rewrite`), each checked against its fingerprint.
+Of a selection no other record leaves the source (named sets and splits still give ids of others): a part that
+holds other records, too, is not copied, its chosen records are written into new parts (`care.rewrite`), each
+checked against its fingerprint.
 """
 
 from __future__ import annotations

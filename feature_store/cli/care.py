@@ -287,8 +287,8 @@ def copy_command(
 ) -> None:
     """Copy one version of the store SOURCE to TARGET. Run it again to go on after an interruption.
 
-    All records, or the RECORDs named, or those of --where or --record-set: then nothing of other records is
-    copied. Named sets, splits and the tags of that version come along; other versions stay behind.
+    All records, or the RECORDs named, or those of --where or --record-set: then the data of other records
+    stay behind. Named sets, splits and the tags of that version come along; other versions stay behind.
 
     \b
     Examples:
