@@ -3,6 +3,7 @@
     FoldfeedError
     ├── StoreError                    something about a store on disk or in a bucket
     │   ├── NotAStoreError            the URL holds no foldfeed store
+    │   │   └── StoreGoneError        it did when it was opened; it was moved or deleted since
     │   ├── StoreUrlError             a kind of storage that cannot be reached from here
     │   ├── StoreSettingsError        the store exists with other settings than those asked for
     │   ├── FormatVersionError        written by a format this reader does not know
@@ -80,6 +81,29 @@ class NotAStoreError(StoreError):
         super().__init__(
             f"{url!r} is not a foldfeed store: {reason}. "
             "Give the folder that `foldfeed build --store` wrote (it holds foldfeed.json, index/ and parts/)."
+        )
+
+
+class StoreGoneError(NotAStoreError):
+    """A store that was open is no longer where it was: moved, deleted or unmounted.
+
+    What was read before is right. A file that is missing from a store that is still there is a
+    `CorruptDataError`.
+
+    Attributes:
+      url: where it was opened.
+      path: the file of it that was to be read.
+    """
+
+    def __init__(self, url: str, path: str) -> None:
+        self.url = url
+        self.path = path
+        self.reason = "nothing of the store is there any more"
+        StoreError.__init__(
+            self,
+            f"the store at {url!r} is gone: {path!r} cannot be read, and neither foldfeed.json nor index/ "
+            "nor parts/ is there any more. It was moved, deleted or unmounted while it was open here; open "
+            "it again at its new place",
         )
 
 
@@ -262,7 +286,14 @@ class ForkedProcessError(StoreError):
 
 
 # What goes wrong on the way to a store. Whoever takes errors for damage lets these pass.
-NOT_DAMAGE = (StorageError, StorageRefusedError, StorageFullError, HistoryChangedError, ForkedProcessError)
+NOT_DAMAGE = (
+    StorageError,
+    StorageRefusedError,
+    StorageFullError,
+    StoreGoneError,
+    HistoryChangedError,
+    ForkedProcessError,
+)
 
 
 class NameTakenError(StoreError):

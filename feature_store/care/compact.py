@@ -11,31 +11,34 @@ somebody replaces or deletes meanwhile stays replaced or deleted.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from foldfeed.feature_store.errors import CorruptDataError
-from foldfeed.feature_store.format.record import MsaRecord
+from foldfeed.feature_store.care.rewrite import (
+    DEFAULT_TARGET_BYTES,
+    Group,
+    fill,
+    num_tokens,
+    places_in,
+    read_records,
+    relocated,
+    token_cost,
+)
 from foldfeed.feature_store.format.settings import SETTINGS_FILE, StoreSettings
 from foldfeed.feature_store.index.transactions import Index
 from foldfeed.feature_store.parts.reader import PartReader
-from foldfeed.feature_store.parts.rebuild import load_record
 from foldfeed.feature_store.parts.writer import write_part
 from foldfeed.feature_store.progress import Progress, silent
 from foldfeed.feature_store.storage import Blobs, open_blobs
 
-DEFAULT_TARGET_BYTES = 256 << 20
 # With fewer live records than this share a part is rewritten however big it is.
 DEFAULT_MIN_LIVE = 0.5
 # Every version opens all its index files; this few are not worth a transaction of their own.
 _FEW_INDEX_FILES = 4
-# Each holds a descriptor per array, and a process has 1,024 of them.
-_OPEN_PARTS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,14 +64,6 @@ class CompactReport:
     index_files_before: int
     index_files_after: int
     dry_run: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Group:
-    """Records that will share a new part: index rows, sorted by id, and the bytes they are likely to take."""
-
-    rows: pa.Table
-    num_bytes: int
 
 
 def compact(
@@ -122,10 +117,9 @@ def compact(
 
 def _plan(
     blobs: Blobs, rows: pa.Table, target_bytes: int, min_live: float, part_ids: Sequence[str]
-) -> list[_Group]:
+) -> list[Group]:
     """Returns the new parts to write; none where there is nothing to gain."""
-    tokens = pc.multiply(rows["length"].cast(pa.int64()), rows["depth"].cast(pa.int64()))
-    per_part = rows.select(["part_id"]).append_column("tokens", tokens).group_by("part_id")
+    per_part = rows.select(["part_id"]).append_column("tokens", num_tokens(rows)).group_by("part_id")
     chosen: list[str] = []
     num_dead = 0
     costs: dict[str, float] = {}
@@ -137,29 +131,13 @@ def _plan(
         if small or live / part.num_records < min_live or part_id in part_ids:
             chosen.append(part_id)
             num_dead += part.num_records - live
-            # Bytes follow tokens within a part, near enough for filling the new ones.
-            costs[part_id] = size / entry["tokens_sum"]
+            costs[part_id] = token_cost(part, entry["tokens_sum"], live)
     wanted = pc.is_in(rows["part_id"], value_set=pa.array(chosen, pa.string()))
-    groups = _fill(rows.filter(wanted), tokens.filter(wanted).to_pylist(), costs, target_bytes)
+    groups = fill(rows.filter(wanted), costs, target_bytes)
     return groups if num_dead or part_ids or len(groups) < len(chosen) else []
 
 
-def _fill(rows: pa.Table, tokens: Sequence[int], costs: Mapping[str, float], target: int) -> list[_Group]:
-    groups = []
-    start, size = 0, 0.0
-    parts = rows["part_id"].to_pylist()
-    for position, (part_id, count) in enumerate(zip(parts, tokens, strict=True)):
-        cost = count * costs[part_id]
-        if size and size + cost > target:
-            groups.append(_Group(rows=rows.slice(start, position - start), num_bytes=int(size)))
-            start, size = position, 0.0
-        size += cost
-    if size:
-        groups.append(_Group(rows=rows.slice(start), num_bytes=int(size)))
-    return groups
-
-
-def _run(blobs: Blobs, index: Index, groups: Sequence[_Group], num_moved: int, progress: Progress) -> int:
+def _run(blobs: Blobs, index: Index, groups: Sequence[Group], num_moved: int, progress: Progress) -> int:
     """Writes the new parts, then moves all records in one transaction; returns the bytes written."""
     moves: list[dict[str, Any]] = []
     num_bytes = 0
@@ -167,67 +145,19 @@ def _run(blobs: Blobs, index: Index, groups: Sequence[_Group], num_moved: int, p
     for group in groups:
         written = write_part(
             blobs.url,
-            _records(blobs, group.rows, len(moves), num_moved, progress),
+            read_records(blobs, group.rows, progress, "moving records", len(moves), num_moved),
             settings,
         )
         num_bytes += written.num_bytes
-        moves += _moves(PartReader(blobs, written.part_id), group.rows)
+        moves += places_in(PartReader(blobs, written.part_id), group.rows)
     if moves:
         moved = pa.Table.from_pylist(moves)
         index.update(
             moved["record_id"].to_pylist(),
-            lambda rows: _relocated(rows, moved),
+            lambda rows: relocated(rows, moved),
             operation="compact",
             message=f"{num_moved} records moved into {len(groups)} part(s)",
         )
     if len(index.files) > _FEW_INDEX_FILES:
         index.merge_files(message=f"{len(index.files)} index files merged")
     return num_bytes
-
-
-def _records(blobs: Blobs, rows: pa.Table, done: int, total: int, progress: Progress) -> Iterator[MsaRecord]:
-    @functools.lru_cache(_OPEN_PARTS)
-    def opened(part_id: str) -> PartReader:
-        return PartReader(blobs, part_id)
-
-    for position in range(len(rows)):
-        row = rows.slice(position, 1).to_pylist()[0]
-        yield load_record(opened(row["part_id"]), row)
-        progress("moving records", done + position + 1, total)
-
-
-def _moves(part: PartReader, old: pa.Table) -> list[dict[str, Any]]:
-    """Returns old part and new position of each record of a new part, after a look at what it holds."""
-    before = {row["record_id"]: row for row in old.to_pylist()}
-    found = []
-    for row in part.index_rows():
-        was = before[row["record_id"]]
-        places = {name: row[name] for name in row if name.startswith("first_")}
-        differ = [name for name in row if name not in places and row[name] != was.get(name)]
-        if differ:
-            reason = f"record {row['record_id']!r} would lose or change {', '.join(differ)}"
-            raise CorruptDataError(part.path, reason)
-        found.append(
-            {
-                "record_id": row["record_id"],
-                "fingerprint": row["fingerprint"],
-                "old_part": was["part_id"],
-                "part_id": part.part_id,
-                **places,
-            }
-        )
-    return found
-
-
-def _relocated(rows: pa.Table, moved: pa.Table) -> pa.Table:
-    """Returns the rows that are still what they were when they were copied, with their new places."""
-    at = pc.index_in(rows["record_id"], value_set=moved["record_id"])
-    same_part = pc.equal(moved["old_part"].take(at), rows["part_id"])
-    same = pc.and_(same_part, pc.equal(moved["fingerprint"].take(at), rows["fingerprint"]))
-    rows, at = rows.filter(same), at.filter(same)
-    for name in moved.column_names:
-        if name == "part_id" or name.startswith("first_"):
-            position = rows.schema.get_field_index(name)
-            field = rows.schema.field(position)
-            rows = rows.set_column(position, field, moved[name].take(at).cast(field.type))
-    return rows

@@ -1,9 +1,13 @@
-"""`copy`: one version of a store to another place, with resume.
+"""`copy`: one version of a store, or some of its records, to another place, with resume.
 
 Owns the order: parts first, each checked byte by byte against its own metadata on the way, the index last, in
 one transaction. So an interrupted copy is an older (or empty) store beside parts that nothing names yet, and
 the same command goes on where it stopped. Copies the chosen version with its tags, and all named sets and
 splits (`care.copy_names`); other versions stay behind.
+
+Of a selection no other record leaves the source (named sets and splits still give ids of others): a part that
+holds other records, too, is not copied, its chosen records are written into new parts (`care.rewrite`), each
+checked against its fingerprint.
 """
 
 from __future__ import annotations
@@ -12,22 +16,36 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from foldfeed.feature_store.care.copy_names import Names, collect_names, write_names
+from foldfeed.feature_store.care.rewrite import (
+    DEFAULT_TARGET_BYTES,
+    Group,
+    fill,
+    num_tokens,
+    places_in,
+    read_records,
+    relocated,
+    token_cost,
+)
 from foldfeed.feature_store.care.verify_parts import file_sha256
 from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
 from foldfeed.feature_store.format.schema import INDEX_SCHEMA
+from foldfeed.feature_store.format.settings import StoreSettings
 from foldfeed.feature_store.index.transactions import Index
 from foldfeed.feature_store.parts.reader import PartReader
 from foldfeed.feature_store.parts.wanted import PARTS_FOLDER, mark_wanted
+from foldfeed.feature_store.parts.writer import WrittenPart, write_part
 from foldfeed.feature_store.progress import Progress, silent
 from foldfeed.feature_store.storage import LAST_FILE, Blobs, open_blobs
 from foldfeed.feature_store.store.feature_store import FeatureStore
+from foldfeed.feature_store.store.selection import choose_ids
 
 _PIECE_BYTES = 8 << 20
 _THREADS = 2
@@ -40,8 +58,10 @@ class CopyReport:
     Attributes:
       source_version: version of the source that was copied.
       version: version of the copy after it.
+      num_chosen: records of that version that were to be copied.
       num_added: records that the copy did not have, or had with other content.
       parts_copied: parts written.
+      parts_rewritten: how many of them were made anew, for chosen records whose part holds others as well.
       parts_skipped: parts that were there already, checked byte by byte.
       bytes_copied: size of the parts written.
       names_copied: paths of the sets, splits and tags that the copy did not have.
@@ -52,8 +72,10 @@ class CopyReport:
 
     source_version: int
     version: int
+    num_chosen: int
     num_added: int
     parts_copied: int
+    parts_rewritten: int
     parts_skipped: int
     bytes_copied: int
     names_copied: tuple[str, ...]
@@ -66,55 +88,75 @@ def copy_store(
     target_url: str | os.PathLike[str],
     *,
     version: int | str | None = None,
+    record_ids: Sequence[str] | None = None,
+    where: str | None = None,
+    record_set: str | None = None,
     on_existing: str = "error",
     progress: Progress = silent,
 ) -> CopyReport:
     """Brings the records of one version into another store, which is made when it is not there.
 
+    All records, or those that ``record_ids``, ``where`` or ``record_set`` choose. The same copy again adds
+    nothing. Named sets and splits come along whole; a set says so when it is used and not all of its records
+    are there. Tags come along where the copy holds what the version holds.
+
+    Example:
+      >>> copy_store("my-store", "deep-ones", where="depth > 1000").num_chosen
+
     Args:
       source_url: the store to copy.
       target_url: an empty place, or a store of the same settings; its other records stay.
       version: of the source, the newest when None.
+      record_ids: only these records.
+      where: only records for which this SQL condition holds.
+      record_set: only the records of that saved set of the source.
       on_existing: for a record that the target has with other content: ``error``, ``replace`` or ``skip``.
         A set or split never changes its meaning: ``replace`` is an error there, too.
       progress: told after each part.
     Raises:
       CorruptDataError: a part of the source is damaged; it is not published in the target.
+      ValueError: more than one of ``record_ids``, ``where`` and ``record_set``.
+      RecordNotFoundError, QueryError, NameNotFoundError, RecordSetMismatchError: they choose what is not
+        there; nothing was written. See `store.selection.choose_ids`.
       StoreSettingsError: the target has other settings.
       CommitConflictError: see ``on_existing``; the parts are there, the index is as it was.
       NameTakenError: see ``on_existing``; nothing was copied.
       TagError: the target has a tag of the version's that names something else; all else was copied.
     """
     source = FeatureStore.open(source_url, version)
-    target = FeatureStore.create(target_url, source.settings)
     rows = source.index_rows()
-    part_ids = sorted(pc.unique(rows["part_id"]).to_pylist())
+    selected = record_ids is not None or where is not None or record_set is not None
+    if selected:
+        ids = choose_ids(source, record_ids=record_ids, where=where, record_set=record_set)
+        rows = rows.filter(pc.is_in(rows["record_id"], pa.array(ids, pa.string())))
+    num_chosen = len(rows)
+    target = FeatureStore.create(target_url, source.settings)
     from_blobs, to_blobs = open_blobs(source.url), open_blobs(target.url)
+    loose = rows.slice(0, 0)
+    if selected:
+        rows, loose = _split(from_blobs, target, rows, on_existing)
+    part_ids = sorted(pc.unique(rows["part_id"]).to_pylist())
     names = (
         collect_names(from_blobs, to_blobs, source.settings, source.version, on_existing)
         if from_blobs.can_list
         else Names(files={}, tags=())
     )
-    sizes: dict[str, int] = {}
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        waiting = {pool.submit(copy_part, from_blobs, to_blobs, part_id): part_id for part_id in part_ids}
-        try:
-            for future in concurrent.futures.as_completed(waiting):
-                sizes[waiting[future]] = future.result()
-                progress("copying parts", len(sizes), len(part_ids))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    sizes = _copy_parts(from_blobs, to_blobs, part_ids, progress)
+    made, placed = _rewrite(from_blobs, to_blobs, loose, source.settings, progress)
     # The first part may have been here for hours by now, and a `gc` in the very moment may have taken it.
-    while gone := mark_wanted(target.url, part_ids):
+    while gone := mark_wanted(target.url, [*part_ids, *made]):
         for part_id in gone:
-            sizes[part_id] += copy_part(from_blobs, to_blobs, part_id)
+            if part_id in made:
+                _write_group(from_blobs, to_blobs, made[part_id].rows, source.settings)
+            else:
+                sizes[part_id] += copy_part(from_blobs, to_blobs, part_id)
+    sizes |= {part_id: group.num_bytes for part_id, group in made.items()}
     index = Index.open(target.url, None)
     index.add_columns([field for field in rows.schema if field.name not in INDEX_SCHEMA.names])
     result = index.commit(
-        rows,
+        pa.concat_tables([rows, placed]),
         job_id="",
-        message=f"copy of {source.url}, version {source.version}",
+        message=f"copy of {source.url}, version {source.version}{_words(record_ids, where, record_set)}",
         on_existing=on_existing,
     )
     same = FeatureStore.open(target.url, result.version).fingerprint == source.fingerprint
@@ -122,14 +164,92 @@ def copy_store(
     return CopyReport(
         source_version=source.version,
         version=result.version,
+        num_chosen=num_chosen,
         num_added=result.num_added,
         parts_copied=sum(size > 0 for size in sizes.values()),
+        parts_rewritten=len(made),
         parts_skipped=sum(size == 0 for size in sizes.values()),
         bytes_copied=sum(sizes.values()),
         names_copied=written,
         tags_left=() if same else tuple(tag.name for tag in names.tags),
         names_known=from_blobs.can_list,
     )
+
+
+def _split(
+    source: Blobs, target: FeatureStore, rows: pa.Table, on_existing: str
+) -> tuple[pa.Table, pa.Table]:
+    """Returns the chosen rows whose parts hold no other record, and those that are to be written anew.
+
+    Of the others those are left out that the target would not take: it has them already, or keeps its own.
+    """
+    counts = {entry["values"].as_py(): entry["counts"].as_py() for entry in pc.value_counts(rows["part_id"])}
+    whole = [part_id for part_id, count in counts.items() if PartReader(source, part_id).num_records == count]
+    is_whole_part = pc.is_in(rows["part_id"], pa.array(whole, pa.string()))
+    loose = rows.filter(pc.invert(is_whole_part))
+    there = target.index_rows()
+    at = pc.index_in(loose["record_id"], value_set=there["record_id"])
+    same = pc.equal(there["fingerprint"].take(at), loose["fingerprint"])
+    passed = pc.is_valid(at) if on_existing == "skip" else pc.fill_null(same, False)
+    return rows.filter(is_whole_part), loose.filter(pc.invert(passed))
+
+
+def _copy_parts(source: Blobs, target: Blobs, part_ids: list[str], progress: Progress) -> dict[str, int]:
+    """Copies parts, some at a time; returns the bytes written for each."""
+    sizes: dict[str, int] = {}
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        waiting = {pool.submit(copy_part, source, target, part_id): part_id for part_id in part_ids}
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                sizes[waiting[future]] = future.result()
+                progress("copying parts", len(sizes), len(part_ids))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return sizes
+
+
+def _rewrite(
+    source: Blobs, target: Blobs, rows: pa.Table, settings: StoreSettings, progress: Progress
+) -> tuple[dict[str, Group], pa.Table]:
+    """Writes records into new parts; returns what each holds, and the index rows at their new places."""
+    made: dict[str, Group] = {}
+    placed = [rows.slice(0, 0)]
+    tokens = rows.select(["part_id"]).append_column("tokens", num_tokens(rows)).group_by("part_id")
+    costs: dict[str, float] = {}
+    for entry in tokens.aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist():
+        part = PartReader(source, entry["part_id"])
+        costs[part.part_id] = token_cost(part, entry["tokens_sum"], entry["tokens_count"])
+    done = 0
+    for group in fill(rows, costs, DEFAULT_TARGET_BYTES):
+        written = _write_group(source, target, group.rows, settings, progress, done, len(rows))
+        moved = pa.Table.from_pylist(places_in(PartReader(target, written.part_id), group.rows))
+        placed.append(relocated(group.rows, moved))
+        made[written.part_id] = dataclasses.replace(group, num_bytes=written.num_bytes)
+        done += len(group.rows)
+    return made, pa.concat_tables(placed)
+
+
+def _write_group(
+    source: Blobs,
+    target: Blobs,
+    rows: pa.Table,
+    settings: StoreSettings,
+    progress: Progress = silent,
+    done: int = 0,
+    total: int = 0,
+) -> WrittenPart:
+    records = read_records(source, rows, progress, "writing records", done, total)
+    return write_part(target.url, records, settings)
+
+
+def _words(record_ids: Sequence[str] | None, where: str | None, record_set: str | None) -> str:
+    """Returns what the log says about a selection."""
+    if record_set is not None:
+        return f", record set {record_set}"
+    if where is not None:
+        return f", where {where}"
+    return "" if record_ids is None else f", {len(set(record_ids))} named records"
 
 
 def copy_part(source: Blobs, target: Blobs, part_id: str) -> int:

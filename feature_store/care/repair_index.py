@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from foldfeed.feature_store.care.verify_index import check_checkpoints
+from foldfeed.feature_store.care.verify_index import check_checkpoints, needed_files
 from foldfeed.feature_store.errors import (
     NOT_DAMAGE,
     CommitConflictError,
@@ -29,7 +29,7 @@ from foldfeed.feature_store.format.schema import INDEX_SCHEMA
 from foldfeed.feature_store.format.settings import SETTINGS_FILE, StoreSettings
 from foldfeed.feature_store.index import log as index_log
 from foldfeed.feature_store.index import tags as versions
-from foldfeed.feature_store.index.files import INDEX_FOLDER
+from foldfeed.feature_store.index.files import INDEX_FOLDER, read_checked
 from foldfeed.feature_store.index.transactions import Index
 from foldfeed.feature_store.parts.reader import PartReader
 from foldfeed.feature_store.parts.wanted import PARTS_FOLDER
@@ -198,6 +198,33 @@ def _settings_sha256(blobs: Blobs) -> str | None:
         return Index.open(blobs.url, None).head.note.settings_sha256
     except (CorruptDataError, NotAStoreError):
         return None
+
+
+def restore_index_files(blobs: Blobs, source: Blobs, dry_run: bool) -> list[str]:
+    """Takes damaged or missing index files that readable versions need from a copy; returns their paths.
+
+    A file is named by the sha256 of its bytes, so what is taken is what was there. Copies that were made file
+    by file have all of them; `foldfeed copy` writes an index of its own, which may have the same file or not.
+    """
+    try:
+        needed = needed_files(blobs, Index.open(blobs.url, None).log())
+    except (CorruptDataError, NotAStoreError):
+        # Without the log nobody knows which files are meant.
+        return []
+    restored = []
+    for name in sorted(needed):
+        try:
+            read_checked(blobs, name)
+        except CorruptDataError:
+            try:
+                data = read_checked(source, name)
+            except CorruptDataError:
+                # The copy does not have it either; `verify` goes on to report it.
+                continue
+            if not dry_run:
+                blobs.write_atomic(f"{INDEX_FOLDER}/{name}", data)
+            restored.append(f"{INDEX_FOLDER}/{name}")
+    return restored
 
 
 def store_settings(blobs: Blobs) -> StoreSettings:

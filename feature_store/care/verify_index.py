@@ -6,10 +6,11 @@ Owns the checks; `verify` runs them. Reads only; damage is returned as `Problem`
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -31,19 +32,29 @@ _CHECKPOINT = re.compile(r"(\d{20})\.checkpoint\.parquet")
 _LAST_CHECKPOINT = "_last_checkpoint"
 
 
-def check_index(blobs: Blobs, index: Index, level: str) -> list[Problem]:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class NeededFile:
+    """An index file that a readable version needs.
+
+    Attributes:
+      file: what its commit says of it.
+      versions: the first and the last readable version that needs it.
+    """
+
+    file: AddedFile
+    versions: tuple[int, int]
+
+
+def check_index(blobs: Blobs, index: Index, log: list[Commit], level: str) -> list[Problem]:
     """Checks log, checkpoints and index files of all versions that are kept.
 
     Args:
       blobs: the store's files.
       index: its newest version.
+      log: of that version.
       level: ``quick`` goes by the sizes of index files, the others read them.
     """
-    try:
-        log = index.log()
-    except CorruptDataError as error:
-        return [_problem_of(error)]
-    problems = [*check_checkpoints(blobs, log), *_check_files(blobs, log, level)]
+    problems = [*check_checkpoints(blobs, log), *_check_files(blobs, needed_files(blobs, log), level)]
     if sorted(index_log.live_files(log)) != index.files:
         problems.append(
             Problem(
@@ -93,43 +104,53 @@ def _problem_of(error: Exception) -> Problem:
     return Problem(where="the store", reason=str(error))
 
 
-def _check_files(blobs: Blobs, log: list[Commit], level: str) -> Iterator[Problem]:
-    oldest, tagged = _kept(blobs, len(log) - 1)
-    needed: dict[str, AddedFile] = {}
+def needed_files(blobs: Blobs, log: list[Commit]) -> dict[str, NeededFile]:
+    """Returns the index files that readable versions need, by name."""
+    readable = set(readable_versions(blobs, log))
+    needed: dict[str, NeededFile] = {}
     live: dict[str, AddedFile] = {}
     for commit in log:
         for name in commit.removed:
             live.pop(name, None)
         live.update(commit.added)
-        if commit.version >= oldest or commit.version in tagged:
-            needed.update(live)
-    # The newest version is always kept, whatever the retention file says.
-    needed.update(live)
-    for name, file in sorted(needed.items()):
+        if commit.version not in readable:
+            continue
+        for name, file in live.items():
+            first = needed[name].versions[0] if name in needed else commit.version
+            needed[name] = NeededFile(file=file, versions=(first, commit.version))
+    return needed
+
+
+def _check_files(blobs: Blobs, needed: Mapping[str, NeededFile], level: str) -> Iterator[Problem]:
+    for name, entry in sorted(needed.items()):
         where = f"{INDEX_FOLDER}/{name}"
+        reason = ""
         try:
             found = blobs.info(where).num_bytes if level == "quick" else len(read_checked(blobs, name))
+            if found != entry.file.num_bytes:
+                reason = f"it has {found} bytes, not {entry.file.num_bytes}"
         except FileNotFoundError:
-            yield Problem(where=where, reason="the file is missing")
+            reason = "the file is missing"
         except CorruptDataError as error:
-            yield _problem_of(error)
-        else:
-            if found != file.num_bytes:
-                yield Problem(where=where, reason=f"it has {found} bytes, not {file.num_bytes}")
+            reason = error.reason
+        if reason:
+            yield Problem(where=where, reason=reason, versions=entry.versions)
 
 
-def _kept(blobs: Blobs, newest: int) -> tuple[int, set[int]]:
-    """Returns the oldest version from which on all are kept, and those that tags keep.
+def readable_versions(blobs: Blobs, log: list[Commit]) -> list[int]:
+    """Returns the versions that can be opened: from the retention file's on, tagged ones, and the newest.
 
     Where a file that says so is damaged (`check_names` reports it), no more is asked for than is certain.
     """
+    newest = log[-1].version
+    # A number beyond the newest version is a leftover of a longer history.
     oldest, tagged = newest, set()
     with contextlib.suppress(CorruptDataError):
-        oldest = versions.oldest_version(blobs)
+        oldest = min(newest, versions.oldest_version(blobs))
     for name in versions.tag_names(blobs):
         with contextlib.suppress(CorruptDataError, TagError):
             tagged.add(versions.read_tag(blobs, name).version)
-    return oldest, tagged
+    return [commit.version for commit in log if commit.version >= oldest or commit.version in tagged]
 
 
 def check_checkpoints(blobs: Blobs, log: list[Commit]) -> Iterator[Problem]:

@@ -34,11 +34,14 @@ class Problem:
       where: file, array or record, relative to the store.
       reason: the check that failed.
       record_ids: visible records that cannot be read in full because of it, as far as that is known.
+      versions: the first and the last readable version that shows what is damaged; None where it is not one
+        of versions, or where they were not looked for.
     """
 
     where: str
     reason: str
     record_ids: tuple[str, ...] = ()
+    versions: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

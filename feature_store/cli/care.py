@@ -25,8 +25,9 @@ from foldfeed.feature_store.care.repair import repair
 from foldfeed.feature_store.care.repair_index import ON_AMBIGUOUS
 from foldfeed.feature_store.care.roll_back import message_of
 from foldfeed.feature_store.care.verify import VerifyReport, verify
-from foldfeed.feature_store.care.verify_parts import LEVELS
-from foldfeed.feature_store.errors import TagError
+from foldfeed.feature_store.care.verify_parts import LEVELS, Problem
+from foldfeed.feature_store.cli.tools import chosen_way, selection_options
+from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.index import tags as versions
 from foldfeed.feature_store.index.transactions import ON_EXISTING
 from foldfeed.feature_store.looking.tables import in_bytes
@@ -56,19 +57,29 @@ class Size(click.ParamType):
 @click.option("--full", "level", flag_value="full", default=True, help="Every byte (the default).")
 @click.option("--deep", "level", flag_value="deep", help="Also derive sidecars and fingerprints anew.")
 @click.option("--version", help="A version or tag; the newest by default.")
-def verify_command(store: str, level: str, version: str | None) -> None:
+@click.option("--all-versions", is_flag=True, help="Parts of every version that can be opened.")
+def verify_command(store: str, level: str, version: str | None, all_versions: bool) -> None:
     """Check that everything in STORE is as it was written. Exit code 1 when it is not.
+
+    Settings, log, the index of all versions, tags, sets and splits are checked in any case; parts are those
+    of one version. With --all-versions they are those of every version that can be opened, and each damaged
+    part comes with the first and the last version that show it.
 
     \b
     Examples:
       foldfeed verify my-store
       foldfeed verify my-store --quick
       foldfeed verify my-store --deep --version paper-1
+      foldfeed verify my-store --all-versions
     """
     assert level in LEVELS
+    if all_versions and version is not None:
+        raise click.UsageError("--version is one version, --all-versions are all; give one of them.")
     with bars() as progress, bad_version_is_usage():
-        report = verify(store, level=level, version=version, progress=progress)
+        report = verify(store, level=level, version=version, all_versions=all_versions, progress=progress)
     print_problems(report)
+    for name in report.stale_sets:
+        click.echo(f"note     record set {name}: no version that can be opened has all of its records")
     click.echo(summary(report))
     if report.problems:
         raise click.exceptions.Exit(1)
@@ -76,6 +87,7 @@ def verify_command(store: str, level: str, version: str | None) -> None:
 
 @click.command("repair")
 @click.argument("store")
+@click.option("--version", help="A version or tag whose files to restore; the newest by default.")
 @click.option("--from", "source", metavar="STORE2", help="A copy to take damaged files from.")
 @click.option("--quarantine", is_flag=True, help="Delete records that stay damaged from the index.")
 @click.option("--roll-back", is_flag=True, help="Go back to the last version that can be read.")
@@ -91,6 +103,7 @@ def verify_command(store: str, level: str, version: str | None) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 def repair_command(
     store: str,
+    version: str | None,
     source: str | None,
     quarantine: bool,
     roll_back: bool,
@@ -101,10 +114,15 @@ def repair_command(
 ) -> None:
     """Restore damaged files of STORE that can be restored bit for bit; more only if told so.
 
+    Looked at are the parts of the newest version, or of --version: `foldfeed verify --all-versions` says
+    which versions show a damaged part. Then that version can be read again; no version changes, so what
+    changes the newest one (--quarantine, --roll-back, --rebuild-index, --add-missing) does not go with it.
+
     \b
     Examples:
       foldfeed repair my-store --dry-run
       foldfeed repair my-store --from s3://backup/my-store
+      foldfeed repair my-store --version paper-1 --from s3://backup/my-store
       foldfeed repair my-store --quarantine
       foldfeed repair my-store --roll-back --add-missing
       foldfeed repair my-store --rebuild-index --on-ambiguous newest
@@ -113,9 +131,22 @@ def repair_command(
         raise click.UsageError(
             "--roll-back keeps the history, --rebuild-index makes a new one; try the first."
         )
-    with bars() as progress:
+    changes = {
+        "--quarantine": quarantine,
+        "--roll-back": roll_back,
+        "--rebuild-index": rebuild_index,
+        "--add-missing": add_missing,
+    }
+    given = [name for name, value in changes.items() if value]
+    if version is not None and given:
+        raise click.UsageError(
+            f"{' and '.join(given)} would change the newest version; --version restores files of one that "
+            "is there and changes none. Leave one of them out."
+        )
+    with bars() as progress, bad_version_is_usage():
         report = repair(
             store,
+            version=version,
             source_url=source,
             quarantine=quarantine,
             roll_back_index=roll_back,
@@ -148,7 +179,7 @@ def repair_command(
     print_problems(report.after)
     click.echo(summary(report.after))
     if report.after.problems:
-        click.echo(advice(report.after))
+        click.echo(advice(report.after, version))
         raise click.exceptions.Exit(1)
 
 
@@ -235,6 +266,8 @@ def gc_command(store: str, grace_hours: float, keep_days: float | None, dry_run:
 @click.command("copy")
 @click.argument("source")
 @click.argument("target")
+@click.argument("record_ids", nargs=-1, metavar="[RECORD]...")
+@selection_options
 @click.option("--version", help="A version or tag of SOURCE; the newest by default.")
 @click.option(
     "--on-existing",
@@ -243,23 +276,46 @@ def gc_command(store: str, grace_hours: float, keep_days: float | None, dry_run:
     show_default=True,
     help="What to do with records that TARGET has with other content.",
 )
-def copy_command(source: str, target: str, version: str | None, on_existing: str) -> None:
+def copy_command(
+    source: str,
+    target: str,
+    record_ids: tuple[str, ...],
+    where: str | None,
+    record_set: str | None,
+    version: str | None,
+    on_existing: str,
+) -> None:
     """Copy one version of the store SOURCE to TARGET. Run it again to go on after an interruption.
 
-    Named sets, splits and the tags of that version come along; other versions stay behind.
+    All records, or the RECORDs named, or those of --where or --record-set: then the data of other records
+    stay behind. Named sets, splits and the tags of that version come along; other versions stay behind.
 
     \b
     Examples:
       foldfeed copy my-store s3://bucket/my-store
       foldfeed copy my-store /mnt/other/my-store --version paper-1
+      foldfeed copy my-store deep-ones --where "depth > 1000"
+      foldfeed copy my-store train-set --record-set train
     """
+    way = chosen_way("copy", {"--where": where, "--record-set": record_set, "RECORD": record_ids})
     with bars() as progress, bad_version_is_usage():
-        report = copy_store(source, target, version=version, on_existing=on_existing, progress=progress)
+        report = copy_store(
+            source,
+            target,
+            version=version,
+            record_ids=record_ids or None,
+            where=where,
+            record_set=record_set,
+            on_existing=on_existing,
+            progress=progress,
+        )
+    anew = f", {report.parts_rewritten} of them written anew" if report.parts_rewritten else ""
     click.echo(
-        f"parts    {report.parts_copied} copied ({in_bytes(report.bytes_copied)}), "
+        f"parts    {report.parts_copied} copied ({in_bytes(report.bytes_copied)}){anew}, "
         f"{report.parts_skipped} were there"
     )
-    click.echo(f"records  {report.num_added} added")
+    chosen = f" of {report.num_chosen} chosen" if way else ""
+    click.echo(f"records  {report.num_added} added{chosen}")
     for path in report.names_copied:
         click.echo(f"name     {path}")
     if not report.names_known:
@@ -330,14 +386,21 @@ def summary(report: VerifyReport) -> str:
     """Returns one line that says what was checked and whether it is well."""
     found = f"{len(report.problems)} problems" if report.problems else "no damage found"
     version = "no readable index" if report.version is None else f"version {report.version}"
+    if len(report.versions) > 1:
+        version = f"{len(report.versions)} versions from {report.versions[0]} to {report.versions[-1]}"
     return (
         f"{version}: {report.num_records} records, {report.num_parts} parts, {report.num_files} files, "
         f"{in_bytes(report.num_bytes)}: {found} ({report.level}, {report.seconds:.1f} s)"
     )
 
 
-def advice(report: VerifyReport) -> str:
-    """Returns what to do about damage that is left."""
+def advice(report: VerifyReport, version: str | None = None) -> str:
+    """Returns what to do about damage that is left, in the newest version or in one that was asked for."""
+    if version is not None:
+        return (
+            f"version {version}: restore what is damaged from a copy (--from); one that was made file by "
+            "file has all files of the index, too"
+        )
     if report.version is None:
         return (
             "the index cannot be read: repair --roll-back goes back to the last version that can, "
@@ -358,7 +421,14 @@ def print_problems(report: VerifyReport) -> None:
         names = ", ".join(problem.record_ids[:_NAMED_RECORDS])
         more = len(problem.record_ids) - _NAMED_RECORDS
         suffix = f" [{names}{f' and {more} more' if more > 0 else ''}]" if names else ""
-        click.echo(f"damaged  {problem.where}: {problem.reason}{suffix}")
+        click.echo(f"damaged  {problem.where}: {problem.reason}{suffix}{_shown_by(problem)}")
+
+
+def _shown_by(problem: Problem) -> str:
+    if problem.versions is None:
+        return ""
+    first, last = problem.versions
+    return f" (version {first})" if first == last else f" (versions {first} to {last})"
 
 
 @contextlib.contextmanager
@@ -366,7 +436,8 @@ def bad_version_is_usage() -> Iterator[None]:
     """Turns "no such version" into bad usage."""
     try:
         yield
-    except TagError:
+    except FoldfeedError:
+        # Some are ValueErrors and are about something else, or say more than that.
         raise
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--version") from error

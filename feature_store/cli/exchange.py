@@ -27,7 +27,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from foldfeed.feature_store.cli.tools import new_store_settings, open_store, row_order_options
+from foldfeed.feature_store.cli.tools import (
+    chosen_way,
+    new_store_settings,
+    open_store,
+    row_order_options,
+    selection_options,
+)
 from foldfeed.feature_store.exchange_errors import ExchangeError
 from foldfeed.feature_store.exporters.formats import (
     EXPORT_FORMATS,
@@ -48,6 +54,7 @@ from foldfeed.feature_store.index.transactions import ON_EXISTING
 from foldfeed.feature_store.parsers.bounded_files import COMPRESSED_SUFFIXES, DEFAULT_MAX_BYTES
 from foldfeed.feature_store.parsers.mmcif.sequence import MODIFIED
 from foldfeed.feature_store.store.feature_store import FeatureStore, Record
+from foldfeed.feature_store.store.selection import choose_ids
 
 HELP = {"help_option_names": ["-h", "--help"]}
 # Rejects printed on the terminal; --rejects writes all of them.
@@ -229,8 +236,7 @@ def ingest(
 @click.argument("store")
 @click.argument("record_ids", nargs=-1, metavar="[RECORD]...")
 @click.option("--all", "everything", is_flag=True, help="Every record of the store.")
-@click.option("--where", metavar="CONDITION", help="Records for which this SQL condition holds.")
-@click.option("--record-set", metavar="NAME", help="The records of a set (see `foldfeed sets`).")
+@selection_options
 @click.option(
     "--resume", is_flag=True, help="Pass over records whose files are there: goes on after an interruption."
 )
@@ -281,18 +287,18 @@ def export_command(
         options = ExportOptions(form=form, max_rows=max_rows, chai_source=chai_source)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    ways = {"--all": everything, "--where": where, "--record-set": record_set, "RECORD": record_ids}
-    given = [name for name, value in ways.items() if value]
-    if len(given) != 1:
+    way = chosen_way(
+        "export", {"--all": everything, "--where": where, "--record-set": record_set, "RECORD": record_ids}
+    )
+    if way is None:
         raise click.UsageError(
-            f"{' and '.join(given) or 'nothing'} given; say which records to export: their ids, --all, "
-            "--where or --record-set"
+            "nothing given; say which records to export: their ids, --all, --where or --record-set"
         )
     opened = open_store(store, version)
     output = None if output == Path("-") else output
-    chosen = _choose(opened, record_ids, where, record_set)
+    chosen = choose_ids(opened, record_ids=record_ids or None, where=where, record_set=record_set)
     if output is None and not record_ids:
-        raise click.UsageError(f"{given[0]} may be many records; add --output FOLDER.")
+        raise click.UsageError(f"{way} may be many records; add --output FOLDER.")
     if resume and EXPORT_FORMATS[form].is_database:
         raise click.UsageError(f"--resume has no effect on {form}, which is written whole.")
     is_folder = EXPORT_FORMATS[form].is_folder or EXPORT_FORMATS[form].is_database
@@ -304,18 +310,6 @@ def export_command(
         _export_one(opened, record_ids, options, output, compress)
         return
     _export_many(opened, chosen, options, output, compress, resume)
-
-
-def _choose(
-    store: FeatureStore, record_ids: tuple[str, ...], where: str | None, record_set: str | None
-) -> list[str]:
-    """Returns the ids of the records to export, each once; ids that a person gave are looked up first."""
-    if record_set is not None:
-        return list(store.subset(record_set))
-    if record_ids:
-        return [store[record_id].record_id for record_id in dict.fromkeys(record_ids)]
-    found: list[str] = store.table(["record_id"], where)["record_id"].to_pylist()
-    return found
 
 
 def _export_one(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,6 +53,28 @@ def row_order_options(command: Callable[..., Any]) -> Callable[..., Any]:
         help="Seed of permuted. [default: 0]",
     )
     return order(seed(command))
+
+
+def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds ``--where`` and ``--record-set`` to a command that works on some records of a store."""
+    where = click.option("--where", metavar="CONDITION", help="Records for which this SQL condition holds.")
+    record_set = click.option(
+        "--record-set", metavar="NAME", help="The records of a set (see `foldfeed sets`)."
+    )
+    return where(record_set(command))
+
+
+def chosen_way(verb: str, ways: Mapping[str, object]) -> str | None:
+    """Returns by which of several ways records were chosen, None for none; two at once are bad usage.
+
+    Args:
+      verb: what is done with the records.
+      ways: what was given, by option; None, false and () where it was not.
+    """
+    given = [name for name, value in ways.items() if value not in (None, False, ())]
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} given; say in one way which records to {verb}")
+    return given[0] if given else None
 
 
 def new_store_settings(url: str, row_order: str | None, seed: int | None) -> StoreSettings | None:

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from foldfeed.feature_store.errors import CorruptDataError
+from foldfeed.feature_store.parts.presence import missing_file
 from foldfeed.feature_store.storage import Blobs
 
 INDEX_FOLDER = "index"
@@ -90,12 +91,13 @@ def read_checked(blobs: Blobs, name: str) -> bytes:
 
     Raises:
       CorruptDataError: it is missing, or its bytes do not hash to its name.
+      StoreGoneError: it is missing, and so is the whole store.
     """
     where = f"{INDEX_FOLDER}/{name}"
     try:
         data = blobs.read(where)
     except FileNotFoundError as error:
-        raise CorruptDataError(where, "the file is missing") from error
+        raise missing_file(blobs, where) from error
     if hashlib.sha256(data).hexdigest() + SUFFIX != name:
         raise CorruptDataError(where, "its bytes do not hash to its name")
     return data

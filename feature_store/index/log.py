@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from foldfeed.feature_store.errors import CorruptDataError
+from foldfeed.feature_store.parts.presence import missing_file
 from foldfeed.feature_store.storage import Blobs
 
 LOG_FOLDER = "index/_delta_log"
@@ -195,12 +196,13 @@ def read_commit(blobs: Blobs, version: int) -> Commit:
 
     Raises:
       CorruptDataError: its log file is missing, or does not say what its committer wrote.
+      StoreGoneError: it is missing, and so is the whole store.
     """
     where = log_path(version)
     try:
         data = blobs.read(where)
     except FileNotFoundError as error:
-        raise CorruptDataError(where, "the file is missing") from error
+        raise missing_file(blobs, where) from error
     return parse_commit(version, data)
 
 

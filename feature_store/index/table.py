@@ -25,8 +25,10 @@ from foldfeed.feature_store.errors import (
     HistoryChangedError,
     StorageError,
     StorageFullError,
+    StoreGoneError,
 )
 from foldfeed.feature_store.format.schema import INDEX_SCHEMA
+from foldfeed.feature_store.format.settings import SETTINGS_FILE
 from foldfeed.feature_store.index import delta_rs as index_delta
 from foldfeed.feature_store.index import log as index_log
 from foldfeed.feature_store.index import object_log as index_objects
@@ -211,10 +213,16 @@ class IndexTable:
         self._load()
 
     def _check_history(self) -> None:
-        """Raises HistoryChangedError unless the shown version's log file is the one that was read."""
+        """Raises HistoryChangedError unless the shown version's log file is the one that was read.
+
+        StoreGoneError when it is missing together with the store.
+        """
         try:
             data = self.blobs.read(index_log.log_path(self.version))
         except FileNotFoundError as error:
+            # Without its settings nobody can open it, whatever a writer has put in its place meanwhile.
+            if not self.blobs.exists(SETTINGS_FILE):
+                raise StoreGoneError(self.blobs.url, index_log.log_path(self.version)) from error
             raise HistoryChangedError(self.blobs.url, self.version) from error
         if hashlib.sha256(data).hexdigest() != self._head.sha256:
             raise HistoryChangedError(self.blobs.url, self.version)

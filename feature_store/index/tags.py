@@ -15,6 +15,7 @@ from foldfeed.feature_store.errors import CorruptDataError, StorageError, TagErr
 from foldfeed.feature_store.index import log as index_log
 from foldfeed.feature_store.index.sealed import seal, unseal
 from foldfeed.feature_store.index.transactions import Index
+from foldfeed.feature_store.parts.presence import check_present
 from foldfeed.feature_store.storage import Blobs, open_blobs
 from foldfeed.feature_store.storage.contract import is_forbidden
 
@@ -100,6 +101,7 @@ def read_tag(blobs: Blobs, name: str) -> Tag:
     try:
         data = blobs.read(_path(name))
     except FileNotFoundError as error:
+        check_present(blobs, _path(name))
         raise _unknown(blobs, name) from error
     document = unseal(data, _path(name))
     try:

@@ -27,6 +27,7 @@ from foldfeed.feature_store.format.schema import (
     stored_specs,
 )
 from foldfeed.feature_store.format.settings import SUPPORTED_VERSIONS, StoreSettings
+from foldfeed.feature_store.parts.presence import missing_file
 from foldfeed.feature_store.parts.shard_reader import ShardReader
 from foldfeed.feature_store.parts.tiles import Crop, CropArrays, TiledRecord, TileReader
 from foldfeed.feature_store.parts.writer import PART_ID_HEX
@@ -69,6 +70,7 @@ class PartReader:
 
         Raises:
           CorruptDataError: it is missing or does not hash to the part's id.
+          StoreGoneError: it is missing, and so is the whole store.
         """
         self.part_id = part_id
         self.path = f"parts/{part_id}"
@@ -80,7 +82,7 @@ class PartReader:
         try:
             data = blobs.read(where)
         except FileNotFoundError as error:
-            raise CorruptDataError(where, "the file is missing") from error
+            raise missing_file(blobs, where) from error
         if hashlib.sha256(data).hexdigest()[:PART_ID_HEX] != part_id:
             raise CorruptDataError(where, "the metadata does not hash to the name of its part")
         about = json.loads(data)["attributes"]["foldfeed"]

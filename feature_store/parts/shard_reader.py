@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store.errors import CorruptDataError
 from foldfeed.feature_store.format.schema import ArraySpec
+from foldfeed.feature_store.parts.presence import missing_file
 from foldfeed.feature_store.parts.shard_writer import MISSING
 from foldfeed.feature_store.storage import Blobs, RangeReader
 
@@ -231,7 +232,7 @@ class ShardReader:
                 source = self._blobs.open_range(self._path)
                 index = self._load_index(source, self._num_bytes)
             except FileNotFoundError as error:
-                raise CorruptDataError(self._path, "the file is missing") from error
+                raise missing_file(self._blobs, self._path) from error
             opened = self._opened = (source, index)
         return opened
 
@@ -254,7 +255,7 @@ class ShardReader:
         try:
             return self._open()[0](start, size)
         except FileNotFoundError as error:
-            raise CorruptDataError(self._path, "the file is missing") from error
+            raise missing_file(self._blobs, self._path) from error
 
     def _read_run(
         self, run: list[tuple[int, int, int]], start: int, end: int

@@ -40,6 +40,8 @@ PLACE_COLUMNS = ("part_id", *RecordLocation.__slots__)
 class FeatureStore(RecordSource["Record"]):
     """One version of a store.
 
+    Whatever reads from a store that was moved or deleted since it was opened raises `StoreGoneError`.
+
     Example:
       >>> store = FeatureStore.open("demo-output/store")
       >>> len(store), store.version

@@ -23,6 +23,7 @@ from foldfeed.feature_store.errors import (
     QueryError,
 )
 from foldfeed.feature_store.index import sealed
+from foldfeed.feature_store.parts.presence import check_present
 from foldfeed.feature_store.storage import Blobs
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -81,6 +82,7 @@ def read(
 
     Raises:
       NameNotFoundError: no such name.
+      StoreGoneError: no such store any more.
       CorruptDataError: the file is not what `write` wrote.
       FormatVersionError: written by a newer release.
     """
@@ -89,6 +91,7 @@ def read(
     try:
         data = blobs.read(path)
     except FileNotFoundError as error:
+        check_present(blobs, path)
         raise NameNotFoundError(kind, name, tuple(names(blobs, folder))) from error
     try:
         table = pq.ParquetFile(io.BytesIO(data)).read()
@@ -109,6 +112,14 @@ def read(
 
 
 def names(blobs: Blobs, folder: str) -> list[str]:
-    """Returns the names there are, sorted."""
+    """Returns the names there are, sorted.
+
+    Raises:
+      StoreGoneError: no such store any more.
+    """
     found = (name.removesuffix(SUFFIX) for name in blobs.list(folder) if name.endswith(SUFFIX))
-    return sorted(name for name in found if NAME.fullmatch(name))
+    there = sorted(name for name in found if NAME.fullmatch(name))
+    if not there:
+        # A store that is gone has no names either, and that would be the wrong thing to say.
+        check_present(blobs, folder)
+    return there

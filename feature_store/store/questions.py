@@ -127,6 +127,7 @@ class RecordSource(abc.ABC, Generic[RecordT]):
           IndexError: a request is outside its record.
           ValueError: ``out`` does not fit.
           CorruptDataError: a tile does not match its checksum; the message names the record.
+          StoreGoneError: the store is no longer where it was opened. So says every read.
         """
         return read_crops(self._records_of(requests, in_flight), requests, out, in_flight)
 
