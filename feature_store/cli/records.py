@@ -27,17 +27,51 @@ from foldfeed.feature_store.store.feature_store import FeatureStore, Record
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen."
 )
 @click.option("--version", help="An older version of the store, or a tag (see `foldfeed log`).")
-@click.option("--rows-of", metavar="CONDITION", help="The table `rows` holds the rows of these records only.")
+@click.option(
+    "--rows-of",
+    metavar="CONDITION",
+    help="`rows`, `residues` and `structures` hold what belongs to these records only.",
+)
+@click.option(
+    "--param",
+    "params",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A value for $NAME in the query, repeatable. It is always a text, cast where it meets a number or a "
+    "date.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Stop the query after so long, with exit code 1.",
+)
 def query(
-    store: str, sql: str, form: str, output: Path | None, version: str | None, rows_of: str | None
+    store: str,
+    sql: str,
+    form: str,
+    output: Path | None,
+    version: str | None,
+    rows_of: str | None,
+    params: tuple[str, ...],
+    timeout_s: float | None,
 ) -> None:
     """Answer a SQL question about the records of STORE.
 
-    The tables are `records` (`foldfeed show STORE` lists its columns), `rows` (one per alignment row:
-    record_id, rank, database, e_value, bit_score, hit_id, species), `sets` and `splits` (see
-    `foldfeed sets`). A question about `rows` reads the columns that it needs of every record (some million
-    rows a second), or of those that it names: `where record_id = 'HBB_HUMAN'`, or --rows-of. The dialect is
-    DuckDB's.
+    \b
+    The tables:
+      records     one row per record; `foldfeed show STORE` lists its columns
+      rows        one per alignment row: record_id, rank, database, e_value, bit_score, hit_id, species
+      residues    one per residue: record_id, position (from 0), letter, profile, entropy, gap_fraction,
+                  deletion_mean, neff, observed, residue_number, insertion_code
+      structures  one per structure: record_id, entry_id, label_asym_id, auth_asym_id, entity_id, model,
+                  method, resolution_angstrom, release_date, num_residues, num_observed
+      sets, splits (see `foldfeed sets`)
+
+    A question about `rows` or `residues` reads the columns that it needs of every record (some million rows a
+    second), or of those that it names: `where record_id = 'HBB_HUMAN'`, or --rows-of. `profile` has 22 shares
+    in the order ARNDCQEGHILKMFPSTWYVX-; profile[1] is A's. The dialect is DuckDB's.
 
     \b
     Examples:
@@ -45,13 +79,28 @@ def query(
       foldfeed query my-store "select record_id, length from records where depth > 100" --format csv
       foldfeed query my-store "from records" --format parquet --output records.parquet
       foldfeed query my-store "select species, count(*) from rows group by 1" --rows-of "depth > 100"
+      foldfeed query my-store "select position, letter, entropy from residues where record_id = $id" \\
+          --param id=HBB_HUMAN --timeout 60
     """
     if form == "parquet" and output is None and sys.stdout.isatty():
         raise click.UsageError("Parquet is binary; add --output FILE or redirect it.")
+    values = _named_values(params)
     with working("asking"):
-        answer = open_store(store, version).query(sql, rows_of)
+        answer = open_store(store, version).query(sql, rows_of, params=values, timeout_s=timeout_s)
     with output_stream(output) as out:
         write_table(answer, form, out)
+
+
+def _named_values(params: tuple[str, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in params:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE, e.g. id=HBB_HUMAN", param_hint="--param")
+        if name.lower() in map(str.lower, found):
+            raise click.BadParameter(f"{name!r} is given twice (DuckDB ignores case)", param_hint="--param")
+        found[name] = value
+    return found
 
 
 @click.command()
