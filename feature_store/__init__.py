@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from foldfeed.feature_store.store.questions import RecordSource, StoreView
     from foldfeed.feature_store.store.record_sets import RecordSet
     from foldfeed.feature_store.store.splits import Split
+    from foldfeed.feature_store.store.version_diff import VersionDiff
 
 _HOMES = {
     "AlignmentImport": "importers.layouts",
@@ -116,6 +117,7 @@ _HOMES = {
     "Structure": "format.structure",
     "StructureParseError": "errors",
     "TagError": "errors",
+    "VersionDiff": "store.version_diff",
     "WrittenPart": "parts.writer",
     "attach_structures": "importers.attach_structures",
     "export_record": "exporters.formats",
@@ -179,6 +181,7 @@ __all__ = [
     "Structure",
     "StructureParseError",
     "TagError",
+    "VersionDiff",
     "WrittenPart",
     "attach_structures",
     "export_record",

@@ -1,4 +1,4 @@
-"""Commands about records: ``query``, ``show``, ``crop``, ``log``.
+"""Commands about records: ``query``, ``show``, ``crop``, ``log``, ``diff``.
 
 Owns words and layout of what they print. Does not own how a store is asked or read.
 """
@@ -225,4 +225,42 @@ def log(store: str, form: str) -> None:
             "message": [entry.message for entry in entries],
         }
     )
+    write_table(table, form, sys.stdout.buffer)
+
+
+@click.command()
+@click.argument("store")
+@click.argument("old")
+@click.argument("new", required=False)
+@click.option("--format", "form", type=click.Choice(FORMATS[:3]), default="table", show_default=True)
+def diff(store: str, old: str, new: str | None, form: str) -> None:
+    """Show what changed from version OLD of STORE to version NEW, the newest by default.
+
+    OLD and NEW are versions or tags (see `foldfeed log`). One row per record that was added, removed,
+    replaced (it says something else) or annotated (columns of one's own, or N_eff, differ). WHY names what
+    differs: description, sequence, depth, alignment, rows (hit ids, E-values, ...), databases, extra,
+    structure. VERSIONS are the commits that did it, JOB_IDS their jobs; both are empty where `gc` may have
+    removed what tells. The exit code is 0 whether or not anything changed.
+
+    \b
+    Examples:
+      foldfeed diff my-store 3
+      foldfeed diff my-store paper-1 paper-2 --format json
+    """
+    then, now = open_store(store, old), open_store(store, new)
+    with working("comparing"):
+        found = now.diff(then.version)
+    table = found.table
+    if form == "table":
+        counts = ", ".join(f"{number} {change}" for change, number in found.counts.items())
+        click.echo(f"version {found.old} to {found.new}, {len(found.commits)} commits: {counts}")
+        if not len(table):
+            return
+    if form != "json":
+        for at, field in enumerate(table.schema):
+            if pa.types.is_list(field.type):
+                values = [" ".join(map(str, value or ())) for value in table[field.name].to_pylist()]
+                table = table.set_column(at, field.name, pa.array(values, pa.string()))
+    # The lines above go through click's own stream.
+    sys.stdout.flush()
     write_table(table, form, sys.stdout.buffer)

@@ -58,11 +58,17 @@ def row_batches(
     Raises:
       CorruptDataError: something that is read is damaged.
     """
-    schema = pa.schema([ROWS_SCHEMA.field(name) for name in columns])
     for part_id, records in by_part(index, INDEX_COLUMNS, "first_row"):
-        scan = _PartScan(PartReader(blobs, part_id), records)
-        for names in scan.batches(columns, batch_rows):
-            yield pa.RecordBatch.from_arrays(names, schema=schema)
+        yield from rows_in_part(PartReader(blobs, part_id), records, columns, batch_rows)
+
+
+def rows_in_part(
+    part: PartReader, index: pa.Table, columns: Sequence[str], batch_rows: int = BATCH_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of records of one part, in the order of ``first_row`` in which the index has them."""
+    schema = pa.schema([ROWS_SCHEMA.field(name) for name in columns])
+    for values in _PartScan(part, index).batches(columns, batch_rows):
+        yield pa.RecordBatch.from_arrays(values, schema=schema)
 
 
 class _PartScan:
