@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from range_server import range_server
 from records import make_record, make_structure
 
 from foldfeed.feature_store import CorruptDataError, FeatureStore, StoreSettings, write_part
@@ -256,6 +257,19 @@ def test_what_gc_has_removed_is_not_guessed(tmp_path):
     assert as_dict(diff) == {"r2": ("added", set()), "r3": ("added", set())}
     assert diff.table["versions"].to_pylist() == diff.table["job_ids"].to_pylist() == [None, None]
     assert len(diff.commits) == 4
+
+
+def test_a_web_server_is_enough(small_store):
+    part = write_part(small_store.url, [make_record("a1", 1, 9, seed=4)], small_store.settings)
+    small_store.commit([part.part_id], job_id="job-2", on_existing="replace")
+    set_tag(small_store.url, "paper", 1)
+    want = small_store.diff(1, 2)
+    with range_server(small_store._blobs.root) as (url, _):
+        got = FeatureStore.open(url).diff("paper")
+        residues = FeatureStore.open(url).query("from residues order by all", timeout_s=60)
+    assert got.table.equals(want.table)
+    assert as_dict(got)["a1"][0] == "replaced"
+    assert residues.equals(small_store.query("from residues order by all"))
 
 
 def run(*args):

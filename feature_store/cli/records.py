@@ -16,6 +16,7 @@ from foldfeed.feature_store.cli.tables import FORMATS, write_table
 from foldfeed.feature_store.cli.terminal import printable
 from foldfeed.feature_store.cli.tools import open_store, output_stream, parse_window, working
 from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.settings import ROW_ORDER_USES
 from foldfeed.feature_store.store.feature_store import FeatureStore, Record
 
 
@@ -134,7 +135,8 @@ def _show_store(store: FeatureStore) -> None:
     click.echo(f"fingerprint  {store.fingerprint}")
     click.echo(f"tiles        {store.settings.tile_rows} rows x {store.settings.tile_cols} residues")
     seed = store.settings.row_order_seed
-    click.echo(f"row order    {store.settings.row_order}{'' if seed is None else f' (seed {seed})'}")
+    order = store.settings.row_order
+    click.echo(f"row order    {order}{'' if seed is None else f' (seed {seed})'}: {ROW_ORDER_USES[order]}")
     click.echo("columns of the table `records`:")
     for field in store.table().schema:
         click.echo(f"  {field.name:<16} {field.type}")
