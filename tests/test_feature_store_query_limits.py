@@ -70,8 +70,10 @@ def test_texts_are_cast_where_they_meet_numbers_and_dates(small_store):
 @pytest.mark.parametrize(
     ("text", "params", "message"),
     [
-        ("from records where record_id = $x", None, "Values were not provided.*x"),
-        ("from records where record_id = $x", {}, "Values were not provided.*x"),
+        ("from records where record_id = $x", None, r"no value for \$x: params={'x': ...}"),
+        ("from records where record_id = $x", {}, r"no value for \$x"),
+        ("from records where record_id = $x limit $N", {"x": "a"}, r"no value for \$N"),
+        ("from records where record_id = ? limit ?", ["a"], r"no value for \? number 2: params=\["),
         ("from records where record_id = $x", {"x": "a", "y": 1}, "excess parameters: y"),
         ("from records where record_id = ?", ["a", "b"], "excess parameters: 2"),
         ("from records where record_id = ?", "a1", "'a1' is neither a list"),
@@ -198,7 +200,7 @@ def test_the_command_binds_parameters_as_text(small_store):
         (["--param", "d"], 2, "'d' is not NAME=VALUE"),
         (["--param", "=3"], 2, "'=3' is not NAME=VALUE"),
         (["--param", "d=1", "--param", "D=2"], 2, "'D' is given twice"),
-        (["--param", "other=1"], 1, "Values were not provided"),
+        (["--param", "other=1"], 1, "no value for $d: params={'d': ...}, or --param NAME=VALUE"),
         (["--param", "d=deep"], 1, "Could not convert string 'deep'"),
         (["--param", "d=1", "--timeout", "0"], 2, "--timeout"),
     ],

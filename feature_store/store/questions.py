@@ -200,7 +200,8 @@ class RecordSource(abc.ABC, Generic[RecordT]):
             belongs to these records only.
           params: values for ``?`` (a list) or ``$name`` (a dict) in ``sql``. They are bound, never written
             into the text; a text is cast where it meets a number or a date.
-          timeout_s: seconds after which the query is stopped; no limit when None.
+          timeout_s: seconds after which the query is stopped, between two batches where it reads; no limit
+            when None.
         Raises:
           QueryError: DuckDB does not accept it or its parameters, or ``rows_of`` is given and the query reads
             none of its tables.

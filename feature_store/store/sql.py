@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from foldfeed.feature_store.errors import ANALYSIS_EXTRA, MissingExtraError, QueryError, QueryTimeoutError
-from foldfeed.feature_store.store.sql_shape import constant_keys
+from foldfeed.feature_store.store.sql_shape import constant_keys, parameters
 from foldfeed.feature_store.store.time_limit import TimeLimit
 
 RECORDS = "records"
@@ -155,6 +155,7 @@ def sql(tables: Tables, text: str, params: Params | None = None, limit: TimeLimi
         connection.execute("SET python_enable_replacements = false")
         connection.execute("SET lock_configuration = true")
         shape = _shape(connection, text)
+        _check_given(parameters(shape), named)
         for name, table in tables.items():
             if isinstance(table, LazyTable):
                 keys = None if table.key is None else constant_keys(shape, name, table.key, named)
@@ -194,6 +195,16 @@ def _by_name(params: Params | None) -> Mapping[str, Any]:
             f"params {params!r} is neither a list (for ?) nor a dict (for $name); one value is a list of one"
         )
     return {str(number): value for number, value in enumerate(params, 1)}
+
+
+def _check_given(names: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Raises for a parameter without a value; DuckDB's own words for it say little and differ by release."""
+    known = {name.lower() for name in given}
+    missing = [name for name in names if name.lower() not in known]
+    if missing:
+        name = missing[0]
+        what = f"? number {name}: params=[...]" if name.isdecimal() else f"${name}: params={{{name!r}: ...}}"
+        raise QueryError(f"no value for {what}, or --param NAME=VALUE for $NAME")
 
 
 def table(

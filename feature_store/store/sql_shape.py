@@ -1,7 +1,8 @@
 """Which key values a query can need of a table, read off DuckDB's own parse of it.
 
-Owns one question: does ``where record_id = 'x'`` (or ``in ('x', 'y')``) hold for every row of the table that
-reaches the rest of the query? Then only those records need to be read. Pure; no I/O.
+Owns one question: does ``where record_id = 'x'`` (or ``in ('x', 'y')``, ``= $id``, ``in $ids``) hold for
+every row of the table that reaches the rest of the query? Then only those records need to be read. Also tells
+which parameters a query has. Pure; no I/O.
 Invariant: None ("all") for every shape it does not know, so that a restriction never changes an answer; a
 test compares restricted and unrestricted answers.
 
@@ -39,6 +40,14 @@ def constant_keys(
         if node.get("type") == "SELECT_NODE" and uses[0] in _inner_joined(node.get("from_table")):
             return _Keys(_qualifiers(uses[0], table), key, params or {}).of(node.get("where_clause"))
     return None
+
+
+def parameters(shape: dict[str, Any] | None) -> list[str]:
+    """Returns the names of a query's parameters, sorted; "1", "2", ... of those without one."""
+    if shape is None:
+        return []
+    names = (node.get("identifier") for node in _nodes(shape) if node.get("type") == "VALUE_PARAMETER")
+    return sorted({name for name in names if isinstance(name, str)})
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
