@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from range_server import range_server
 from records import make_record, make_structure
 
@@ -121,8 +123,7 @@ def as_dict(diff) -> dict[str, tuple[str, set[str]]]:
 @pytest.mark.parametrize("order", ["rank", "permuted"])
 def test_any_two_versions_differ_as_their_records_do(tmp_path, order):
     rng = np.random.default_rng(5)
-    settings = StoreSettings(tile_rows=4, tile_cols=8, row_order=order)
-    store = FeatureStore.create(tmp_path / "s", settings)
+    store = FeatureStore.create(tmp_path / "s", StoreSettings(tile_rows=4, tile_cols=8, row_order=order))
     records, notes = {}, {}
     states = {0: ({}, {})}
     jobs = {0: ""}
@@ -229,6 +230,25 @@ def test_a_long_alignment_is_compared_band_by_band(tmp_path, monkeypatch):
             for low, high in ((2, 1), (1, 0)):
                 diff = store.diff(store.version - low, store.version - high)
                 assert as_dict(diff) == {"a": ("replaced", {"alignment"})}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    values=st.lists(st.sampled_from([1, 2, None]), max_size=8),
+    others=st.lists(st.sampled_from([1, 2, None]), max_size=8) | st.none(),
+    cuts=st.lists(st.integers(0, 8), max_size=4),
+    other_cuts=st.lists(st.integers(0, 8), max_size=4),
+)
+def test_streams_are_equal_however_they_are_cut(values, others, cuts, other_cuts):
+    others = values if others is None else others
+
+    def cut(numbers, places):
+        ends = sorted({0, len(numbers), *(place for place in places if place < len(numbers))})
+        whole = pa.record_batch({"v": pa.array(numbers, pa.int64())})
+        return (whole.slice(low, high - low) for low, high in itertools.pairwise(ends))
+
+    same = version_diff._same_batches(cut(values, cuts), cut(others, other_cuts))
+    assert same == (values == others)
 
 
 def test_damage_is_an_error_and_not_a_difference(tmp_path):
