@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         NameTakenError,
         NotAStoreError,
         QueryError,
+        QueryTimeoutError,
         RecordNotFoundError,
         RecordSetMismatchError,
         SplitError,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from foldfeed.feature_store.store.questions import RecordSource, StoreView
     from foldfeed.feature_store.store.record_sets import RecordSet
     from foldfeed.feature_store.store.splits import Split
+    from foldfeed.feature_store.store.version_diff import VersionDiff
 
 _HOMES = {
     "AlignmentImport": "importers.layouts",
@@ -94,6 +96,7 @@ _HOMES = {
     "NameTakenError": "errors",
     "NotAStoreError": "errors",
     "QueryError": "errors",
+    "QueryTimeoutError": "errors",
     "Record": "parts.record",
     "RecordNotFoundError": "errors",
     "RecordSet": "store.record_sets",
@@ -116,6 +119,7 @@ _HOMES = {
     "Structure": "format.structure",
     "StructureParseError": "errors",
     "TagError": "errors",
+    "VersionDiff": "store.version_diff",
     "WrittenPart": "parts.writer",
     "attach_structures": "importers.attach_structures",
     "export_record": "exporters.formats",
@@ -157,6 +161,7 @@ __all__ = [
     "NameTakenError",
     "NotAStoreError",
     "QueryError",
+    "QueryTimeoutError",
     "Record",
     "RecordNotFoundError",
     "RecordSet",
@@ -179,6 +184,7 @@ __all__ = [
     "Structure",
     "StructureParseError",
     "TagError",
+    "VersionDiff",
     "WrittenPart",
     "attach_structures",
     "export_record",

@@ -26,6 +26,7 @@
     ├── AlignmentParseError (ValueError)     A3M or Stockholm text that breaks its own rules
     ├── StructureParseError (ValueError)     mmCIF text that breaks its own rules, or ours
     ├── QueryError (ValueError)              SQL or column names the index does not understand
+    │   └── QueryTimeoutError                a query ran longer than it was allowed to
     ├── MissingExtraError (ImportError)      an optional dependency is not installed
     └── (pipelines.errors, loader.errors, trainer.errors add their own branches)
 
@@ -449,6 +450,21 @@ class StructureParseError(FoldfeedError, ValueError):
 
 class QueryError(FoldfeedError, ValueError):
     """SQL, a column or a predicate that the index does not understand."""
+
+
+class QueryTimeoutError(QueryError):
+    """A query ran longer than it was allowed to, and was stopped; nothing of it still runs.
+
+    Attributes:
+      timeout_s: the limit, seconds.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        super().__init__(
+            f"the query was stopped after its limit of {timeout_s:g} s; ask about fewer records (record_id = "
+            "'...' or rows_of), for fewer columns, or allow more time (timeout_s, --timeout)"
+        )
 
 
 class MissingExtraError(FoldfeedError, ImportError):

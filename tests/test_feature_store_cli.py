@@ -50,7 +50,9 @@ def test_query_in_every_format(run, small_store, tmp_path):
 
 
 def test_show_store_and_record(run, small_store):
-    assert "records      3" in run("show", small_store.url).stdout
+    shown = run("show", small_store.url).stdout
+    assert "records      3" in shown
+    assert "row order    rank: reads the best hits (rows 0:N) and runs of ranks fast" in shown
     out = run("show", small_store.url, "b2", "--rows", 3).stdout
     assert "depth        700" in out
     assert small_store["b2"].sequence in out
@@ -181,6 +183,6 @@ def test_debug_shows_the_traceback():
 
 
 def test_help_has_examples_for_every_command(run):
-    for name in ("query", "show", "crop", "plot", "log", "report", "sets", "save-set", "save-split"):
+    for name in ("query", "show", "crop", "plot", "log", "diff", "report", "sets", "save-set", "save-split"):
         assert f"foldfeed {name} my-store" in run(name, "--help").stdout
     assert "foldfeed, version" in run("--version").stdout

@@ -363,6 +363,34 @@ def test_features_of_a_record(small_store):
     np.testing.assert_array_equal(full["deletions"], record.deletions())
 
 
+def test_every_per_residue_array_is_read_in_one_way(small_store):
+    part = write_part(small_store.url, [make_record("d4", 6, 700)], small_store.settings)
+    small_store.commit([part.part_id], job_id="with N_eff")
+    for name in ("c3", "d4"):
+        record = small_store[name]
+        methods = {
+            "aatype": record.aatype,
+            "profile": record.profile,
+            "deletion_mean": record.deletion_mean,
+            "gap_fraction": record.gap_fraction,
+            "entropy": record.entropy_per_residue,
+            "neff": record.neff_per_residue,
+        }
+        found = record.features()
+        assert list(found) == list(methods)
+        for array, method in methods.items():
+            np.testing.assert_array_equal(method(), found[array])
+            for window in (slice(3, 60), slice(-5, None), 7):
+                ends = slice(7, 8) if window == 7 else window
+                np.testing.assert_array_equal(method(window), found[array][ends])
+                np.testing.assert_array_equal(record.per_residue(array, window), found[array][ends])
+        np.testing.assert_array_equal(record.entropy(slice(3, 60)), found["entropy"][3:60])
+    with pytest.raises(ValueError, match="no per-residue array 'msa'; there are aatype, profile"):
+        record.per_residue("msa")
+    with pytest.raises(IndexError):
+        record.entropy(700)
+
+
 def test_an_xarray_dataset_of_a_record(small_store):
     xarray = pytest.importorskip("xarray", reason="xarray is not installed")
     record = small_store["c3"]

@@ -99,7 +99,7 @@ def test_ingest_makes_a_store_of_the_order_asked_for(alignments, tmp_path):
     assert made.exit_code == 0, made.output
     found = FeatureStore.open(url)
     assert found.settings == StoreSettings.with_row_order("permuted", 12)
-    assert "row order    permuted (seed 12)" in run("show", url).output
+    assert "row order    permuted (seed 12): reads random samples of rows fast" in run("show", url).output
     # What the store has is enough, and what it does not have is refused.
     assert run(*args).exit_code == 0
     assert run(*args, "--row-order", "permuted").exit_code == 0

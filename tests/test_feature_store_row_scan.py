@@ -12,6 +12,7 @@ from foldfeed.feature_store import CorruptDataError, FeatureStore, QueryError, w
 from foldfeed.feature_store.parts import row_scan
 from foldfeed.feature_store.parts.row_scan import ROWS_SCHEMA, row_batches
 from foldfeed.feature_store.storage import open_blobs
+from foldfeed.feature_store.store import query_tables
 from foldfeed.feature_store.store import questions as source
 from foldfeed.feature_store.store.sql import sql
 
@@ -203,7 +204,7 @@ def test_a_limit_ends_the_reading(store, counting):
             yield batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "row_batches", watched)
+        patch.setattr(query_tables, "row_batches", watched)
         assert len(store.query("select hit_id from rows limit 3")) == 3
     assert sum(seen) < whole / 2
 

@@ -245,7 +245,7 @@ def _shares(fractions: Mapping[str, float]) -> str:
 def save_set(store: str, name: str, sql: str, within: str | None, version: str | None) -> None:
     """Save the answer of a query as record set NAME of STORE.
 
-    The query needs a column record_id. A name never changes its meaning. Tables: records, rows, sets, splits.
+    The query needs a column record_id. A name never changes its meaning. Tables: see `query`.
 
     \b
     Examples:

@@ -22,6 +22,7 @@ COMMANDS_GROUP = "foldfeed.commands"
 # Commands of this package that every store understands; other rooms' come as entry points.
 OWN_COMMANDS = {
     "crop": "records:crop",
+    "diff": "records:diff",
     "log": "records:log",
     "plot": "look:plot",
     "query": "records:query",
@@ -38,6 +39,7 @@ SENTENCES = {
     "copy": "Copy one version of the store SOURCE to TARGET. Run it again to go on after an interruption.",
     "crop": "Read a piece of one alignment: only the tiles it touches.",
     "delete": "Delete records from STORE in one transaction. Older versions keep them.",
+    "diff": "Show what changed from version OLD of STORE to version NEW, the newest by default.",
     "export": "Write records of STORE in the formats of other programs.",
     "gc": "Remove parts and index files of STORE that no version names, and leftovers of killed writers.",
     "ingest": "Take alignments made elsewhere into a store, in one commit.",

@@ -1,4 +1,4 @@
-"""Commands about records: ``query``, ``show``, ``crop``, ``log``.
+"""Commands about records: ``query``, ``show``, ``crop``, ``log``, ``diff``.
 
 Owns words and layout of what they print. Does not own how a store is asked or read.
 """
@@ -16,6 +16,7 @@ from foldfeed.feature_store.cli.tables import FORMATS, write_table
 from foldfeed.feature_store.cli.terminal import printable
 from foldfeed.feature_store.cli.tools import open_store, output_stream, parse_window, working
 from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.settings import ROW_ORDER_USES
 from foldfeed.feature_store.store.feature_store import FeatureStore, Record
 
 
@@ -27,17 +28,52 @@ from foldfeed.feature_store.store.feature_store import FeatureStore, Record
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen."
 )
 @click.option("--version", help="An older version of the store, or a tag (see `foldfeed log`).")
-@click.option("--rows-of", metavar="CONDITION", help="The table `rows` holds the rows of these records only.")
+@click.option(
+    "--rows-of",
+    metavar="CONDITION",
+    help="`rows`, `residues` and `structures` hold what belongs to these records only.",
+)
+@click.option(
+    "--param",
+    "params",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A value for $NAME in the query, repeatable. It is always a text, cast where it meets a number or a "
+    "date.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Stop the query after so long, with exit code 1.",
+)
 def query(
-    store: str, sql: str, form: str, output: Path | None, version: str | None, rows_of: str | None
+    store: str,
+    sql: str,
+    form: str,
+    output: Path | None,
+    version: str | None,
+    rows_of: str | None,
+    params: tuple[str, ...],
+    timeout_s: float | None,
 ) -> None:
     """Answer a SQL question about the records of STORE.
 
-    The tables are `records` (`foldfeed show STORE` lists its columns), `rows` (one per alignment row:
-    record_id, rank, database, e_value, bit_score, hit_id, species, pairing_key), `sets` and `splits` (see
-    `foldfeed sets`). A question about `rows` reads the columns that it needs of every record (some million
-    rows a second), or of those that it names: `where record_id = 'HBB_HUMAN'`, or --rows-of. The dialect is
-    DuckDB's.
+    \b
+    The tables:
+      records     one row per record; `foldfeed show STORE` lists its columns
+      rows        one per alignment row: record_id, rank, database, e_value, bit_score, hit_id,
+                  species, pairing_key
+      residues    one per residue: record_id, position (from 0), letter, profile, entropy, gap_fraction,
+                  deletion_mean, neff, observed, residue_number, insertion_code
+      structures  one per structure: record_id, entry_id, label_asym_id, auth_asym_id, entity_id, model,
+                  method, resolution_angstrom, release_date, num_residues, num_observed
+      sets, splits (see `foldfeed sets`)
+
+    A question about `rows` or `residues` reads the columns that it needs of every record (some million rows a
+    second), or of those that it names: `where record_id = 'HBB_HUMAN'`, or --rows-of. `profile` has 22 shares
+    in the order ARNDCQEGHILKMFPSTWYVX-; profile[1] is A's. The dialect is DuckDB's.
 
     \b
     Examples:
@@ -45,13 +81,28 @@ def query(
       foldfeed query my-store "select record_id, length from records where depth > 100" --format csv
       foldfeed query my-store "from records" --format parquet --output records.parquet
       foldfeed query my-store "select species, count(*) from rows group by 1" --rows-of "depth > 100"
+      foldfeed query my-store "select position, letter, entropy from residues where record_id = $id" \\
+          --param id=HBB_HUMAN --timeout 60
     """
     if form == "parquet" and output is None and sys.stdout.isatty():
         raise click.UsageError("Parquet is binary; add --output FILE or redirect it.")
+    values = _named_values(params)
     with working("asking"):
-        answer = open_store(store, version).query(sql, rows_of)
+        answer = open_store(store, version).query(sql, rows_of, params=values, timeout_s=timeout_s)
     with output_stream(output) as out:
         write_table(answer, form, out)
+
+
+def _named_values(params: tuple[str, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in params:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE, e.g. id=HBB_HUMAN", param_hint="--param")
+        if name.lower() in map(str.lower, found):
+            raise click.BadParameter(f"{name!r} is given twice (DuckDB ignores case)", param_hint="--param")
+        found[name] = value
+    return found
 
 
 @click.command()
@@ -85,7 +136,8 @@ def _show_store(store: FeatureStore) -> None:
     click.echo(f"fingerprint  {store.fingerprint}")
     click.echo(f"tiles        {store.settings.tile_rows} rows x {store.settings.tile_cols} residues")
     seed = store.settings.row_order_seed
-    click.echo(f"row order    {store.settings.row_order}{'' if seed is None else f' (seed {seed})'}")
+    order = store.settings.row_order
+    click.echo(f"row order    {order}{'' if seed is None else f' (seed {seed})'}: {ROW_ORDER_USES[order]}")
     click.echo("columns of the table `records`:")
     for field in store.table().schema:
         click.echo(f"  {field.name:<16} {field.type}")
@@ -176,4 +228,42 @@ def log(store: str, form: str) -> None:
             "message": [entry.message for entry in entries],
         }
     )
+    write_table(table, form, sys.stdout.buffer)
+
+
+@click.command()
+@click.argument("store")
+@click.argument("old")
+@click.argument("new", required=False)
+@click.option("--format", "form", type=click.Choice(FORMATS[:3]), default="table", show_default=True)
+def diff(store: str, old: str, new: str | None, form: str) -> None:
+    """Show what changed from version OLD of STORE to version NEW, the newest by default.
+
+    OLD and NEW are versions or tags (see `foldfeed log`). One row per record that was added, removed,
+    replaced (it says something else) or annotated (columns of one's own, or N_eff, differ). WHY names what
+    differs: description, sequence, depth, alignment, rows (hit ids, E-values, ...), databases, extra,
+    structure. VERSIONS are the commits that did it, JOB_IDS their jobs; both are empty where `gc` may have
+    removed what tells. The exit code is 0 whether or not anything changed.
+
+    \b
+    Examples:
+      foldfeed diff my-store 3
+      foldfeed diff my-store paper-1 paper-2 --format json
+    """
+    then, now = open_store(store, old), open_store(store, new)
+    with working("comparing"):
+        found = now.diff(then.version)
+    table = found.table
+    if form == "table":
+        counts = ", ".join(f"{number} {change}" for change, number in found.counts.items())
+        click.echo(f"version {found.old} to {found.new}, {len(found.commits)} commits: {counts}")
+        if not len(table):
+            return
+    if form != "json":
+        for at, field in enumerate(table.schema):
+            if pa.types.is_list(field.type):
+                values = [" ".join(map(str, value or ())) for value in table[field.name].to_pylist()]
+                table = table.set_column(at, field.name, pa.array(values, pa.string()))
+    # The lines above go through click's own stream.
+    sys.stdout.flush()
     write_table(table, form, sys.stdout.buffer)

@@ -43,8 +43,9 @@ def row_order_options(command: Callable[..., Any]) -> Callable[..., Any]:
     order = click.option(
         "--row-order",
         type=click.Choice(ROW_ORDERS),
-        help="How a new store keeps alignment rows: as ranked, or permuted, so that a random sample of rows "
-        "is one short read. Readers see ranks in both. [default: rank, or what the store has]",
+        help="How a new store keeps alignment rows: as ranked, for reading the best hits, or permuted, so "
+        "that a random sample of rows is one short read. Readers see ranks in both. [default: rank, or what "
+        "the store has]",
     )
     seed = click.option(
         "--row-order-seed",

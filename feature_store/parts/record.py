@@ -30,6 +30,9 @@ from foldfeed.feature_store.parts.dataset import to_dataset
 from foldfeed.feature_store.parts.reader import PartReader, RecordLocation
 from foldfeed.feature_store.parts.tiles import Crop, CropArrays, CropPlan, Slab, TiledRecord, pair_of
 
+# What is stored for every residue of a record, whether or not it has a structure.
+PER_RESIDUE = ("aatype", "profile", "deletion_mean", "gap_fraction", "entropy", "neff")
+
 
 class CropShape(NamedTuple):
     """What a crop covers, checked against its record.
@@ -174,6 +177,7 @@ class Record:
 
         In a store of row order ``permuted`` that is a uniform sample of the hits without repeats when
         ``start`` is uniform in 0..depth-2, and it reads few tiles; in one of ``rank`` it is a run of ranks.
+        A `crop` of the first ranks is the other way round: few tiles with ``rank``, nearly all in the other.
 
         Args:
           residues: as for `crop`.
@@ -224,35 +228,61 @@ class Record:
 
     def aatype(self, residues: Window | None = None) -> NDArray[np.uint8]:
         """Returns uint8 (length,): codes of the query; of a window as for `crop` when one is given."""
-        return self._part.per_residue("aatype", self._at, resolve_window("residues", residues, self.length))
+        return self.per_residue("aatype", residues)
 
     def profile(self, residues: Window | None = None) -> NDArray[np.float32]:
         """Returns float32 (length, 22): share of each token over all rows; of a window when one is given."""
-        return self._part.per_residue("profile", self._at, resolve_window("residues", residues, self.length))
+        return self.per_residue("profile", residues)
 
-    def deletion_mean(self) -> NDArray[np.float32]:
-        """Returns float32 (length,): mean deletion count over all rows."""
-        return self._part.per_residue("deletion_mean", self._at)
+    def deletion_mean(self, residues: Window | None = None) -> NDArray[np.float32]:
+        """Returns float32 (length,): mean deletion count over all rows; of a window when one is given."""
+        return self.per_residue("deletion_mean", residues)
 
-    def gap_fraction(self) -> NDArray[np.float32]:
-        """Returns float32 (length,): share of rows with a gap."""
-        return self._part.per_residue("gap_fraction", self._at)
+    def gap_fraction(self, residues: Window | None = None) -> NDArray[np.float32]:
+        """Returns float32 (length,): share of rows with a gap; of a window when one is given."""
+        return self.per_residue("gap_fraction", residues)
 
-    def entropy(self) -> NDArray[np.float32]:
+    def entropy_per_residue(self, residues: Window | None = None) -> NDArray[np.float32]:
         """Returns float32 (length,): entropy in bits of the residues of each column, see `sidecars`.
 
-        NaN when the record was written before format v1 had it.
+        Of a window when one is given. NaN when the record was written before format v1 had it.
         """
-        return self._part.per_residue("entropy", self._at)
+        return self.per_residue("entropy", residues)
+
+    def entropy(self, residues: Window | None = None) -> NDArray[np.float32]:
+        """Returns `entropy_per_residue`, of which this is the older name."""
+        return self.entropy_per_residue(residues)
 
     @property
     def neff(self) -> float | None:
-        """N_eff of the alignment at 80 % identity, or None when it was not computed; see `effective_rows`."""
+        """N_eff of the alignment at 80 % identity, or None when it was not computed; see `effective_rows`.
+
+        A fact of the whole record, like `depth`; `neff_per_residue` is the counterpart of
+        `entropy_per_residue`.
+        """
         return self._row["neff"]
 
-    def neff_per_residue(self) -> NDArray[np.float32]:
-        """Returns float32 (length,): sum of the weights of rows with a residue there; NaN if not computed."""
-        return self._part.per_residue("neff", self._at)
+    def neff_per_residue(self, residues: Window | None = None) -> NDArray[np.float32]:
+        """Returns float32 (length,): sum of the weights of rows with a residue there; NaN if not computed.
+
+        Of a window when one is given.
+        """
+        return self.per_residue("neff", residues)
+
+    def per_residue(self, name: str, residues: Window | None = None) -> NDArray[Any]:
+        """Returns a per-residue array by its name in `features`, which is that in the SQL table ``residues``.
+
+        Args:
+          name: one of `PER_RESIDUE`.
+          residues: as for `crop`.
+        Raises:
+          ValueError: an unknown name.
+          IndexError: an integer outside the record, an empty window, a step.
+          CorruptDataError: a chunk does not match its checksum.
+        """
+        if name not in PER_RESIDUE:
+            raise ValueError(f"no per-residue array {name!r}; there are {', '.join(PER_RESIDUE)}")
+        return self._part.per_residue(name, self._at, resolve_window("residues", residues, self.length))
 
     def structure(self, residues: Window | None = None) -> Structure | None:
         """Returns the atoms of a window of residues, or None when the record has no structure.
@@ -281,21 +311,12 @@ class Record:
         return self._part.row_table(self._at, [entry["name"] for entry in self.databases])
 
     def features(self, *, msa: bool = False) -> dict[str, NDArray[Any]]:
-        """Returns the per-residue features by name.
-
-        They are aatype, profile, deletion_mean, gap_fraction, entropy and neff.
+        """Returns the per-residue arrays of `PER_RESIDUE` by name.
 
         Args:
           msa: also ``msa`` and ``deletions``, (depth, length) each; they are read only when asked for.
         """
-        found: dict[str, NDArray[Any]] = {
-            "aatype": self.aatype(),
-            "profile": self.profile(),
-            "deletion_mean": self.deletion_mean(),
-            "gap_fraction": self.gap_fraction(),
-            "entropy": self.entropy(),
-            "neff": self.neff_per_residue(),
-        }
+        found: dict[str, NDArray[Any]] = {name: self.per_residue(name) for name in PER_RESIDUE}
         if msa:
             crop = self.crop()
             found |= {"msa": crop.msa, "deletions": crop.deletions}

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from foldfeed.feature_store.errors import CorruptDataError
 from foldfeed.feature_store.format.schema import PAIRING_KEY, ROW_CHUNK
 from foldfeed.feature_store.parts.reader import PartReader
+from foldfeed.feature_store.parts.spans import Spans, by_part
 from foldfeed.feature_store.storage import Blobs
 
 ROWS_SCHEMA = pa.schema(
@@ -58,18 +59,17 @@ def row_batches(
     Raises:
       CorruptDataError: something that is read is damaged.
     """
+    for part_id, records in by_part(index, INDEX_COLUMNS, "first_row"):
+        yield from rows_in_part(PartReader(blobs, part_id), records, columns, batch_rows)
+
+
+def rows_in_part(
+    part: PartReader, index: pa.Table, columns: Sequence[str], batch_rows: int = BATCH_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of records of one part, in the order of ``first_row`` in which the index has them."""
     schema = pa.schema([ROWS_SCHEMA.field(name) for name in columns])
-    if not len(index):
-        return
-    index = index.select(INDEX_COLUMNS).sort_by([("part_id", "ascending"), ("first_row", "ascending")])
-    counts = pc.value_counts(index["part_id"].combine_chunks())
-    start = 0
-    # Counted in order of first appearance, and equal ids are neighbours.
-    for part_id, count in zip(counts.field(0).to_pylist(), counts.field(1).to_pylist(), strict=True):
-        scan = _PartScan(PartReader(blobs, part_id), index.slice(start, count).combine_chunks())
-        for names in scan.batches(columns, batch_rows):
-            yield pa.RecordBatch.from_arrays(names, schema=schema)
-        start += count
+    for values in _PartScan(part, index).batches(columns, batch_rows):
+        yield pa.RecordBatch.from_arrays(values, schema=schema)
 
 
 class _PartScan:
@@ -79,38 +79,24 @@ class _PartScan:
         self._part = part
         self._ids = _column(index, "record_id")
         self._databases = _column(index, "databases")
-        self._depth = _column(index, "depth").to_numpy().astype(np.int64)
-        self._first = _column(index, "first_row").to_numpy()
+        depth = _column(index, "depth").to_numpy().astype(np.int64)
+        self._spans = Spans(_column(index, "first_row").to_numpy(), depth)
         self._first_name_byte = _column(index, "first_hit_id_byte").to_numpy()
 
     def batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[list[pa.Array]]:
-        for low, high in self._runs():
-            start, stop = int(self._first[low]), int(self._first[high - 1] + self._depth[high - 1])
+        # Gaps of a chunk are read anyway.
+        for low, high in self._spans.runs(ROW_CHUNK):
+            start, stop = self._spans.bounds(low, high)
             name_byte = int(self._first_name_byte[low])
             while start < stop:
                 end = min(start + batch_rows, stop)
                 names: pa.Array | None = None
                 if "hit_id" in columns:
                     names, end, name_byte = self._names(start, end, name_byte)
-                owner, row = self._owners(low, high, start, end)
+                owner, row = self._spans.owners(low, high, start, end)
                 if len(row):
                     yield [self._values(name, owner, row, start, end, names) for name in columns]
                 start = end
-
-    def _runs(self) -> list[tuple[int, int]]:
-        """Returns ranges of records whose rows lie together, but for gaps that are read anyway."""
-        gaps = self._first[1:] - (self._first[:-1] + self._depth[:-1])
-        cuts = (np.flatnonzero(gaps > ROW_CHUNK) + 1).tolist()
-        return list(zip([0, *cuts], [*cuts, len(self._first)], strict=True))
-
-    def _owners(
-        self, low: int, high: int, start: int, end: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the record of each row in ``[start, end)`` that belongs to one of ours, and the row."""
-        row = np.arange(start, end, dtype=np.int64)
-        owner = np.searchsorted(self._first[low:high], row, side="right") - 1 + low
-        ours = row < self._first[owner] + self._depth[owner]
-        return owner[ours], row[ours]
 
     def _values(
         self,
@@ -125,7 +111,7 @@ class _PartScan:
         if name == "record_id":
             return self._ids.take(pa.array(owner))
         if name == "rank":
-            return pa.array((row - self._first[owner]).astype(np.int32))
+            return pa.array((row - self._spans.first[owner]).astype(np.int32))
         if name == "hit_id":
             assert names is not None
             return names if len(names) == len(row) else names.take(pa.array(row - start))

@@ -33,6 +33,7 @@ from foldfeed.feature_store.storage import TEMPORARY_PREFIX, LocalBlobs, open_bl
 from foldfeed.feature_store.storage.read_pool import DEFAULT_IN_FLIGHT, run_tasks
 from foldfeed.feature_store.store.questions import RecordSource
 from foldfeed.feature_store.store.record_sets import fingerprint_of
+from foldfeed.feature_store.store.version_diff import VersionDiff, compare_versions
 
 PLACE_COLUMNS = ("part_id", *RecordLocation.__slots__)
 
@@ -165,6 +166,24 @@ class FeatureStore(RecordSource["Record"]):
         for tag in versions.list_tags(self.url):
             tags[tag.version] = (*tags.get(tag.version, ()), tag.name)
         return [entry_of(commit, tags.get(commit.version, ())) for commit in reversed(self._index.log())]
+
+    def diff(self, old: int | str, new: int | str | None = None) -> VersionDiff:
+        """Returns what changed between two versions: which records, in what, and by which commits.
+
+        Example:
+          >>> store.diff(3).counts
+          >>> store.diff("paper-1", "paper-2").table.to_pandas()
+
+        Args:
+          old: a version or a tag.
+          new: the same, before or after ``old``; the version that this object shows when None.
+        Raises:
+          ValueError: there is no such version (any more), or no such tag.
+          CorruptDataError: something that is read is damaged.
+        """
+        then = versions.open_index(self.url, old)
+        now = self._index if new is None else versions.open_index(self.url, new)
+        return compare_versions(self._blobs, then, now, self.record_of)
 
     def commit(
         self,

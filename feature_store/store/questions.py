@@ -1,9 +1,9 @@
 """What a store and a selection of its records have in common: questions, names, and views.
 
 `RecordSource` is what a loader, a plot or a report takes; `FeatureStore` is one and `StoreView` is another.
-Owns questions over the index (`records`), over row provenance (`rows`) and over the saved names (`sets`,
-`splits`), and the making of views. Does not own the index or the reading of arrays. Invariant: a view shows
-the records it was made with for as long as it lives, whatever happens to the store it came from.
+Owns the questions that can be asked and the making of views. Does not own the tables of SQL (`query_tables`),
+the index or the reading of arrays. Invariant: a view shows the records it was made with for as long as it
+lives, whatever happens to the store it came from.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from foldfeed.feature_store.errors import QueryError, RecordNotFoundError
 from foldfeed.feature_store.format.settings import StoreSettings
 from foldfeed.feature_store.parts.many_crops import BatchArrays, CropRequest, read_crops
 from foldfeed.feature_store.parts.record import Record
-from foldfeed.feature_store.parts.row_scan import ROWS_SCHEMA, row_batches
+from foldfeed.feature_store.parts.row_scan import ROWS_SCHEMA
 from foldfeed.feature_store.parts.tiles import Crop, CropPlan
 from foldfeed.feature_store.storage import Blobs, open_blobs
 from foldfeed.feature_store.store import named_tables, point_in_time, record_sets, splits
 from foldfeed.feature_store.store import sql as query
+from foldfeed.feature_store.store.query_tables import PER_RECORD, lazy_tables
 from foldfeed.feature_store.store.record_sets import RecordSet, Within
 from foldfeed.feature_store.store.splits import Split
+from foldfeed.feature_store.store.time_limit import TimeLimit
 
 
 class _HasRows(Protocol):
@@ -169,33 +170,55 @@ class RecordSource(abc.ABC, Generic[RecordT]):
         """Returns `table` as a ``polars.DataFrame``; MissingExtraError without Polars."""
         return query.to_polars(self.table(columns, where))
 
-    def query(self, sql: str, rows_of: str | None = None) -> pa.Table:
+    def query(
+        self,
+        sql: str,
+        rows_of: str | None = None,
+        *,
+        params: query.Params | None = None,
+        timeout_s: float | None = None,
+    ) -> pa.Table:
         """Returns the answer to a SQL query (DuckDB's dialect), read only.
 
         Tables: ``records`` (the index), ``rows`` (provenance of every alignment row: record_id, rank,
-        database, e_value, bit_score, hit_id, species, pairing_key), ``sets`` (name, record_id) and ``splits``
-        record_id, cluster_id, part).
+        database, e_value, bit_score, hit_id, species, pairing_key), ``residues`` (record_id, position from 0, letter,
+        profile, entropy, gap_fraction, deletion_mean, neff, observed, residue_number, insertion_code; see
+        `residue_scan`), ``structures`` (see `structure_table`), ``sets`` (name, record_id) and ``splits``
+        (name, record_id, cluster_id, part). ``profile`` is FLOAT[22] in the order ARNDCQEGHILKMFPSTWYVX-, so
+        ``profile[instr('ARNDCQEGHILKMFPSTWYVX-', 'W')]`` is the share of W.
 
-        A query that names ``rows`` reads the provenance of every record, but only the columns that it needs
-        and one batch of rows in memory at a time. It reads fewer records when it says which: with a condition
-        ``record_id = 'A'`` or ``record_id in ('A', 'B')`` on ``rows``, or with ``rows_of``. Without ``order
-        by`` the rows come in no order that one may rely on.
+        A query that names ``rows`` or ``residues`` reads them of every record, but only the columns that it
+        needs and one batch of rows in memory at a time. It reads fewer records when it says which: with a
+        condition ``record_id = 'A'``, ``record_id in ('A', 'B')`` or ``record_id in $ids`` on that table, or
+        with ``rows_of``. Without ``order by`` the rows come in no order that one may rely on.
+
+        Example:
+          >>> store.query("from residues where record_id = $id and entropy < 1", params={"id": "HBB_HUMAN"})
 
         Args:
           sql: one query.
-          rows_of: a condition on ``records``; ``rows`` then holds the rows of these records only.
+          rows_of: a condition on ``records``; ``rows``, ``residues`` and ``structures`` then hold what
+            belongs to these records only.
+          params: values for ``?`` (a list) or ``$name`` (a dict) in ``sql``. They are bound, never written
+            into the text; a text is cast where it meets a number or a date.
+          timeout_s: seconds after which the query is stopped, between two batches where it reads; no limit
+            when None.
         Raises:
-          QueryError: DuckDB does not accept it, or ``rows_of`` is given and the query never reads ``rows``.
-          CorruptDataError: provenance that it reads is damaged.
+          QueryError: DuckDB does not accept it or its parameters, or ``rows_of`` is given and the query reads
+            none of its tables.
+          QueryTimeoutError: it took longer than ``timeout_s``.
+          CorruptDataError: something that it reads is damaged.
         """
-        allowed = None if rows_of is None else self.table(["record_id"], rows_of)["record_id"].to_pylist()
-        rows = query.LazyTable(ROWS_SCHEMA, functools.partial(self._row_batches, allowed), key="record_id")
-        sets = query.LazyTable(pa.schema([("name", pa.string()), *record_sets.SCHEMA]), self._set_batches)
-        cut = query.LazyTable(pa.schema([("name", pa.string()), *splits.SCHEMA]), self._split_batches)
-        tables = {query.RECORDS: self.index_rows(), "rows": rows, "sets": sets, "splits": cut}
-        answer = query.sql(tables, sql)
-        if rows_of is not None and not rows.was_read:
-            raise QueryError(f"rows_of {rows_of!r} has no effect: the query does not read the table 'rows'")
+        limit = None if timeout_s is None else TimeLimit(timeout_s)
+        index = self.index_rows()
+        allowed = None
+        if rows_of is not None:
+            allowed = query.table(index, ["record_id"], rows_of, limit)["record_id"].to_pylist()
+        lazy = lazy_tables(self, self._files, allowed)
+        answer = query.sql({query.RECORDS: index, **lazy}, sql, params, limit)
+        if rows_of is not None and not any(lazy[name].was_read for name in PER_RECORD):
+            names = " or ".join(map(repr, PER_RECORD))
+            raise QueryError(f"rows_of {rows_of!r} has no effect: the query does not read the table {names}")
         return answer
 
     def row_table(self, columns: Sequence[str] | None = None, where: str | None = None) -> pa.Table:
@@ -355,23 +378,6 @@ class RecordSource(abc.ABC, Generic[RecordT]):
     def _files(self) -> Blobs:
         return open_blobs(self.url)
 
-    def _row_batches(
-        self, allowed: list[str] | None, only: frozenset[str] | None, columns: Sequence[str]
-    ) -> Iterator[pa.RecordBatch]:
-        index = self.index_rows()
-        for names in (allowed, only):
-            if names is not None:
-                index = index.filter(pc.is_in(index["record_id"], pa.array(sorted(names), pa.string())))
-        yield from row_batches(self._files(), index, columns)
-
-    def _set_batches(self, _: frozenset[str] | None, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        for name in self.set_names():
-            yield from _named(name, self.set(name).table, columns)
-
-    def _split_batches(self, _: frozenset[str] | None, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        for name in self.split_names():
-            yield from _named(name, self.split(name).table, columns)
-
 
 class StoreView(RecordSource[RecordT]):
     """Some records of a store, with the API of a store: a loader takes it in place of one.
@@ -449,7 +455,3 @@ class StoreView(RecordSource[RecordT]):
                 raise self.not_found(request.record_id)
         # The store knows how to open many parts at once.
         return self._base._records_of(requests, in_flight)
-
-
-def _named(name: str, table: pa.Table, columns: Sequence[str]) -> list[pa.RecordBatch]:
-    return table.add_column(0, "name", pa.repeat(name, len(table))).select(columns).to_batches()

@@ -3,11 +3,12 @@
 Owns two rules. A query reads the tables it is given and nothing else: DuckDB's access to files, the network
 and its own settings is switched off before user text reaches it. And a `LazyTable` costs nothing until a
 query reads it, then only the columns that the query needs, one batch at a time, so that a question about a
-billion rows needs the memory of one batch.
+billion rows needs the memory of one batch. Values come in as DuckDB's prepared parameters, never as text.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from foldfeed.feature_store.errors import ANALYSIS_EXTRA, MissingExtraError, QueryError
-from foldfeed.feature_store.store.sql_shape import constant_keys
+from foldfeed.feature_store.errors import ANALYSIS_EXTRA, MissingExtraError, QueryError, QueryTimeoutError
+from foldfeed.feature_store.store.sql_shape import constant_keys, parameters
+from foldfeed.feature_store.store.time_limit import TimeLimit
 
 RECORDS = "records"
 
+# Values for `?` in order, or for `$name`.
+Params: TypeAlias = "Sequence[Any] | Mapping[str, Any]"
 BatchMaker: TypeAlias = "Callable[[frozenset[str] | None, Sequence[str]], Iterator[pa.RecordBatch]]"
 
 
@@ -50,10 +54,12 @@ class LazyTable:
         self.error: Exception | None = None
         self._make = make
         self._only: frozenset[str] | None = None
+        self._limit: TimeLimit | None = None
 
-    def restrict(self, keys: frozenset[str] | None) -> None:
-        """Sets the only key values that will be asked for; None for all."""
+    def restrict(self, keys: frozenset[str] | None, limit: TimeLimit | None = None) -> None:
+        """Sets the only key values that will be asked for, None for all, and when reading must end."""
         self._only = keys
+        self._limit = limit
 
     def batches(self, columns: Sequence[str], condition: pc.Expression | None) -> Iterator[pa.RecordBatch]:
         """Yields some columns of the rows that a condition keeps; reads the columns of both."""
@@ -61,6 +67,9 @@ class LazyTable:
         needed = _columns_of(self.schema, columns, condition)
         try:
             for batch in self._make(self._only, needed):
+                # A condition may keep nothing for long; DuckDB would not get to stop this.
+                if self._limit is not None:
+                    self._limit.check()
                 if condition is None:
                     yield batch.select(columns)
                 else:
@@ -125,30 +134,42 @@ def _columns_of(schema: pa.Schema, columns: Sequence[str], condition: pc.Express
 Tables: TypeAlias = "Mapping[str, pa.Table | LazyTable]"
 
 
-def sql(tables: Tables, text: str) -> pa.Table:
+def sql(tables: Tables, text: str, params: Params | None = None, limit: TimeLimit | None = None) -> pa.Table:
     """Returns the answer of a query.
 
     Args:
       tables: what it may read, by name.
       text: one SQL query in DuckDB's dialect.
+      params: values of its parameters, which are never made part of the text.
+      limit: when to stop.
     Raises:
       QueryError: DuckDB refuses it, and its own message is kept; or it holds several statements.
+      QueryTimeoutError: the time was up.
     """
-    with duckdb.connect(":memory:", config={"enable_external_access": "false"}) as connection:
+    named = _by_name(params)
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(
+            duckdb.connect(":memory:", config={"enable_external_access": "false"})
+        )
         # Only the registered tables can be reached; not a Python variable that happens to be called the same.
         connection.execute("SET python_enable_replacements = false")
         connection.execute("SET lock_configuration = true")
         shape = _shape(connection, text)
+        _check_given(parameters(shape), named)
         for name, table in tables.items():
-            if isinstance(table, LazyTable) and table.key is not None:
-                table.restrict(constant_keys(shape, name, table.key))
+            if isinstance(table, LazyTable):
+                keys = None if table.key is None else constant_keys(shape, name, table.key, named)
+                table.restrict(keys, limit)
             connection.register(name, _LazyDataset(table) if isinstance(table, LazyTable) else table)
+        if limit is not None:
+            limit.check()
+            stack.enter_context(limit.interrupting(connection))
         try:
             # DuckDB would run them all and answer the last.
             count = len(connection.extract_statements(text))
             if count > 1:
                 raise QueryError(f"{text!r} holds {count} statements; give one SELECT over {_names(tables)}")
-            relation = connection.sql(text)
+            relation = connection.sql(text, params=params) if params else connection.sql(text)
             if relation is None:
                 raise QueryError(f"{text!r} is not a query; give one SELECT over {_names(tables)}")
             return relation.to_arrow_table()
@@ -156,24 +177,53 @@ def sql(tables: Tables, text: str) -> pa.Table:
             for table in tables.values():
                 if isinstance(table, LazyTable) and table.error is not None:
                     raise table.error from None
+            if limit is not None and limit.is_over and isinstance(error, duckdb.InterruptException):
+                raise QueryTimeoutError(limit.timeout_s) from error
             # DuckDB's first line says what is wrong; the lines after it draw an arrow under the text.
             message = str(error).splitlines()[0].rstrip(".")
             raise QueryError(f"{message}. {_described(tables)}") from error
 
 
-def table(rows: pa.Table, columns: Sequence[str] | None, where: str | None) -> pa.Table:
+def _by_name(params: Params | None) -> Mapping[str, Any]:
+    """Returns the values of parameters by the names that DuckDB's parse has for them."""
+    if params is None:
+        return {}
+    if isinstance(params, Mapping):
+        return params
+    if isinstance(params, str | bytes) or not isinstance(params, Sequence):
+        raise QueryError(
+            f"params {params!r} is neither a list (for ?) nor a dict (for $name); one value is a list of one"
+        )
+    return {str(number): value for number, value in enumerate(params, 1)}
+
+
+def _check_given(names: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Raises for a parameter without a value; DuckDB's own words for it say little and differ by release."""
+    known = {name.lower() for name in given}
+    missing = [name for name in names if name.lower() not in known]
+    if missing:
+        name = missing[0]
+        what = f"? number {name}: params=[...]" if name.isdecimal() else f"${name}: params={{{name!r}: ...}}"
+        raise QueryError(f"no value for {what}, or --param NAME=VALUE for $NAME")
+
+
+def table(
+    rows: pa.Table, columns: Sequence[str] | None, where: str | None, limit: TimeLimit | None = None
+) -> pa.Table:
     """Returns some columns of the rows that a condition keeps, in the order of ``rows``.
 
     Args:
       rows: the index, sorted.
       columns: names; all when None.
       where: an SQL condition; every row when None.
+      limit: see `sql`.
     Raises:
       QueryError: an unknown column, or DuckDB refuses the condition.
     """
     names = known_columns("the index", columns, rows.column_names)
     if where is not None:
-        kept = sql({RECORDS: rows}, f"select * from {RECORDS} where ({where}) order by record_id")
+        text = f"select * from {RECORDS} where ({where}) order by record_id"
+        kept = sql({RECORDS: rows}, text, limit=limit)
         rows = kept.cast(rows.schema)
     return rows.select(names)
 
