@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -128,18 +129,22 @@ class SampleOrder:
         if self.table is not None:
             return self.table.draw(words_at(self.seed, numbers, Purpose.RECORD))
         if not numbers.size:
-            return np.zeros(numbers.shape, dtype=np.int64)
-        first, last = (int(end) // self.num_records for end in (numbers.min(), numbers.max()))
-        if first == last:
-            return _epoch_order(self.num_records, self.seed, first).forward(
-                numbers - first * self.num_records
-            )
-        epochs, positions = np.divmod(numbers, self.num_records)
-        found = np.empty(numbers.shape, dtype=np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            found[here] = _epoch_order(self.num_records, self.seed, epoch).forward(positions[here])
-        return found
+            return np.empty(numbers.shape, dtype=np.int64)
+        flat, back = numbers.ravel(), None
+        epochs = flat // self.num_records
+        starts = _run_starts(epochs)
+        if (np.diff(epochs[starts]) < 0).any():
+            back = np.argsort(epochs, kind="stable")
+            flat, epochs = flat[back], epochs[back]
+            starts = _run_starts(epochs)
+        found = np.empty(flat.size, dtype=np.int64)
+        for first, last in itertools.pairwise([*starts.tolist(), flat.size]):
+            epoch = int(epochs[first])
+            positions = flat[first:last] - epoch * self.num_records
+            found[first:last] = _epoch_order(self.num_records, self.seed, epoch).forward(positions)
+        if back is not None:
+            found[back] = found.copy()
+        return found.reshape(numbers.shape)
 
     def step_samples(self, step: int) -> range:
         """Returns the global sample numbers of a step."""
@@ -190,6 +195,11 @@ def rank_shards(virtual_shards: int, rank: int, world: int) -> range:
     if rank >= world:
         raise LoaderConfigError("rank", rank, f"must be below world={world}")
     return range(virtual_shards * rank // world, virtual_shards * (rank + 1) // world)
+
+
+def _run_starts(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns where runs of equal values begin."""
+    return np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
 
 
 @functools.lru_cache(maxsize=8)

@@ -139,12 +139,13 @@ class KeyedPermutation:
         indices = np.asarray(values)
         if indices.size and indices.dtype.kind not in "iu":
             raise TypeError(f"positions must be integers, not {indices.dtype}; use .astype(numpy.int64)")
-        if indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < self.size):
+        walked = indices.astype(np.uint64).ravel()
+        # A negative number has become a huge one.
+        if walked.size and int(walked.max()) >= self.size:
             raise IndexError(
                 f"positions {int(indices.min())}..{int(indices.max())} leave range({self.size}), "
                 "the set this permutation orders"
             )
-        walked = indices.astype(np.uint64).ravel()
         step(walked)
         # Each pass leaves less than half outside (for n > 8), so this ends quickly; it ends at all because
         # a cycle of the network that starts inside the range comes back to it.
