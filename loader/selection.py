@@ -12,6 +12,7 @@ every record says the same. Thread safe after it was made.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import math
 from collections import Counter
@@ -38,9 +39,6 @@ class Selection:
     Attributes:
       sampling: what chose them.
       table: chance of each number; None where every record comes once an epoch.
-      store_fingerprint: of the store's content; ``NAME=FINGERPRINT,...`` for stores with names.
-      fingerprint: sha256 (hex) of the chosen positions and their chances; "" for all records of one store,
-        each once an epoch.
     """
 
     def __init__(self, stores: Store | Mapping[str, Store], sampling: Sampling) -> None:
@@ -72,12 +70,7 @@ class Selection:
             self._check_disjoint()
         self._starts = [sum(sizes[:part]) for part in range(len(sizes) + 1)]
         self.table = None if sampling.kind == ONCE else AliasTable(np.concatenate(weights))
-        self.store_fingerprint = (
-            ",".join(f"{name}={named[name].fingerprint}" for name in sorted(named))
-            if isinstance(stores, Mapping)
-            else stores.fingerprint
-        )
-        self.fingerprint = self._fingerprint()
+        self._sources = stores
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -92,6 +85,25 @@ class Selection:
     def component(self, number: int) -> int:
         """Returns which component a number belongs to."""
         return bisect.bisect_right(self._starts, number) - 1
+
+    @property
+    def store_fingerprint(self) -> str:
+        """Fingerprint of the store's content; ``NAME=FINGERPRINT,...`` for stores with names."""
+        if isinstance(self._sources, Mapping):
+            return ",".join(f"{name}={store.fingerprint}" for name, store in sorted(self._sources.items()))
+        return self._sources.fingerprint
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what was chosen and its chances; "" for all of one store, once an epoch."""
+        if self.table is None and len(self._positions) == 1 and self._positions[0] is None:
+            return ""
+        digest = hashlib.sha256()
+        for positions in self._positions:
+            digest.update(b"all\n" if positions is None else positions.astype("<i8").tobytes() + b"\n")
+        for data in self.table.data if self.table is not None else ():
+            digest.update(data)
+        return digest.hexdigest()
 
     def _check_disjoint(self) -> None:
         for name in {component.store for component in self.sampling.components}:
@@ -108,16 +120,6 @@ class Selection:
                     name,
                     "of this store share records, which would come twice an epoch; join them",
                 )
-
-    def _fingerprint(self) -> str:
-        if self.table is None and len(self._positions) == 1 and self._positions[0] is None:
-            return ""
-        digest = hashlib.sha256()
-        for positions in self._positions:
-            digest.update(b"all\n" if positions is None else positions.astype("<i8").tobytes() + b"\n")
-        for data in self.table.data if self.table is not None else ():
-            digest.update(data)
-        return digest.hexdigest()
 
 
 def _check_names(named: Mapping[str, Store], sampling: Sampling) -> None:
