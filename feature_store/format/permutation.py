@@ -25,6 +25,7 @@ import hashlib
 import json
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,6 +49,8 @@ TABLE_GAIN = 8
 FIRST_MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
 SECOND_MULTIPLIER = np.uint64(0x94D049BB133111EB)
 WORD = 2**64 - 1
+
+Tables: TypeAlias = "list[NDArray[np.uint64]]"
 
 
 def round_keys(key: Sequence[int]) -> NDArray[np.uint64]:
@@ -135,7 +138,9 @@ class KeyedPermutation:
             value = self._encrypt_one(value)
         return value
 
-    def _walk(self, values: ArrayLike, step: Callable[[NDArray[np.uint64]], None]) -> NDArray[np.int64]:
+    def _walk(
+        self, values: ArrayLike, step: Callable[[NDArray[np.uint64], Tables | None], None]
+    ) -> NDArray[np.int64]:
         indices = np.asarray(values)
         if indices.size and indices.dtype.kind not in "iu":
             raise TypeError(f"positions must be integers, not {indices.dtype}; use .astype(numpy.int64)")
@@ -146,34 +151,35 @@ class KeyedPermutation:
                 f"positions {int(indices.min())}..{int(indices.max())} leave range({self.size}), "
                 "the set this permutation orders"
             )
-        step(walked)
+        tables = self._tables(walked.size)
+        step(walked, tables)
         # Each pass leaves less than half outside (for n > 8), so this ends quickly; it ends at all because
         # a cycle of the network that starts inside the range comes back to it.
         outside = np.flatnonzero(walked >= np.uint64(self.size))
         while outside.size:
             again = walked[outside]
-            step(again)
+            step(again, tables)
             walked[outside] = again
             outside = outside[again >= np.uint64(self.size)]
         return walked.view(np.int64).reshape(indices.shape)
 
-    def _encrypt(self, values: NDArray[np.uint64]) -> None:
-        mask, tables = np.uint64((1 << self._bits) - 1), self._tables(values.size)
+    def _encrypt(self, values: NDArray[np.uint64], tables: Tables | None) -> None:
+        mask = np.uint64((1 << self._bits) - 1)
         for block, *scratch in _blocks(values):
             for index in range(NUM_ROUNDS):
                 self._mix(block, index, tables, *scratch)
                 np.add(block, self._add_keys[index], out=block)
                 np.bitwise_and(block, mask, out=block)
 
-    def _decrypt(self, values: NDArray[np.uint64]) -> None:
-        mask, tables = np.uint64((1 << self._bits) - 1), self._tables(values.size)
+    def _decrypt(self, values: NDArray[np.uint64], tables: Tables | None) -> None:
+        mask = np.uint64((1 << self._bits) - 1)
         for block, *scratch in _blocks(values):
             for index in reversed(range(NUM_ROUNDS)):
                 np.subtract(block, self._add_keys[index], out=block)
                 np.bitwise_and(block, mask, out=block)
                 self._mix(block, index, tables, *scratch)
 
-    def _tables(self, num_values: int) -> list[NDArray[np.uint64]] | None:
+    def _tables(self, num_values: int) -> Tables | None:
         """Returns what each round XORs for every value of a half, where that is less work than hashing."""
         half_bits = (self._bits + 1) // 2
         if half_bits > MAX_TABLE_BITS or num_values < TABLE_GAIN << half_bits:
@@ -187,7 +193,7 @@ class KeyedPermutation:
         self,
         values: NDArray[np.uint64],
         index: int,
-        tables: list[NDArray[np.uint64]] | None,
+        tables: Tables | None,
         half: NDArray[np.uint64],
         scratch: NDArray[np.uint64],
     ) -> None:
