@@ -8,9 +8,13 @@ Numbers come from the raw words of Philox4x64-10 with arithmetic of our own on t
 words of a bit generator never change, but not the methods of ``numpy.random.Generator`` (NEP 19), and a run
 that is resumed after an upgrade must draw the same samples.
 
+Which record a weighted draw gives is one word a sample, for millions of samples at once: `words_at` makes
+those from an array of sample numbers, in any order, by SplitMix64's finaliser twice over.
+
 Thread safe: a stream belongs to the caller that made it; the module has no state.
 
-Source: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox).
+Source: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox); G. Steele et al.,
+"Fast splittable pseudorandom number generators", OOPSLA 2014 (SplitMix64, its finaliser and golden gamma).
 """
 
 from __future__ import annotations
@@ -21,9 +25,12 @@ import json
 import operator
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 SCHEME = "foldfeed/counter_rng/1"
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+# Words that are made together: they and their scratch stay in a core's second-level cache.
+BLOCK = 2**14
 
 
 class Purpose(enum.StrEnum):
@@ -34,6 +41,7 @@ class Purpose(enum.StrEnum):
     CROP = "crop"
     MASKING = "masking"
     SLAB = "slab"
+    RECORD = "record"
 
 
 class Stream:
@@ -84,5 +92,49 @@ def stream(seed: int, sample: int, purpose: Purpose) -> Stream:
     Raises:
       TypeError: seed or sample is no integer.
     """
-    message = json.dumps([SCHEME, operator.index(seed), operator.index(sample), purpose.value])
-    return Stream(int.from_bytes(hashlib.blake2b(message.encode(), digest_size=16).digest(), "little"))
+    key = _digest([operator.index(seed), operator.index(sample), purpose.value], 16)
+    return Stream(int.from_bytes(key, "little"))
+
+
+def words_at(seed: int, samples: ArrayLike, purpose: Purpose) -> NDArray[np.uint64]:
+    """Returns one word for each sample number, whatever the others are.
+
+    ``words_at(s, [7, 2], p)`` is ``[words_at(s, 7, p), words_at(s, 2, p)]``. The finaliser runs twice, each
+    time with a key of its own, so that seeds do not share one sequence at different places.
+
+    Args:
+      seed: of the run, any integer.
+      samples: global sample numbers, 0 to 2**63 - 1, any shape.
+      purpose: what is drawn.
+    Returns: uint64, the same shape, a fresh array.
+    Raises:
+      TypeError: samples are no integers.
+    """
+    numbers = np.asarray(samples)
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise TypeError(f"sample numbers must be integers, not {numbers.dtype}; use .astype(numpy.int64)")
+    keys = np.frombuffer(_digest([operator.index(seed), purpose.value, "at"], 16), dtype="<u8").astype(
+        np.uint64
+    )
+    words = numbers.astype(np.uint64).ravel()
+    scratch = np.empty(min(BLOCK, words.size), dtype=np.uint64)
+    for first in range(0, words.size, BLOCK):
+        block = words[first : first + BLOCK]
+        np.multiply(block, GOLDEN_GAMMA, out=block)
+        for key in keys:
+            np.add(block, key, out=block)
+            _finalise(block, scratch[: block.size])
+    return words.reshape(numbers.shape)
+
+
+def _finalise(words: NDArray[np.uint64], scratch: NDArray[np.uint64]) -> None:
+    """Applies SplitMix64's finaliser (D. Stafford's variant 13) in place."""
+    for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None)):
+        np.right_shift(words, np.uint64(shift), out=scratch)
+        np.bitwise_xor(words, scratch, out=words)
+        if multiplier is not None:
+            np.multiply(words, np.uint64(multiplier), out=words)
+
+
+def _digest(key: list[int | str], num_bytes: int) -> bytes:
+    return hashlib.blake2b(json.dumps([SCHEME, *key]).encode(), digest_size=num_bytes).digest()

@@ -4,7 +4,7 @@
     └── LoaderError
         ├── LoaderConfigError (ValueError)   an argument of a loader or a recipe that cannot work
         ├── LoaderStateError (ValueError)    a saved position that is no position, or belongs elsewhere
-        │   └── StateMismatchError           ... to another store, recipe, seed or batch size
+        │   └── StateMismatchError           ... to another store, recipe, sampling, seed or batch size
         ├── SampleError                      one sample could not be made; ``__cause__`` says why
         └── LoaderUseError (RuntimeError)    used after close(), after a fork, or pickled
 

@@ -3,8 +3,8 @@
 Order (which record) -> plan (what to read) -> fetch (I/O) -> featurise -> steps in order. This module ties
 them together and owns the position in the stream; every step of the way lives in a module of its own.
 
-Invariants: ``sample(g)`` is a function of (store fingerprint, recipe, seed, g); the position counts steps
-that the consumer has received, never steps made ahead; a sample that cannot be made raises, it is never
+Invariants: ``sample(g)`` is a function of (store fingerprint, sampling, recipe, seed, g); the position counts
+steps that the consumer has received, never steps made ahead; a sample that cannot be made raises, it is never
 skipped or replaced by another. One consumer thread per loader. A loader does not survive a fork (its threads
 would be missing in the child) and cannot be pickled: make it in the process that uses it, ``spawn`` is fine.
 """
@@ -15,21 +15,22 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from foldfeed.feature_store import FoldfeedError, Record, RecordSource
 from foldfeed.loader.batch import StepBatch
 from foldfeed.loader.device import ReadyStep, feature_maker, resolve_device
-from foldfeed.loader.errors import LoaderConfigError, LoaderUseError, SampleError
+from foldfeed.loader.errors import LoaderConfigError, LoaderUseError
 from foldfeed.loader.featurise import featurise
-from foldfeed.loader.fetch import RawSample, fetch
-from foldfeed.loader.order import SampleOrder, rank_shards
-from foldfeed.loader.plan import SamplePlan, make_plan
+from foldfeed.loader.order import rank_shards
+from foldfeed.loader.plan import SamplePlan
 from foldfeed.loader.prefetch import StepPrefetcher
 from foldfeed.loader.recipe import Recipe
+from foldfeed.loader.samples import SampleReader
+from foldfeed.loader.sampling import Sampling
+from foldfeed.loader.selection import Store
 from foldfeed.loader.state import LoaderState
 
 
@@ -46,6 +47,7 @@ class CropLoader:
     Attributes:
       store: what it reads.
       recipe: how samples are made.
+      sampling: which records are drawn, and how often.
       order: which record comes when.
       shards: the virtual shards of this rank.
       device: where the tensors of a batch are.
@@ -53,11 +55,12 @@ class CropLoader:
 
     def __init__(
         self,
-        store: RecordSource[Record],
+        store: Store | Mapping[str, Store],
         recipe: Recipe,
         *,
         seed: int,
         global_batch: int,
+        sampling: Sampling | None = None,
         virtual_shards: int | None = None,
         rank: int = 0,
         world: int = 1,
@@ -68,10 +71,12 @@ class CropLoader:
         """Checks everything and reads nothing; threads start with the first batch.
 
         Args:
-          store: one version of a store, or a view of it such as ``store.subset(name)``.
+          store: one version of a store, or a view of it such as ``store.subset(name)``; or several, by the
+            names that the sampling uses.
           recipe: how samples are made.
           seed: of the run.
           global_batch: samples of one step over all ranks.
+          sampling: which records, how often; every record once an epoch when None.
           virtual_shards: equal parts of a step, a divisor of global_batch; global_batch when None.
           rank: this process, 0..world-1.
           world: processes that share a step, at most virtual_shards.
@@ -81,21 +86,21 @@ class CropLoader:
         Raises:
           LoaderConfigError: a value that cannot work.
         """
-        if isinstance(store, str | os.PathLike):
-            raise LoaderConfigError("store", str(store), "is a place; pass FeatureStore.open(...) of it")
-        if not isinstance(recipe, Recipe):
-            raise LoaderConfigError("recipe", recipe, "is no recipe; pass e.g. Recipe.named('af2')")
         for field, value in (("num_threads", num_threads), ("prefetch_steps", prefetch_steps)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise LoaderConfigError(field, value, "must be an integer of at least 1")
-        self.store = store
-        self.recipe = recipe
-        self.order = SampleOrder(
-            num_records=len(store),
+        self._reader = SampleReader(
+            store,
+            recipe,
+            sampling,
             seed=seed,
             global_batch=global_batch,
             virtual_shards=global_batch if virtual_shards is None else virtual_shards,
         )
+        self.store = store
+        self.recipe = recipe
+        self.sampling = self._reader.selection.sampling
+        self.order = self._reader.order
         self.shards = rank_shards(self.order.virtual_shards, rank, world)
         self.device = resolve_device(device)
         self._maker = feature_maker(recipe, self.device)
@@ -116,7 +121,7 @@ class CropLoader:
           LoaderConfigError: a negative number.
           SampleError: the store cannot find the record's part.
         """
-        return self._planned(sample)[0]
+        return self._reader.plan(sample)[0]
 
     def sample(self, sample: int) -> dict[str, torch.Tensor]:
         """Returns one sample, a pure function of its global number: no leading axis, on this loader's device.
@@ -126,7 +131,7 @@ class CropLoader:
           SampleError: it could not be read.
         """
         self._check_usable()
-        return featurise(self._fetched(sample).to(self.device), self.recipe)
+        return featurise(self._reader.read(sample).to(self.device), self.recipe)
 
     def __iter__(self) -> CropLoader:
         return self
@@ -157,13 +162,33 @@ class CropLoader:
         self._add(steps=1, samples=batch.num_samples)
         return batch
 
-    def state_dict(self) -> dict[str, Any]:
+    def epoch(self) -> Iterator[StepBatch]:
+        """Yields the steps from the position to the end of its epoch (those that begin in it).
+
+        Called again it goes on with the next epoch; after a resume it yields what was left. How an epoch ends
+        where its size is no multiple of the batch is the sampling's ``epoch_end``.
+        """
+        stop = self.order.epoch_steps(self.order.epoch_of_step(self._step)).stop
+        while self._step < stop:
+            yield next(self)
+
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Returns the position as JSON-able values: the next step to be consumed, and what it counts.
 
         Steps made ahead but not received do not count. The position does not depend on rank, world, virtual
         shards or threads, so any number of ranks may go on from it.
+
+        Args:
+          step: another position: what comes first after a resume. For those who hold back steps they have
+            received, as Lightning does; ``batch.step + 1`` when ``batch`` is the last one trained on.
+        Raises:
+          LoaderConfigError: a negative step.
         """
-        return self._state(self._step).to_dict()
+        if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
+            raise LoaderConfigError(
+                "step", step, "must be an integer of at least 0: steps are counted from 0"
+            )
+        return self._state(self._step if step is None else step).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to a saved position; what was made ahead is dropped.
@@ -216,31 +241,16 @@ class CropLoader:
         ]
 
     def _layout(self, step: int) -> list[tuple[int, range]]:
-        return [(shard, self.order.shard_samples(step, shard)) for shard in self.shards]
+        samples = ((shard, self.order.shard_samples(step, shard)) for shard in self.shards)
+        return [(shard, numbers) for shard, numbers in samples if numbers]
 
     def _prepared(self, sample: int) -> Any:
         started = time.perf_counter()
-        raw = self._fetched(sample)
+        raw = self._reader.read(sample)
         fetched = time.perf_counter()
         prepared = self._maker.prepare(raw)
         self._add(bytes=raw.num_bytes, fetch_s=fetched - started, prepare_s=time.perf_counter() - fetched)
         return prepared
-
-    def _fetched(self, sample: int) -> RawSample:
-        plan, record = self._planned(sample)
-        try:
-            return fetch(record, plan)
-        except (FoldfeedError, OSError) as error:
-            raise SampleError(sample, record.record_id, str(error)) from error
-
-    def _planned(self, sample: int) -> tuple[SamplePlan, Any]:
-        address = self.order.locate(sample)
-        try:
-            record = self.store.at(address.record)
-        except (FoldfeedError, OSError) as error:
-            raise SampleError(sample, self.store.ids[address.record], str(error)) from error
-        order = self.store.settings.row_order
-        return make_plan(self.recipe, self.order.seed, address, record.length, record.depth, order), record
 
     def _state(self, step: int) -> LoaderState:
         return LoaderState(
@@ -248,7 +258,9 @@ class CropLoader:
             seed=self.order.seed,
             global_batch=self.order.global_batch,
             recipe_digest=self.recipe.digest,
-            store_fingerprint=self.store.fingerprint,
+            store_fingerprint=self._reader.selection.store_fingerprint,
+            sampling_digest="" if self.sampling == Sampling() else self.sampling.digest,
+            selection_fingerprint=self._reader.selection.fingerprint,
         )
 
     def _add(self, **amounts: float) -> None:

@@ -1,26 +1,37 @@
 """Which record comes when: pure arithmetic from step numbers to records.
 
     g = step * global_batch + v * samples_per_shard + j        global sample number
-    epoch, position = divmod(g, num_records)
-    record = permutation(seed, epoch)[position]                keyed, O(1) memory
+    epoch, position = divmod(g, epoch_size)
+    record = permutation(seed, epoch)[position]                each record once: keyed, O(1) memory
+    record = table.draw(word(seed, g))                         weighted: alias table, counter RNG, O(1) time
 
 A step's samples are cut into ``virtual_shards`` equal shards; ``world`` ranks own contiguous runs of shards,
 for any world up to the number of shards. The samples of a step therefore do not depend on the world, and
-neither does the shard that holds a sample: only who computes it does.
+neither does the shard that holds a sample: only who computes it does, and that may change at any step.
 
-Invariant: every epoch visits every record once, in an order that depends on (seed, epoch) alone. Epochs
-follow each other without a gap, so a step may hold the end of one and the start of the next; nothing is
-dropped or repeated. No I/O, no state: safe from any thread.
+Invariant: without a table every epoch visits every record once, in an order that depends on (seed, epoch)
+alone; with one, a record depends on (seed, g) alone, and an epoch is a number of draws. How an epoch ends is
+a rule of the order. ``join``: epochs follow each other without a gap, so a step may hold the end of one and
+the start of the next, and all steps are full. ``short``: the last step of an epoch holds the rest of it, cut
+into shards that differ by one sample at most and may be empty. Nothing is dropped or repeated by either, and
+sample g is the same by both. No I/O, no state: safe from any thread.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from foldfeed.feature_store.format.permutation import KeyedPermutation
+from foldfeed.loader.alias_table import AliasTable
+from foldfeed.loader.counter_rng import Purpose, words_at
 from foldfeed.loader.errors import LoaderConfigError
+from foldfeed.loader.sampling import JOIN
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,9 +40,10 @@ class SampleAddress:
 
     Attributes:
       sample: global sample number g.
-      epoch: passes over the store completed before it.
+      epoch: epochs completed before it.
       position: place in that epoch's order.
-      record: position of the record in the store's sorted ids.
+      record: number of the record among those chosen (`foldfeed.loader.selection`): for all records of one
+        store its position in the sorted ids.
     """
 
     sample: int
@@ -45,16 +57,22 @@ class SampleOrder:
     """The order of one run.
 
     Attributes:
-      num_records: records in the store.
+      num_records: records to draw from.
       seed: of the run.
       global_batch: samples of one step over all ranks.
       virtual_shards: equal parts of a step that are summed in a fixed tree by the trainer.
+      table: of weighted draws; None where every record comes once an epoch.
+      epoch_samples: samples of an epoch of weighted draws; ``num_records`` when None.
+      epoch_end: ``join`` or ``short``, see the module.
     """
 
     num_records: int
     seed: int
     global_batch: int
     virtual_shards: int
+    table: AliasTable | None = dataclasses.field(default=None, repr=False)
+    epoch_samples: int | None = None
+    epoch_end: str = JOIN
 
     def __post_init__(self) -> None:
         _check_integer("seed", self.seed, None, "any integer")
@@ -74,6 +92,11 @@ class SampleOrder:
         """Samples in one virtual shard."""
         return self.global_batch // self.virtual_shards
 
+    @property
+    def epoch_size(self) -> int:
+        """Samples of an epoch."""
+        return self.num_records if self.epoch_samples is None else self.epoch_samples
+
     def locate(self, sample: int) -> SampleAddress:
         """Returns where a sample comes from.
 
@@ -81,16 +104,75 @@ class SampleOrder:
           LoaderConfigError: a negative number.
         """
         _check_integer("sample", sample, 0, "samples are counted from 0")
-        epoch, position = divmod(sample, self.num_records)
-        record = _epoch_order(self.num_records, self.seed, epoch)[position]
+        epoch, position = divmod(sample, self.epoch_size)
+        if self.table is None:
+            record = _epoch_order(self.num_records, self.seed, epoch)[position]
+        else:
+            record = int(self.records([sample])[0])
         return SampleAddress(sample=sample, epoch=epoch, position=position, record=record)
 
-    def shard_samples(self, step: int, shard: int) -> range:
-        """Returns the global sample numbers of a virtual shard of a step."""
+    def records(self, samples: ArrayLike) -> NDArray[np.int64]:
+        """Returns the record of each sample, as `locate` does for one.
+
+        Args:
+          samples: global sample numbers, 0 to 2**63 - 1, in any order.
+        Returns: int64, the same shape.
+        Raises:
+          LoaderConfigError: a negative number.
+          TypeError: samples are no integers.
+        """
+        numbers = np.asarray(samples)
+        if numbers.size and numbers.dtype.kind not in "iu":
+            raise TypeError(f"sample numbers must be integers, not {numbers.dtype}; use .astype(numpy.int64)")
+        if numbers.size:
+            _check_integer("sample", int(numbers.min()), 0, "samples are counted from 0")
+        if self.table is not None:
+            return self.table.draw(words_at(self.seed, numbers, Purpose.RECORD))
+        if not numbers.size:
+            return np.empty(numbers.shape, dtype=np.int64)
+        flat, back = numbers.ravel(), None
+        epochs = flat // self.num_records
+        starts = _run_starts(epochs)
+        if (np.diff(epochs[starts]) < 0).any():
+            back = np.argsort(epochs, kind="stable")
+            flat, epochs = flat[back], epochs[back]
+            starts = _run_starts(epochs)
+        found = np.empty(flat.size, dtype=np.int64)
+        for first, last in itertools.pairwise([*starts.tolist(), flat.size]):
+            epoch = int(epochs[first])
+            positions = flat[first:last] - epoch * self.num_records
+            found[first:last] = _epoch_order(self.num_records, self.seed, epoch).forward(positions)
+        if back is not None:
+            found[back] = found.copy()
+        return found.reshape(numbers.shape)
+
+    def step_samples(self, step: int) -> range:
+        """Returns the global sample numbers of a step."""
         assert step >= 0, step
+        if self.epoch_end == JOIN:
+            return range(step * self.global_batch, (step + 1) * self.global_batch)
+        epoch, inside = divmod(step, -(-self.epoch_size // self.global_batch))
+        first = epoch * self.epoch_size + inside * self.global_batch
+        return range(first, min(first + self.global_batch, (epoch + 1) * self.epoch_size))
+
+    def shard_samples(self, step: int, shard: int) -> range:
+        """Returns the global sample numbers of a virtual shard of a step; none only where a step is short."""
         assert 0 <= shard < self.virtual_shards, (shard, self.virtual_shards)
-        first = step * self.global_batch + shard * self.samples_per_shard
-        return range(first, first + self.samples_per_shard)
+        samples = self.step_samples(step)
+        first, last = (len(samples) * end // self.virtual_shards for end in (shard, shard + 1))
+        return samples[first:last]
+
+    def epoch_of_step(self, step: int) -> int:
+        """Returns the epoch of a step's first sample."""
+        return self.step_samples(step).start // self.epoch_size
+
+    def epoch_steps(self, epoch: int) -> range:
+        """Returns the steps that begin in an epoch; none, by ``join``, where one step covers it."""
+        if self.epoch_end == JOIN:
+            first, last = (-(-end * self.epoch_size // self.global_batch) for end in (epoch, epoch + 1))
+            return range(first, last)
+        steps = -(-self.epoch_size // self.global_batch)
+        return range(epoch * steps, (epoch + 1) * steps)
 
 
 def rank_shards(virtual_shards: int, rank: int, world: int) -> range:
@@ -113,6 +195,11 @@ def rank_shards(virtual_shards: int, rank: int, world: int) -> range:
     if rank >= world:
         raise LoaderConfigError("rank", rank, f"must be below world={world}")
     return range(virtual_shards * rank // world, virtual_shards * (rank + 1) // world)
+
+
+def _run_starts(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns where runs of equal values begin."""
+    return np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,8 +1,9 @@
 """`LoaderState`: a position in the stream of samples, a few bytes of JSON.
 
 It counts steps of one stream, so it names what the stream is a function of: the store's content (a
-fingerprint, not a path: stores may be moved and copied), the recipe, the seed and the samples of a step.
-Rank, world and threads are not part of it, because samples do not depend on them.
+fingerprint, not a path: stores may be moved and copied), the recipe, the seed and the samples of a step; and
+unless every record of one store comes once an epoch, the sampling and the records that it chose. Rank, world
+and threads are not part of it, because samples do not depend on them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from typing import Any, TypeVar
 
 from foldfeed.loader.errors import LoaderStateError, StateMismatchError
 
+# Without a sampling a state is what it was before there were samplings; with one, a release that knows none
+# must refuse it.
 FORMAT = 1
+SAMPLING_FORMAT = 2
+SAMPLING_FIELDS = ("sampling_digest", "selection_fingerprint")
 
 Value = TypeVar("Value", int, str)
 
@@ -27,7 +32,9 @@ class LoaderState:
       seed: of the run.
       global_batch: samples of a step.
       recipe_digest: of `foldfeed.loader.recipe.Recipe`.
-      store_fingerprint: of the store's content.
+      store_fingerprint: of the store's content; ``NAME=FINGERPRINT,...`` for several.
+      sampling_digest: of `foldfeed.loader.sampling.Sampling`; "" for the default one.
+      selection_fingerprint: of the records it chose; "" for all of one store.
     """
 
     step: int
@@ -35,10 +42,15 @@ class LoaderState:
     global_batch: int
     recipe_digest: str
     store_fingerprint: str
+    sampling_digest: str = ""
+    selection_fingerprint: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-able values."""
-        return {"format": FORMAT, **dataclasses.asdict(self)}
+        values = dataclasses.asdict(self)
+        if any(values[field] for field in SAMPLING_FIELDS):
+            return {"format": SAMPLING_FORMAT, **values}
+        return {"format": FORMAT, **{k: value for k, value in values.items() if k not in SAMPLING_FIELDS}}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> LoaderState:
@@ -47,11 +59,11 @@ class LoaderState:
         Raises:
           LoaderStateError: a value is missing, of another type or of another format.
         """
-        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
-            found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+        found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+        if found not in (FORMAT, SAMPLING_FORMAT):
             raise LoaderStateError(
-                f"loader state of format {found!r}; this release reads format {FORMAT}, as "
-                "CropLoader.state_dict writes it"
+                f"loader state of format {found!r}; this release reads {FORMAT} and {SAMPLING_FORMAT}, as "
+                "CropLoader.state_dict writes them"
             )
         step = _typed(state, "step", int)
         if step < 0:
@@ -62,6 +74,7 @@ class LoaderState:
             global_batch=_typed(state, "global_batch", int),
             recipe_digest=_typed(state, "recipe_digest", str),
             store_fingerprint=_typed(state, "store_fingerprint", str),
+            **{field: _typed(state, field, str) for field in SAMPLING_FIELDS if found == SAMPLING_FORMAT},
         )
 
     def check_same_stream(self, other: LoaderState) -> None:
@@ -72,7 +85,7 @@ class LoaderState:
         Raises:
           StateMismatchError: the first value that differs.
         """
-        for field in ("store_fingerprint", "recipe_digest", "seed", "global_batch"):
+        for field in ("store_fingerprint", "recipe_digest", *SAMPLING_FIELDS, "seed", "global_batch"):
             if getattr(self, field) != getattr(other, field):
                 raise StateMismatchError(field, getattr(self, field), getattr(other, field))
 

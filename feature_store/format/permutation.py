@@ -24,7 +24,8 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -37,6 +38,19 @@ SCHEME = "foldfeed/permutation/1"
 NUM_ROUNDS = 12
 MIN_BITS = 4
 MAX_SIZE = 2**62
+# Positions that go through the network together: with their scratch they stay in a core's second-level cache.
+# Of 2**10 to 2**17, 2**14 was the fastest on a Zen 3 core (2**10: a quarter of its speed, all calls).
+BLOCK = 2**14
+# Where halves are short, their hashes are looked up: tables of up to 2**13 words (12 of them, 0.8 MB, for the
+# call), once at least so many times more values are asked for than a table has entries.
+MAX_TABLE_BITS = 13
+TABLE_GAIN = 8
+# SplitMix64's finaliser, D. Stafford's variant 13.
+FIRST_MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
+SECOND_MULTIPLIER = np.uint64(0x94D049BB133111EB)
+WORD = 2**64 - 1
+
+Tables: TypeAlias = "list[NDArray[np.uint64]]"
 
 
 def round_keys(key: Sequence[int]) -> NDArray[np.uint64]:
@@ -69,7 +83,7 @@ class KeyedPermutation:
       ValueError: size is outside 1..2**62.
     """
 
-    __slots__ = ("_add_keys", "_bits", "_hash_keys", "key", "size")
+    __slots__ = ("_add_keys", "_bits", "_hash_keys", "_round_keys", "key", "size")
 
     def __init__(self, size: int, key: Sequence[int]) -> None:
         self.size = operator.index(size)
@@ -79,6 +93,7 @@ class KeyedPermutation:
             )
         self.key = tuple(operator.index(part) for part in key)
         self._hash_keys, self._add_keys = round_keys(self.key)
+        self._round_keys = tuple(zip(self._hash_keys.tolist(), self._add_keys.tolist(), strict=True))
         # The domain is below 2n for n > 8, so walks are short.
         self._bits = max(MIN_BITS, (self.size - 1).bit_length())
 
@@ -110,55 +125,143 @@ class KeyedPermutation:
         return self.size
 
     def __getitem__(self, position: int) -> int:
-        return int(self.forward(operator.index(position)))
+        """Returns ``forward`` of one position, in plain integers: a fifth of the time of an array of one.
+
+        Raises:
+          IndexError: outside ``range(size)``; negative positions do not count from the end.
+        """
+        value = operator.index(position)
+        if not 0 <= value < self.size:
+            raise IndexError(f"position {value} leaves range({self.size}), the set this permutation orders")
+        value = self._encrypt_one(value)
+        while value >= self.size:
+            value = self._encrypt_one(value)
+        return value
 
     def _walk(
-        self, values: ArrayLike, step: Callable[[NDArray[np.uint64]], NDArray[np.uint64]]
+        self, values: ArrayLike, step: Callable[[NDArray[np.uint64], Tables | None], None]
     ) -> NDArray[np.int64]:
         indices = np.asarray(values)
         if indices.size and indices.dtype.kind not in "iu":
             raise TypeError(f"positions must be integers, not {indices.dtype}; use .astype(numpy.int64)")
-        if indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < self.size):
+        walked = indices.astype(np.uint64).ravel()
+        # A negative number has become a huge one.
+        if walked.size and int(walked.max()) >= self.size:
             raise IndexError(
                 f"positions {int(indices.min())}..{int(indices.max())} leave range({self.size}), "
                 "the set this permutation orders"
             )
-        walked = step(indices.astype(np.uint64).ravel())
+        tables = self._tables(walked.size)
+        step(walked, tables)
         # Each pass leaves less than half outside (for n > 8), so this ends quickly; it ends at all because
         # a cycle of the network that starts inside the range comes back to it.
         outside = np.flatnonzero(walked >= np.uint64(self.size))
         while outside.size:
-            walked[outside] = step(walked[outside])
-            outside = outside[walked[outside] >= np.uint64(self.size)]
-        return walked.astype(np.int64).reshape(indices.shape)
+            again = walked[outside]
+            step(again, tables)
+            walked[outside] = again
+            outside = outside[again >= np.uint64(self.size)]
+        return walked.view(np.int64).reshape(indices.shape)
 
-    def _encrypt(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    def _encrypt(self, values: NDArray[np.uint64], tables: Tables | None) -> None:
         mask = np.uint64((1 << self._bits) - 1)
-        for index in range(NUM_ROUNDS):
-            values = (self._mix(values, index) + self._add_keys[index]) & mask
-        return values
+        for block, *scratch in _blocks(values):
+            for index in range(NUM_ROUNDS):
+                self._mix(block, index, tables, *scratch)
+                np.add(block, self._add_keys[index], out=block)
+                np.bitwise_and(block, mask, out=block)
 
-    def _decrypt(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    def _decrypt(self, values: NDArray[np.uint64], tables: Tables | None) -> None:
         mask = np.uint64((1 << self._bits) - 1)
-        for index in reversed(range(NUM_ROUNDS)):
-            values = self._mix((values - self._add_keys[index]) & mask, index)
-        return values
+        for block, *scratch in _blocks(values):
+            for index in reversed(range(NUM_ROUNDS)):
+                np.subtract(block, self._add_keys[index], out=block)
+                np.bitwise_and(block, mask, out=block)
+                self._mix(block, index, tables, *scratch)
 
-    def _mix(self, values: NDArray[np.uint64], index: int) -> NDArray[np.uint64]:
-        """Returns values with one half XORed by a hash of the other; its own inverse."""
-        right_bits = np.uint64((self._bits + 1) // 2)
-        left_bits = np.uint64(self._bits // 2)
+    def _tables(self, num_values: int) -> Tables | None:
+        """Returns what each round XORs for every value of a half, where that is less work than hashing."""
+        half_bits = (self._bits + 1) // 2
+        if half_bits > MAX_TABLE_BITS or num_values < TABLE_GAIN << half_bits:
+            return None
+        tables = [np.arange(1 << half_bits, dtype=np.uint64) for _ in range(NUM_ROUNDS)]
+        for index, table in enumerate(tables):
+            self._hash_half(table, index, np.empty_like(table))
+        return tables
+
+    def _mix(
+        self,
+        values: NDArray[np.uint64],
+        index: int,
+        tables: Tables | None,
+        half: NDArray[np.uint64],
+        scratch: NDArray[np.uint64],
+    ) -> None:
+        """XORs one half of values with a hash of the other, in place; its own inverse."""
         # No swap of halves: even rounds change the left (high) one, odd rounds the right one.
+        right_bits = np.uint64((self._bits + 1) // 2)
         if index % 2 == 0:
-            right = values & ((np.uint64(1) << right_bits) - np.uint64(1))
-            return values ^ (_hash_bits(right, self._hash_keys[index], left_bits) << right_bits)
-        return values ^ _hash_bits(values >> right_bits, self._hash_keys[index], right_bits)
+            np.bitwise_and(values, (np.uint64(1) << right_bits) - np.uint64(1), out=half)
+        else:
+            np.right_shift(values, right_bits, out=half)
+        if tables is None:
+            self._hash_half(half, index, scratch)
+            np.bitwise_xor(values, half, out=values)
+        else:
+            # Every index is in range; any mode but "raise" spares a copy.
+            np.take(tables[index], half.view(np.int64), out=scratch, mode="clip")
+            np.bitwise_xor(values, scratch, out=values)
+
+    def _hash_half(self, half: NDArray[np.uint64], index: int, scratch: NDArray[np.uint64]) -> None:
+        """Replaces halves by what the round XORs to the other half, at its place."""
+        right_bits = np.uint64((self._bits + 1) // 2)
+        if index % 2 == 0:
+            _hash_bits(half, self._hash_keys[index], np.uint64(self._bits // 2), scratch)
+            np.left_shift(half, right_bits, out=half)
+        else:
+            _hash_bits(half, self._hash_keys[index], right_bits, scratch)
+
+    def _encrypt_one(self, value: int) -> int:
+        right_bits, left_bits = (self._bits + 1) // 2, self._bits // 2
+        right_mask, mask = (1 << right_bits) - 1, (1 << self._bits) - 1
+        for index, (hash_key, add_key) in enumerate(self._round_keys):
+            if index % 2 == 0:
+                value ^= _hash_one(value & right_mask, hash_key, left_bits) << right_bits
+            else:
+                value ^= _hash_one(value >> right_bits, hash_key, right_bits)
+            value = (value + add_key) & mask
+        return value
 
 
-def _hash_bits(values: NDArray[np.uint64], key: np.uint64, bits: np.uint64) -> NDArray[np.uint64]:
-    """Returns the top ``bits`` bits of a keyed 64-bit hash of each value (wrapping arithmetic)."""
-    mixed = values + key
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed = mixed ^ (mixed >> np.uint64(31))
-    return mixed >> (np.uint64(64) - bits)
+def _blocks(values: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.uint64], ...]]:
+    """Yields views of consecutive values, each with two scratch arrays of its size."""
+    first_scratch, second_scratch = np.empty((2, min(values.size, BLOCK)), dtype=np.uint64)
+    for first in range(0, values.size, BLOCK):
+        block = values[first : first + BLOCK]
+        yield block, first_scratch[: block.size], second_scratch[: block.size]
+
+
+def _hash_bits(
+    values: NDArray[np.uint64], key: np.uint64, bits: np.uint64, scratch: NDArray[np.uint64]
+) -> None:
+    """Replaces each value by the top ``bits`` bits of its keyed 64-bit hash (wrapping arithmetic).
+
+    The finaliser ends in ``x ^ (x >> 31)``, which leaves the top 31 bits as they are. No half is wider
+    (`MAX_SIZE`), so that step is left out.
+    """
+    np.add(values, key, out=values)
+    np.right_shift(values, np.uint64(30), out=scratch)
+    np.bitwise_xor(values, scratch, out=values)
+    np.multiply(values, FIRST_MULTIPLIER, out=values)
+    np.right_shift(values, np.uint64(27), out=scratch)
+    np.bitwise_xor(values, scratch, out=values)
+    np.multiply(values, SECOND_MULTIPLIER, out=values)
+    np.right_shift(values, np.uint64(64) - bits, out=values)
+
+
+def _hash_one(value: int, key: int, bits: int) -> int:
+    """Returns the top ``bits`` bits of the keyed 64-bit hash of a value, whole finaliser included."""
+    value = (value + key) & WORD
+    value = ((value ^ (value >> 30)) * int(FIRST_MULTIPLIER)) & WORD
+    value = ((value ^ (value >> 27)) * int(SECOND_MULTIPLIER)) & WORD
+    return (value ^ (value >> 31)) >> (64 - bits)
