@@ -23,6 +23,7 @@ from foldfeed.feature_store.format import alphabet
 from foldfeed.loader import CropLoader, Recipe, clusters
 from foldfeed.loader.featurise import replace_masked
 from foldfeed.loader.fetch import fetch
+from foldfeed.loader.raw import RawSample
 
 NAME = "recipe_difference"
 RESULTS = Path(__file__).parent / "results"
@@ -32,7 +33,7 @@ NAMES = ("af2", "crop_first")
 def assignment_by_rank(loader: CropLoader, sample: int) -> dict[int, int]:
     """Returns the centre of every row that is no centre, by rank."""
     plan = loader.plan(sample)
-    raw = fetch(loader.store.at(plan.address.record), plan)
+    raw = RawSample.of(fetch(loader.store.at(plan.address.record), plan))
     centres = replace_masked(raw.msa[raw.centre_at], raw.action, raw.profile, raw.profile_at, raw.profile_u)
     found = clusters.assign(raw.msa[raw.member_at], centres)
     return dict(zip(plan.rows[raw.member_at.numpy()].tolist(), found.tolist(), strict=True))

@@ -21,7 +21,7 @@ import torch
 from foldfeed.loader.batch import ShardBatch, StepBatch
 from foldfeed.loader.errors import LoaderConfigError
 from foldfeed.loader.featurise import featurise
-from foldfeed.loader.fetch import RawSample
+from foldfeed.loader.raw import RawSample
 from foldfeed.loader.recipe import Recipe
 
 Features = dict[str, torch.Tensor]

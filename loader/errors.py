@@ -6,6 +6,7 @@
         ├── LoaderStateError (ValueError)    a saved position that is no position, or belongs elsewhere
         │   └── StateMismatchError           ... to another store, recipe, sampling, seed or batch size
         ├── SampleError                      one sample could not be made; ``__cause__`` says why
+        ├── ReadingProcessError (RuntimeError)   a process that reads samples does not stay alive
         └── LoaderUseError (RuntimeError)    used after close(), after a fork, or pickled
 
 Errors carry the values as fields and survive pickling, so that they can cross a process boundary. This module
@@ -74,6 +75,23 @@ class SampleError(LoaderError):
         self.record_id = record_id
         self.reason = reason
         super().__init__(f"sample {sample} (record {record_id!r}) could not be read: {reason}")
+
+
+class ReadingProcessError(LoaderError, RuntimeError):
+    """A process that reads samples ended again and again; no sample was skipped.
+
+    Attributes:
+      pid: of the last one.
+      reason: how it ended.
+    """
+
+    def __init__(self, pid: int, reason: str) -> None:
+        self.pid = pid
+        self.reason = reason
+        super().__init__(
+            f"reading process {pid}: {reason}; see its messages above. Out of memory? Then give fewer "
+            "num_processes or read_ahead_bytes; num_processes=0 reads in threads"
+        )
 
 
 class LoaderUseError(LoaderError, RuntimeError):

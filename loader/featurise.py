@@ -25,8 +25,8 @@ from torch.nn import functional
 
 from foldfeed.feature_store.format import alphabet
 from foldfeed.loader import clusters
-from foldfeed.loader.fetch import RawSample
 from foldfeed.loader.plan import FROM_PROFILE, NOT_MASKED, SAME
+from foldfeed.loader.raw import RawSample
 from foldfeed.loader.recipe import Recipe
 
 NUM_MSA_CHANNELS = 49

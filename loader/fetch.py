@@ -1,28 +1,46 @@
-"""Reads exactly what a plan says, into compact buffers of its own.
+"""Reads exactly what a plan says, into arrays of its own or into room that the caller gives.
 
 Owns the way from a plan to arrays; the store owns tiles, checksums and files. One sample is one crop read
-plus two sidecars. What comes back is the whole information of a sample at its smallest (codes as uint8,
-deletions as int32): this is what crosses to a device, where one-hot, masking and clusters are made
-(featurise).
+plus two sidecars. The shapes of all arrays follow from the plan, so room for them can be found before
+anything is read (`ring`), and tiles are decoded straight into it.
 
-Thread safe, as the store is. Errors of the store pass through unchanged; the loader adds the sample.
+Knows NumPy and no torch, so that a process that only reads starts quickly. Thread safe, as the store is.
+Errors of the store pass through unchanged; the loader adds the sample.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from foldfeed.feature_store import Record
+from foldfeed.feature_store.format import alphabet
 from foldfeed.loader.plan import SamplePlan
+
+# Fields of `SampleArrays` that are arrays, in the order in which they lie in a slot.
+DTYPES: dict[str, np.dtype[Any]] = {
+    "msa": np.dtype(np.uint8),
+    "deletions": np.dtype(np.int32),
+    "aatype": np.dtype(np.uint8),
+    "profile": np.dtype(np.float32),
+    "centre_at": np.dtype(np.int64),
+    "extra_at": np.dtype(np.int64),
+    "member_at": np.dtype(np.int64),
+    "action": np.dtype(np.uint8),
+    "profile_at": np.dtype(np.int64),
+    "profile_u": np.dtype(np.float64),
+}
+ARRAYS = tuple(DTYPES)
+Room = Mapping[str, NDArray[Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RawSample:
+class SampleArrays:
     """One sample as read: n rows, W columns, R residues in the crop (R <= W).
 
     Attributes:
@@ -40,70 +58,83 @@ class RawSample:
       first_residue: position of the crop in the protein, from 0.
     """
 
-    msa: torch.Tensor
-    deletions: torch.Tensor
-    aatype: torch.Tensor
-    profile: torch.Tensor
-    centre_at: torch.Tensor
-    extra_at: torch.Tensor
-    member_at: torch.Tensor
-    action: torch.Tensor
-    profile_at: torch.Tensor
-    profile_u: torch.Tensor
+    msa: NDArray[np.uint8]
+    deletions: NDArray[np.int32]
+    aatype: NDArray[np.uint8]
+    profile: NDArray[np.float32]
+    centre_at: NDArray[np.int64]
+    extra_at: NDArray[np.int64]
+    member_at: NDArray[np.int64]
+    action: NDArray[np.uint8]
+    profile_at: NDArray[np.int64]
+    profile_u: NDArray[np.float64]
     crop_in_columns: tuple[int, int]
     first_residue: int
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors: what one sample costs to hold, and to copy to a device."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
-
-    def to(self, device: torch.device) -> RawSample:
-        """Returns a copy on a device; asynchronous on the current stream when this one is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> RawSample:
-        """Returns a copy in page-locked memory, which a device can read while the program goes on."""
-        return self._map(torch.Tensor.pin_memory)
-
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> RawSample:
-        changed: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
-        return dataclasses.replace(self, **changed)
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return {name: value for name, value in fields if isinstance(value, torch.Tensor)}
+        """Bytes of all arrays: what one sample costs to hold, and to copy to a device."""
+        return sum(getattr(self, name).nbytes for name in ARRAYS)
 
 
-def fetch(record: Record, plan: SamplePlan) -> RawSample:
+def shapes_of(plan: SamplePlan) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the arrays that `fetch` gives for a plan, by name, before anything is read."""
+    num_rows, width = len(plan.rows), plan.columns[1] - plan.columns[0]
+    residues, centres = plan.crop[1] - plan.crop[0], len(plan.centres)
+    replaced = len(plan.masking.profile_at)
+    return {
+        "msa": (num_rows, width),
+        "deletions": (num_rows, residues),
+        "aatype": (residues,),
+        "profile": (width, alphabet.NUM_TOKENS),
+        "centre_at": (centres,),
+        "extra_at": (len(plan.extras),),
+        "member_at": (num_rows - centres,),
+        "action": (centres, width),
+        "profile_at": (replaced,),
+        "profile_u": (replaced,),
+    }
+
+
+def num_bytes_of(shapes: Mapping[str, tuple[int, ...]], alignment: int = 1) -> int:
+    """Returns the bytes of arrays of such shapes, each begun at a multiple of ``alignment``."""
+    sizes = (math.prod(shapes[name]) * DTYPES[name].itemsize for name in ARRAYS)
+    return sum(-(-size // alignment) * alignment for size in sizes)
+
+
+def fetch(record: Record, plan: SamplePlan, room: Room | None = None) -> SampleArrays:
     """Returns what a plan asks for.
 
     Args:
       record: the plan's record.
       plan: what to read.
+      room: C-contiguous arrays of `shapes_of` the plan and `DTYPES` to read into; fresh ones when None. What
+        they hold after an error is undefined.
     Raises:
       CorruptDataError: stored bytes do not match their checksum.
       OSError: the file system or the network failed.
     """
     assert (record.length, record.depth) == (plan.length, plan.depth), (record, plan)
+    if room is None:
+        room = {name: np.empty(shape, dtype=DTYPES[name]) for name, shape in shapes_of(plan).items()}
     columns = slice(*plan.columns)
-    crop = record.crop(columns, plan.selection)
-    rows = plan.rows
     start, stop = plan.crop_in_columns
-    centre_at = np.searchsorted(rows, plan.centres)
+    if (start, stop) == (0, plan.columns[1] - plan.columns[0]):
+        record.crop(columns, plan.selection, out=(room["msa"], room["deletions"]))
+    else:
+        # Deletions of columns outside of the crop are read with their tiles and left behind.
+        whole = np.empty(room["msa"].shape, dtype=np.int32)
+        record.crop(columns, plan.selection, out=(room["msa"], whole))
+        room["deletions"][:] = whole[:, start:stop]
+    room["aatype"][:] = record.aatype(slice(*plan.crop))
+    room["profile"][:] = record.profile(columns)
+    rows = plan.rows
+    room["centre_at"][:] = np.searchsorted(rows, plan.centres)
+    room["extra_at"][:] = np.searchsorted(rows, plan.extras)
     is_member = np.ones(len(rows), dtype=bool)
-    is_member[centre_at] = False
-    return RawSample(
-        msa=torch.from_numpy(crop.msa),
-        deletions=torch.from_numpy(np.ascontiguousarray(crop.deletions[:, start:stop])),
-        aatype=torch.from_numpy(record.aatype(slice(*plan.crop))),
-        profile=torch.from_numpy(record.profile(columns)),
-        centre_at=torch.from_numpy(centre_at),
-        extra_at=torch.from_numpy(np.searchsorted(rows, plan.extras)),
-        member_at=torch.from_numpy(np.flatnonzero(is_member)),
-        action=torch.from_numpy(plan.masking.action),
-        profile_at=torch.from_numpy(plan.masking.profile_at),
-        profile_u=torch.from_numpy(plan.masking.profile_u),
-        crop_in_columns=(start, stop),
-        first_residue=plan.crop[0],
-    )
+    is_member[room["centre_at"]] = False
+    room["member_at"][:] = np.flatnonzero(is_member)
+    room["action"][:] = plan.masking.action
+    room["profile_at"][:] = plan.masking.profile_at
+    room["profile_u"][:] = plan.masking.profile_u
+    return SampleArrays(**room, crop_in_columns=(start, stop), first_residue=plan.crop[0])

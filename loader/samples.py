@@ -1,7 +1,7 @@
-"""Samples by number, without threads: what `CropLoader` makes in its workers, and `SampleSource` on demand.
+"""Samples by number, without threads: `SampleSource`.
 
-`SampleReader` goes the way order -> plan -> fetch for one sample. `SampleSource` adds features and looks like
-a sequence, which is all that a random-access data source of Grain or a map-style dataset of PyTorch has to
+It adds features to what `foldfeed.loader.reader.SampleReader` reads and looks like a sequence, which is all
+that a random-access data source of Grain or a map-style dataset of PyTorch has to
 be: ``len(source)`` and ``source[i]``. It holds no thread and no position, so it may be pickled, forked and
 used from any thread; samplers and resume belong to whoever asks (``source[i]`` is already in the run's random
 order).
@@ -12,97 +12,17 @@ Invariant: sample g is a function of (stores, sampling, recipe, seed, g).
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
-from foldfeed.feature_store import FoldfeedError
-from foldfeed.loader.errors import LoaderConfigError, SampleError
+from foldfeed.loader.errors import LoaderConfigError
 from foldfeed.loader.featurise import featurise
-from foldfeed.loader.fetch import RawSample, fetch
-from foldfeed.loader.order import SampleOrder
-from foldfeed.loader.plan import SamplePlan, make_plan
+from foldfeed.loader.raw import RawSample
+from foldfeed.loader.reader import SampleReader
 from foldfeed.loader.recipe import Recipe
 from foldfeed.loader.sampling import Sampling
-from foldfeed.loader.selection import Selection, Store
-
-
-class SampleReader:
-    """Plans and reads samples by their global numbers.
-
-    Attributes:
-      selection: the records to draw from.
-      recipe: how samples are made.
-      order: which record comes when.
-    """
-
-    def __init__(
-        self,
-        store: Store | Mapping[str, Store],
-        recipe: Recipe,
-        sampling: Sampling | None,
-        *,
-        seed: int,
-        global_batch: int,
-        virtual_shards: int,
-    ) -> None:
-        """Checks everything; reads indexes, no arrays.
-
-        Raises:
-          LoaderConfigError: a value that cannot work.
-        """
-        if isinstance(store, str | os.PathLike):
-            raise LoaderConfigError("store", str(store), "is a place; pass FeatureStore.open(...) of it")
-        if not isinstance(recipe, Recipe):
-            raise LoaderConfigError("recipe", recipe, "is no recipe; pass e.g. Recipe.named('af2')")
-        if sampling is not None and not isinstance(sampling, Sampling):
-            raise LoaderConfigError(
-                "sampling", sampling, "is no sampling; pass e.g. Sampling(kind='weighted')"
-            )
-        self.recipe = recipe
-        self.selection = Selection(store, sampling or Sampling())
-        self.order = SampleOrder(
-            num_records=len(self.selection),
-            seed=seed,
-            global_batch=global_batch,
-            virtual_shards=virtual_shards,
-            table=self.selection.table,
-            epoch_samples=self.selection.sampling.epoch_samples,
-            epoch_end=self.selection.sampling.epoch_end,
-        )
-
-    def plan(self, sample: int) -> tuple[SamplePlan, Any]:
-        """Returns what a sample reads and the record it reads it from, without reading it.
-
-        Raises:
-          LoaderConfigError: a negative number.
-          SampleError: the store cannot find the record's part.
-        """
-        address = self.order.locate(sample)
-        store, position = self.selection.place(address.record)
-        try:
-            record = store.at(position)
-        except (FoldfeedError, OSError) as error:
-            raise SampleError(sample, store.ids[position], str(error)) from error
-        row_order = store.settings.row_order
-        return make_plan(
-            self.recipe, self.order.seed, address, record.length, record.depth, row_order
-        ), record
-
-    def read(self, sample: int) -> RawSample:
-        """Returns a sample as read.
-
-        Raises:
-          LoaderConfigError: a negative number.
-          SampleError: it could not be read.
-        """
-        plan, record = self.plan(sample)
-        try:
-            return fetch(record, plan)
-        except (FoldfeedError, OSError) as error:
-            raise SampleError(sample, record.record_id, str(error)) from error
+from foldfeed.loader.selection import Store
 
 
 class SampleSource:
@@ -160,7 +80,7 @@ class SampleSource:
         place = operator.index(index)
         if not 0 <= place < self._length:
             raise IndexError(f"index {place} is outside 0..{self._length - 1} of this source")
-        return featurise(self._reader.read(self.first_sample + place), self._reader.recipe)
+        return featurise(RawSample.of(self._reader.read(self.first_sample + place)), self._reader.recipe)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         """Returns several samples, as PyTorch's loader asks for a batch."""

@@ -1,0 +1,51 @@
+"""`RawSample`: one sample as read, as tensors on any device.
+
+Compact codes and counts are the whole information of a sample at its smallest: this is what crosses to a
+device, where one-hot, masking and clusters are made (`foldfeed.loader.featurise`). Owns no reading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from foldfeed.loader.fetch import ARRAYS, SampleArrays
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RawSample:
+    """One sample as read, see `foldfeed.loader.fetch.SampleArrays` for what the fields are."""
+
+    msa: torch.Tensor
+    deletions: torch.Tensor
+    aatype: torch.Tensor
+    profile: torch.Tensor
+    centre_at: torch.Tensor
+    extra_at: torch.Tensor
+    member_at: torch.Tensor
+    action: torch.Tensor
+    profile_at: torch.Tensor
+    profile_u: torch.Tensor
+    crop_in_columns: tuple[int, int]
+    first_residue: int
+
+    @classmethod
+    def of(cls, arrays: SampleArrays) -> RawSample:
+        """Returns the sample as tensors that share the arrays' memory."""
+        tensors: dict[str, Any] = {name: torch.from_numpy(getattr(arrays, name)) for name in ARRAYS}
+        return cls(**tensors, crop_in_columns=arrays.crop_in_columns, first_residue=arrays.first_residue)
+
+    def to(self, device: torch.device) -> RawSample:
+        """Returns a copy on a device; asynchronous on the current stream when this one is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> RawSample:
+        """Returns a copy in page-locked memory, which a device can read while the program goes on."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> RawSample:
+        changed: dict[str, Any] = {name: function(getattr(self, name)) for name in ARRAYS}
+        return dataclasses.replace(self, **changed)

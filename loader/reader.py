@@ -1,0 +1,116 @@
+"""`SampleReader`: the way order -> plan -> fetch for one sample, by its global number.
+
+Holds no thread and no position, so it may be pickled, forked and used from any thread. Knows no torch: a
+process that only reads samples (`foldfeed.loader.reading_process`) starts quickly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from foldfeed.feature_store import FoldfeedError, Record
+from foldfeed.loader.errors import LoaderConfigError, SampleError
+from foldfeed.loader.fetch import Room, SampleArrays, fetch
+from foldfeed.loader.order import SampleOrder
+from foldfeed.loader.plan import SamplePlan, make_plan
+from foldfeed.loader.recipe import Recipe
+from foldfeed.loader.sampling import Sampling
+from foldfeed.loader.selection import Selection, Store
+
+
+class PlannedSample(NamedTuple):
+    """A sample before it is read.
+
+    Attributes:
+      sample: its global number.
+      plan: what to read.
+      record: and from where.
+    """
+
+    sample: int
+    plan: SamplePlan
+    record: Record
+
+
+class SampleReader:
+    """Plans and reads samples by their global numbers.
+
+    Attributes:
+      selection: the records to draw from.
+      recipe: how samples are made.
+      order: which record comes when.
+    """
+
+    def __init__(
+        self,
+        store: Store | Mapping[str, Store],
+        recipe: Recipe,
+        sampling: Sampling | None,
+        *,
+        seed: int,
+        global_batch: int,
+        virtual_shards: int,
+    ) -> None:
+        """Checks everything; reads indexes, no arrays.
+
+        Raises:
+          LoaderConfigError: a value that cannot work.
+        """
+        if isinstance(store, str | os.PathLike):
+            raise LoaderConfigError("store", str(store), "is a place; pass FeatureStore.open(...) of it")
+        if not isinstance(recipe, Recipe):
+            raise LoaderConfigError("recipe", recipe, "is no recipe; pass e.g. Recipe.named('af2')")
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise LoaderConfigError(
+                "sampling", sampling, "is no sampling; pass e.g. Sampling(kind='weighted')"
+            )
+        self.recipe = recipe
+        self.selection = Selection(store, sampling or Sampling())
+        self.order = SampleOrder(
+            num_records=len(self.selection),
+            seed=seed,
+            global_batch=global_batch,
+            virtual_shards=virtual_shards,
+            table=self.selection.table,
+            epoch_samples=self.selection.sampling.epoch_samples,
+            epoch_end=self.selection.sampling.epoch_end,
+        )
+
+    def planned(self, sample: int) -> PlannedSample:
+        """Returns what a sample reads and the record it reads it from, without reading it.
+
+        Raises:
+          LoaderConfigError: a negative number.
+          SampleError: the store cannot find the record's part.
+        """
+        address = self.order.locate(sample)
+        store, position = self.selection.place(address.record)
+        try:
+            record = store.at(position)
+        except (FoldfeedError, OSError) as error:
+            raise SampleError(sample, store.ids[position], str(error)) from error
+        row_order = store.settings.row_order
+        plan = make_plan(self.recipe, self.order.seed, address, record.length, record.depth, row_order)
+        return PlannedSample(sample, plan, record)
+
+    def fetch(self, planned: PlannedSample, room: Room | None = None) -> SampleArrays:
+        """Returns a planned sample as read, into ``room`` if given, see `foldfeed.loader.fetch.fetch`.
+
+        Raises:
+          SampleError: it could not be read.
+        """
+        try:
+            return fetch(planned.record, planned.plan, room)
+        except (FoldfeedError, OSError) as error:
+            raise SampleError(planned.sample, planned.record.record_id, str(error)) from error
+
+    def read(self, sample: int) -> SampleArrays:
+        """Returns a sample as read.
+
+        Raises:
+          LoaderConfigError: a negative number.
+          SampleError: it could not be read.
+        """
+        return self.fetch(self.planned(sample))

@@ -1,0 +1,324 @@
+"""Where a loader's samples come from: read in its own threads, or in processes of their own.
+
+`OwnThreads` reads where it is asked. `ReadingProcesses` keeps one or more processes (`reading_process`)
+that read ahead, in the order asked for, into shared memory; a sample is a view of that memory until it is
+released. The interpreter of the training process then takes part in a sample with one small message.
+
+Invariants: `get` gives the sample that was asked for or raises; it never hangs: a process that died is
+started again and reads what it owed, and after `MAX_DEATHS` deaths without a sample between them the error
+says so. Shared memory has no name, so nothing can be left behind, and every process ends with this one.
+
+Thread safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+import numpy as np
+
+from foldfeed.loader import wire
+from foldfeed.loader.errors import LoaderConfigError, ReadingProcessError
+from foldfeed.loader.fetch import SampleArrays
+from foldfeed.loader.reader import SampleReader
+from foldfeed.loader.reading_process import ALONE
+from foldfeed.loader.slots import open_note
+
+MAX_DEATHS = 3
+# A process that was told to end gets this long before it is killed.
+END_S = 5.0
+# Socket, memory, bytes, threads and this process's id follow.
+_PROGRAM = ("-m", "foldfeed.loader.reading_process")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ReadSample:
+    """A sample that was read.
+
+    Attributes:
+      arrays: what was read; views of shared memory, valid until `release`.
+      read_s: seconds that planning and reading took.
+      release: gives the memory back; to be called once.
+    """
+
+    arrays: SampleArrays
+    read_s: float
+    release: Callable[[], None]
+
+
+class SampleSupply(Protocol):
+    """What a loader needs of a source of samples."""
+
+    def ask(self, samples: Sequence[int]) -> None:
+        """Says which samples will be taken next, in that order."""
+        ...
+
+    def get(self, sample: int) -> ReadSample:
+        """Returns a sample that was asked for; waits for it.
+
+        Raises:
+          SampleError: it could not be read.
+          ReadingProcessError: no process can read it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends everything that was started. Idempotent."""
+        ...
+
+
+class OwnThreads:
+    """Reads a sample in the thread that asks for it."""
+
+    def __init__(self, reader: SampleReader, clock: Callable[[], float]) -> None:
+        self._reader = reader
+        self._clock = clock
+
+    def ask(self, samples: Sequence[int]) -> None:
+        """Does nothing."""
+
+    def get(self, sample: int) -> ReadSample:
+        """Reads it."""
+        started = self._clock()
+        arrays = self._reader.read(sample)
+        return ReadSample(arrays=arrays, read_s=self._clock() - started, release=lambda: None)
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class ReadingProcesses:
+    """Some processes that take turns: the n-th sample asked for goes to process n modulo their number."""
+
+    def __init__(self, reader: SampleReader, num_processes: int, num_threads: int, num_bytes: int) -> None:
+        """Starts the processes.
+
+        Args:
+          reader: what they read with.
+          num_processes: how many.
+          num_threads: of each, for reading.
+          num_bytes: shared memory of all of them together.
+        Raises:
+          LoaderConfigError: this system cannot share memory in that way.
+        """
+        if not hasattr(os, "memfd_create"):
+            raise LoaderConfigError(
+                "num_processes", num_processes, "needs memory without a name (Linux); use 0: threads"
+            )
+        content = pickle.dumps(reader)
+        share = max(mmap.PAGESIZE, num_bytes // num_processes)
+        self._processes = [_Process(content, num_threads, share) for _ in range(num_processes)]
+        self._owner: dict[int, _Process] = {}
+        self._turn = 0
+        self._lock = threading.Lock()
+
+    @property
+    def pids(self) -> list[int]:
+        """Ids of the processes that run now."""
+        return [process.pid for process in self._processes]
+
+    def ask(self, samples: Sequence[int]) -> None:
+        """Says which samples will be taken next, in that order."""
+        with self._lock:
+            shares: list[list[int]] = [[] for _ in self._processes]
+            for sample in samples:
+                process = self._turn % len(self._processes)
+                self._turn += 1
+                self._owner[sample] = self._processes[process]
+                shares[process].append(sample)
+        for process_, share in zip(self._processes, shares, strict=True):
+            if share:
+                process_.ask(share)
+
+    def get(self, sample: int) -> ReadSample:
+        """Returns a sample that was asked for; waits for it."""
+        with self._lock:
+            process = self._owner.pop(sample)
+        return process.get(sample)
+
+    def close(self) -> None:
+        """Ends the processes. Idempotent."""
+        for process in self._processes:
+            process.close()
+
+
+class _Process:
+    """One process and what it owes; started again when it dies."""
+
+    def __init__(self, content: bytes, num_threads: int, capacity: int) -> None:
+        self._content = content
+        self._num_threads = num_threads
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        # What was asked for and not taken, in order.
+        self._owed: dict[int, Future[ReadSample]] = {}
+        self._num_deaths = 0
+        self._closed = False
+        # Held, because a child that dies at once is heard before its life has its place here.
+        with self._lock:
+            self._life = _Life(self, content, num_threads, capacity)
+
+    @property
+    def pid(self) -> int:
+        return self._life.child.pid
+
+    def ask(self, samples: Sequence[int]) -> None:
+        with self._lock:
+            for sample in samples:
+                self._owed[sample] = Future()
+            life = self._life
+        life.ask(samples)
+
+    def get(self, sample: int) -> ReadSample:
+        with self._lock:
+            future = self._owed[sample]
+        try:
+            return future.result()
+        finally:
+            with self._lock:
+                self._owed.pop(sample, None)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            owed = list(self._owed.values())
+        self._life.end()
+        for future in owed:
+            if not future.done():
+                future.set_exception(ReadingProcessError(self.pid, "the loader was closed"))
+
+    def arrived(self, sample: int, found: ReadSample | Exception) -> None:
+        """Takes what a life has read; called by its thread."""
+        with self._lock:
+            self._num_deaths = 0
+            future = self._owed.get(sample)
+        if future is None or future.done():
+            if isinstance(found, ReadSample):
+                found.release()
+        elif isinstance(found, ReadSample):
+            future.set_result(found)
+        else:
+            future.set_exception(found)
+
+    def died(self, life: _Life, how: str) -> None:
+        """Starts the process again, or gives up; called by the thread of the life that ended."""
+        with self._lock:
+            if self._closed or life is not self._life:
+                return
+            self._num_deaths += 1
+            owed = [sample for sample, future in self._owed.items() if not future.done()]
+            if self._num_deaths < MAX_DEATHS:
+                self._life = _Life(self, self._content, self._num_threads, self._capacity)
+                fresh = self._life
+            else:
+                fresh = None
+        if fresh is not None:
+            fresh.ask(owed)
+            return
+        error = ReadingProcessError(
+            life.child.pid, f"it {how}, for the {self._num_deaths}th time without a sample between"
+        )
+        for sample in owed:
+            self._owed[sample].set_exception(error)
+
+
+class _Life:
+    """One run of the program: a child, its memory and the thread that hears it."""
+
+    def __init__(self, owner: _Process, content: bytes, num_threads: int, capacity: int) -> None:
+        ours, theirs = socket.socketpair()
+        descriptor = os.memfd_create("foldfeed-ring", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, capacity)
+            self._memory = mmap.mmap(descriptor, capacity)
+            numbers = (theirs.fileno(), descriptor, capacity, num_threads, os.getpid())
+            self.child = subprocess.Popen(
+                [sys.executable, *_PROGRAM, *map(str, numbers)],
+                pass_fds=(theirs.fileno(), descriptor),
+                stdin=subprocess.DEVNULL,
+                # The same packages as here, wherever this process found them.
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        finally:
+            os.close(descriptor)
+            theirs.close()
+        self._owner = owner
+        self._connection = ours
+        self._sending = threading.Lock()
+        self._send(wire.Frame(0, 0, content))
+        self._thread = threading.Thread(target=self._listen, name="foldfeed-ring", daemon=True)
+        self._thread.start()
+
+    def ask(self, samples: Sequence[int]) -> None:
+        self._send(wire.Frame(wire.READ, 0, np.array(samples, dtype="<i8").tobytes()))
+
+    def end(self) -> None:
+        """Ends the child and waits for it."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        try:
+            self.child.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _listen(self) -> None:
+        receiver = wire.Receiver(self._connection)
+        try:
+            while (frame := receiver.next()) is not None:
+                self._owner.arrived(frame.number, self._open(frame, receiver))
+        except OSError:
+            # The connection broke: the child is gone, as at the end of the connection.
+            pass
+        for descriptor in receiver.descriptors:
+            os.close(descriptor)
+        try:
+            status = self.child.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            status = self.child.wait()
+        self._connection.close()
+        self._owner.died(self, _how(status))
+
+    def _open(self, frame: wire.Frame, receiver: wire.Receiver) -> ReadSample | Exception:
+        if frame.kind == wire.FAILED:
+            # From the child that this process started, over a socket that nobody else has.
+            error: Exception = pickle.loads(frame.payload)
+            return error
+        memory = self._memory
+        if frame.kind == wire.READY_ALONE:
+            descriptor = receiver.descriptors.popleft()
+            memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+            os.close(descriptor)
+        arrays, note = open_note(frame.payload, memory)
+        slot = ALONE if frame.kind == wire.READY_ALONE else note["start"]
+        return ReadSample(
+            arrays=arrays,
+            read_s=note["read_s"],
+            release=lambda: self._send(wire.Frame(wire.RELEASE, slot, b"")),
+        )
+
+    def _send(self, frame: wire.Frame) -> None:
+        # A child that is gone needs no message; the thread that hears it sees that and acts.
+        with self._sending, contextlib.suppress(OSError):
+            wire.send(self._connection, frame)
+
+
+def _how(status: int) -> str:
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"ended with status {status}"

@@ -1,0 +1,176 @@
+"""The program of a process that reads samples for a loader: ``python -m foldfeed.loader.reading_process``.
+
+It gets a `SampleReader` and sample numbers over a socket, and one stretch of shared memory. It plans the
+samples in the order asked for, finds room for each in the memory (`ring`), reads it straight into that room
+on some threads, and says so. Room that the loader gives back is used again.
+
+Its life: it ends when the socket ends, so with the loader's process however that dies, and never before. It
+imports no torch. Owns the child's side; `foldfeed.loader.reading` owns the parent's.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from foldfeed.feature_store import FoldfeedError
+from foldfeed.loader import wire
+from foldfeed.loader.errors import SampleError
+from foldfeed.loader.fetch import shapes_of
+from foldfeed.loader.reader import PlannedSample, SampleReader
+from foldfeed.loader.ring import RingClosedError, RingSpace
+from foldfeed.loader.slots import note_of, place, slot_bytes
+
+# A sample that is larger than the ring gets memory of its own under this number; only one at a time does.
+ALONE = 2**64 - 1
+PARENT_CHECK_S = 1.0
+
+
+def main(arguments: list[str]) -> None:
+    """Runs until the connection ends.
+
+    Args:
+      arguments: descriptors of socket and memory, bytes of the memory, threads, the loader's process id.
+    """
+    # Ctrl-C goes to all processes of a terminal; this one ends when the loader lets it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    descriptor, memory_descriptor, capacity, num_threads, parent = map(int, arguments)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    with socket.socket(fileno=descriptor) as connection, mmap.mmap(memory_descriptor, capacity) as memory:
+        os.close(memory_descriptor)
+        receiver = wire.Receiver(connection)
+        first = receiver.next()
+        if first is None:
+            return
+        # From the process that started this one, over a socket that nobody else has.
+        reader: SampleReader = pickle.loads(first.payload)
+        _ReadingProcess(reader, connection, receiver, memory, capacity, num_threads).run()
+        # Threads may still hold views of the memory; the process ends here and takes all with it.
+        os._exit(0)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process with its parent, also where a fork of that one still holds the socket."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os._exit(0)
+
+
+class _ReadingProcess:
+    def __init__(
+        self,
+        reader: SampleReader,
+        connection: socket.socket,
+        receiver: wire.Receiver,
+        memory: mmap.mmap,
+        capacity: int,
+        num_threads: int,
+    ) -> None:
+        self._reader = reader
+        self._connection = connection
+        self._receiver = receiver
+        self._memory = memory
+        self._space = RingSpace(capacity)
+        self._num_threads = num_threads
+        self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._sending = threading.Lock()
+        self._alone_free = threading.Semaphore(1)
+
+    def run(self) -> None:
+        dispatcher = threading.Thread(target=self._dispatch, name="foldfeed-dispatch", daemon=True)
+        dispatcher.start()
+        try:
+            while (frame := self._receiver.next()) is not None:
+                if frame.kind == wire.READ:
+                    for sample in np.frombuffer(frame.payload, dtype="<i8").tolist():
+                        self._wanted.put(sample)
+                elif frame.number == ALONE:
+                    self._alone_free.release()
+                else:
+                    self._space.give_back(frame.number)
+        except ConnectionError:
+            # The loader's process is gone; so is the reason to go on.
+            pass
+        self._space.close()
+
+    def _dispatch(self) -> None:
+        """Plans and finds room in the order asked for, so that no sample waits for a later one."""
+        with ThreadPoolExecutor(self._num_threads, thread_name_prefix="foldfeed-read") as threads:
+            while True:
+                sample = self._wanted.get()
+                started = time.perf_counter()
+                try:
+                    planned = self._reader.planned(sample)
+                except FoldfeedError as error:
+                    self._failed(sample, error)
+                    continue
+                plan_s = time.perf_counter() - started
+                size = slot_bytes(shapes_of(planned.plan))
+                if size > self._space.capacity:
+                    self._alone_free.acquire()
+                    threads.submit(self._guarded, self._read_alone, planned, size, plan_s)
+                    continue
+                try:
+                    start = self._space.take(size)
+                except RingClosedError:
+                    return
+                threads.submit(self._guarded, self._read, planned, start, plan_s)
+
+    def _guarded(self, read: object, planned: PlannedSample, at: int, plan_s: float) -> None:
+        """Runs one reading and tells the loader what goes wrong: it would wait for ever otherwise."""
+        assert callable(read)
+        try:
+            read(planned, at, plan_s)
+        except BrokenPipeError:
+            return
+        except Exception as error:  # noqa: BLE001  passed on whole, see above
+            self._failed(planned.sample, error)
+
+    def _read(self, planned: PlannedSample, start: int, plan_s: float) -> None:
+        started = time.perf_counter()
+        try:
+            arrays = self._reader.fetch(planned, place(self._memory, start, shapes_of(planned.plan)))
+        except Exception:
+            self._space.give_back(start)
+            raise
+        note = note_of(arrays, start, read_s=plan_s + time.perf_counter() - started)
+        self._send(wire.Frame(wire.READY, planned.sample, note))
+
+    def _read_alone(self, planned: PlannedSample, size: int, plan_s: float) -> None:
+        started = time.perf_counter()
+        descriptor = os.memfd_create("foldfeed-sample", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, size)
+            memory = mmap.mmap(descriptor, size)
+            try:
+                arrays = self._reader.fetch(planned, place(memory, 0, shapes_of(planned.plan)))
+            except Exception:
+                self._alone_free.release()
+                raise
+            note = note_of(arrays, 0, read_s=plan_s + time.perf_counter() - started)
+            self._send(wire.Frame(wire.READY_ALONE, planned.sample, note), descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _failed(self, sample: int, error: Exception) -> None:
+        if not isinstance(error, SampleError):
+            error = SampleError(sample, "", f"{type(error).__name__}: {error}")
+        self._send(wire.Frame(wire.FAILED, sample, pickle.dumps(error)))
+
+    def _send(self, frame: wire.Frame, descriptor: int | None = None) -> None:
+        with self._sending:
+            wire.send(self._connection, frame, descriptor)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

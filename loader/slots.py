@@ -1,0 +1,64 @@
+"""How one sample lies in a stretch of memory: its arrays end to end, and a note that says which.
+
+The note travels beside the memory (`wire`); there are no pointers and no pickles in either. Pure functions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foldfeed.loader.fetch import ARRAYS, DTYPES, SampleArrays
+from foldfeed.loader.ring import ALIGNMENT
+
+Shapes = Mapping[str, tuple[int, ...]]
+# Memory that a sample lies in.
+Memory = mmap.mmap
+
+
+def slot_bytes(shapes: Shapes) -> int:
+    """Returns how much room a sample of such arrays takes; at least one byte."""
+    return max(1, sum(_padded(name, shapes[name]) for name in ARRAYS))
+
+
+def place(memory: Memory, start: int, shapes: Shapes) -> dict[str, NDArray[Any]]:
+    """Returns the arrays of a sample whose slot begins at ``start``, as views of the memory."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for name in ARRAYS:
+        count = math.prod(shapes[name])
+        flat = np.frombuffer(memory, dtype=DTYPES[name], count=count, offset=start if count else 0)
+        arrays[name] = flat.reshape(shapes[name])
+        start += _padded(name, shapes[name])
+    return arrays
+
+
+def note_of(sample: SampleArrays, start: int, **facts: float) -> bytes:
+    """Returns what the other side needs to find a sample in its slot, and further numbers about it."""
+    shapes = {name: getattr(sample, name).shape for name in ARRAYS}
+    document = {
+        "start": start,
+        "shapes": shapes,
+        "crop": sample.crop_in_columns,
+        "first": sample.first_residue,
+    }
+    return json.dumps(document | facts).encode()
+
+
+def open_note(note: bytes, memory: Memory) -> tuple[SampleArrays, dict[str, Any]]:
+    """Returns a sample as views of the memory, and the note."""
+    document = json.loads(note)
+    shapes = {name: tuple(shape) for name, shape in document["shapes"].items()}
+    arrays = place(memory, document["start"], shapes)
+    crop = (document["crop"][0], document["crop"][1])
+    return SampleArrays(**arrays, crop_in_columns=crop, first_residue=document["first"]), document
+
+
+def _padded(name: str, shape: tuple[int, ...]) -> int:
+    size = math.prod(shape) * DTYPES[name].itemsize
+    return -(-size // ALIGNMENT) * ALIGNMENT

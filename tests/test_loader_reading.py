@@ -1,0 +1,316 @@
+"""Processes that read samples: the same batches, whatever dies, however small their memory; nothing stays."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_loader_stream import RECIPE, assert_equal, build_store, by_sample, make_loader, take
+
+from foldfeed.feature_store import CorruptDataError
+from foldfeed.loader import (
+    LoaderConfigError,
+    LoaderUseError,
+    ReadingProcessError,
+    Recipe,
+    SampleError,
+    reading,
+)
+from foldfeed.loader.fetch import ARRAYS, DTYPES, fetch, shapes_of
+from foldfeed.loader.ring import ALIGNMENT, RingClosedError, RingSpace
+from foldfeed.loader.slots import note_of, open_note, place, slot_bytes
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory without a name is Linux's"),
+]
+SMALL = 4096
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return build_store(tmp_path_factory.mktemp("reading") / "store")
+
+
+@pytest.fixture(scope="module")
+def truth(store):
+    with make_loader(store) as loader:
+        return {g: loader.sample(g) for g in range(48)}
+
+
+def wait_until(condition, seconds: float = 20.0) -> None:
+    stop = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < stop, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 12),
+    st.lists(st.tuples(st.integers(1, 900), st.randoms(use_true_random=False)), max_size=60),
+)
+def test_pieces_of_a_ring_never_overlap_and_the_oldest_always_gets_room(capacity, steps):
+    capacity *= 128
+    ring = RingSpace(capacity)
+    live: list[tuple[int, int]] = []
+    for size, random in steps:
+        size = min(size, capacity)
+        taken: list[int] = []
+        thread = threading.Thread(target=lambda size=size, taken=taken: taken.append(ring.take(size)))
+        thread.start()
+        while True:
+            thread.join(0.002 if live else 20)
+            if taken:
+                break
+            assert live, "an empty ring has no room"
+            # Any of them may come back first; with all of them back there must be room.
+            ring.give_back(live.pop(random.randrange(len(live)))[0])
+        thread.join()
+        start, stop = taken[0], taken[0] + size
+        assert start % ALIGNMENT == 0
+        assert stop <= capacity
+        assert all(stop <= other_start or start >= other_stop for other_start, other_stop in live)
+        live.append((start, stop))
+
+
+def test_a_ring_that_is_closed_ends_all_waiting():
+    ring = RingSpace(128)
+    ring.take(128)
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            ring.take(64)
+        except RingClosedError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    ring.close()
+    thread.join(20)
+    assert len(caught) == 1
+    for size in (0, 129, -5):
+        with pytest.raises(ValueError, match="in a ring of 128"):
+            ring.take(size)
+
+
+@pytest.mark.parametrize("name", ["af2", "crop_first"])
+def test_what_is_read_into_a_slot_is_what_is_read_anywhere(store, name):
+    import mmap
+
+    recipe = dataclasses.replace(RECIPE, name=name)
+    with make_loader(store, recipe) as loader:
+        for sample in range(12):
+            planned = loader._reader.planned(sample)
+            want = fetch(planned.record, planned.plan)
+            shapes = shapes_of(planned.plan)
+            size = slot_bytes(shapes)
+            memory = mmap.mmap(-1, size + 640)
+            memory.write(b"\xab" * (size + 640))
+            got = fetch(planned.record, planned.plan, place(memory, 640, shapes))
+            assert memory[:640] == b"\xab" * 640
+            again, note = open_note(note_of(got, 640, read_s=1.5), memory)
+            assert note["read_s"] == 1.5
+            for array in ARRAYS:
+                mine, theirs = getattr(again, array), getattr(want, array)
+                assert mine.dtype == theirs.dtype == DTYPES[array]
+                np.testing.assert_array_equal(mine, theirs)
+            assert again.crop_in_columns == want.crop_in_columns
+            assert again.first_residue == want.first_residue
+            assert want.num_bytes == sum(getattr(want, array).nbytes for array in ARRAYS) <= size
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "num_threads", "read_ahead_bytes"),
+    [(1, 1, 1 << 20), (1, 3, SMALL), (3, 1, 20_000), (2, 2, 1)],
+)
+def test_batches_do_not_depend_on_processes_or_their_memory(
+    store, truth, num_processes, num_threads, read_ahead_bytes
+):
+    sizes = {"num_processes": num_processes, "num_threads": num_threads, "read_ahead_bytes": read_ahead_bytes}
+    with make_loader(store, **sizes) as loader:
+        assert_equal(by_sample(take(loader, 6)), truth)
+        stats = loader.stats
+    assert stats["fetch_s"] > 0
+    assert stats["bytes"] > 0
+
+
+def test_features_outlive_the_memory_that_they_were_made_from(store, truth, monkeypatch):
+    """Nothing that a consumer gets may be a view of a slot: each is overwritten when it is given back."""
+    init = reading.ReadSample.__init__
+
+    def poisoned(self, *, arrays, read_s, release):
+        def overwrite():
+            for name in ARRAYS:
+                getattr(arrays, name).view(np.uint8)[...] = 0xA5
+            release()
+
+        init(self, arrays=arrays, read_s=read_s, release=overwrite)
+
+    monkeypatch.setattr(reading.ReadSample, "__init__", poisoned)
+    with make_loader(store, num_processes=2) as loader:
+        assert_equal(by_sample(take(loader, 6)), truth)
+
+
+def test_resume_and_ranks(store, truth):
+    with make_loader(store, num_processes=1) as loader:
+        take(loader, 2)
+        state = loader.state_dict()
+        loader.load_state_dict(state | {"step": 1})
+        first = by_sample(take(loader, 1))
+        loader.load_state_dict(state)
+        rest = by_sample(take(loader, 4))
+    assert_equal(first | rest, {g: truth[g] for g in range(8, 48)})
+    found = {}
+    for rank in range(3):
+        with make_loader(store, num_processes=2, rank=rank, world=3) as loader:
+            found |= by_sample(take(loader, 3))
+    assert_equal(found, {g: truth[g] for g in range(24)})
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_is_killed_is_started_again_and_no_sample_is_lost(store, truth, number):
+    with make_loader(store, num_processes=2, read_ahead_bytes=30_000) as loader:
+        batches = take(loader, 1)
+        seen = set()
+        for _ in range(5):
+            pids = loader._supply.pids
+            seen |= set(pids)
+            os.kill(pids[0], number)
+            batches += take(loader, 1)
+        assert_equal(by_sample(batches), truth)
+        seen |= set(loader._supply.pids)
+    assert len(seen) > 2
+    wait_until(lambda: not any(map(is_running, seen)))
+
+
+def test_a_process_that_never_lives_is_an_error_that_says_so(store, monkeypatch):
+    monkeypatch.setattr(
+        reading, "_PROGRAM", ("-c", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    )
+    with (
+        make_loader(store, num_processes=1) as loader,
+        pytest.raises(ReadingProcessError, match=r"killed by SIGSEGV, for the 3th time.*num_processes=0"),
+    ):
+        next(loader)
+    monkeypatch.setattr(reading, "_PROGRAM", ("-c", "raise SystemExit(7)"))
+    with make_loader(store, num_processes=1) as loader, pytest.raises(ReadingProcessError, match="status 7"):
+        next(loader)
+    assert [one.name for one in threading.enumerate() if one.name.startswith("foldfeed")] == []
+
+
+def test_a_sample_that_cannot_be_read_raises_what_it_raises_in_threads(tmp_path):
+    store = build_store(tmp_path / "store")
+    shard = max((tmp_path / "store" / "parts").glob("*/msa/c/0/0/0"), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[: len(data) // 2] = bytes(len(data) // 2)
+    shard.write_bytes(data)
+    errors = []
+    for num_processes in (0, 2):
+        with make_loader(store, num_processes=num_processes) as loader:
+            with pytest.raises(SampleError) as caught:
+                take(loader, 6)
+            errors.append(caught.value)
+            position = loader.state_dict()["step"]
+            # The position stays: asking again tries again.
+            with pytest.raises(SampleError):
+                next(loader)
+            assert loader.state_dict()["step"] == position
+    assert isinstance(errors[0].__cause__, CorruptDataError)
+    assert (errors[0].sample, errors[0].record_id, errors[0].reason) == (
+        errors[1].sample,
+        errors[1].record_id,
+        errors[1].reason,
+    )
+
+
+def test_a_process_that_reads_knows_no_torch():
+    check = "import sys, foldfeed.loader.reading_process; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+
+
+ORPHAN = """
+import os, sys, time from foldfeed.feature_store import FeatureStore from foldfeed.loader import CropLoader,
+Recipe loader = CropLoader(FeatureStore.open(sys.argv[1]), Recipe.named("crop_first", crop_residues=8,
+num_clusters=4,
+                    num_extra=4), seed=1, global_batch=2, num_processes=2)
+next(loader)
+if sys.argv[2] == "fork" and os.fork() == 0:
+    time.sleep(60)
+print(*loader._supply.pids, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "fork"])
+def test_processes_end_with_the_loaders_process_however_it_ends(store, how):
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, store.url, how], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        try:
+            assert all(map(is_running, pids))
+            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+            parent.kill()
+            wait_until(lambda: not any(map(is_running, pids)))
+        finally:
+            for child in children:
+                if int(child) not in pids and is_running(int(child)):
+                    os.kill(int(child), signal.SIGKILL)
+
+
+def test_an_early_break_and_close_leave_nothing(store):
+    loader = make_loader(store, num_processes=2)
+    for _ in loader:
+        break
+    pids = loader._supply.pids
+    loader.close()
+    loader.close()
+    assert not any(map(is_running, pids))
+    assert [one.name for one in threading.enumerate() if one.name.startswith("foldfeed")] == []
+    with pytest.raises(LoaderUseError, match="closed"):
+        next(loader)
+
+
+def test_two_loaders_in_one_process(store, truth):
+    with make_loader(store, num_processes=1) as one, make_loader(store, num_processes=1) as other:
+        for step in range(4):
+            want = {g: truth[g] for g in range(8 * step, 8 * step + 8)}
+            assert_equal(by_sample(take(one, 1)), want)
+            assert_equal(by_sample(take(other, 1)), want)
+
+
+@pytest.mark.parametrize("values", [{"num_processes": -1}, {"num_processes": True}, {"read_ahead_bytes": 0}])
+def test_values_that_cannot_work(store, values):
+    with pytest.raises(LoaderConfigError, match="must be an integer of at least"):
+        make_loader(store, **values)
+
+
+def test_interrupts_of_the_terminal_do_not_end_the_readers(store, truth):
+    with make_loader(store, num_processes=1) as loader:
+        batches = take(loader, 1)
+        (pid,) = loader._supply.pids
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.2)
+        batches += take(loader, 5)
+        assert loader._supply.pids == [pid]
+    assert_equal(by_sample(batches), truth)
+    assert torch.is_tensor(next(iter(truth[0].values())))
+    assert Recipe.named("af2").name == "af2"
