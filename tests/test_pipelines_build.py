@@ -58,7 +58,9 @@ def demo(tmp_path_factory, databases):
     }
     # Given in another order than they are merged in.
     given = [f"{name}={path}" for name, path in places.items() if name in DATABASES]
-    config = config_of(tmp_path_factory.mktemp("build"), databases / "queries.fasta", given)
+    # The longest query takes HHblits ten seconds alone, and much longer on a busy machine.
+    folder = tmp_path_factory.mktemp("build")
+    config = config_of(folder, databases / "queries.fasta", given, timeout_s=200.0)
     return config, run_build(config)
 
 
