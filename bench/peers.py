@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,64 @@ class LitData:
         pass
 
 
+class AtomWorks:
+    """AtomWorks' packed MSA store, read as its `LoadPolymerMSAs` does, but without its limit of 10,000 rows.
+
+    A3M text, one zstd frame per record in .bin shards, an index in Parquet that is held as a dictionary. The
+    package reads this layout and has no writer of it. Keys are hashes of a sequence; here of the record's
+    number, because the alignments of this benchmark share queries.
+    """
+
+    shard_bytes = 256 << 20
+
+    def write(self, records: list[MsaRecord], folder: Path) -> None:
+        store, pa = module("atomworks.ml.transforms.msa.msa_store"), module("pyarrow")
+        (folder / "data").mkdir()
+        table: dict[str, list[Any]] = {"hash": [], "shard": [], "offset": [], "length": []}
+        offset, shard = 0, 0
+        for number, record in enumerate(records):
+            frame = once(record, a3m_zst)
+            if offset + len(frame) > self.shard_bytes:
+                offset, shard = 0, shard + 1
+            with (folder / "data" / f"{shard:05d}.bin").open("ab") as file:
+                file.write(frame)
+            key = store.hash_sequence(f"{number:08d}", length=store.MSA_KEY_LEN)
+            for name, value in zip(table, (key, f"{shard:05d}.bin", offset, len(frame)), strict=True):
+                table[name].append(value)
+            offset += len(frame)
+        module("pyarrow.parquet").write_table(pa.table(table), folder / "index.parquet")
+
+    def open(self, folder: Path) -> None:
+        self.store = module("atomworks.ml.transforms.msa.msa_store").PackedMsaStore(str(folder))
+        self.loading = module("atomworks.ml.transforms.msa._msa_loading_utils")
+        self.protein = module("atomworks.enums").ChainType.POLYPEPTIDE_L
+        theirs = module("atomworks.ml.transforms.msa._msa_constants").AMINO_ACID_ONE_LETTER_TO_INT
+        self.codes = alphabet.encode("".join(sorted(theirs, key=theirs.__getitem__)))
+
+    def crop(self, place: Place) -> Arrays:
+        text = self.store.get_bytes_for_seq(f"{place.number:08d}")
+        found = self.loading.load_msa(text, self.protein, max_msa_sequences=sys.maxsize)
+        window = place.rows, place.cols
+        return self.codes[found["msa"][window]], found["ins"][window].astype(np.int32)
+
+    def close(self) -> None:
+        pass
+
+
+class AtomWorksTuned(AtomWorks):
+    """The same store; its parser stops after the crop's last row, and only the crop becomes codes."""
+
+    def crop(self, place: Place) -> Arrays:
+        text = self.store.get_bytes_for_seq(f"{place.number:08d}").decode()
+        letters, inserted, _ = self.loading.parse_a3m(io.StringIO(text), maxseq=place.rows.stop)
+        window = place.rows, place.cols
+        return alphabet.ENCODE[letters[window].view(np.uint8)], inserted[window].astype(np.int32)
+
+
+def a3m_zst(record: MsaRecord) -> bytes:
+    return zstandard.ZstdCompressor(level=3).compress(a3m_text(record))
+
+
 PEERS: dict[str, type] = {
     "foldfeed": Foldfeed,
     "foldfeed permuted slab": FoldfeedSlab,
@@ -351,4 +410,6 @@ PEERS: dict[str, type] = {
     "array_record": ArrayRecord,
     "mosaicml-streaming": Streaming,
     "litdata": LitData,
+    "atomworks": AtomWorks,
+    "atomworks tuned": AtomWorksTuned,
 }

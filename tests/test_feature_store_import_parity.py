@@ -1,10 +1,11 @@
-"""Imports equal the reference features of other programs, number by number, on real proteins."""
+"""Imports equal the reference features of other programs, number by number."""
 
 import gzip
 import shutil
 
 import numpy as np
 import pytest
+from families import as_a2m, as_a3m, as_stockholm, family
 
 from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.importers.layouts import AlignmentImport
@@ -39,16 +40,16 @@ def assert_features(record, features) -> None:
     assert record.depth == features["num_alignments"][0]
 
 
-def test_openfold_short_merges_to_the_expected_features(shared_data):
-    folder = shared_data / "golden" / "openfold_short"
+def test_openfold_short_merges_to_the_expected_features(real_file):
+    folder = real_file("golden/openfold_short")
     record = only(folder)
     with np.load(folder / "expected.npz") as expected:
         assert_features(record, expected)
     assert [use.name for use in record.databases] == ["uniref90", "bfd_uniclust", "mgnify"]
 
 
-def test_the_original_pickle_is_read_without_unpickling(shared_data, tmp_path):
-    source = shared_data / "golden" / "openfold_short" / "alphafold_feature_dict.pickle.gz"
+def test_the_original_pickle_is_read_without_unpickling(real_file, tmp_path):
+    source = real_file("golden/openfold_short/alphafold_feature_dict.pickle.gz")
     (tmp_path / "query").mkdir()
     shutil.copy(source, tmp_path / "query" / "features.pkl.gz")
     (tmp_path / "plain").mkdir()
@@ -62,35 +63,47 @@ def test_the_original_pickle_is_read_without_unpickling(shared_data, tmp_path):
             assert_features(record, expected)
 
 
-@pytest.mark.parametrize(
-    "folder",
-    [
-        "golden/helixfold_102l_A",
-        "msas/4OT_59",
-        "msas/T1026",
-        "msas/T1065s1",
-        "msas/T1065s2",
-        "msas/X8FLY0",
-        "msas/X8FMJ8",
-        "msas/Y0KK22",
-    ],
-)
-def test_feature_files_of_three_programs(shared_data, folder):
-    with np.load(shared_data / folder / "features.npz") as features:
-        record = only(shared_data / folder / "features.npz")
+def test_features_that_helixfold_wrote(real_file):
+    file = real_file("msas/T1026/features.npz")
+    with np.load(file) as features:
+        record = only(file)
         assert_features(record, features)
-        if "msa_species_identifiers" in features:
-            assert record.rows.species[1:] == features["msa_species_identifiers"][1:].tolist()
+        assert record.rows.species[1:] == features["msa_species_identifiers"][1:].tolist()
 
 
-def test_openfold_3_keeps_every_row(shared_data):
+@pytest.mark.parametrize("integers", [np.int32, np.int64])
+@pytest.mark.parametrize("text", [np.str_, np.bytes_])
+@pytest.mark.parametrize("species", [False, True])
+def test_features_as_the_pipelines_of_alphafold_2_write_them(tmp_path, integers, text, species):
+    """Monomers have no species; forks keep bytes or text, and 32 or 64 bits."""
+    codes, deletions = naive_a3m(as_a3m(family(700, 143)))
+    depth, length = len(codes), len(codes[0])
+    sequence = "".join("ACDEFGHIKLMNPQRSTVWY"[code] for code in codes[0])
+    names = np.array(["", *(["HUMAN", "9BACT", ""][number % 3] for number in range(depth - 1))]).astype(text)
+    features = {
+        "msa": np.array(codes, integers),
+        "deletion_matrix_int": np.array(deletions, integers),
+        "aatype": np.eye(21, dtype=integers)[MAP_HHBLITS_AATYPE_TO_OUR_AATYPE[codes[0]]],
+        "sequence": np.array([sequence]).astype(text),
+        "num_alignments": np.full(length, depth, integers),
+        "residue_index": np.arange(length, dtype=integers),
+        "domain_name": np.array(["x"]).astype(text),
+    } | ({"msa_species_identifiers": names} if species else {})
+    np.savez(tmp_path / "features.npz", **features)
+    record = only(tmp_path / "features.npz")
+    assert_features(record, features | {"sequence": [sequence]})
+    if species:
+        assert record.rows.species[1:] == names.astype(str)[1:].tolist()
+
+
+def test_openfold_3_keeps_every_row(real_file):
     record = only(
-        shared_data / "msas" / "ubiquitin",
+        real_file("msas/ubiquitin"),
         "openproteinset",
         dedup="none",
         databases=("uniref", "bfd.mgnify30.metaeuk30.smag30"),
     )
-    with np.load(shared_data / "golden" / "of3_ubiquitin" / "expected.npz") as expected:
+    with np.load(real_file("golden/of3_ubiquitin/expected.npz")) as expected:
         letters = expected["msa"].view(np.uint32).reshape(expected["msa"].shape).astype(np.uint8)
         np.testing.assert_array_equal(record.msa, alphabet.ENCODE[letters])
         np.testing.assert_array_equal(record.deletions, expected["deletion_matrix"])
@@ -98,8 +111,8 @@ def test_openfold_3_keeps_every_row(shared_data):
     assert record.rows.hit_id[1:] == names[1:]
 
 
-def test_chai_parquet_equals_its_own_alignment(shared_data):
-    folder = shared_data / "msas" / "B2M_99"
+def test_chai_parquet_equals_its_own_alignment(real_file):
+    folder = real_file("msas/B2M_99")
     record = only(folder / "chai_aligned.parquet")
     text = only(folder / "chai_aligned.a3m.gz")
     np.testing.assert_array_equal(record.msa, text.msa)
@@ -133,9 +146,36 @@ def naive_a3m(text: str) -> tuple[list[list[int]], list[list[int]]]:
     return codes, deletions
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
+def assert_equals_naive(path, text: str) -> None:
+    codes, deletions = naive_a3m(text)
+    record = only(path)
+    np.testing.assert_array_equal(record.msa, MAP_HHBLITS_AATYPE_TO_OUR_AATYPE[np.array(codes)])
+    np.testing.assert_array_equal(record.deletions, np.array(deletions))
+
+
+# What tools put around the rows: MMseqs2 names its sizes first, HHblits predicted structure, HMMER pads rows.
+FORMS = {
+    "a3m": as_a3m,
+    "a3m, lines of 80": lambda rows: as_a3m(rows, 80),
+    "a3m of ColabFold": lambda rows: f"#{len(rows[0][1]) - 1}\t1\n" + as_a3m(rows),
+    "a3m with predicted structure": lambda rows: (
+        f">ss_pred PSIPRED\n{'CHE' * 40}\n>ss_conf PSIPRED\n{'905' * 40}\n" + as_a3m(rows)
+    ),
+    "a2m": as_a2m,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_single_alignments_as_tools_write_them(tmp_path, form, compress):
+    text = FORMS[form](family(300, 120, seed=len(form)))
+    path = tmp_path / f"x.{form[:3]}{'.gz' if compress is gzip.compress else ''}"
+    path.write_bytes(compress(text.encode()))
+    assert_equals_naive(path, text)
+
+
+def test_single_alignments_of_six_tools(real_file):
+    for name in (
         "2JP1_lymphotactin/colabfold.a3m.gz",
         "4OT_59/colabfold.a3m.gz",
         "7r6r_1/pairing.a3m.gz",
@@ -143,25 +183,34 @@ def naive_a3m(text: str) -> tuple[list[list[int]], list[list[int]]]:
         "T1078/with_ss_rows.a3m.gz",
         "UniRef50_UPI0003108055/msa.a3m.gz",
         "boltz_seq1/msa.a3m.gz",
-    ],
-)
-def test_single_alignments_of_six_tools(shared_data, file):
-    path = shared_data / "msas" / file
-    codes, deletions = naive_a3m(gzip.decompress(path.read_bytes()).decode())
-    record = only(path)
-    np.testing.assert_array_equal(record.msa, MAP_HHBLITS_AATYPE_TO_OUR_AATYPE[np.array(codes)])
-    np.testing.assert_array_equal(record.deletions, np.array(deletions))
+    ):
+        path = real_file(f"msas/{name}")
+        assert_equals_naive(path, gzip.decompress(path.read_bytes()).decode())
 
 
-def test_every_folder_with_known_databases_imports(shared_data):
-    found = AlignmentImport(shared_data / "msas", "openproteinset")
-    depths = {record.record_id: record.depth for record in found}
-    assert depths["1a02_F"] > 1000
-    assert {"1psm_A", "2crb_A", "4zey_A", "6KWC_1"} <= set(depths)
-    # Nothing is dropped in silence: each folder with alignments is a record or a reject.
-    folders = {
-        path.parent.name
-        for pattern in ("*.a3m*", "*.sto*")
-        for path in (shared_data / "msas").glob(f"*/{pattern}")
+def test_every_folder_with_known_databases_imports(tmp_path):
+    """Nothing is dropped in silence: each folder with alignments is a record or a reject."""
+    rows = family(200, 56)
+    files = {
+        "1a02_F": {"uniref90_hits.sto": as_stockholm(rows), "bfd_uniclust_hits.a3m": as_a3m(rows[:60])},
+        "1psm_A": {"mgnify_hits.sto": as_stockholm(rows[:9])},
+        "2q2k_A": {
+            "uniref90_hits.a3m": as_a3m(rows[:3]),
+            "hmm_output.sto": "templates",
+            "x.hhr": "templates",
+        },
+        "cut": {"uniref90_hits.sto": as_stockholm(rows)[:-40]},
+        "one_name_nobody_knows": {"colabfold.a3m": as_a3m(rows)},
+        "two_queries": {"uniref90_hits.a3m": as_a3m(rows), "mgnify_hits.a3m": as_a3m(family(4, 20))},
     }
-    assert set(depths) | {reject.record_id for reject in found.rejects} == folders
+    for folder, texts in files.items():
+        (tmp_path / folder).mkdir()
+        for name, text in texts.items():
+            (tmp_path / folder / name).write_text(text)
+    (tmp_path / "without_alignment").mkdir()
+    (tmp_path / "without_alignment" / "notes.txt").write_text("nothing")
+    found = AlignmentImport(tmp_path, "openproteinset")
+    depths = {record.record_id: record.depth for record in found}
+    assert set(depths) == {"1a02_F", "1psm_A", "2q2k_A", "one_name_nobody_knows"}
+    assert depths["1a02_F"] > 100
+    assert {reject.record_id for reject in found.rejects} == {"cut", "two_queries"}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from families import as_stockholm, family
 from mmcif_samples import HEAD, sample
 from records import make_record, make_structure
 
@@ -83,28 +84,33 @@ def test_every_chain_of_every_entry_becomes_a_record(entries, tmp_path):
     assert verify(tmp_path / "made", level="deep").problems == ()
 
 
-def test_real_alignments_get_the_structures_of_their_chains(shared_data, tmp_path):
-    names = ["1psm_A", "2crb_A", "2q2k_A", "4zey_A", "5kc1_A"]
+def test_real_alignments_get_the_structures_of_their_chains(real_file, tmp_path):
     (tmp_path / "msas").mkdir()
-    for name in [*names, "1a02_F"]:
-        (tmp_path / "msas" / name).symlink_to(shared_data / "msas" / name)
+    (tmp_path / "msas" / "2q2k_A").symlink_to(real_file("msas/2q2k_A"))
+    (tmp_path / "msas" / "1a02_F").mkdir()
+    (tmp_path / "msas" / "1a02_F" / "uniref90_hits.sto").write_text(as_stockholm(family(30, 56)))
     import_into(
         tmp_path / "store",
         AlignmentImport(tmp_path / "msas", "openproteinset", ImportOptions(neff_max_rows=0)),
     )
     before = FeatureStore.open(tmp_path / "store")
-    report = attach_structures(tmp_path / "store", shared_data / "structures")
-    assert (report.num_files, report.num_matched, report.num_attached) == (31, 5, 5)
-    assert sorted({reject.where.split("/")[0] for reject in report.rejects}) == ["odd"]
+    entries = tmp_path / "structures"
+    (entries / "odd").mkdir(parents=True)
+    for name in ("2q2k", "7rye"):
+        (entries / f"{name}.cif.gz").symlink_to(real_file(f"structures/{name}.cif.gz"))
+    (entries / "odd" / "cut.cif").write_text("data_x\n_entry.id x\n")
+    report = attach_structures(tmp_path / "store", entries)
+    assert (report.num_files, report.num_matched, report.num_attached) == (3, 1, 1)
+    assert [reject.where for reject in report.rejects] == ["odd/cut.cif"]
     after = FeatureStore.open(tmp_path / "store")
-    for name in names:
-        entry = load_mmcif(shared_data / "structures" / f"{name[:4]}.cif.gz")
-        (chain,) = [chain for chain in entry if chain.auth_asym_id == name[-1]]
-        assert after[name].structure().fingerprint == chain.structure.fingerprint
-        assert after[name].sequence == chain.sequence
-        assert after[name].depth == before[name].depth > 1
+    entry = load_mmcif(entries / "2q2k.cif.gz")
+    (chain,) = [chain for chain in entry if chain.auth_asym_id == "A"]
+    assert after["2q2k_A"].structure().fingerprint == chain.structure.fingerprint
+    assert after["2q2k_A"].sequence == chain.sequence
+    assert after["2q2k_A"].depth == before["2q2k_A"].depth > 1
     assert after["1a02_F"].fingerprint == before["1a02_F"].fingerprint
-    assert after.as_of("2006-01-01", undated="drop").ids == ["1psm_A", "2crb_A"]
+    assert after.as_of("2009-01-01", undated="drop").ids == ["2q2k_A"]
+    assert after.as_of("2006-01-01", undated="drop").ids == []
 
 
 def test_chains_that_share_the_author_s_name_get_both_names(tmp_path):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from families import as_stockholm, family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +98,11 @@ def test_bad_text_is_refused_with_its_line(text, line, words):
     assert caught.value.line == line
 
 
-def test_real_files_equal_column_by_column_reading(shared_data):
-    for name in ("2q2k_A/uniref90_hits.sto", "5kc1_A/uniprot_hits.sto"):
-        assert_equals_naive((shared_data / "msas" / name).read_text())
+@pytest.mark.parametrize("block", [60, 200, 10_000])
+def test_deep_interleaved_alignments_equal_column_by_column_reading(block):
+    assert_equals_naive(as_stockholm(family(500, 91, max_insertion=4), block))
+
+
+def test_real_files_equal_column_by_column_reading(real_file):
+    for name in ("uniref90_hits.sto", "uniprot_hits.sto", "mgnify_hits.sto"):
+        assert_equals_naive(real_file(f"msas/2q2k_A/{name}").read_text())

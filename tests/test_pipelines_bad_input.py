@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from pipelines_data import GLOBINS, config_of, first_on_path, globins, missing_tools, stand_in, write_fasta
+from pipelines_data import (
+    GLOBINS,
+    config_of,
+    first_on_path,
+    globins,
+    make_databases,
+    needs_hhsuite,
+    needs_hmmer,
+    stand_in,
+    write_fasta,
+)
 
 from foldfeed.feature_store import FeatureStore, NotAStoreError
 from foldfeed.feature_store.cli.main import main
@@ -25,12 +35,10 @@ from foldfeed.pipelines.errors import (
     QueryFileError,
     ToolNotFoundError,
 )
+from foldfeed.pipelines.search_tool import find_binary
 from foldfeed.pipelines.subprocess_runner import cancel_all
 
-pytestmark = [
-    pytest.mark.external_tool,
-    pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "tools are there"),
-]
+pytestmark = [pytest.mark.external_tool, needs_hmmer]
 
 UNIREF = f"uniref90={GLOBINS}"
 
@@ -46,7 +54,7 @@ def faulty(tmp_path: Path, monkeypatch, fault: str) -> str:
     script = (
         'for word in "$@"; do case "$word" in */query) query=$word;; esac; done\n'
         f'if grep -q {residues} "$query"; then\n{fault}\nfi\n'
-        f'exec {shutil.which("jackhmmer")} "$@"\n'
+        f'exec {find_binary("jackhmmer")} "$@"\n'
     )
     first_on_path(monkeypatch, stand_in(tmp_path / "bin", script))
     return name
@@ -111,7 +119,7 @@ def test_a_query_that_one_database_did_not_answer_is_never_a_shallower_record(tm
     assert letter.reason.startswith("search in 'mgnify': ")
     # Repaired, the same command completes the store and repeats only the missing search.
     monkeypatch.undo()
-    first_on_path(monkeypatch, stand_in(tmp_path / "other", f'exec {shutil.which("jackhmmer")} "$@"\n'))
+    first_on_path(monkeypatch, stand_in(tmp_path / "other", f'exec {find_binary("jackhmmer")} "$@"\n'))
     fixed = run_build(config_of(tmp_path, queries, [UNIREF, f"mgnify={copy}"]))
     assert name in FeatureStore.open(fixed.store)
     assert fixed.dead_letters == ()
@@ -154,10 +162,11 @@ def test_an_unreadable_file_beside_a_good_one(tmp_path, queries, content):
     assert letter.source == str(bad)
 
 
-def test_a_query_too_long_for_hhblits_names_tool_and_limit(tmp_path, shared_data):
-    shutil.unpack_archive(shared_data / "hhdb" / "hhdb.tar.xz", tmp_path, filter="data")
+@needs_hhsuite
+def test_a_query_too_long_for_hhblits_names_tool_and_limit(tmp_path):
+    database = make_databases(tmp_path / "databases") / "hhsuite" / "db"
     queries = write_fasta(tmp_path / "q.fasta", {"huge": "ACDEFGHIKL" * 4000, **globins(1)})
-    config = config_of(tmp_path, queries, [f"uniclust30={tmp_path / 'hhdb' / 'db'}"], max_residues=50_000)
+    config = config_of(tmp_path, queries, [f"uniclust30={database}"], max_residues=50_000)
     report = run_build(config)
     (letter,) = report.dead_letters
     assert letter.record_id == "huge"
@@ -272,7 +281,7 @@ def test_a_full_disk_is_one_error_and_nothing_is_visible(tmp_path, monkeypatch, 
 def test_a_failed_step_is_one_line_and_stops_the_other_searches(tmp_path, monkeypatch, queries, small_disk):
     # The first search would last minutes; the second meets a full disk.
     hang = f"if mkdir {tmp_path}/first 2>/dev/null; then exec sleep 300; fi"
-    folder = stand_in(tmp_path / "bin", f'{hang}\nexec {shutil.which("jackhmmer")} "$@"\n')
+    folder = stand_in(tmp_path / "bin", f'{hang}\nexec {find_binary("jackhmmer")} "$@"\n')
     first_on_path(monkeypatch, folder)
     (small_disk / "results").mkdir()
     (small_disk / "filler").touch()

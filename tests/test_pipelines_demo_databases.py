@@ -3,15 +3,12 @@
 from collections import Counter
 
 import pytest
-from pipelines_data import make_databases, missing_tools, tree_bytes
+from pipelines_data import make_databases, needs_hhsuite, needs_hmmer, tree_bytes
 
 from foldfeed.pipelines import DatabaseSpec, DeadLetter
 from foldfeed.pipelines.fasta import read_fasta
 
-pytestmark = [
-    pytest.mark.external_tool,
-    pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "tools are there"),
-]
+pytestmark = [pytest.mark.external_tool, needs_hmmer]
 
 
 def test_same_bytes_twice_and_nothing_done_when_up_to_date(tmp_path):
@@ -29,7 +26,6 @@ def test_what_is_in_them(tmp_path):
     folder = make_databases(tmp_path)
     for name in ("uniref90.fasta", "mgnify.fasta"):
         assert DatabaseSpec.parse(f"u={folder / name}").files()
-    assert DatabaseSpec.parse(f"u={folder / 'hhsuite' / 'db'}").tool == "hhblits"
     entries = list(read_fasta(str(folder / "queries.fasta")))
     assert [entry.record_id for entry in entries if isinstance(entry, DeadLetter)] == ["BAD_DIGITS"]
     assert len(entries) == 14
@@ -44,3 +40,10 @@ def test_what_is_in_them(tmp_path):
     compositions = {tuple(sorted(Counter(residues).items())) for residues in real.values()}
     decoys = [residues for name, residues in searched.items() if name.startswith("decoy")]
     assert all(tuple(sorted(Counter(residues).items())) in compositions for residues in decoys)
+
+
+@needs_hhsuite
+def test_the_hhsuite_database_is_one_that_a_build_takes(tmp_path):
+    database = DatabaseSpec.parse(f"u={make_databases(tmp_path) / 'hhsuite' / 'db'}")
+    assert database.tool == "hhblits"
+    assert database.files()

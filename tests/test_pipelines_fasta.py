@@ -4,6 +4,7 @@ import gzip
 import random
 import subprocess
 import sys
+import textwrap
 
 import fsspec
 import pytest
@@ -150,13 +151,13 @@ def test_a_missing_file_is_a_typed_error(url):
     assert caught.value.url == url
 
 
-def test_odd_real_files(shared_data):
-    odd = shared_data / "queries" / "odd"
-    assert reasons(read_fasta(str(odd / "empty.fasta")))
-    assert sequences(read_fasta(str(odd / "stop_at_end.fasta")))
-    (titin,) = read_fasta(str(odd / "titin_34350aa.fasta"), max_residues=50_000)
-    assert len(titin.sequence) == 34_350
-    (refused,) = read_fasta(str(odd / "titin_34350aa.fasta"), max_residues=10_000)
+def test_a_protein_as_long_as_titin(tmp_path):
+    residues = "MTTQAPTFTQPLQSVVVLEG" * 1717 + "ACDEFGHIKL"
+    path = tmp_path / "titin.fasta"
+    text = f">titin\n{textwrap.fill(residues, 60)}\n"
+    (titin,) = read(path, text, max_residues=50_000)
+    assert (titin.sequence, len(titin.sequence)) == (residues, 34_350)
+    (refused,) = read(path, text, max_residues=10_000)
     assert "34350 residues" in refused.reason
 
 

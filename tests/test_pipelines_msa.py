@@ -123,8 +123,8 @@ def test_species(name, species):
     assert species_of(name) == species
 
 
-def test_openfolds_features_from_results(shared_data):
-    folder = shared_data / "golden" / "openfold_short"
+def test_openfolds_features_from_results(real_file):
+    folder = real_file("golden/openfold_short")
     expected = np.load(folder / "expected.npz")
     a3m = gzip.decompress((folder / "bfd_uniclust_hits.a3m.gz").read_bytes()).decode()
     sequence = "".join((folder / "short.fasta").read_text().split("\n")[1:]).strip()

@@ -1,16 +1,13 @@
 """A real build into a store of row order `permuted` says what the one in rank order says."""
 
 import pytest
-from pipelines_data import config_of, globins, make_databases, missing_tools, write_fasta
+from pipelines_data import config_of, globins, make_databases, needs_hmmer, write_fasta
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, StoreSettingsError
 from foldfeed.pipelines import run_build
 from foldfeed.pipelines.errors import ConfigError
 
-pytestmark = [
-    pytest.mark.external_tool,
-    pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "tools are there"),
-]
+pytestmark = [pytest.mark.external_tool, needs_hmmer]
 
 
 def test_a_build_into_a_permuted_store(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ import torch
 from trainer_ranks import free_port
 
 from foldfeed.feature_store import FeatureStore
-from foldfeed.trainer.cli import command, main
+from foldfeed.trainer.cli import _attribute_texts, command, main
 from foldfeed.trainer.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from foldfeed.trainer.errors import TrainerConfigError
 
@@ -77,6 +79,17 @@ def inside(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[in
     yield call
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+
+
+def test_help_reads_docstrings_with_and_without_their_indentation(monkeypatch) -> None:
+    """Python 3.13 takes the common indentation away when it compiles; older ones do not."""
+    written = _attribute_texts(ModelConfig)
+    assert set(written) == {field.name for field in dataclasses.fields(ModelConfig)}
+    monkeypatch.setattr(ModelConfig, "__doc__", inspect.cleandoc(ModelConfig.__doc__ or ""))
+    assert _attribute_texts(ModelConfig) == written
+    first, *rest = (ModelConfig.__doc__ or "").splitlines()
+    monkeypatch.setattr(ModelConfig, "__doc__", "\n".join([first, *("    " + line for line in rest)]))
+    assert _attribute_texts(ModelConfig) == written
 
 
 def test_every_setting_has_an_option_with_a_text() -> None:

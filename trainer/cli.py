@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import inspect
 import os
 import sys
 import traceback
@@ -57,11 +58,12 @@ def _options_of(config: type, names: Sequence[str], renamed: dict[str, str] | No
 
 def _attribute_texts(config: type) -> dict[str, str]:
     """Returns the description of each attribute from a Google-style docstring."""
-    section = (config.__doc__ or "").split("Attributes:")[1]
+    # Python 3.13 keeps docstrings without their common indentation, 3.11 and 3.12 as they are written.
+    section = (inspect.getdoc(config) or "").split("Attributes:")[1]
     texts: dict[str, str] = {}
     name = ""
     for line in section.splitlines():
-        if line.startswith("      ") and not line.startswith("       ") and ":" in line:
+        if line.startswith("  ") and not line.startswith("   ") and ":" in line:
             name, text = line.strip().split(":", 1)
             texts[name] = text.strip()
         elif line.strip() and name:

@@ -1,10 +1,9 @@
-"""The loader on real alignments (HHblits, JackHMMER and ColabFold output), when the shared data is there."""
-
-import gzip
+"""The loader on alignments like those of search tools: families of many depths and lengths, read from A3M."""
 
 import numpy as np
 import pytest
 import torch
+from families import as_a3m, family
 from loader_reference import reference_sample
 
 from foldfeed.feature_store import FeatureStore, MsaRecord, RowProvenance, write_part
@@ -12,21 +11,13 @@ from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.parsers.a3m import parse_a3m
 from foldfeed.loader import CropLoader, Recipe
 
-ALIGNMENTS = (
-    "1a3a_1_A/hhblits_uniclust.a3m.gz",
-    "UniRef50_E9K9Y4/msa.a3m",
-    "4zey_A/bfd_uniclust_hits.a3m.gz",
-    "5kc1_A/bfd_uniclust_hits.a3m",
-    "1S2H_Mad2/colabfold.a3m.gz",
-)
+SHAPES = ((1300, 145), (8, 60), (500, 86), (40, 410), (2000, 206))
 
 
-def real_record(path) -> MsaRecord:
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    parsed = parse_a3m(text)
-    depth = len(parsed.names)
+def record_of(name: str, depth: int, length: int) -> MsaRecord:
+    parsed = parse_a3m(as_a3m(family(depth, length, max_insertion=130)))
     return MsaRecord(
-        record_id=path.parent.name,
+        record_id=name,
         description=parsed.names[0],
         sequence=alphabet.decode(parsed.msa[0]),
         msa=parsed.msa,
@@ -43,33 +34,29 @@ def real_record(path) -> MsaRecord:
 
 
 @pytest.fixture(scope="module")
-def real_store(shared_data, tmp_path_factory):
-    paths = [shared_data / "msas" / name for name in ALIGNMENTS]
-    for path in paths:
-        if not path.is_file():
-            pytest.skip(f"{path} is not among the shared data")
-    records = sorted((real_record(path) for path in paths), key=lambda record: record.record_id)
-    store = FeatureStore.create(tmp_path_factory.mktemp("real") / "store")
+def store(tmp_path_factory):
+    records = [record_of(f"r{number}", *shape) for number, shape in enumerate(SHAPES)]
+    store = FeatureStore.create(tmp_path_factory.mktemp("families") / "store")
     store.commit([write_part(store.url, records, store.settings).part_id], job_id="1")
     return store
 
 
 @pytest.mark.parametrize("name", ["af2", "crop_first"])
-def test_features_of_real_alignments_equal_the_plain_reference(real_store, name):
+def test_features_of_families_equal_the_plain_reference(store, name):
     """Small numbers of centres and columns, because the reference is slow; all surviving rows in af2."""
     recipe = Recipe.named(name, crop_residues=24, num_clusters=4, num_extra=20)
-    loader = CropLoader(real_store, recipe, seed=1, global_batch=1)
-    for g in range(len(real_store)):
+    loader = CropLoader(store, recipe, seed=1, global_batch=1)
+    for g in range(len(store)):
         plan = loader.plan(g)
-        record = real_store.at(plan.address.record)
+        record = store.at(plan.address.record)
         want = reference_sample(record.msa(), record.deletions(), plan, recipe)
         for key, tensor in loader.sample(g).items():
             np.testing.assert_allclose(tensor.numpy(), want[key], rtol=1e-6, atol=0, err_msg=key)
 
 
-def test_batches_of_real_alignments_hold_what_the_names_say(real_store):
+def test_batches_of_families_hold_what_the_names_say(store):
     recipe = Recipe.named("af2", crop_residues=128, num_clusters=64, num_extra=256)
-    with CropLoader(real_store, recipe, seed=0, global_batch=5, virtual_shards=1) as loader:
+    with CropLoader(store, recipe, seed=0, global_batch=5, virtual_shards=1) as loader:
         batch = next(loader)
     features = batch.shards[0].features
     present = features["msa_mask"] > 0
