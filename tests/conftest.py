@@ -20,20 +20,15 @@ def root() -> Path:
     return ROOT
 
 
-# A few small real files; their sources stand in tests/data/README.md.
-REAL = ROOT / "tests" / "data" / "real"
-
-
 @pytest.fixture(scope="session")
 def real_file() -> Callable[[str], Path]:
-    """Returns a function that finds real data: in the repository, or where FOLDFEED_TEST_DATA says."""
-    elsewhere = Path(os.environ.get("FOLDFEED_TEST_DATA", ROOT.parent / "shared" / "data"))
+    """Returns a function that finds real data where FOLDFEED_TEST_DATA says, or skips by the file's name."""
+    folder = Path(os.environ.get("FOLDFEED_TEST_DATA", ROOT.parent / "shared" / "data"))
 
     def find(name: str) -> Path:
-        for folder in (REAL, elsewhere):
-            if (folder / name).exists():
-                return folder / name
-        pytest.skip(f"no {name} in {elsewhere}; set FOLDFEED_TEST_DATA to the folder of the real data")
+        if not (folder / name).exists():
+            pytest.skip(f"no {name} in {folder}; set FOLDFEED_TEST_DATA to the folder of the real data")
+        return folder / name
 
     return find
 

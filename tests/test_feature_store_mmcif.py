@@ -25,10 +25,6 @@ def chain_of(entry, auth_asym_id: str):
     return chain
 
 
-def test_every_answer_is_met_of_two_entries(root):
-    assert_answers(root / "tests" / "data" / "real" / "structures")
-
-
 def test_every_answer_is_met_of_all_entries(real_file):
     # 102l lies only in the folder that has all of them.
     assert_answers(real_file("structures/102l.cif.gz").parent)
