@@ -302,7 +302,10 @@ def test_a_stored_record_exports_as_it_was_imported(tmp_path):
         np.testing.assert_array_equal(getattr(rows, name), getattr(record, name))
     assert rows.structure is None, "read only for formats that have a place for it"
     plain = dataclasses.replace(rows_of_msa(record), structure=None)
-    assert rows == dataclasses.replace(plain, msa=rows.msa, deletions=rows.deletions)
+    # Field by field: on Python 3.13 == of dataclasses asks even the same array for one truth value.
+    for field in dataclasses.fields(rows):
+        if field.name not in ("msa", "deletions"):
+            assert getattr(rows, field.name) == getattr(plain, field.name), field.name
     structure = rows_of_record(store["rec.1"], structure=True).structure
     assert structure is not None
     assert structure.fingerprint == record.structure.fingerprint
