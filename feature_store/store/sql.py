@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import duckdb
@@ -55,6 +55,7 @@ class LazyTable:
         self._make = make
         self._only: frozenset[str] | None = None
         self._limit: TimeLimit | None = None
+        self._open: list[Generator[pa.RecordBatch, None, None]] = []
 
     def restrict(self, keys: frozenset[str] | None, limit: TimeLimit | None = None) -> None:
         """Sets the only key values that will be asked for, None for all, and when reading must end."""
@@ -62,7 +63,18 @@ class LazyTable:
         self._limit = limit
 
     def batches(self, columns: Sequence[str], condition: pc.Expression | None) -> Iterator[pa.RecordBatch]:
-        """Yields some columns of the rows that a condition keeps; reads the columns of both."""
+        """Returns some columns of the rows that a condition keeps; reads the columns of both."""
+        self._open.append(self._batches(columns, condition))
+        return self._open[-1]
+
+    def close(self) -> None:
+        """Ends every reading: one that DuckDB left in the middle would hold what it reads from."""
+        while self._open:
+            self._open.pop().close()
+
+    def _batches(
+        self, columns: Sequence[str], condition: pc.Expression | None
+    ) -> Generator[pa.RecordBatch, None, None]:
         self.was_read = True
         needed = _columns_of(self.schema, columns, condition)
         try:
@@ -160,6 +172,7 @@ def sql(tables: Tables, text: str, params: Params | None = None, limit: TimeLimi
             if isinstance(table, LazyTable):
                 keys = None if table.key is None else constant_keys(shape, name, table.key, named)
                 table.restrict(keys, limit)
+                stack.callback(table.close)
             connection.register(name, _LazyDataset(table) if isinstance(table, LazyTable) else table)
         if limit is not None:
             limit.check()
