@@ -43,6 +43,7 @@ def rows_of(sequence: str, structure: Structure | None) -> ExportRows:
         databases=[""],
         hit_ids=["r"],
         species=[""],
+        pairing_keys=[""],
         structure=structure,
     )
 
