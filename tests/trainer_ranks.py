@@ -217,7 +217,7 @@ def tiny_config(folder: Path, **changes: Any) -> Any:
     )
 
 
-QUIRKS = ("nan_at", "pause_s", "term_at", "kill_at")
+QUIRKS = ("nan_at", "pause_s", "term_at", "kill_at", "fill_memory")
 
 
 def train_synthetic(ranks: Any, folder: Path, **changes: Any) -> Any:
@@ -227,6 +227,11 @@ def train_synthetic(ranks: Any, folder: Path, **changes: Any) -> Any:
     quirks = {name: changes.pop(name) for name in QUIRKS if name in changes}
     config = tiny_config(folder, **changes)
     prepare_numerics(config)
+    if quirks.get("fill_memory"):
+        import torch
+
+        # Every new tensor is NaN until it is written: whatever reads it before makes the weights NaN.
+        torch.utils.deterministic.fill_uninitialized_memory = True
     return train(config, ranks, SyntheticSource(config.data, config.seed, ranks, quirks), "f" * 16)
 
 
