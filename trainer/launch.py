@@ -1,7 +1,7 @@
 """One training run on one rank: environment, folder, resume, loop, result.
 
     OUTPUT/run.json         run id, digests and the resolved settings of the last start
-    OUTPUT/snapshots/       generations (snapshot.py)
+    OUTPUT/snapshots/       generations (snapshot.py); more of them in memory while the run lives (tiers.py)
     OUTPUT/run.lease        while a run lives there (lease.py)
     OUTPUT/metrics.jsonl    one line per step;  OUTPUT/tb/  TensorBoard
     OUTPUT/result.json      only when the last step is done: weights digest, steps, digests
@@ -37,6 +37,7 @@ from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.ranks import Ranks, joined, pick_device, world_from_environment
 from foldfeed.trainer.resume import check_belongs, environment, named_generation, newest_valid
 from foldfeed.trainer.snapshot import SnapshotFolder
+from foldfeed.trainer.tiers import Saver, memory_folder
 
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
@@ -104,6 +105,7 @@ def train(config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str
     )
     trainer = Trainer(config, ranks, source, metrics)
     lease = Lease(output, config.lease_s, metrics.say)
+    saver: Saver | None = None
     try:
         header = {
             "run_id": "",
@@ -117,15 +119,21 @@ def train(config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str
             lambda: _claim(output, config, header, lease), "opening the run's folder"
         )
         folder = SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep, before_write=lease.require)
-        _continue(trainer, folder, header)
+        memory = memory_folder(config.snapshots.memory, str(header["run_id"]))
+        if memory is not None and ranks.is_first:
+            memory.before_write = lease.require
+        saver = Saver(folder, memory, ranks, config.snapshots, metrics.say)
+        _continue(trainer, folder, memory, header)
         metrics.start(trainer.step)
         _describe(trainer, header)
         with _stop_on_sigterm(trainer):
-            outcome = trainer.run(folder, header)
+            outcome = trainer.run(saver, header)
         ranks.first_does(lambda: _conclude(output, header, outcome), "writing the result")
         _report(metrics, outcome)
     except BaseException:
         trainer.reducer.close(wait=False)
+        if saver is not None:
+            saver.close()
         metrics.close()
         raise
     finally:
@@ -210,7 +218,9 @@ def _changed_settings(found: dict[str, Any], now: dict[str, Any], prefix: str = 
     return changed
 
 
-def _continue(trainer: Trainer, folder: SnapshotFolder, header: dict[str, Any]) -> None:
+def _continue(
+    trainer: Trainer, folder: SnapshotFolder, memory: SnapshotFolder | None, header: dict[str, Any]
+) -> None:
     """Restores the newest valid snapshot, or the named one, if there is any."""
     config, ranks, say = trainer.config, trainer.ranks, trainer.metrics.say
     resume = config.snapshots.resume
@@ -225,7 +235,7 @@ def _continue(trainer: Trainer, folder: SnapshotFolder, header: dict[str, Any]) 
             raise TrainerConfigError(
                 f"--resume none, but {folder.path} holds snapshots. Use another --output, or remove them."
             )
-        found = newest_valid(folder, ranks, say)
+        found = newest_valid(folder, ranks, say, memory, header["run_id"])
         if found is None:
             return
         generation = found
