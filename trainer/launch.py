@@ -4,6 +4,7 @@
     OUTPUT/snapshots/       generations (snapshot.py); more of them in memory while the run lives (tiers.py)
     OUTPUT/run.lease        while a run lives there (lease.py)
     OUTPUT/metrics.jsonl    one line per step;  OUTPUT/tb/  TensorBoard
+    OUTPUT/goodput.jsonl    where the time went (goodput.py)
     OUTPUT/result.json      only when the last step is done: weights digest, steps, digests
 
 A folder belongs to one run. Starting again in it continues that run (``--resume auto``), also with another
@@ -31,6 +32,7 @@ import torch
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.data import open_loader
 from foldfeed.trainer.errors import SnapshotMismatchError, TrainerConfigError, TrainerError
+from foldfeed.trainer.goodput import INITIALIZATION, PREPARATION, RESTORE, STARTUP, Ledger, process_start
 from foldfeed.trainer.lease import Lease
 from foldfeed.trainer.loop import BatchSource, Outcome, Trainer
 from foldfeed.trainer.metrics import Metrics
@@ -58,6 +60,8 @@ def run(config: RunConfig) -> Outcome:
       TrainerError: the run failed; the other ranks fail too.
     """
     rank, world, local_rank = world_from_environment()
+    ledger = Ledger(Path(config.output), active=rank == 0, began=process_start())
+    ledger.mark(STARTUP)
     config.check_world(world)
     prepare_numerics(config)
     device = pick_device(config.device, local_rank)
@@ -69,9 +73,17 @@ def run(config: RunConfig) -> Outcome:
             timeout_s=config.timeout_s,
             always=config.reducer == "ddp",
         ) as ranks,
+        _marked(ledger, INITIALIZATION),
         open_loader(config.data, config.seed, ranks) as (loader, fingerprint),
     ):
-        return train(config, ranks, loader, fingerprint)
+        return train(config, ranks, loader, fingerprint, ledger)
+
+
+@contextlib.contextmanager
+def _marked(ledger: Ledger, name: str) -> Iterator[None]:
+    """Marks on the way in: the time belongs to what was entered before."""
+    ledger.mark(name)
+    yield
 
 
 def prepare_numerics(config: RunConfig) -> None:
@@ -86,7 +98,9 @@ def prepare_numerics(config: RunConfig) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def train(config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str) -> Outcome:
+def train(
+    config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str, ledger: Ledger | None = None
+) -> Outcome:
     """Runs (or continues) the run in ``config.output`` over any source of batches.
 
     Args:
@@ -94,12 +108,14 @@ def train(config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str
       ranks: the joined groups.
       source: a loader, or anything that yields the same steps.
       fingerprint: identity of the data behind the source.
+      ledger: that has counted the time since the process started; a new one when None.
     """
     numerics = environment(ranks.device, torch.get_num_threads(), config.deterministic)
     ranks.require_equal(json.dumps([config.digest(), fingerprint]).encode(), "settings and store")
     if config.deterministic:
         _require_one_environment(numerics, ranks)
     output = Path(config.output)
+    ledger = ledger or Ledger(output, active=ranks.is_first)
     metrics = Metrics(
         output, active=ranks.is_first, tensorboard=config.tensorboard, log_every=config.log_every
     )
@@ -123,17 +139,23 @@ def train(config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str
         if memory is not None and ranks.is_first:
             memory.before_write = lease.require
         saver = Saver(folder, memory, ranks, config.snapshots, metrics.say)
+        ledger.mark(PREPARATION)
         _continue(trainer, folder, memory, header)
         metrics.start(trainer.step)
+        ledger.mark(RESTORE)
+        ranks.first_does(lambda: ledger.start(trainer.step, ranks.world), "opening the ledger")
         _describe(trainer, header)
         with _stop_on_sigterm(trainer):
-            outcome = trainer.run(saver, header)
+            outcome = trainer.run(saver, header, ledger)
         ranks.first_does(lambda: _conclude(output, header, outcome), "writing the result")
-        _report(metrics, outcome)
+        _report(metrics, outcome, ledger)
     except BaseException:
         trainer.reducer.close(wait=False)
         if saver is not None:
             saver.close()
+        # A full disk must not hide the error that ends the run.
+        with contextlib.suppress(OSError):
+            _report_goodput(metrics, ledger, "failed")
         metrics.close()
         raise
     finally:
@@ -270,7 +292,14 @@ def _conclude(output: Path, header: dict[str, Any], outcome: Outcome) -> None:
     _write_json(output / RESULT_FILE, result)
 
 
-def _report(metrics: Metrics, outcome: Outcome) -> None:
+def _report_goodput(metrics: Metrics, ledger: Ledger, reason: str) -> None:
+    found = ledger.end(reason)
+    for line in found.lines() if found is not None else []:
+        metrics.say(line)
+
+
+def _report(metrics: Metrics, outcome: Outcome, ledger: Ledger) -> None:
+    _report_goodput(metrics, ledger, "stopped" if outcome.stopped else "finished")
     if outcome.stopped:
         metrics.say(f"stopped by SIGTERM after step {outcome.step}; the same command continues")
     metrics.say(f"weights_digest: {outcome.weights_digest}  step: {outcome.step}")

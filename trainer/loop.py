@@ -28,6 +28,7 @@ from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.ddp import DdpReducer
 from foldfeed.trainer.errors import DivergedError
 from foldfeed.trainer.flat import FlatParameters
+from foldfeed.trainer.goodput import DATA, OTHER, PRODUCTIVE, SAVE, SKIPPED, Ledger
 from foldfeed.trainer.metrics import Metrics, memory_scalars
 from foldfeed.trainer.model import CompactEvoformer, Loss, masked_msa_loss
 from foldfeed.trainer.optimizer import FlatAdamW, Update
@@ -171,12 +172,13 @@ class Trainer:
             return DdpReducer(self.flat, self.ranks, num_shards, bucket_bytes)
         return TreeReducer(self.flat, self.buckets, self.ranks, num_shards)
 
-    def run(self, saver: Saver, header: Mapping[str, Any]) -> Outcome:
+    def run(self, saver: Saver, header: Mapping[str, Any], ledger: Ledger) -> Outcome:
         """Trains up to the configured number of steps, or until asked to stop.
 
         Args:
           saver: where and when snapshots go.
           header: manifest entries of this run (run id, digests, environment).
+          ledger: counts where the time goes.
         """
         saver.begin(self.step)
         saved = self.step
@@ -186,13 +188,20 @@ class Trainer:
         while self.step < self.config.steps and not stopped:
             started = time.perf_counter()
             batch = next(steps)
-            commit, update = self.train_step(batch, time.perf_counter() - started, saver.failed)
+            data_s = time.perf_counter() - started
+            ledger.mark(DATA)
+            commit, update = self.train_step(batch, data_s, saver.failed)
             seconds = time.perf_counter() - started
+            kind = SKIPPED if update.skipped else PRODUCTIVE
+            ledger.mark(kind)
+            # While another rank still waited for its batch, this one waited for that rank.
+            ledger.move(kind, DATA, min(commit.data_s - data_s, self.reducer.times["exposed"]))
             self._log(commit, update, seconds, stall_ms)
             if commit.save_failed:
                 saver.check()
             stopped = commit.stop
             stall_ms = 0.0
+            ledger.mark(OTHER)
             self._watch_divergence(commit, update, saver)
             # While steps are skipped nothing changes, and the snapshots that are kept stay the ones before.
             memory, disk = (False, False) if self._not_finite_since else saver.due(self.step)
@@ -204,9 +213,12 @@ class Trainer:
                 stall_ms = 1e3 * stall_s
                 saver.learn(stall_s, seconds, disk=disk)
                 saved = self.step if disk else saved
+            ledger.mark(SAVE)
+            ledger.step(self.step)
         if saved != self.step:
             saver.save(self.capture(header), memory=False, disk=True)
         saver.finish()
+        ledger.mark(SAVE)
         digest = self.weights_digest()
         self.ranks.require_equal(bytes.fromhex(digest), f"the final weights of step {self.step}")
         finished = self.step >= self.config.steps
