@@ -99,6 +99,7 @@ def children_of(pid: int) -> list[int]:
 @dataclasses.dataclass
 class FakeShard:
     v: int
+    samples: list[int]
     features: dict[str, Any]
 
 
@@ -124,22 +125,29 @@ class SyntheticSource:
             step = self.step
             self.step += 1
             time.sleep(self.quirks.get("pause_s", 0.0))
-            for name, number in (("term_at", signal.SIGTERM), ("kill_at", signal.SIGKILL)):
+            for rank, first, seconds in self.quirks.get("slow", ()):
+                # From step ``first`` on, or at that step alone when it is negative.
+                if rank == self.ranks.rank and (step >= first >= 0 or step == -first):
+                    time.sleep(seconds)
+            for name, number in SIGNALS.items():
                 if self.quirks.get(name) == [step, self.ranks.rank]:
                     os.kill(os.getpid(), number)
             yield FakeStep(
                 step,
                 [
-                    FakeShard(v, self._features(step, v, per_shard))
+                    FakeShard(v, self._numbers(step, v, per_shard), self._features(step, v, per_shard))
                     for v in owned_shards(shards, self.ranks.world, self.ranks.rank)
                 ],
             )
 
+    def _numbers(self, step: int, v: int, per_shard: int) -> list[int]:
+        first = step * self.data.global_batch + v * per_shard
+        return list(range(first, first + per_shard))
+
     def _features(self, step: int, v: int, per_shard: int) -> dict[str, Any]:
         import torch
 
-        first = step * self.data.global_batch + v * per_shard
-        samples = [synthetic_sample(self.seed, g, self.data) for g in range(first, first + per_shard)]
+        samples = [synthetic_sample(self.seed, g, self.data) for g in self._numbers(step, v, per_shard)]
         features = {
             name: torch.stack([sample[name] for sample in samples]).to(self.ranks.device)
             for name in samples[0]
@@ -218,7 +226,8 @@ def tiny_config(folder: Path, **changes: Any) -> Any:
     )
 
 
-QUIRKS = ("nan_at", "pause_s", "term_at", "kill_at", "fill_memory")
+SIGNALS = {"term_at": signal.SIGTERM, "kill_at": signal.SIGKILL, "usr1_at": signal.SIGUSR1}
+QUIRKS = ("nan_at", "pause_s", "slow", "fill_memory", *SIGNALS)
 
 
 def train_synthetic(ranks: Any, folder: Path, **changes: Any) -> Any:

@@ -5,6 +5,7 @@
     OUTPUT/run.lease        while a run lives there (lease.py)
     OUTPUT/metrics.jsonl    one line per step;  OUTPUT/tb/  TensorBoard
     OUTPUT/goodput.jsonl    where the time went (goodput.py)
+    OUTPUT/stacks.txt       stacks of the ranks, when they hung or got SIGUSR1 (watch.py)
     OUTPUT/result.json      only when the last step is done: weights digest, steps, digests
 
 A folder belongs to one run. Starting again in it continues that run (``--resume auto``), also with another
@@ -40,6 +41,7 @@ from foldfeed.trainer.ranks import Ranks, joined, pick_device, world_from_enviro
 from foldfeed.trainer.resume import check_belongs, environment, named_generation, newest_valid
 from foldfeed.trainer.snapshot import SnapshotFolder
 from foldfeed.trainer.tiers import Saver, memory_folder
+from foldfeed.trainer.watch import StackWatch
 
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
@@ -145,8 +147,9 @@ def train(
         ledger.mark(RESTORE)
         ranks.first_does(lambda: ledger.start(trainer.step, ranks.world), "opening the ledger")
         _describe(trainer, header)
-        with _stop_on_sigterm(trainer):
-            outcome = trainer.run(saver, header, ledger)
+        watch = StackWatch(output, ranks.rank, ranks.world, config.timeout_s, metrics.say)
+        with _stop_on_sigterm(trainer), _watching(watch):
+            outcome = trainer.run(saver, header, ledger, watch)
         ranks.first_does(lambda: _conclude(output, header, outcome), "writing the result")
         _report(metrics, outcome, ledger)
     except BaseException:
@@ -310,6 +313,15 @@ def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _watching(watch: StackWatch) -> Iterator[None]:
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.stop()
 
 
 @contextlib.contextmanager

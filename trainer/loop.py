@@ -26,6 +26,7 @@ from torch import nn
 from foldfeed.trainer.buckets import auto_bucket_bytes, plan_buckets
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.ddp import DdpReducer
+from foldfeed.trainer.dyadic import owned_shards
 from foldfeed.trainer.errors import DivergedError
 from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.goodput import DATA, OTHER, PRODUCTIVE, SAVE, SKIPPED, Ledger
@@ -37,6 +38,7 @@ from foldfeed.trainer.reducer import Reducer, TreeReducer
 from foldfeed.trainer.rng import seed_initial_weights, seed_shard
 from foldfeed.trainer.snapshot import BUFFERS, Generation, SnapshotFolder, checksum
 from foldfeed.trainer.tiers import Capture, Saver
+from foldfeed.trainer.watch import StackWatch, Stragglers
 
 
 class ShardLike(Protocol):
@@ -45,6 +47,11 @@ class ShardLike(Protocol):
     @property
     def v(self) -> int:
         """Its number, 0 .. V-1."""
+        ...
+
+    @property
+    def samples(self) -> Sequence[int]:
+        """Global sample numbers, one per leading index of the features."""
         ...
 
     @property
@@ -93,7 +100,8 @@ class Commit:
       num_samples: counted samples.
       stop: some rank was asked to stop.
       save_failed: a snapshot could not be written; the run ends.
-      data_s: the longest wait for data.
+      data_s: the wait for data of each rank.
+      compute_s: forward and backward of each rank.
       num_residues: that exist in the step's crops, padding left out.
       bad_shards: virtual shards whose loss is not finite.
     """
@@ -103,7 +111,8 @@ class Commit:
     num_samples: float
     stop: bool
     save_failed: bool
-    data_s: float
+    data_s: list[float]
+    compute_s: list[float]
     num_residues: int
     bad_shards: list[int]
 
@@ -172,20 +181,24 @@ class Trainer:
             return DdpReducer(self.flat, self.ranks, num_shards, bucket_bytes)
         return TreeReducer(self.flat, self.buckets, self.ranks, num_shards)
 
-    def run(self, saver: Saver, header: Mapping[str, Any], ledger: Ledger) -> Outcome:
+    def run(self, saver: Saver, header: Mapping[str, Any], ledger: Ledger, watch: StackWatch) -> Outcome:
         """Trains up to the configured number of steps, or until asked to stop.
 
         Args:
           saver: where and when snapshots go.
           header: manifest entries of this run (run id, digests, environment).
           ledger: counts where the time goes.
+          watch: is told when steps begin.
         """
         saver.begin(self.step)
         saved = self.step
         stopped = False
         steps = iter(self.source)
+        num_shards, world = self.config.data.num_shards, self.ranks.world
+        stragglers = Stragglers([len(owned_shards(num_shards, world, rank)) for rank in range(world)])
         stall_ms = 0.0
         while self.step < self.config.steps and not stopped:
+            watch.beat(self.step)
             started = time.perf_counter()
             batch = next(steps)
             data_s = time.perf_counter() - started
@@ -195,8 +208,10 @@ class Trainer:
             kind = SKIPPED if update.skipped else PRODUCTIVE
             ledger.mark(kind)
             # While another rank still waited for its batch, this one waited for that rank.
-            ledger.move(kind, DATA, min(commit.data_s - data_s, self.reducer.times["exposed"]))
+            ledger.move(kind, DATA, min(max(commit.data_s) - data_s, self.reducer.times["exposed"]))
             self._log(commit, update, seconds, stall_ms)
+            if line := stragglers.feed(commit.data_s, commit.compute_s, seconds):
+                self.metrics.say(line)
             if commit.save_failed:
                 saver.check()
             stopped = commit.stop
@@ -238,6 +253,7 @@ class Trainer:
         num_shards = self.config.data.num_shards
         losses: dict[int, Loss] = {}
 
+        started = time.perf_counter()
         self.reducer.begin()
         for shard in batch.shards:
             with self.reducer.shard(shard.v):
@@ -254,6 +270,7 @@ class Trainer:
                 float(save_failed),
                 data_s,
                 residues,
+                time.perf_counter() - started,
                 *_scalars(losses, num_shards),
             ]
         )
@@ -263,7 +280,7 @@ class Trainer:
         self.step += 1
         self.num_skipped += update.skipped
         if update.skipped:
-            self._explain_skip(commit)
+            self._explain_skip(commit, batch, losses)
         return commit, update
 
     def _watch_divergence(self, commit: Commit, update: Update, saver: Saver) -> None:
@@ -280,14 +297,29 @@ class Trainer:
             snapshot = str(saver.disk.generation_path(max(before))) if before else ""
             raise DivergedError(self._not_finite_since, count, snapshot)
 
-    def _explain_skip(self, commit: Commit) -> None:
+    def _explain_skip(self, commit: Commit, batch: StepLike, losses: Mapping[int, Loss]) -> None:
+        """Says why a step was skipped, and who brought what was not finite. All ranks call it."""
         if commit.num_samples == 0:
-            why = "no sample has a masked position"
-        elif commit.bad_shards:
+            self.metrics.say(f"step {self.step} skipped on all ranks: no sample has a masked position")
+            return
+        samples = [
+            shard.samples[position]
+            for shard in batch.shards
+            for position, finite in enumerate(losses[shard.v].per_sample.isfinite().tolist())
+            if not finite
+        ]
+        found = self.ranks.gather_json(
+            [samples, self.reducer.not_finite()], "the search for what is not finite"
+        )
+        if commit.bad_shards:
             why = f"the loss of virtual shards {commit.bad_shards} is not finite"
+            who = [f"rank {rank}: samples {numbers}" for rank, (numbers, _) in enumerate(found) if numbers]
         else:
             why = "the gradient is not finite although every loss is"
-        self.metrics.say(f"step {self.step} skipped on all ranks: {why}")
+            who = [f"rank {rank}: {text}" for rank, (_, texts) in enumerate(found) for text in texts]
+        self.metrics.say(
+            f"step {self.step} skipped on all ranks: {why}" + (f" ({'; '.join(who)})" if who else "")
+        )
 
     def _log(self, commit: Commit, update: Update, seconds: float, stall_ms: float) -> None:
         samples = self.config.data.global_batch
@@ -300,8 +332,8 @@ class Trainer:
             "throughput(samples/s)": samples / seconds,
             "throughput(residues/s)": commit.num_residues / seconds,
             "time_metrics/end_to_end(s)": seconds,
-            "time_metrics/data_loading(s)": commit.data_s,
-            "time_metrics/data_loading(%)": 100.0 * min(1.0, commit.data_s / seconds),
+            "time_metrics/data_loading(s)": max(commit.data_s),
+            "time_metrics/data_loading(%)": 100.0 * min(1.0, max(commit.data_s) / seconds),
             "comm/exposed_ms": 1e3 * exposed,
             "comm/total_ms": 1e3 * total,
             "comm/hidden_pct": 100.0 * max(0.0, 1.0 - exposed / total) if total else 0.0,
@@ -389,15 +421,15 @@ def _scalars(losses: Mapping[int, Loss], num_shards: int) -> list[float]:
     return [value for column in columns for value in column]
 
 
-# Of a rank's row at the commit point: stop, save_failed, data_s, residues; then V losses, counts, largest.
-NUM_PLAIN_SCALARS = 4
+# Of a rank's row at the commit point: stop, save_failed, data_s, residues, compute_s; then 3 * V.
+NUM_PLAIN_SCALARS = 5
 
 
 def combine(rows: Sequence[Sequence[float]], num_shards: int) -> Commit:
     """Returns what the ranks' scalars say together; each shard's entries are zero except on its owner.
 
     Args:
-      rows: per rank [stop, save_failed, data_s, residues, V losses, V counts, V largest losses].
+      rows: per rank [stop, save_failed, data_s, residues, compute_s, V losses, V counts, V largest losses].
       num_shards: V.
     """
 
@@ -415,7 +447,8 @@ def combine(rows: Sequence[Sequence[float]], num_shards: int) -> Commit:
         num_samples=num_samples,
         stop=any(row[0] for row in rows),
         save_failed=any(row[1] for row in rows),
-        data_s=max(row[2] for row in rows),
+        data_s=[row[2] for row in rows],
+        compute_s=[row[4] for row in rows],
         num_residues=int(sum(row[3] for row in rows)),
         bad_shards=[shard for shard, loss in enumerate(losses) if not math.isfinite(loss)],
     )
