@@ -28,7 +28,8 @@ def test_a_straggler_is_named_once_with_its_phase() -> None:
     said = [watch.feed(*slow) for _ in range(15)]
     assert said.count("") == 14
     assert said[4] == (
-        "straggler: rank 0 computes 2.0 times as long as the others (0.400 s a step against 0.200 s, over 5 steps)"
+        "straggler: rank 0 computes 2.0 times as long as the others "
+        "(0.400 s a step against 0.200 s, over 5 steps)"
     )
     starved = ([0.0, 0.0, 0.3], [0.2, 0.3, 0.3], 0.7)
     said = [watch.feed(*starved) for _ in range(5)]

@@ -1,7 +1,7 @@
 """Watching a run: which rank holds the others up, and where every rank stands when nothing moves.
 
-*Stragglers*: at every commit point each rank says how long it waited for data and how long it computed. Over a
-window of steps, a rank that takes much longer than the median of the others is named, with its phase.
+*Stragglers*: at every commit point each rank says how long it waited for data and how long it computed. Over
+a window of steps, a rank that takes much longer than the median of the others is named, with its phase.
 
 *Stacks*: a thread of each rank appends the stacks of all its threads to OUTPUT/stacks.txt when no step began
 for most of the collectives' timeout (before they fail and the processes end), or on SIGUSR1. It does not need
@@ -171,10 +171,10 @@ class StackWatch:
             silent_s = time.monotonic() - self._beat
             if self._silence_s is not None and silent_s >= self._silence_s and not self._dumped:
                 self._dumped = True
-                self._dump(f"step {self._step} began {silent_s:.0f} s ago and has not ended")
+                why = f"step {self._step} began {silent_s:.0f} s ago and has not ended"
+                self._dump(why)
                 self._say(
-                    f"step {self._step} began {silent_s:.0f} s ago and has not ended (a collective fails after "
-                    f"{self._timeout_s:.0f} s): where each rank stands is in {self.path}; a rank that is "
+                    f"{why} (a collective fails after {self._timeout_s:.0f} s): where each rank stands is in {self.path}; a rank that is "
                     "missing there is stopped or gone"
                 )
 
