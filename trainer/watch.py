@@ -174,8 +174,8 @@ class StackWatch:
                 why = f"step {self._step} began {silent_s:.0f} s ago and has not ended"
                 self._dump(why)
                 self._say(
-                    f"{why} (a collective fails after {self._timeout_s:.0f} s): where each rank stands is in {self.path}; a rank that is "
-                    "missing there is stopped or gone"
+                    f"{why} (a collective fails after {self._timeout_s:.0f} s): where each rank stands is in "
+                    f"{self.path}; a rank that is missing there is stopped or gone"
                 )
 
     def _dump(self, why: str) -> None:
