@@ -116,8 +116,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
             {"output": str(here / "six"), "steps": 6},
             {"output": str(here / "ddp"), "reducer": "ddp"},
             {"output": str(here / "term"), "term_at": [4, world - 1]},
-            {"output": str(here / "filled"), "fill_memory": True},
         ]
+        # An odd world is enough here, and costs less.
+        runs += [{"output": str(here / "filled"), "fill_memory": True}] if world in (1, 3) else []
         results[world] = launch("train", world, here, runs=runs)
     return results
 
@@ -133,8 +134,9 @@ def test_weights_are_equal_for_every_world(trained: dict[int, list[Any]]) -> Non
 
 def test_filling_new_tensors_changes_no_bit(trained: dict[int, list[Any]]) -> None:
     """It is off for speed: nothing here reads memory that nobody wrote."""
-    for ranks in trained.values():
-        assert {rank[5]["weights_digest"] for rank in ranks} == {trained[1][0][0]["weights_digest"]}
+    for world in (1, 3):
+        digests = {rank[5]["weights_digest"] for rank in trained[world]}
+        assert digests == {trained[1][0][0]["weights_digest"]}
 
 
 def test_a_run_with_ddp_agrees_to_rounding(trained: dict[int, list[Any]]) -> None:
