@@ -52,7 +52,7 @@ MEANINGS = {
     INITIALIZATION: "device, process groups",
     PREPARATION: "store, model, the run's folder",
     WASTED: "steps done again after a failure",
-    RECOVERY: "from the last line before a failure to the next start",
+    RECOVERY: "from the last step before a failure to the next start",
     IDLE: "between a stop that was asked for and the next start",
     OTHER: "the rest: metrics, the result",
 }
@@ -238,7 +238,8 @@ class Ledger:
         """
         if self._file is None:
             return None
-        self.mark(OTHER)
+        # What a run that failed did last was to wait for somebody who was gone.
+        self.mark(RECOVERY if reason == "failed" else OTHER)
         self._write("end", reason=reason)
         self._file.close()
         self._file = None
