@@ -84,6 +84,17 @@ def test_a_torn_line_is_cut_and_a_second_run_of_one_process_counts_no_second_twi
     assert found.starts == 3
 
 
+def test_the_time_until_a_failure_is_noticed_belongs_to_the_failure(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, active=True)
+    ledger.start(step=0, world=2)
+    ledger.mark(PRODUCTIVE)
+    time.sleep(0.3)
+    found = ledger.end("failed")
+    assert found is not None
+    assert found.parts[RECOVERY] >= 0.29
+    assert found.parts[RECOVERY] == pytest.approx(found.wall_s, abs=0.1)
+
+
 def test_a_damaged_ledger_and_none_at_all_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
