@@ -64,7 +64,7 @@ def plan_faults(chaos: str, ranks: int, steps: int, seed: int) -> list[Fault]:
     Raises:
       TrainerConfigError: the text names something else, or the run is too short for so many.
     """
-    counts = {}
+    counts: dict[str, int] = {}
     for part in chaos.split(",") if chaos else []:
         kind, _, number = part.partition("=")
         if kind not in KINDS or not number.isdigit():
