@@ -117,6 +117,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
             {"output": str(here / "ddp"), "reducer": "ddp"},
             {"output": str(here / "term"), "term_at": [4, world - 1]},
         ]
+        # An odd world is enough here, and costs less.
+        runs += [{"output": str(here / "filled"), "fill_memory": True}] if world in (1, 3) else []
         results[world] = launch("train", world, here, runs=runs)
     return results
 
@@ -128,6 +130,13 @@ def test_weights_are_equal_for_every_world(trained: dict[int, list[Any]]) -> Non
     assert losses[-1] < losses[0] - 0.3
     for world in WORLDS:
         assert [line["loss_metrics/global_avg_loss"] for line in trained[world][0][0]["metrics"]] == losses
+
+
+def test_filling_new_tensors_changes_no_bit(trained: dict[int, list[Any]]) -> None:
+    """It is off for speed: nothing here reads memory that nobody wrote."""
+    for world in (1, 3):
+        digests = {rank[5]["weights_digest"] for rank in trained[world]}
+        assert digests == {trained[1][0][0]["weights_digest"]}
 
 
 def test_a_run_with_ddp_agrees_to_rounding(trained: dict[int, list[Any]]) -> None:

@@ -99,6 +99,7 @@ def children_of(pid: int) -> list[int]:
 @dataclasses.dataclass
 class FakeShard:
     v: int
+    samples: list[int]
     features: dict[str, Any]
 
 
@@ -124,22 +125,29 @@ class SyntheticSource:
             step = self.step
             self.step += 1
             time.sleep(self.quirks.get("pause_s", 0.0))
-            for name, number in (("term_at", signal.SIGTERM), ("kill_at", signal.SIGKILL)):
+            for rank, first, seconds in self.quirks.get("slow", ()):
+                # From step ``first`` on, or at that step alone when it is negative.
+                if rank == self.ranks.rank and (step >= first >= 0 or step == -first):
+                    time.sleep(seconds)
+            for name, number in SIGNALS.items():
                 if self.quirks.get(name) == [step, self.ranks.rank]:
                     os.kill(os.getpid(), number)
             yield FakeStep(
                 step,
                 [
-                    FakeShard(v, self._features(step, v, per_shard))
+                    FakeShard(v, self._numbers(step, v, per_shard), self._features(step, v, per_shard))
                     for v in owned_shards(shards, self.ranks.world, self.ranks.rank)
                 ],
             )
 
+    def _numbers(self, step: int, v: int, per_shard: int) -> list[int]:
+        first = step * self.data.global_batch + v * per_shard
+        return list(range(first, first + per_shard))
+
     def _features(self, step: int, v: int, per_shard: int) -> dict[str, Any]:
         import torch
 
-        first = step * self.data.global_batch + v * per_shard
-        samples = [synthetic_sample(self.seed, g, self.data) for g in range(first, first + per_shard)]
+        samples = [synthetic_sample(self.seed, g, self.data) for g in self._numbers(step, v, per_shard)]
         features = {
             name: torch.stack([sample[name] for sample in samples]).to(self.ranks.device)
             for name in samples[0]
@@ -198,7 +206,8 @@ def tiny_config(folder: Path, **changes: Any) -> Any:
     data = {"crop_residues": 10, "num_clusters": 5, "num_extra": 7, "global_batch": 8} | changes.pop(
         "data", {}
     )
-    snapshots = {"every": 4, "keep": 3} | changes.pop("snapshots", {})
+    # What lies in memory has tests of its own: here runs go back to the disk.
+    snapshots = {"every": 4, "keep": 3, "memory": "none"} | changes.pop("snapshots", {})
     run = {
         "steps": 8,
         "seed": 3,
@@ -217,7 +226,8 @@ def tiny_config(folder: Path, **changes: Any) -> Any:
     )
 
 
-QUIRKS = ("nan_at", "pause_s", "term_at", "kill_at")
+SIGNALS = {"term_at": signal.SIGTERM, "kill_at": signal.SIGKILL, "usr1_at": signal.SIGUSR1}
+QUIRKS = ("nan_at", "pause_s", "slow", "fill_memory", *SIGNALS)
 
 
 def train_synthetic(ranks: Any, folder: Path, **changes: Any) -> Any:
@@ -227,6 +237,11 @@ def train_synthetic(ranks: Any, folder: Path, **changes: Any) -> Any:
     quirks = {name: changes.pop(name) for name in QUIRKS if name in changes}
     config = tiny_config(folder, **changes)
     prepare_numerics(config)
+    if quirks.get("fill_memory"):
+        import torch
+
+        # Every new tensor is NaN until it is written: whatever reads it before makes the weights NaN.
+        torch.utils.deterministic.fill_uninitialized_memory = True
     return train(config, ranks, SyntheticSource(config.data, config.seed, ranks, quirks), "f" * 16)
 
 

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 4 -m foldfeed.trainer --store URL --output runs/a
 
-Read in this order: loop.py (the step), reducer.py and dyadic.py (how gradients are summed), snapshot.py and
-resume.py (how a run survives), model.py (what is trained). Names are imported on first use, so that the
+Read in this order: loop.py (the step), reducer.py and dyadic.py (how gradients are summed), snapshot.py,
+tiers.py and resume.py (how a run survives), goodput.py and watch.py (how it is watched), model.py (what is
+trained); prove.py and export.py are commands of their own. Names are imported on first use, so that the
 command line can print its help without waiting for torch.
 """
 

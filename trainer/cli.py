@@ -74,7 +74,14 @@ def _attribute_texts(config: type) -> dict[str, str]:
 MODEL = [field.name for field in dataclasses.fields(ModelConfig)]
 OPTIMIZER = [field.name for field in dataclasses.fields(OptimizerConfig)]
 DATA = [field.name for field in dataclasses.fields(DataConfig) if field.name not in ("store", "recipe")]
-SNAPSHOTS = {"every": "snapshot_every", "keep": "keep_snapshots", "resume": "resume"}
+SNAPSHOTS = {
+    "every": "snapshot_every",
+    "keep": "keep_snapshots",
+    "resume": "resume",
+    "memory": "memory_snapshots",
+    "memory_every": "memory_every",
+    "mtbf_s": "mtbf",
+}
 RUN = ["threads", "deterministic", "timeout_s", "log_every", "tensorboard", "max_skipped", "lease_s"]
 
 

@@ -17,6 +17,9 @@ from typing import Any, Literal
 
 from foldfeed.trainer.errors import TrainerConfigError
 
+# Steps between snapshots on disk when nothing is known about failures.
+DEFAULT_EVERY = 10
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -186,21 +189,46 @@ class SnapshotConfig:
     """Where and when the state is written.
 
     Attributes:
-      every: steps between snapshots; 0 for only the last one.
-      keep: newest generations to keep.
-      resume: ``auto`` (newest valid one in the output folder), ``none``, or a snapshot's folder.
+      every: steps between snapshots on disk; 0 for only the last one; -1 for 10, or what fits --mtbf.
+      keep: newest generations to keep on disk.
+      resume: ``auto`` (newest valid one of this run), ``none``, or a snapshot's folder.
+      memory: folder in memory for snapshots every few steps, lost with the machine; ``none`` for none.
+      memory_every: steps between snapshots in memory; 0 chooses from what they cost (1 % of the time, or what
+        fits --mtbf).
+      mtbf_s: mean time between failures of the whole run, in seconds; intervals that are not given are then
+        chosen from it and the measured cost of a snapshot (Young, Daly); 0 when unknown.
     """
 
-    every: int = 10
+    every: int = -1
     keep: int = 2
     resume: str = "auto"
+    memory: str = "/dev/shm"
+    memory_every: int = 0
+    mtbf_s: float = 0.0
 
     def __post_init__(self) -> None:
         _require(
-            self.every >= 0, f"snapshot_every is {self.every}; it must not be negative (0: only at the end)."
+            self.every >= -1,
+            f"snapshot_every is {self.every}; it must be a number of steps, 0 (only at the end) or -1 "
+            "(chosen).",
         )
+        for name, value in (("memory_every", self.memory_every), ("mtbf", self.mtbf_s)):
+            _require(value >= 0, f"{name} is {value}; it must not be negative.")
+        _require(
+            not (self.mtbf_s and self.every >= 0 and (self.memory_every or self.memory == "none")),
+            f"mtbf {self.mtbf_s:g} has no effect, because every interval is given; leave out --mtbf, "
+            "--snapshot-every or --memory-every.",
+        )
+        _require(bool(self.memory), "memory_snapshots is empty; give a folder in memory, or none.")
         _require(self.keep >= 1, f"keep_snapshots is {self.keep}; keep at least 1.")
         _require(bool(self.resume), "resume is empty; give auto, none or the folder of a snapshot.")
+
+    @property
+    def disk_every(self) -> int:
+        """Steps between snapshots on disk; 0 for only the last one, -1 to choose from costs."""
+        if self.every >= 0:
+            return self.every
+        return -1 if self.mtbf_s else DEFAULT_EVERY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

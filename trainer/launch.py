@@ -1,9 +1,11 @@
 """One training run on one rank: environment, folder, resume, loop, result.
 
     OUTPUT/run.json         run id, digests and the resolved settings of the last start
-    OUTPUT/snapshots/       generations (snapshot.py)
+    OUTPUT/snapshots/       generations (snapshot.py); more of them in memory while the run lives (tiers.py)
     OUTPUT/run.lease        while a run lives there (lease.py)
     OUTPUT/metrics.jsonl    one line per step;  OUTPUT/tb/  TensorBoard
+    OUTPUT/goodput.jsonl    where the time went (goodput.py)
+    OUTPUT/stacks.txt       stacks of the ranks, when they hung or got SIGUSR1 (watch.py)
     OUTPUT/result.json      only when the last step is done: weights digest, steps, digests
 
 A folder belongs to one run. Starting again in it continues that run (``--resume auto``), also with another
@@ -31,12 +33,15 @@ import torch
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.data import open_loader
 from foldfeed.trainer.errors import SnapshotMismatchError, TrainerConfigError, TrainerError
+from foldfeed.trainer.goodput import INITIALIZATION, PREPARATION, RESTORE, STARTUP, Ledger, process_start
 from foldfeed.trainer.lease import Lease
 from foldfeed.trainer.loop import BatchSource, Outcome, Trainer
 from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.ranks import Ranks, joined, pick_device, world_from_environment
 from foldfeed.trainer.resume import check_belongs, environment, named_generation, newest_valid
 from foldfeed.trainer.snapshot import SnapshotFolder
+from foldfeed.trainer.tiers import Saver, memory_folder
+from foldfeed.trainer.watch import StackWatch
 
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
@@ -57,6 +62,8 @@ def run(config: RunConfig) -> Outcome:
       TrainerError: the run failed; the other ranks fail too.
     """
     rank, world, local_rank = world_from_environment()
+    ledger = Ledger(Path(config.output), active=rank == 0, began=process_start())
+    ledger.mark(STARTUP)
     config.check_world(world)
     prepare_numerics(config)
     device = pick_device(config.device, local_rank)
@@ -68,9 +75,17 @@ def run(config: RunConfig) -> Outcome:
             timeout_s=config.timeout_s,
             always=config.reducer == "ddp",
         ) as ranks,
+        _marked(ledger, INITIALIZATION),
         open_loader(config.data, config.seed, ranks) as (loader, fingerprint),
     ):
-        return train(config, ranks, loader, fingerprint)
+        return train(config, ranks, loader, fingerprint, ledger)
+
+
+@contextlib.contextmanager
+def _marked(ledger: Ledger, name: str) -> Iterator[None]:
+    """Marks on the way in: the time belongs to what was entered before."""
+    ledger.mark(name)
+    yield
 
 
 def prepare_numerics(config: RunConfig) -> None:
@@ -80,9 +95,14 @@ def prepare_numerics(config: RunConfig) -> None:
         # cuBLAS reads this when it is first used; without it its workspaces make sums irreproducible.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # Deterministic mode also fills every new tensor, 1,086 fills a shard instead of 87 on a GPU. It only
+        # hides reads of memory that nobody wrote; a test compares the weights with and without it.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def train(config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str) -> Outcome:
+def train(
+    config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str, ledger: Ledger | None = None
+) -> Outcome:
     """Runs (or continues) the run in ``config.output`` over any source of batches.
 
     Args:
@@ -90,17 +110,20 @@ def train(config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str
       ranks: the joined groups.
       source: a loader, or anything that yields the same steps.
       fingerprint: identity of the data behind the source.
+      ledger: that has counted the time since the process started; a new one when None.
     """
     numerics = environment(ranks.device, torch.get_num_threads(), config.deterministic)
     ranks.require_equal(json.dumps([config.digest(), fingerprint]).encode(), "settings and store")
     if config.deterministic:
         _require_one_environment(numerics, ranks)
     output = Path(config.output)
+    ledger = ledger or Ledger(output, active=ranks.is_first)
     metrics = Metrics(
         output, active=ranks.is_first, tensorboard=config.tensorboard, log_every=config.log_every
     )
     trainer = Trainer(config, ranks, source, metrics)
     lease = Lease(output, config.lease_s, metrics.say)
+    saver: Saver | None = None
     try:
         header = {
             "run_id": "",
@@ -114,15 +137,28 @@ def train(config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str
             lambda: _claim(output, config, header, lease), "opening the run's folder"
         )
         folder = SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep, before_write=lease.require)
-        _continue(trainer, folder, header)
+        memory = memory_folder(config.snapshots.memory, str(header["run_id"]))
+        if memory is not None and ranks.is_first:
+            memory.before_write = lease.require
+        saver = Saver(folder, memory, ranks, config.snapshots, metrics.say)
+        ledger.mark(PREPARATION)
+        _continue(trainer, folder, memory, header)
         metrics.start(trainer.step)
+        ledger.mark(RESTORE)
+        ranks.first_does(lambda: ledger.start(trainer.step, ranks.world), "opening the ledger")
         _describe(trainer, header)
-        with _stop_on_sigterm(trainer):
-            outcome = trainer.run(folder, header)
+        watch = StackWatch(output, ranks.rank, ranks.world, config.timeout_s, metrics.say)
+        with _stop_on_sigterm(trainer), _watching(watch):
+            outcome = trainer.run(saver, header, ledger, watch)
         ranks.first_does(lambda: _conclude(output, header, outcome), "writing the result")
-        _report(metrics, outcome)
+        _report(metrics, outcome, ledger)
     except BaseException:
         trainer.reducer.close(wait=False)
+        if saver is not None:
+            saver.close()
+        # A full disk must not hide the error that ends the run.
+        with contextlib.suppress(OSError):
+            _report_goodput(metrics, ledger, "failed")
         metrics.close()
         raise
     finally:
@@ -207,7 +243,9 @@ def _changed_settings(found: dict[str, Any], now: dict[str, Any], prefix: str = 
     return changed
 
 
-def _continue(trainer: Trainer, folder: SnapshotFolder, header: dict[str, Any]) -> None:
+def _continue(
+    trainer: Trainer, folder: SnapshotFolder, memory: SnapshotFolder | None, header: dict[str, Any]
+) -> None:
     """Restores the newest valid snapshot, or the named one, if there is any."""
     config, ranks, say = trainer.config, trainer.ranks, trainer.metrics.say
     resume = config.snapshots.resume
@@ -222,7 +260,7 @@ def _continue(trainer: Trainer, folder: SnapshotFolder, header: dict[str, Any]) 
             raise TrainerConfigError(
                 f"--resume none, but {folder.path} holds snapshots. Use another --output, or remove them."
             )
-        found = newest_valid(folder, ranks, say)
+        found = newest_valid(folder, ranks, say, memory, header["run_id"])
         if found is None:
             return
         generation = found
@@ -257,7 +295,14 @@ def _conclude(output: Path, header: dict[str, Any], outcome: Outcome) -> None:
     _write_json(output / RESULT_FILE, result)
 
 
-def _report(metrics: Metrics, outcome: Outcome) -> None:
+def _report_goodput(metrics: Metrics, ledger: Ledger, reason: str) -> None:
+    found = ledger.end(reason)
+    for line in found.lines() if found is not None else []:
+        metrics.say(line)
+
+
+def _report(metrics: Metrics, outcome: Outcome, ledger: Ledger) -> None:
+    _report_goodput(metrics, ledger, "stopped" if outcome.stopped else "finished")
     if outcome.stopped:
         metrics.say(f"stopped by SIGTERM after step {outcome.step}; the same command continues")
     metrics.say(f"weights_digest: {outcome.weights_digest}  step: {outcome.step}")
@@ -268,6 +313,15 @@ def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _watching(watch: StackWatch) -> Iterator[None]:
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.stop()
 
 
 @contextlib.contextmanager

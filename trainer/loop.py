@@ -26,8 +26,10 @@ from torch import nn
 from foldfeed.trainer.buckets import auto_bucket_bytes, plan_buckets
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.ddp import DdpReducer
+from foldfeed.trainer.dyadic import owned_shards
 from foldfeed.trainer.errors import DivergedError
 from foldfeed.trainer.flat import FlatParameters
+from foldfeed.trainer.goodput import DATA, OTHER, PRODUCTIVE, SAVE, SKIPPED, Ledger
 from foldfeed.trainer.metrics import Metrics, memory_scalars
 from foldfeed.trainer.model import CompactEvoformer, Loss, masked_msa_loss
 from foldfeed.trainer.optimizer import FlatAdamW, Update
@@ -35,6 +37,8 @@ from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.reducer import Reducer, TreeReducer
 from foldfeed.trainer.rng import seed_initial_weights, seed_shard
 from foldfeed.trainer.snapshot import BUFFERS, Generation, SnapshotFolder, checksum
+from foldfeed.trainer.tiers import Capture, Saver
+from foldfeed.trainer.watch import StackWatch, Stragglers
 
 
 class ShardLike(Protocol):
@@ -43,6 +47,11 @@ class ShardLike(Protocol):
     @property
     def v(self) -> int:
         """Its number, 0 .. V-1."""
+        ...
+
+    @property
+    def samples(self) -> Sequence[int]:
+        """Global sample numbers, one per leading index of the features."""
         ...
 
     @property
@@ -90,7 +99,9 @@ class Commit:
       max_loss: of a sample.
       num_samples: counted samples.
       stop: some rank was asked to stop.
-      data_s: the longest wait for data.
+      save_failed: a snapshot could not be written; the run ends.
+      data_s: the wait for data of each rank.
+      compute_s: forward and backward of each rank.
       num_residues: that exist in the step's crops, padding left out.
       bad_shards: virtual shards whose loss is not finite.
     """
@@ -99,7 +110,9 @@ class Commit:
     max_loss: float
     num_samples: float
     stop: bool
-    data_s: float
+    save_failed: bool
+    data_s: list[float]
+    compute_s: list[float]
     num_residues: int
     bad_shards: list[int]
 
@@ -168,33 +181,59 @@ class Trainer:
             return DdpReducer(self.flat, self.ranks, num_shards, bucket_bytes)
         return TreeReducer(self.flat, self.buckets, self.ranks, num_shards)
 
-    def run(self, folder: SnapshotFolder, header: Mapping[str, Any]) -> Outcome:
+    def run(self, saver: Saver, header: Mapping[str, Any], ledger: Ledger, watch: StackWatch) -> Outcome:
         """Trains up to the configured number of steps, or until asked to stop.
 
         Args:
-          folder: where snapshots go.
+          saver: where and when snapshots go.
           header: manifest entries of this run (run id, digests, environment).
+          ledger: counts where the time goes.
+          watch: is told when steps begin.
         """
-        every = self.config.snapshots.every
+        saver.begin(self.step)
         saved = self.step
         stopped = False
         steps = iter(self.source)
+        num_shards, world = self.config.data.num_shards, self.ranks.world
+        stragglers = Stragglers([len(owned_shards(num_shards, world, rank)) for rank in range(world)])
         stall_ms = 0.0
         while self.step < self.config.steps and not stopped:
+            watch.beat(self.step)
             started = time.perf_counter()
             batch = next(steps)
-            commit, update = self.train_step(batch, time.perf_counter() - started)
-            self._log(commit, update, time.perf_counter() - started, stall_ms)
+            data_s = time.perf_counter() - started
+            ledger.mark(DATA)
+            commit, update = self.train_step(batch, data_s, saver.failed)
+            seconds = time.perf_counter() - started
+            kind = SKIPPED if update.skipped else PRODUCTIVE
+            ledger.mark(kind)
+            # While another rank still waited for its batch, this one waited for that rank.
+            ledger.move(kind, DATA, min(max(commit.data_s) - data_s, self.reducer.times["exposed"]))
+            self._log(commit, update, seconds, stall_ms)
+            if line := stragglers.feed(commit.data_s, commit.compute_s, seconds):
+                self.metrics.say(line)
+            if commit.save_failed:
+                saver.check()
             stopped = commit.stop
             stall_ms = 0.0
-            self._watch_divergence(commit, update, folder)
+            ledger.mark(OTHER)
+            self._watch_divergence(commit, update, saver)
             # While steps are skipped nothing changes, and the snapshots that are kept stay the ones before.
-            due = every and self.step % every == 0 and not self._not_finite_since
-            if stopped or due:
-                stall_ms = 1e3 * self.save(folder, header)
-                saved = self.step
+            memory, disk = (False, False) if self._not_finite_since else saver.due(self.step)
+            disk = disk or stopped
+            if memory or disk:
+                started = time.perf_counter()
+                saver.save(self.capture(header), memory=memory, disk=disk)
+                stall_s = time.perf_counter() - started
+                stall_ms = 1e3 * stall_s
+                saver.learn(stall_s, seconds, disk=disk)
+                saved = self.step if disk else saved
+            ledger.mark(SAVE)
+            ledger.step(self.step)
         if saved != self.step:
-            self.save(folder, header)
+            saver.save(self.capture(header), memory=False, disk=True)
+        saver.finish()
+        ledger.mark(SAVE)
         digest = self.weights_digest()
         self.ranks.require_equal(bytes.fromhex(digest), f"the final weights of step {self.step}")
         finished = self.step >= self.config.steps
@@ -202,17 +241,19 @@ class Trainer:
             step=self.step, stopped=not finished, weights_digest=digest, num_skipped=self.num_skipped
         )
 
-    def train_step(self, batch: StepLike, data_s: float) -> tuple[Commit, Update]:
+    def train_step(self, batch: StepLike, data_s: float, save_failed: bool = False) -> tuple[Commit, Update]:
         """Runs one step: shards, commit point, optimizer.
 
         Args:
           batch: this rank's virtual shards of the step.
           data_s: seconds this rank waited for it.
+          save_failed: this rank could not write a snapshot; all ranks learn it.
         """
         assert batch.step == self.step, f"the loader gave step {batch.step}, the model is at {self.step}"
         num_shards = self.config.data.num_shards
         losses: dict[int, Loss] = {}
 
+        started = time.perf_counter()
         self.reducer.begin()
         for shard in batch.shards:
             with self.reducer.shard(shard.v):
@@ -224,7 +265,14 @@ class Trainer:
         # After the last backward was issued, like the losses: on a GPU each `item` waits for the device.
         residues = sum(int(shard.features["seq_mask"].sum().item()) for shard in batch.shards)
         rows = self.reducer.finish(
-            [float(self.stop_requested), data_s, residues, *_scalars(losses, num_shards)]
+            [
+                float(self.stop_requested),
+                float(save_failed),
+                data_s,
+                residues,
+                time.perf_counter() - started,
+                *_scalars(losses, num_shards),
+            ]
         )
         commit = combine(rows, num_shards)
 
@@ -232,10 +280,10 @@ class Trainer:
         self.step += 1
         self.num_skipped += update.skipped
         if update.skipped:
-            self._explain_skip(commit)
+            self._explain_skip(commit, batch, losses)
         return commit, update
 
-    def _watch_divergence(self, commit: Commit, update: Update, folder: SnapshotFolder) -> None:
+    def _watch_divergence(self, commit: Commit, update: Update, saver: Saver) -> None:
         """Ends a run whose steps are all skipped. All ranks decide alike, from what they agreed on."""
         if not update.skipped or commit.num_samples == 0:
             self._not_finite_since = 0
@@ -244,18 +292,34 @@ class Trainer:
         count = self.step - self._not_finite_since + 1
         # A shorter run of which every step was skipped has diverged, too.
         if self.config.max_skipped and count >= min(self.config.max_skipped, self.config.steps):
-            before = [step for step in folder.steps() if step < self._not_finite_since]
-            snapshot = str(folder.generation_path(max(before))) if before else ""
+            saver.check()
+            before = [step for step in saver.disk.steps() if step < self._not_finite_since]
+            snapshot = str(saver.disk.generation_path(max(before))) if before else ""
             raise DivergedError(self._not_finite_since, count, snapshot)
 
-    def _explain_skip(self, commit: Commit) -> None:
+    def _explain_skip(self, commit: Commit, batch: StepLike, losses: Mapping[int, Loss]) -> None:
+        """Says why a step was skipped, and who brought what was not finite. All ranks call it."""
         if commit.num_samples == 0:
-            why = "no sample has a masked position"
-        elif commit.bad_shards:
+            self.metrics.say(f"step {self.step} skipped on all ranks: no sample has a masked position")
+            return
+        samples = [
+            shard.samples[position]
+            for shard in batch.shards
+            for position, finite in enumerate(losses[shard.v].per_sample.isfinite().tolist())
+            if not finite
+        ]
+        found = self.ranks.gather_json(
+            [samples, self.reducer.not_finite()], "the search for what is not finite"
+        )
+        if commit.bad_shards:
             why = f"the loss of virtual shards {commit.bad_shards} is not finite"
+            who = [f"rank {rank}: samples {numbers}" for rank, (numbers, _) in enumerate(found) if numbers]
         else:
             why = "the gradient is not finite although every loss is"
-        self.metrics.say(f"step {self.step} skipped on all ranks: {why}")
+            who = [f"rank {rank}: {text}" for rank, (_, texts) in enumerate(found) for text in texts]
+        self.metrics.say(
+            f"step {self.step} skipped on all ranks: {why}" + (f" ({'; '.join(who)})" if who else "")
+        )
 
     def _log(self, commit: Commit, update: Update, seconds: float, stall_ms: float) -> None:
         samples = self.config.data.global_batch
@@ -268,8 +332,8 @@ class Trainer:
             "throughput(samples/s)": samples / seconds,
             "throughput(residues/s)": commit.num_residues / seconds,
             "time_metrics/end_to_end(s)": seconds,
-            "time_metrics/data_loading(s)": commit.data_s,
-            "time_metrics/data_loading(%)": 100.0 * min(1.0, commit.data_s / seconds),
+            "time_metrics/data_loading(s)": max(commit.data_s),
+            "time_metrics/data_loading(%)": 100.0 * min(1.0, max(commit.data_s) / seconds),
             "comm/exposed_ms": 1e3 * exposed,
             "comm/total_ms": 1e3 * total,
             "comm/hidden_pct": 100.0 * max(0.0, 1.0 - exposed / total) if total else 0.0,
@@ -287,34 +351,40 @@ class Trainer:
 
     def _digests(self) -> tuple[dict[str, int], bytes]:
         """Returns the crc32c of each buffer in memory, and 8 bytes: of the parameters, of the moments."""
-        checksums = {name: checksum(buffer) for name, buffer in self._host_buffers().items()}
-        params, *moments = (checksums[name].to_bytes(4, "little") for name in BUFFERS)
-        return checksums, params + google_crc32c.value(b"".join(moments)).to_bytes(4, "little")
+        return _checksums(self._host_buffers())
+
+    def capture(self, header: Mapping[str, Any]) -> Capture:
+        """Returns the state after this step, once all ranks showed that theirs is equal.
+
+        Raises:
+          ReplicaMismatchError: a rank's parameters or moments differ.
+        """
+        buffers = self._host_buffers()
+        checksums, digest = _checksums(buffers)
+        self.ranks.require_equal(digest, f"parameters and moments after step {self.step}")
+        manifest = {
+            **header,
+            "step": self.step,
+            "num_updates": self.optimizer.num_updates,
+            "num_skipped": self.num_skipped,
+            "world": self.ranks.world,
+            "loader": self.source.state_dict(),
+            "replica_digest": digest.hex(),
+        }
+        return Capture(manifest=manifest, buffers=buffers, checksums=checksums)
 
     def save(self, folder: SnapshotFolder, header: Mapping[str, Any]) -> float:
-        """Writes a snapshot from the first rank, after all ranks showed equal state. Returns seconds.
+        """Writes a snapshot from the first rank and waits for it. Returns seconds.
 
         Raises:
           ReplicaMismatchError: a rank's parameters or moments differ; nothing is written.
           StorageFullError: on the first rank; the others learn that it failed.
         """
         started = time.perf_counter()
-        checksums, digest = self._digests()
-        self.ranks.require_equal(digest, f"parameters and moments after step {self.step}")
-
-        def write() -> str:
-            manifest = {
-                **header,
-                "step": self.step,
-                "num_updates": self.optimizer.num_updates,
-                "num_skipped": self.num_skipped,
-                "world": self.ranks.world,
-                "loader": self.source.state_dict(),
-                "replica_digest": digest.hex(),
-            }
-            return str(folder.write(manifest, self._host_buffers(), checksums))
-
-        path = self.ranks.first_does(write, "the snapshot")
+        found = self.capture(header)
+        path = self.ranks.first_does(
+            lambda: str(folder.write(found.manifest, found.buffers, found.checksums)), "the snapshot"
+        )
         self.metrics.say(f"snapshot: step {self.step}  {path}")
         return time.perf_counter() - started
 
@@ -333,6 +403,12 @@ class Trainer:
         return hashlib.sha256(self.flat.params.cpu().numpy().data.cast("B")).hexdigest()
 
 
+def _checksums(buffers: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], bytes]:
+    checksums = {name: checksum(buffer) for name, buffer in buffers.items()}
+    params, *moments = (checksums[name].to_bytes(4, "little") for name in BUFFERS)
+    return checksums, params + google_crc32c.value(b"".join(moments)).to_bytes(4, "little")
+
+
 def _scalars(losses: Mapping[int, Loss], num_shards: int) -> list[float]:
     """Returns V sums of losses, V counts and V largest losses; zeros for other ranks' shards.
 
@@ -345,15 +421,15 @@ def _scalars(losses: Mapping[int, Loss], num_shards: int) -> list[float]:
     return [value for column in columns for value in column]
 
 
-# Of a rank's row at the commit point: stop, data_s, residues; then come V losses, V counts, V largest losses.
-NUM_PLAIN_SCALARS = 3
+# Of a rank's row at the commit point: stop, save_failed, data_s, residues, compute_s; then 3 * V.
+NUM_PLAIN_SCALARS = 5
 
 
 def combine(rows: Sequence[Sequence[float]], num_shards: int) -> Commit:
     """Returns what the ranks' scalars say together; each shard's entries are zero except on its owner.
 
     Args:
-      rows: per rank [stop, data_s, residues, V losses, V counts, V largest losses].
+      rows: per rank [stop, save_failed, data_s, residues, compute_s, V losses, V counts, V largest losses].
       num_shards: V.
     """
 
@@ -370,7 +446,9 @@ def combine(rows: Sequence[Sequence[float]], num_shards: int) -> Commit:
         max_loss=max(worst) if finite else math.nan,
         num_samples=num_samples,
         stop=any(row[0] for row in rows),
-        data_s=max(row[1] for row in rows),
-        num_residues=int(sum(row[2] for row in rows)),
+        save_failed=any(row[1] for row in rows),
+        data_s=[row[2] for row in rows],
+        compute_s=[row[4] for row in rows],
+        num_residues=int(sum(row[3] for row in rows)),
         bad_shards=[shard for shard, loss in enumerate(losses) if not math.isfinite(loss)],
     )

@@ -62,6 +62,10 @@ class Reducer(Protocol):
         """The commit point: returns every rank's scalars once every bucket has arrived."""
         ...
 
+    def not_finite(self) -> list[str]:
+        """After `finish`: which of this rank's own gradients are not finite, one phrase each."""
+        ...
+
     def close(self, *, wait: bool = True) -> None:
         """Ends threads and removes hooks."""
         ...
@@ -281,6 +285,26 @@ class TreeReducer:
         if self._side is not None:
             torch.cuda.current_stream(self._ranks.device).wait_stream(self._side)
         self.times["total"] = sum(seconds)
+
+    def not_finite(self) -> list[str]:
+        """Returns which blocks of this rank's virtual shards are not finite, and their first such parameter.
+
+        What is finite on every rank and not in the sum has overflowed there.
+        """
+        last = self._owned.stop - 1
+        blocks = [*self._stack, (Block(last, 1), self._flat.grads)]
+        found = []
+        for block, values in blocks:
+            if bool(values.isfinite().all()):
+                continue
+            bad = next(
+                segment.name
+                for segment in self._flat.segments
+                if not bool(values[segment.start : segment.start + segment.padded].isfinite().all())
+            )
+            shards = f"{block.start}" if block.size == 1 else f"{block.start}..{block.start + block.size - 1}"
+            found.append(f"virtual shard {shards}, parameter {bad}")
+        return found
 
     def close(self, *, wait: bool = True) -> None:
         """Removes the hooks and ends the communication thread.

@@ -26,28 +26,45 @@ from foldfeed.trainer.snapshot import Generation, SnapshotFolder, read_generatio
 NCCL_SETTINGS = ("NCCL_ALGO", "NCCL_PROTO", "NCCL_NVLS_ENABLE")
 
 
-def newest_valid(folder: SnapshotFolder, ranks: Ranks, report: Callable[[str], None]) -> Generation | None:
+def newest_valid(
+    folder: SnapshotFolder,
+    ranks: Ranks,
+    report: Callable[[str], None],
+    memory: SnapshotFolder | None = None,
+    run_id: str = "",
+) -> Generation | None:
     """Returns the newest generation that every rank validated, or None when there are none at all.
 
+    Of two of the same step the one in memory goes first.
+
     Args:
-      folder: the run's snapshots, as this rank sees them.
+      folder: the run's snapshots on disk, as this rank sees them.
       ranks: the group.
       report: called with one line for each generation that was refused (print it on one rank).
+      memory: the run's snapshots in this machine's memory, if that tier is used.
+      run_id: of the run; what lies in memory for another one is refused.
     Raises:
-      NoValidSnapshotError: there are generations, and every one fails on some rank.
+      NoValidSnapshotError: there are generations on disk, and every one fails on some rank. When only memory
+        had any, the run starts from step 0, which gives the same weights.
     """
-    seen = ranks.gather_json(folder.steps(), "the search for snapshots")
-    candidates = sorted({step for steps in seen for step in steps}, reverse=True)
+    mine = [[step, 1] for step in memory.steps()] if memory is not None else []
+    mine += [[step, 0] for step in folder.steps()]
+    seen = ranks.gather_json(mine, "the search for snapshots")
+    candidates = sorted({(step, fast) for row in seen for step, fast in row}, reverse=True)
     reasons = []
-    for step in candidates:
-        path = folder.generation_path(step)
-        generation, refusal = _validate(path, ranks)
+    for position, (step, fast) in enumerate(candidates):
+        tier = memory if fast and memory is not None else folder
+        generation, refusal = _validate(tier.generation_path(step), ranks, run_id if fast else "")
         if generation is not None:
             return generation
         reasons.append(refusal)
-        older = [other for other in candidates if other < step]
-        report(f"{refusal}; " + (f"falling back to step {older[0]}" if older else "no older one is left"))
-    if reasons:
+        next_step = candidates[position + 1][0] if position + 1 < len(candidates) else None
+        there = "" if next_step != step else " on disk"
+        report(
+            f"{refusal}; "
+            + ("no older one is left" if next_step is None else f"falling back to step {next_step}{there}")
+        )
+    if any(not fast for _, fast in candidates):
         raise NoValidSnapshotError(str(folder.path), reasons)
     return None
 
@@ -64,12 +81,21 @@ def named_generation(path: Path, ranks: Ranks) -> Generation:
     return generation
 
 
-def _validate(path: Path, ranks: Ranks) -> tuple[Generation | None, str]:
-    """Returns the generation if all ranks read the same valid one, else None and who found what."""
+def _validate(path: Path, ranks: Ranks, run_id: str = "") -> tuple[Generation | None, str]:
+    """Returns the generation if all ranks read the same valid one, else None and who found what.
+
+    Args:
+      path: of a generation; with a ``run_id`` in memory, and of that run alone.
+      ranks: the group.
+      run_id: that its manifest must name.
+    """
     generation, reason, seal = None, "", ""
+    name = str(path) if run_id else path.name
     try:
         generation = read_generation(path)
         seal = str(generation.manifest["crc32c"])
+        if run_id and generation.manifest.get("run_id") != run_id:
+            reason = f"it belongs to run {generation.manifest.get('run_id')}"
     except InvalidSnapshotError as error:
         reason = error.reason
     answers = ranks.gather_json([reason, seal], f"the validation of {path.name}")
@@ -78,10 +104,11 @@ def _validate(path: Path, ranks: Ranks) -> tuple[Generation | None, str]:
         rank, text = refused[0]
         return (
             None,
-            f"snapshot {path.name} refused by {len(refused)} of {ranks.world} ranks (rank {rank}: {text})",
+            f"snapshot {name} refused by {len(refused)} of {ranks.world} ranks (rank {rank}: {text})",
         )
     if len({found for _, found in answers}) > 1:
-        return None, f"snapshot {path.name} is not the same file on all ranks; --output must be shared"
+        fix = "its machines were at different steps" if run_id else "--output must be shared"
+        return None, f"snapshot {name} is not the same file on all ranks; {fix}"
     return generation, ""
 
 

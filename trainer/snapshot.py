@@ -9,7 +9,7 @@ went bad on its way to the disk cannot validate. A generation is written in a te
 and the folder are fsynced, and one rename publishes it; a reader sees all of it or nothing. Loading checks
 the manifest's own checksum, every size and every crc32c. Nothing is ever unpickled.
 
-Invariant: a folder named ``step-*`` was complete when it was published. Only one process (rank 0) writes.
+Invariant: a folder named ``step-*`` was complete when it was published. Only one process writes a folder.
 """
 
 from __future__ import annotations
@@ -92,12 +92,23 @@ class SnapshotFolder:
       path: the folder that holds them; need not exist yet.
       keep: how many newest generations stay after a write.
       before_write: called before a generation becomes visible; raises where this run may no longer write.
+      recycle: write over the files of the generation that drops out instead of making new ones: for a folder
+        in memory, where new pages cost time and a third generation may not fit.
     """
 
-    def __init__(self, path: Path, keep: int, before_write: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        keep: int,
+        before_write: Callable[[], None] = lambda: None,
+        *,
+        recycle: bool = False,
+    ) -> None:
+        assert keep > 1 or not recycle, "one generation must stay whole while another is written over"
         self.path = path
         self.keep = keep
         self.before_write = before_write
+        self.recycle = recycle
 
     def steps(self) -> list[int]:
         """Returns the steps of the published generations, oldest first; they may still be corrupt."""
@@ -135,7 +146,7 @@ class SnapshotFolder:
         }
         temporary = self.path / f".writing-{target.name}-{os.getpid()}"
         with _clean_on_failure(temporary):
-            temporary.mkdir(parents=True)
+            self._make_room(temporary)
             for name, buffer in buffers.items():
                 _write_durably(temporary / f"{name}.f32", _chunks(buffer))
             _write_durably(temporary / MANIFEST, [memoryview(_seal(whole))])
@@ -147,6 +158,21 @@ class SnapshotFolder:
         for step in self.steps()[: -self.keep]:
             self._retire(self.generation_path(step))
         return target
+
+    def _make_room(self, temporary: Path) -> None:
+        """Makes the folder to write in, out of the oldest generation where that is recycled."""
+        steps = self.steps() if self.recycle else []
+        if not steps or len(steps) < self.keep:
+            temporary.mkdir(parents=True)
+            return
+        self.generation_path(steps[0]).rename(temporary)
+        # Before its bytes change, it stops being a generation.
+        (temporary / MANIFEST).unlink(missing_ok=True)
+
+    def discard_after(self, step: int) -> None:
+        """Removes the generations of later steps than ``step``."""
+        for later in [found for found in self.steps() if found > step]:
+            self._retire(self.generation_path(later))
 
     def _retire(self, path: Path) -> None:
         # Renamed first: a generation that is half deleted must not look like a published one.
@@ -212,9 +238,11 @@ def _read_buffer(path: Path, name: str, entry: Mapping[str, Any]) -> torch.Tenso
 
 
 def _write_durably(path: Path, chunks: Any) -> None:
-    with path.open("wb") as stream:
+    # A recycled file keeps its pages; what was longer before is cut.
+    with path.open("r+b" if path.exists() else "wb") as stream:
         for chunk in chunks:
             stream.write(chunk)
+        stream.truncate()
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -1,0 +1,83 @@
+"""The trainer's step on this machine's CPU: with and without filling new tensors.
+
+Deterministic mode fills every new tensor unless `torch.utils.deterministic.fill_uninitialized_memory` is off,
+as the trainer sets it. Both ways train the same synthetic batches from the same weights in turns, so a busy
+machine slows both; the digests of the weights are compared. The ratio is that of CPU seconds (medians of the
+steps), which neighbours on the machine change less than wall time.
+
+Run: python bench/trainer_step.py [--rounds 8] [--output bench/results/trainer_step.jsonl]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rows import emit
+
+from foldfeed.trainer.launch import prepare_numerics
+from foldfeed.trainer.loop import Trainer
+from foldfeed.trainer.metrics import Metrics
+from foldfeed.trainer.ranks import Ranks
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from trainer_ranks import SyntheticSource, tiny_config
+
+SIZES = {
+    "tiny, crop 10": {},
+    "demo, crop 64": {"data": {"crop_residues": 64, "num_clusters": 16, "num_extra": 64, "global_batch": 4}},
+}
+
+
+def measure(changes: dict[str, object], rounds: int) -> dict[str, object]:
+    """Returns CPU seconds per step of both ways, and whether the weights are equal."""
+    ranks = Ranks(rank=0, world=1, device=torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        config = tiny_config(Path(folder), **changes)
+        prepare_numerics(config)
+        sides = {}
+        for fill in (True, False):
+            source = SyntheticSource(config.data, config.seed, ranks, {})
+            metrics = Metrics(Path(folder), active=False, tensorboard=False, log_every=1)
+            sides[fill] = (Trainer(config, ranks, source, metrics), iter(source))
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(rounds):
+            for fill, (trainer, steps) in sides.items():
+                torch.utils.deterministic.fill_uninitialized_memory = fill
+                batch = next(steps)
+                started = time.process_time()
+                trainer.train_step(batch, 0.0)
+                seconds[fill].append(time.process_time() - started)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        digests = {trainer.weights_digest() for trainer, _ in sides.values()}
+        for trainer, _ in sides.values():
+            trainer.reducer.close()
+    # The first step of each side pays for the allocator's first blocks.
+    filled, unfilled = (statistics.median(seconds[fill][1:]) for fill in (True, False))
+    return {
+        "filled_cpu_s": round(filled, 5),
+        "unfilled_cpu_s": round(unfilled, 5),
+        "ratio": round(filled / unfilled, 3),
+        "equal_weights": len(digests) == 1,
+    }
+
+
+def main() -> None:
+    """Measures each size and writes one row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/trainer_step.jsonl")
+    arguments = parser.parse_args()
+    results = {name: measure(changes, arguments.rounds) for name, changes in SIZES.items()}
+    emit(
+        "trainer_step", {"rounds": arguments.rounds, "device": "cpu", "threads": 1}, results, arguments.output
+    )
+
+
+if __name__ == "__main__":
+    main()

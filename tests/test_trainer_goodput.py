@@ -1,0 +1,175 @@
+"""The goodput ledger: parts sum to the wall time, over kills, stops and restarts; torn lines; the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_trainer_cli import TINY
+
+from foldfeed.feature_store import FeatureStore
+from foldfeed.trainer import goodput
+from foldfeed.trainer.errors import TrainerError
+from foldfeed.trainer.goodput import GOODPUT_FILE, MEANINGS, PRODUCTIVE, RECOVERY, WASTED, Ledger, account
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@given(
+    attempts=st.lists(
+        st.tuples(
+            st.integers(1, 6),
+            st.integers(0, 6),
+            st.sampled_from(["killed", "failed", "stopped"]),
+            st.floats(0, 50),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_parts_sum_to_the_wall_time_and_every_kept_step_counts_once(attempts: list[tuple[Any, ...]]) -> None:
+    """Any number of starts, each going back to some step, doing a few, and ending in some way."""
+    entries: list[dict[str, Any]] = []
+    clock, done = 100.0, 0
+    for num_steps, back, end, gap_s in attempts:
+        clock += gap_s if entries else 0.0
+        began, step = clock, max(0, done - back)
+        clock += 3.0
+        entries.append(
+            {"event": "start", "began": began, "time": clock, "step": step, "parts": {"idle": 3.0}}
+        )
+        for number in range(step + 1, step + num_steps + 1):
+            clock += 1.0
+            entries.append({"event": "step", "step": number, "time": clock, "parts": {PRODUCTIVE: 1.0}})
+        done = step + num_steps
+        if end != "killed":
+            clock += 0.5
+            entries.append({"event": "end", "reason": end, "time": clock, "parts": {"other": 0.5}})
+    found = goodput._sum_up(entries)
+    assert sum(found.parts.values()) == pytest.approx(found.wall_s)
+    assert found.wall_s == pytest.approx(clock - 100.0)
+    assert found.parts[PRODUCTIVE] == pytest.approx(done), "one second per step that the weights keep"
+    assert all(seconds >= -1e-9 for seconds in found.parts.values())
+    assert found.starts == len(attempts)
+
+
+def test_a_torn_line_is_cut_and_a_second_run_of_one_process_counts_no_second_twice(tmp_path: Path) -> None:
+    for start in range(3):
+        ledger = Ledger(tmp_path, active=True, began=time.time() - 5)
+        ledger.mark(goodput.STARTUP)
+        ledger.start(step=start, world=1)
+        time.sleep(0.05)
+        ledger.mark(PRODUCTIVE)
+        ledger.step(start + 1)
+        with (tmp_path / GOODPUT_FILE).open("ab") as file:
+            file.write(b'{"event": "st')
+        if start == 2:
+            ledger.end("finished")
+        else:
+            ledger._file.close()  # as a kill would
+    found = account(tmp_path / GOODPUT_FILE)
+    assert sum(found.parts.values()) == pytest.approx(found.wall_s, abs=1e-6)
+    assert 5.15 <= found.wall_s < 5.15 + 2
+    assert found.starts == 3
+
+
+def test_the_time_until_a_failure_is_noticed_belongs_to_the_failure(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, active=True)
+    ledger.start(step=0, world=2)
+    ledger.mark(PRODUCTIVE)
+    time.sleep(0.3)
+    found = ledger.end("failed")
+    assert found is not None
+    assert found.parts[RECOVERY] >= 0.29
+    assert found.parts[RECOVERY] == pytest.approx(found.wall_s, abs=0.1)
+
+
+def test_a_damaged_ledger_and_none_at_all_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert goodput.main([str(tmp_path)]) == 1
+    assert "give the --output of a run" in capsys.readouterr().err
+    (tmp_path / GOODPUT_FILE).write_text("[]\n")
+    with pytest.raises(TrainerError, match="line 1 is damaged"):
+        account(tmp_path / GOODPUT_FILE)
+    assert goodput.main([]) == 2
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_run_accounts_for_the_time_it_lost(tmp_path: Path, small_store: FeatureStore) -> None:
+    """SIGKILL in the middle, a pause, and the end: against a stopwatch outside of the processes."""
+    output = tmp_path / "run"
+    arguments = ["--store", small_store.url, "--output", str(output), *TINY, "--no-tensorboard"]
+    arguments += ["--memory-snapshots", "none", "--snapshot-every", "3"]
+    command = [sys.executable, "-m", "foldfeed.trainer", *arguments]
+    began = time.time()
+    with subprocess.Popen(
+        [*command, "--steps", "100000"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as first:
+        assert first.stdout is not None
+        # Snapshots after 3, 6, ...: the kill after the line of step 5 or 8 costs two steps or so.
+        for line in first.stdout:
+            if line.startswith("step:") and int(line.split()[1]) == 8:
+                break
+        first.send_signal(signal.SIGKILL)
+    killed = time.time()
+    time.sleep(2.0)
+    before = lines_of(output / GOODPUT_FILE)
+    restarted = time.time()
+    last = max(entry["step"] for entry in before if entry["event"] == "step")
+    said = []
+    with subprocess.Popen([*command, "--steps", str(last + 2)], stdout=subprocess.PIPE, text=True) as second:
+        assert second.stdout is not None
+        for line in second.stdout:
+            if line.startswith("goodput: "):
+                ended = time.time()  # from here on the interpreter only ends, which takes seconds at times
+            said.append(line)
+    assert second.returncode == 0
+    out = "".join(said)
+    resumed = int(out.partition("resumed: step ")[2].split()[0])
+    found = account(output / GOODPUT_FILE)
+    assert sum(found.parts.values()) == pytest.approx(found.wall_s, rel=0.005)
+    # A process's start is known to a hundredth of a second; the print takes its turn on a busy machine.
+    assert found.wall_s == pytest.approx(ended - began, rel=0.005, abs=0.3)
+    lost = [entry for entry in before if entry["event"] == "step" and entry["step"] > resumed]
+    assert found.parts[WASTED] == pytest.approx(sum(sum(entry["parts"].values()) for entry in lost))
+    assert len(lost) == last - resumed
+    gap = restarted - before[-1]["time"]
+    assert gap >= 2.0 + killed - before[-1]["time"] - 0.5
+    assert found.parts[RECOVERY] == pytest.approx(gap, abs=1.0)
+    assert (found.starts, found.failures) == (2, 1)
+    kept = [entry for entry in lines_of(output / GOODPUT_FILE) if entry["event"] == "step"]
+    assert len(kept) == last + 2 + len(lost)
+    # Printed at the end, and offline from the file.
+    assert f"goodput: {100 * found.goodput:.1f} % of {found.wall_s:.1f} s (started 2 times" in out
+    assert WASTED in out or found.parts[WASTED] < 0.05
+    assert set(found.parts) == set(MEANINGS)
+
+
+def test_sigterm_prints_the_ledger(tmp_path: Path, small_store: FeatureStore) -> None:
+    arguments = ["--store", small_store.url, "--output", str(tmp_path / "run"), *TINY, "--no-tensorboard"]
+    command = [sys.executable, "-m", "foldfeed.trainer", *arguments, "--steps", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        for line in first.stdout:
+            if line.startswith("step:"):
+                break
+        first.send_signal(signal.SIGTERM)
+        said = first.stdout.read()
+    assert first.returncode == 0
+    assert "goodput: " in said
+    assert lines_of(tmp_path / "run" / GOODPUT_FILE)[-1]["reason"] == "stopped"

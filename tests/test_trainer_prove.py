@@ -1,0 +1,87 @@
+"""The proof that faults change no bit: what it plans, what it finds, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from foldfeed.feature_store import FeatureStore
+from foldfeed.trainer import prove
+from foldfeed.trainer.errors import TrainerConfigError
+
+
+def test_faults_are_drawn_from_the_seed() -> None:
+    faults = prove.plan_faults("kill=6,stop=1", 4, 60, 11)
+    assert faults == prove.plan_faults("kill=6,stop=1", 4, 60, 11)
+    assert faults != prove.plan_faults("kill=6,stop=1", 4, 60, 12)
+    assert sorted(fault.kind for fault in faults) == ["kill"] * 6 + ["stop"]
+    steps = [fault.after_step for fault in faults]
+    assert steps == sorted(set(steps))
+    assert all(1 <= step < 59 for step in steps)
+    assert {fault.rank for fault in faults} <= set(range(4))
+
+
+@pytest.mark.parametrize(
+    ("chaos", "text"),
+    [
+        ("cut=1", "chaos 'cut=1' is not one of kill=NUMBER, stop=NUMBER"),
+        ("kill", "chaos 'kill' is not one of"),
+        ("kill=0", "proves nothing"),
+        ("", "proves nothing"),
+        ("kill=59", "59 faults need at least 61 steps"),
+    ],
+)
+def test_chaos_that_cannot_be_is_refused(chaos: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TrainerConfigError):
+        prove.plan_faults(chaos, 4, 60, 1)
+    assert prove.main(["--store", "s", "--chaos", chaos]) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_killed_run_ends_with_the_same_weights(
+    tmp_path: Path, small_store: FeatureStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--store", small_store.url, "--ranks", "3", "--steps", "9", "--chaos", "kill=1"]
+    arguments += ["--seed", "4", "--limit-s", "240", "--output", str(tmp_path / "proof")]
+    assert prove.main(arguments) == 0, capsys.readouterr()
+    said = capsys.readouterr().out
+    digests = re.findall(r"(?:un)?disturbed: ([0-9a-f]{64})\n", said)
+    assert len(digests) == 2
+    assert digests[0] == digests[1]
+    assert re.search(r"recovery_s: p50 (\d+\.\d) max \1\n", said)
+    assert said.count("kill: rank") == 1
+    log = (tmp_path / "proof" / "disturbed.log").read_text()
+    assert "resumed: step" in log
+    ledger = (tmp_path / "proof" / "disturbed" / "goodput.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in ledger].count("start") == 2
+    assert prove.main(arguments) == 2
+    assert "exists; give another --output" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_different_weights_and_a_failing_run_are_no_proof(
+    tmp_path: Path,
+    small_store: FeatureStore,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "proof"
+
+    def finish(launch: object, output: Path, faults: list[object]) -> list[float]:
+        output.mkdir(parents=True)
+        (output / "result.json").write_text(json.dumps({"weights_digest": output.name}))
+        return [1.0]
+
+    arguments = ["--store", small_store.url, "--steps", "4", "--chaos", "kill=1", "--output", str(folder)]
+    with monkeypatch.context() as patched:
+        patched.setattr(prove, "run_disturbed", finish)
+        assert prove.main(arguments) == 1
+    assert "the weights differ; both runs are in" in capsys.readouterr().err
+    broken = ["--store", str(tmp_path / "nowhere"), "--ranks", "1", "--steps", "4", "--chaos", "kill=1"]
+    assert prove.main([*broken, "--output", str(tmp_path / "other")]) == 1
+    assert "ended with code 1; see" in capsys.readouterr().err

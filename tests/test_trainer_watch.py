@@ -1,0 +1,129 @@
+"""Stragglers, hanging ranks and what is not finite are named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer_snapshot import ALONE
+from trainer_ranks import launch, toy_model, toy_shard
+
+from foldfeed.trainer.buckets import plan_buckets
+from foldfeed.trainer.flat import FlatParameters
+from foldfeed.trainer.reducer import TreeReducer
+from foldfeed.trainer.watch import STACKS_FILE, StackWatch, Stragglers
+
+
+def test_a_straggler_is_named_once_with_its_phase() -> None:
+    # Three ranks share 8 virtual shards: the first has fewer, and computes for less.
+    watch = Stragglers([2, 3, 3], window_steps=5)
+    fair = ([0.01, 0.01, 0.01], [0.2, 0.3, 0.3], 0.4)
+    assert [watch.feed(*fair) for _ in range(10)] == [""] * 10
+    slow = ([0.01, 0.01, 0.01], [0.4, 0.3, 0.3], 0.5)
+    said = [watch.feed(*slow) for _ in range(15)]
+    assert said.count("") == 14
+    assert said[4] == (
+        "straggler: rank 0 computes 2.0 times as long as the others "
+        "(0.400 s a step against 0.200 s, over 5 steps)"
+    )
+    starved = ([0.0, 0.0, 0.3], [0.2, 0.3, 0.3], 0.7)
+    said = [watch.feed(*starved) for _ in range(5)]
+    assert said[4].startswith("straggler: rank 2 waits for data unlike the others (0.300 s")
+    # Many times the others, and nobody would notice.
+    tiny = ([0.0001, 0.001, 0.0001], [0.2, 0.3, 0.3], 0.4)
+    assert [watch.feed(*tiny) for _ in range(5)] == [""] * 5
+    assert [Stragglers([8], 1).feed([1.0], [0.1], 1.1) for _ in range(3)] == [""] * 3
+
+
+def stuck_here(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def test_stacks_are_written_on_silence_once_and_on_the_signal(tmp_path: Path) -> None:
+    said: list[str] = []
+    before, running = signal.getsignal(signal.SIGUSR1), threading.active_count()
+    watch = StackWatch(tmp_path, 1, 3, 1.0, said.append)
+    path = tmp_path / STACKS_FILE
+    watch.start()
+    for step in range(6):
+        watch.beat(step)
+        time.sleep(0.2)
+    assert not path.exists()
+    watch.beat(7)
+    stuck_here(2.0)
+    assert path.read_text().count("==== rank 1 of 3") == 1
+    assert "step 7 began 1 s ago and has not ended" in path.read_text()
+    assert "stuck_here" in path.read_text()
+    assert len(said) == 1
+    os.kill(os.getpid(), signal.SIGUSR1)
+    deadline = time.monotonic() + 10
+    while ": SIGUSR1\n" not in path.read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert path.read_text().count("====") == 2
+    watch.stop()
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert threading.active_count() == running
+
+
+def test_the_block_and_the_parameter_that_are_not_finite_are_named() -> None:
+    model = toy_model()
+    flat = FlatParameters(model)
+    reducer = TreeReducer(flat, plan_buckets([s.padded for s in flat.segments], bucket_bytes=6000), ALONE, 6)
+    for bad in (None, 1, 5):
+        reducer.begin()
+        for v in range(6):
+            with reducer.shard(v):
+                x = toy_shard(0, v)
+                loss = model(x).square().sum()
+                if v == bad:
+                    loss = loss + float("inf") * model.last.bias.sum()
+                loss.backward()
+        reducer.finish([])
+        expected = {
+            None: [],
+            1: ["virtual shard 0..3, parameter last.bias"],
+            5: ["virtual shard 5, parameter last.bias"],
+        }
+        assert reducer.not_finite() == expected[bad]
+    reducer.close()
+    assert torch.isinf(reducer.gradient).any()
+
+
+@pytest.mark.timeout(280)
+def test_real_ranks_that_are_slow_hang_or_bring_a_nan_are_named(tmp_path: Path) -> None:
+    """One run: rank 2 is slow, a sample of rank 1 is NaN, then rank 1 hangs for most of the timeout."""
+    # The groups wait for 30 s, as launch joins them; the watch believes 10 s and speaks after 8.
+    run = {
+        "steps": 23,
+        "timeout_s": 10.0,
+        "nan_at": [3, 4],
+        "slow": [[2, 0, 0.5], [1, -21, 15.0]],
+        "usr1_at": [1, 0],
+    }
+    launch("train", 3, tmp_path, timeout_s=250, runs=[run])
+    said = (tmp_path / "rank0.out").read_text()
+    # Step 3 has samples 24 to 31, and rank 1 of 3 owns virtual shards 2 to 4 of 8.
+    assert (
+        "step 4 skipped on all ranks: the loss of virtual shards [4] is not finite (rank 1: samples [28])"
+        in said
+    )
+    assert "straggler: rank 2 waits for data" in said
+    stacks = (tmp_path / "run" / STACKS_FILE).read_text()
+    assert f"where each rank stands is in {tmp_path}/run/{STACKS_FILE}" in said
+    blocks = stacks.split("==== ")[1:]
+    by_rank = {
+        rank: [
+            block for block in blocks if block.startswith(f"rank {rank} of 3") and "step 21 began" in block
+        ]
+        for rank in range(3)
+    }
+    assert all(len(found) == 1 for found in by_rank.values()), stacks
+    assert "in __iter__" in by_rank[1][0], "the culprit is still fetching its batch"
+    for rank in (0, 2):
+        assert "in gather_floats" in by_rank[rank][0] or "in _collect" in by_rank[rank][0]
+    assert any(block.startswith("rank 0 of 3") and ": SIGUSR1" in block for block in blocks)

@@ -1,0 +1,114 @@
+"""Weights of a snapshot as a safetensors file: ``python -m foldfeed.trainer.export RUN_OR_SNAPSHOT FILE``.
+
+The file holds the model's parameters under their names, fp32, and where they come from as metadata. The
+snapshot is validated first; the layout is that of the model in its manifest, checked by the layout's hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import torch
+
+from foldfeed.feature_store.errors import FoldfeedError, MissingExtraError
+from foldfeed.trainer.config import ModelConfig
+from foldfeed.trainer.errors import NoValidSnapshotError, SnapshotMismatchError
+from foldfeed.trainer.flat import FlatParameters
+from foldfeed.trainer.model import CompactEvoformer
+from foldfeed.trainer.snapshot import MANIFEST, Generation, SnapshotFolder, read_generation
+
+
+def named_weights(generation: Generation) -> dict[str, torch.Tensor]:
+    """Returns the parameters of a validated snapshot, fp32 on the CPU, by their names in the model.
+
+    Raises:
+      SnapshotMismatchError: this release's model has another layout than the one that was trained.
+    """
+    manifest = generation.manifest
+    flat = FlatParameters(CompactEvoformer(ModelConfig(**manifest["identity"]["model"])))
+    if flat.layout_hash != manifest["layout_hash"]:
+        raise SnapshotMismatchError(
+            str(generation.path),
+            [f"layout {manifest['layout_hash']} in the snapshot, {flat.layout_hash} now"],
+            "Export it with the release that trained it.",
+        )
+    params = generation.buffers["params"]
+    return {
+        segment.name: params[segment.start : segment.start + segment.numel].view(segment.shape).clone()
+        for segment in flat.segments
+    }
+
+
+def export_safetensors(path: Path, target: Path) -> Generation:
+    """Writes the weights of a snapshot, or of the newest snapshot on a run's disk, to a safetensors file.
+
+    Args:
+      path: a snapshot's folder, or a run's (``--output``).
+      target: the file; appears whole or not at all.
+    Returns: the generation.
+    Raises:
+      InvalidSnapshotError: it does not validate.
+      NoValidSnapshotError: the run has no snapshot.
+      SnapshotMismatchError: the model's layout is another one.
+      MissingExtraError: safetensors is not installed.
+    """
+    try:
+        # Lazy: an optional extra.
+        from safetensors.torch import save_file
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("safetensors", "export") from error
+    if not (path / MANIFEST).exists():
+        folder = SnapshotFolder(path / "snapshots", keep=1)
+        if not folder.steps():
+            raise NoValidSnapshotError(str(folder.path), ["there is none"])
+        path = folder.generation_path(folder.steps()[-1])
+    generation = read_generation(path)
+    weights = named_weights(generation)
+    digest = hashlib.sha256(generation.buffers["params"].numpy().data.cast("B")).hexdigest()
+    metadata = {
+        "format": "pt",
+        "step": str(generation.step),
+        "weights_digest": digest,
+        **{name: str(generation.manifest[name]) for name in ("run_id", "config_digest", "layout_hash")},
+    }
+    temporary = target.with_name(f".{target.name}.writing")
+    try:
+        save_file(weights, temporary, metadata=metadata)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return generation
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+def command(source: Path, target: Path) -> None:
+    """Write the weights of SOURCE (a snapshot, or a run's --output) to the safetensors file TARGET."""
+    generation = export_safetensors(source, target)
+    click.echo(f"{target}: weights of step {generation.step} from {generation.path}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    try:
+        command.main(
+            args=None if arguments is None else list(arguments),
+            prog_name="python -m foldfeed.trainer.export",
+            standalone_mode=False,
+        )
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()} (--help lists the options)", err=True)
+        return 2
+    except (FoldfeedError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

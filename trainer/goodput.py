@@ -1,0 +1,283 @@
+"""The goodput ledger: where every second of a run went, over all its restarts.
+
+    OUTPUT/goodput.jsonl    one line per start, step and end, with the seconds since the line before
+    python -m foldfeed.trainer.goodput OUTPUT
+
+The first rank appends a line per step, so after a SIGKILL all is known but the step that was cut. What was
+done after the snapshot that the next start went back to becomes *wasted* when the ledger is read. Time runs
+from the start of the first process to the last line; one clock per process (monotonic, set once to the time
+of day) divides it without gaps, and the time between two processes is a part of its own. So the parts sum to
+the wall time, whatever happened.
+
+Names are those of ml-goodput-measurement where it has one. Does not own: what is measured (loop.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from foldfeed.trainer.errors import TrainerError
+
+GOODPUT_FILE = "goodput.jsonl"
+
+PRODUCTIVE = "productive_step"
+SKIPPED = "skipped_step"
+DATA = "data_loading_sync"
+SAVE = "unproductive_checkpoint_save_time"
+RESTORE = "unproductive_checkpoint_restore_time"
+STARTUP = "program_startup"
+INITIALIZATION = "accelerator_initialization"
+PREPARATION = "training_prep"
+WASTED = "wasted_progress_from_disruption"
+RECOVERY = "infrastructure_recovery_from_disruption"
+IDLE = "idle"
+OTHER = "other"
+
+MEANINGS = {
+    PRODUCTIVE: "steps that the weights keep",
+    SKIPPED: "steps that changed nothing, because a gradient was not finite",
+    DATA: "waiting for batches",
+    SAVE: "the loop held up by snapshots",
+    RESTORE: "reading and checking snapshots",
+    STARTUP: "from the start of the process to this package: interpreter, imports",
+    INITIALIZATION: "device, process groups",
+    PREPARATION: "store, model, the run's folder",
+    WASTED: "steps done again after a failure",
+    RECOVERY: "from the last step before a failure to the next start",
+    IDLE: "between a stop that was asked for and the next start",
+    OTHER: "the rest: metrics, the result",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Account:
+    """A ledger summed up.
+
+    Attributes:
+      parts: seconds by name, all names of `MEANINGS`.
+      wall_s: from the first process's start to the last line.
+      starts: how often the run was started.
+      failures: how many starts ended neither done nor by request, the present one left out.
+    """
+
+    parts: Mapping[str, float]
+    wall_s: float
+    starts: int
+    failures: int
+
+    @property
+    def goodput(self) -> float:
+        """Share of the wall time that the weights keep, 0 to 1."""
+        return self.parts[PRODUCTIVE] / self.wall_s if self.wall_s else 0.0
+
+    def lines(self) -> list[str]:
+        """Returns the table that a run prints at its end."""
+        times = "once" if self.starts == 1 else f"{self.starts} times"
+        table = [
+            f"goodput: {100 * self.goodput:.1f} % of {self.wall_s:.1f} s (started {times}, "
+            f"{self.failures} failures)"
+        ]
+        for name, seconds in sorted(self.parts.items(), key=lambda part: -part[1]):
+            if seconds >= 0.05:
+                share = 100 * seconds / self.wall_s
+                table.append(f"  {name:<40}{seconds:>10.1f} s {share:>5.1f} %  {MEANINGS[name]}")
+        return table
+
+
+def account(path: Path) -> Account:
+    """Sums a ledger up.
+
+    Raises:
+      TrainerError: there is none, or it is damaged before its last line.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise TrainerError(f"no ledger at {path} ({error.strerror}); give the --output of a run.") from error
+    return _sum_up(_whole_lines(path, raw))
+
+
+def _whole_lines(path: Path, raw: bytes) -> list[dict[str, Any]]:
+    """Returns the lines of a ledger; a torn last line was cut by a kill."""
+    found = []
+    for number, line in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            entry["event"], entry["parts"], float(entry["time"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise TrainerError(
+                f"{path}, line {number} is damaged ({error!r}). Move the file away: the run goes on, and "
+                "accounts from then on."
+            ) from error
+        found.append(entry)
+    return found
+
+
+def _sum_up(entries: Sequence[Mapping[str, Any]]) -> Account:
+    parts = dict.fromkeys(MEANINGS, 0.0)
+    steps: list[Mapping[str, Any]] = []
+    last: Mapping[str, Any] | None = None
+    starts = failures = 0
+    for entry in entries:
+        if entry["event"] == "start":
+            starts += 1
+            if last is not None:
+                asked_for = last["event"] == "end" and last["reason"] != "failed"
+                failures += not asked_for
+                parts[IDLE if asked_for else RECOVERY] += entry["began"] - last["time"]
+            # What was done after the snapshot that this start went back to is done again.
+            lost = [done for done in steps if done["step"] > entry["step"]]
+            steps = [done for done in steps if done["step"] <= entry["step"]]
+            for done in lost:
+                for name, seconds in done["parts"].items():
+                    parts[name] -= seconds
+                    parts[WASTED] += seconds
+        if entry["event"] == "step":
+            steps.append(entry)
+        for name, seconds in entry["parts"].items():
+            parts[name] += seconds
+        last = entry
+    wall_s = last["time"] - entries[0]["began"] if last is not None else 0.0
+    return Account(parts=parts, wall_s=wall_s, starts=starts, failures=failures)
+
+
+def process_start() -> float:
+    """Returns when this process started, in seconds of the time of day; now, where /proc does not say."""
+    stat, uptime = Path("/proc/self/stat"), Path("/proc/uptime")
+    if not stat.exists() or not uptime.exists():
+        return time.time()
+    # The name may hold spaces and brackets; the fields after it do not (proc(5): starttime is the 22nd).
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+    age_s = float(uptime.read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age_s
+
+
+class Ledger:
+    """Times one process; the first rank's also writes.
+
+    Between two calls of `mark` every second belongs to the second call's name.
+    """
+
+    def __init__(self, folder: Path, *, active: bool, began: float | None = None) -> None:
+        """Starts to count; nothing is written before `start`.
+
+        Args:
+          folder: of the run.
+          active: whether this rank writes.
+          began: when the process started; now when None.
+        """
+        self.path = folder / GOODPUT_FILE
+        self._active = active
+        self._clock = time.time() - time.monotonic()
+        self._began = self._now() if began is None else began
+        self._marked = self._began
+        self._parts: dict[str, float] = {}
+        self._file: Any = None
+
+    def _now(self) -> float:
+        return self._clock + time.monotonic()
+
+    def mark(self, name: str) -> None:
+        """Gives the time since the last mark to ``name``."""
+        now = self._now()
+        self._parts[name] = self._parts.get(name, 0.0) + now - self._marked
+        self._marked = now
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Moves some of what was marked since the last line from one name to another."""
+        seconds = min(seconds, self._parts.get(source, 0.0))
+        self._parts[source] = self._parts.get(source, 0.0) - seconds
+        self._parts[target] = self._parts.get(target, 0.0) + seconds
+
+    def start(self, step: int, world: int) -> None:
+        """Opens the ledger of the run, after its folder was claimed.
+
+        Args:
+          step: completed steps that the snapshot gave.
+          world: number of ranks.
+        """
+        if not self._active:
+            self._parts = {}
+            return
+        raw = self.path.read_bytes() if self.path.exists() else b""
+        before = _whole_lines(self.path, raw)
+        if before:
+            # A process that runs twice, or a clock that was set back: no second counts twice.
+            excess = before[-1]["time"] - self._began
+            for name in list(self._parts):
+                if excess <= 0:
+                    break
+                taken = min(excess, self._parts[name])
+                self._parts[name] -= taken
+                self._began += taken
+                excess -= taken
+        self._file = self.path.open("r+b" if raw else "w+b")
+        # A torn last line is cut off.
+        self._file.seek(raw.rfind(b"\n") + 1)
+        self._file.truncate()
+        self._write("start", began=self._began, step=step, world=world)
+
+    def step(self, step: int) -> None:
+        """Writes what went by up to the end of a step, ``step`` completed ones."""
+        self._write("step", step=step)
+
+    def end(self, reason: str) -> Account | None:
+        """Writes the last line; returns the run's account where it is kept.
+
+        Args:
+          reason: ``finished``, ``stopped`` or ``failed``.
+        """
+        if self._file is None:
+            return None
+        # What a run that failed did last was to wait for somebody who was gone.
+        self.mark(RECOVERY if reason == "failed" else OTHER)
+        self._write("end", reason=reason)
+        self._file.close()
+        self._file = None
+        return account(self.path)
+
+    def _write(self, event: str, **values: Any) -> None:
+        parts, self._parts = self._parts, {}
+        if self._file is None:
+            return
+        line = {"event": event, "time": self._marked, **values, "parts": parts}
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("output", type=click.Path(path_type=Path))
+def command(output: Path) -> None:
+    """Print where the time of the run in OUTPUT went; it may still be running."""
+    for line in account(output / GOODPUT_FILE).lines():
+        click.echo(line)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    try:
+        command.main(
+            args=None if arguments is None else list(arguments),
+            prog_name="python -m foldfeed.trainer.goodput",
+            standalone_mode=False,
+        )
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()} (--help lists the options)", err=True)
+        return 2
+    except TrainerError as error:
+        click.echo(f"error: {error}", err=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
