@@ -19,23 +19,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentP
 from apache_beam.runners.worker import sdk_worker
 
 from foldfeed.pipelines.errors import EngineError, PipelineFailedError, WorkerError
-
-LOCAL_RUNNER = "FnApiRunner"
-
-# Measured with Beam 2.77: both report DONE with wrong results.
-_LOSES_RECORDS = (
-    "this runner mixes tagged outputs, drops what finish_bundle emits and still reports success; "
-    f"use {LOCAL_RUNNER}, SparkRunner, FlinkRunner or DataflowRunner"
-)
-REFUSED_RUNNERS = {
-    "daskrunner": _LOSES_RECORDS,
-    "pysparkrunner": _LOSES_RECORDS,
-    "beampysparkrunner": _LOSES_RECORDS,
-}
-MAPPED_RUNNERS = {
-    "directrunner": "a bare DirectRunner first tries to download another runner",
-    "switchingdirectrunner": "it first tries to download another runner",
-}
+from foldfeed.pipelines.runners import LOCAL_RUNNER
 
 _FLAG = re.compile(r"--([A-Za-z0-9_]+)(?:=(.*))?", re.DOTALL)
 _WORKER_ERROR = re.compile(
@@ -43,20 +27,6 @@ _WORKER_ERROR = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _LAST_STAGE = re.compile(r"\[while running '([^']*)'\]")
-
-
-def choose_runner(runner: str) -> tuple[str, str | None]:
-    """Returns the runner to use and, where it is not the one asked for, a line that says why.
-
-    Raises:
-      EngineError: the runner is refused.
-    """
-    key = runner.rpartition(".")[2].lower()
-    if key in REFUSED_RUNNERS:
-        raise EngineError(f"--runner {runner}", REFUSED_RUNNERS[key])
-    if key in MAPPED_RUNNERS:
-        return LOCAL_RUNNER, f"using {LOCAL_RUNNER} instead of {runner}: {MAPPED_RUNNERS[key]}"
-    return runner, None
 
 
 def make_options(runner: str, workers: int, extra: Sequence[str]) -> PipelineOptions:

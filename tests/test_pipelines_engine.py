@@ -3,8 +3,9 @@
 import pytest
 from apache_beam.options.pipeline_options import DirectOptions, PortableOptions, StandardOptions
 
-from foldfeed.pipelines.engine import choose_runner, failure_of, make_options
+from foldfeed.pipelines.engine import failure_of, make_options
 from foldfeed.pipelines.errors import EngineError
+from foldfeed.pipelines.runners import choose_runner
 
 
 @pytest.mark.parametrize(

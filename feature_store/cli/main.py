@@ -37,6 +37,7 @@ SENTENCES = {
     "compact": "Rewrite small and half-dead parts of STORE into full ones, and merge the files of the index.",
     "copy": "Copy one version of the store SOURCE to TARGET. Run it again to go on after an interruption.",
     "crop": "Read a piece of one alignment: only the tiles it touches.",
+    "database": "Know search databases by name: what is in them, which release, whether they are unchanged.",
     "delete": "Delete records from STORE in one transaction. Older versions keep them.",
     "export": "Write records of STORE in the formats of other programs.",
     "gc": "Remove parts and index files of STORE that no version names, and leftovers of killed writers.",
