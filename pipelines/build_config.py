@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from foldfeed.feature_store.format.record import MAX_RESIDUES
 from foldfeed.feature_store.index.transactions import ON_EXISTING
+from foldfeed.pipelines.costs import DatabaseCost
 from foldfeed.pipelines.databases import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError
 from foldfeed.pipelines.sequences import DeadLetter
@@ -93,12 +94,17 @@ class BuildConfig:
     @property
     def results_url(self) -> str:
         """Where search results are kept."""
-        return self.results if self.results is not None else self.store.rstrip("/") + ".results"
+        return self.results if self.results is not None else default_results(self.store)
 
     @property
     def num_workers(self) -> int:
         """Searches at a time with the local runner."""
         return self.workers or max(1, len(os.sched_getaffinity(0)) // self.cpus_per_search)
+
+
+def default_results(store: str) -> str:
+    """Returns where the search results of a store are kept unless told otherwise."""
+    return store.rstrip("/") + ".results"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +127,8 @@ class BuildReport:
       num_failed: searches that gave no usable result.
       seconds: wall time.
       started_engine: whether Beam ran; False when there was nothing to do.
+      costs: what the searches behind these records cost, by database; those of earlier runs among them.
+      ledger_path: the same by record and database, a Parquet file.
     """
 
     store: str
@@ -138,3 +146,5 @@ class BuildReport:
     num_failed: int
     seconds: float
     started_engine: bool = True
+    costs: tuple[DatabaseCost, ...] = ()
+    ledger_path: str = ""

@@ -13,10 +13,12 @@ import click
 from foldfeed.feature_store.cli.tools import row_order_options
 from foldfeed.feature_store.index.transactions import ON_EXISTING
 from foldfeed.pipelines.build_config import DEFAULT_MAX_RESIDUES, DEFAULT_TIMEOUT_S, BuildConfig, BuildReport
+from foldfeed.pipelines.costs import lines_of as cost_lines
 from foldfeed.pipelines.database_cli import registry_option
 from foldfeed.pipelines.errors import ConfigError, EngineError
+from foldfeed.pipelines.forecast import lines_of as forecast_lines
 from foldfeed.pipelines.interrupt import StoppedBySignal
-from foldfeed.pipelines.job import run_build
+from foldfeed.pipelines.job import forecast_build, run_build
 from foldfeed.pipelines.registry import Registry, database_of
 
 # Dead letters printed on the terminal; the file holds all of them.
@@ -82,6 +84,12 @@ MAX_SHOWN_LETTERS = 20
     help="Read the databases again; else files of known size, time and inode count as unchanged.",
 )
 @click.option("--runner", default="FnApiRunner", show_default=True, help="Beam runner.")
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would be searched and what that costs; search nothing."
+)
+@click.option(
+    "--price-per-cpu-hour", type=click.FloatRange(min=0), metavar="P", help="Add prices, in any currency."
+)
 @click.option("--fail-on-dead-letters", is_flag=True, help="Exit with 1 if any record could not be built.")
 @click.argument("beam_options", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
@@ -103,6 +111,8 @@ def build(
     on_existing: str,
     check_databases: bool,
     runner: str,
+    dry_run: bool,
+    price_per_cpu_hour: float | None,
     fail_on_dead_letters: bool,
     beam_options: tuple[str, ...],
 ) -> None:
@@ -140,6 +150,10 @@ def build(
             runner=runner,
             beam_options=beam_options,
         )
+        if dry_run:
+            for line in forecast_lines(forecast_build(config), price_per_cpu_hour):
+                click.echo(line)
+            return
         report = run_build(config, say=_say)
     except (ConfigError, EngineError) as error:
         raise click.UsageError(str(error), ctx) from error
@@ -151,7 +165,7 @@ def build(
         )
         # As a shell counts: 130 after Ctrl-C, 143 after SIGTERM.
         ctx.exit(128 + stop.number)
-    _print_report(report)
+    _print_report(report, price_per_cpu_hour)
     if report.dead_letters and fail_on_dead_letters:
         ctx.exit(1)
 
@@ -167,7 +181,7 @@ def _parse_max_hits(text: str) -> tuple[str, int]:
     return name, int(number)
 
 
-def _print_report(report: BuildReport) -> None:
+def _print_report(report: BuildReport, price_per_cpu_hour: float | None) -> None:
     click.echo(
         f"{report.store}: version {report.version}, {report.num_records} records built in "
         f"{report.seconds:.1f} s ({report.num_added} added, {report.num_unchanged} unchanged)"
@@ -178,6 +192,8 @@ def _print_report(report: BuildReport) -> None:
         f"searches: {report.num_searched} done, {report.num_reused} reused, {report.num_failed} failed "
         f"(kept in {report.results})"
     )
+    for line in cost_lines(report.costs, price_per_cpu_hour):
+        click.echo(f"  {line}")
     if not report.dead_letters:
         return
     click.echo(f"dead letters: {len(report.dead_letters)} (listed in {report.dead_letters_path})")

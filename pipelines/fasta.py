@@ -173,6 +173,7 @@ class _Reader:
             record_id=record_id,
             stage="read",
             reason=reason,
+            kind="BadEntry",
         )
 
 

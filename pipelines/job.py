@@ -15,8 +15,11 @@ from collections.abc import Callable
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.build_config import BuildConfig, BuildReport
 from foldfeed.pipelines.fasta import open_query_file
+from foldfeed.pipelines.features import SearchedDatabase
+from foldfeed.pipelines.forecast import Forecast, make_forecast
 from foldfeed.pipelines.outcome import Finished, find_finished, may_be_finished, write_dead_letters
 from foldfeed.pipelines.plan import Plan, default_num_parts, job_id_of, make_plan
+from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.runners import choose_runner
 from foldfeed.pipelines.subprocess_runner import allow_all
 from foldfeed.pipelines.tools import prepare_databases
@@ -49,6 +52,39 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
 
         options = beam_options(config, runner)
         refuse_foreign_store(config)
+    databases, plan, job_id, num_parts = _planned(config)
+    found = find_finished(config, job_id, plan)
+    if found is not None:
+        return _nothing_to_do(config, plan, *found, started)
+    from foldfeed.pipelines.run import beam_options, refuse_foreign_store, run_and_commit
+
+    if options is None:
+        options = beam_options(config, runner)
+        refuse_foreign_store(config)
+    report = run_and_commit(config, databases, plan, job_id, num_parts, runner, options)
+    return dataclasses.replace(report, seconds=time.monotonic() - started)
+
+
+def forecast_build(config: BuildConfig) -> Forecast:
+    """Returns what `run_build` would do; nothing is searched, and only hashes of databases are written.
+
+    Raises:
+      PipelineError: the build cannot work.
+    """
+    choose_runner(config.runner)
+    databases, plan, job_id, _ = _planned(config)
+    return make_forecast(
+        config.queries,
+        databases,
+        config.max_residues,
+        plan,
+        ResultStore(config.results_url),
+        is_finished=find_finished(config, job_id, plan) is not None,
+    )
+
+
+def _planned(config: BuildConfig) -> tuple[tuple[SearchedDatabase, ...], Plan, str, int]:
+    """Returns databases, plan, the job's name and its number of parts."""
     databases = prepare_databases(
         config.databases,
         max_hits=config.max_hits,
@@ -60,16 +96,7 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
     plan = make_plan(config.queries, databases, config.max_residues)
     num_parts = config.parts or default_num_parts(plan.num_queries)
     job_id = job_id_of(plan, databases, num_parts)
-    found = find_finished(config, job_id, plan)
-    if found is not None:
-        return _nothing_to_do(config, plan, *found, started)
-    from foldfeed.pipelines.run import beam_options, refuse_foreign_store, run_and_commit
-
-    if options is None:
-        options = beam_options(config, runner)
-        refuse_foreign_store(config)
-    report = run_and_commit(config, databases, plan, job_id, num_parts, runner, options)
-    return dataclasses.replace(report, seconds=time.monotonic() - started)
+    return databases, plan, job_id, num_parts
 
 
 def _nothing_to_do(
@@ -92,4 +119,6 @@ def _nothing_to_do(
         num_failed=0,
         seconds=time.monotonic() - started,
         started_engine=False,
+        costs=finished.costs,
+        ledger_path=finished.ledger_path,
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from foldfeed.feature_store.format.settings import SETTINGS_FILE, StoreSettings
 from foldfeed.feature_store.index.transactions import Index
 from foldfeed.feature_store.storage import Blobs, open_blobs
 from foldfeed.pipelines.build_config import BuildConfig
+from foldfeed.pipelines.costs import DatabaseCost
 from foldfeed.pipelines.plan import Plan
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.sequences import DeadLetter
@@ -39,6 +41,8 @@ class Finished:
       part_ids: parts that it wrote.
       num_records: records in them.
       dead_letters: entries that are not in the store, in file order.
+      costs: of its searches, by database.
+      ledger_path: the same by record and database.
     """
 
     store: str
@@ -47,6 +51,8 @@ class Finished:
     part_ids: tuple[str, ...]
     num_records: int
     dead_letters: tuple[DeadLetter, ...]
+    costs: tuple[DatabaseCost, ...]
+    ledger_path: str
 
 
 def write_dead_letters(letters: Sequence[DeadLetter], results_url: str, job_id: str) -> str:
@@ -56,6 +62,32 @@ def write_dead_letters(letters: Sequence[DeadLetter], results_url: str, job_id: 
     data = "".join(json.dumps(letter.to_json()) + "\n" for letter in letters).encode()
     blobs.write_atomic(path, data)
     return f"{blobs.url}/{path}"
+
+
+def write_completeness(
+    plan: Plan,
+    letters: Sequence[DeadLetter],
+    *,
+    num_records: int,
+    num_answered: int,
+    num_failed: int,
+    results_url: str,
+    job_id: str,
+) -> None:
+    """Writes ``jobs/JOB_ID/completeness.json``: what became of every entry and search."""
+    kinds = Counter((letter.stage, letter.kind, letter.retry) for letter in letters)
+    content = {
+        "entries": plan.coverage.count,
+        "records": num_records,
+        "dead_letters": [
+            {"stage": stage, "kind": kind, "retry": retry, "count": count}
+            for (stage, kind, retry), count in sorted(kinds.items())
+        ],
+        "searches": {"planned": len(plan.unit_ids), "answered": num_answered, "failed": num_failed},
+        "complete": num_records == plan.coverage.count,
+    }
+    data = json.dumps(content, indent=1).encode()
+    open_blobs(results_url).write_atomic(f"jobs/{job_id}/completeness.json", data)
 
 
 def mark_finished(finished: Finished, results_url: str) -> None:
@@ -105,6 +137,10 @@ def _read(results: Blobs, store_url: str, job_id: str) -> Finished | None:
             return None
         fields["part_ids"] = tuple(fields["part_ids"])
         fields["dead_letters"] = tuple(DeadLetter(**letter) for letter in fields["dead_letters"])
+        # Nothing of what is reported was done in the run that reports it.
+        fields["costs"] = tuple(
+            DatabaseCost(**{**cost, "num_new": 0, "new_cpu_s": 0.0}) for cost in fields["costs"]
+        )
         return Finished(**fields)
     except (ValueError, TypeError, KeyError):
         # A damaged mark is no mark: the general way finds out what is done and leaves a new one.

@@ -20,12 +20,13 @@ from foldfeed.feature_store.errors import MissingExtraError
 from foldfeed.feature_store.format.settings import StoreSettings
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.feature_store.store.feature_store import FeatureStore, choose_settings
+from foldfeed.pipelines import ledger
 from foldfeed.pipelines.build_config import BuildConfig, BuildReport
 from foldfeed.pipelines.errors import ConfigError, NothingCommittedError
 from foldfeed.pipelines.features import SearchedDatabase
 from foldfeed.pipelines.interrupt import stop_searches_on_interrupt
-from foldfeed.pipelines.outcome import Finished, mark_finished, write_dead_letters
-from foldfeed.pipelines.parts import PartReceipt, audit
+from foldfeed.pipelines.outcome import Finished, mark_finished, write_completeness, write_dead_letters
+from foldfeed.pipelines.parts import PartReceipt, audit, ledger_path
 from foldfeed.pipelines.plan import Plan
 from foldfeed.pipelines.progress import count_done, search_progress
 from foldfeed.pipelines.runners import LOCAL_RUNNER
@@ -97,6 +98,19 @@ def run_and_commit(
     done, failed = count_done(plan, context)
     letters = _dead_letters(receipts) if receipts else plan.rejects
     letters_path = write_dead_letters(letters, config.results_url, job_id)
+    num_records = sum(receipt.num_records for receipt in receipts)
+    write_completeness(
+        plan,
+        letters,
+        num_records=num_records,
+        num_answered=done,
+        num_failed=failed,
+        results_url=config.results_url,
+        job_id=job_id,
+    )
+    paths = [ledger_path(receipt.part, context) for receipt in receipts]
+    table, where = ledger.join(config.results_url, paths, job_id)
+    costs = ledger.costs(table, context.run_id)
     part_ids = tuple(receipt.part_id for receipt in receipts if receipt.part_id is not None)
     if not part_ids:
         raise NothingCommittedError(len(letters), str(letters[0]) if letters else "none", letters_path)
@@ -113,7 +127,7 @@ def run_and_commit(
         version=store.version,
         job_id=job_id,
         part_ids=part_ids,
-        num_records=sum(receipt.num_records for receipt in receipts),
+        num_records=num_records,
         num_added=commit.num_added,
         num_unchanged=commit.num_unchanged,
         dead_letters=letters,
@@ -122,6 +136,8 @@ def run_and_commit(
         num_reused=reused,
         num_failed=failed,
         seconds=time.monotonic() - started,
+        costs=costs,
+        ledger_path=where,
     )
     if done == len(plan.unit_ids) and not failed:
         mark_finished(
@@ -132,6 +148,8 @@ def run_and_commit(
                 part_ids=part_ids,
                 num_records=report.num_records,
                 dead_letters=letters,
+                costs=costs,
+                ledger_path=where,
             ),
             config.results_url,
         )

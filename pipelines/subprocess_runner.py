@@ -61,11 +61,16 @@ class Usage:
       max_rss_bytes: largest resident memory of the program itself, sampled at least every 0.25 s. The
         kernel's own ``ru_maxrss`` is no use here: a child inherits the size of the Python process that
         forked it.
+      bytes_read: bytes it asked the system for, from disk or from its cache; pages of a mapped file are not
+        among them. 0 where the kernel does not count.
+      bytes_from_disk: bytes that storage really delivered for it, mapped files among them.
     """
 
     wall_s: float
     cpu_s: float
     max_rss_bytes: int
+    bytes_read: int = 0
+    bytes_from_disk: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +147,7 @@ def run_program(argv: Sequence[str], *, folder: Path, timeout_s: float) -> Compl
         )
     try:
         peak_bytes = _watch(process.pid, name, started, timeout_s)
+        bytes_read, bytes_from_disk = _bytes_read(process.pid)
     finally:
         status, usage = _reap(process.pid)
         # Popen must not wait for a child that is gone.
@@ -151,7 +157,11 @@ def run_program(argv: Sequence[str], *, folder: Path, timeout_s: float) -> Compl
         stdout_tail=_tail(folder / "stdout.log"),
         stderr_tail=_tail(folder / "stderr.log"),
         usage=Usage(
-            wall_s=time.monotonic() - started, cpu_s=usage.ru_utime + usage.ru_stime, max_rss_bytes=peak_bytes
+            wall_s=time.monotonic() - started,
+            cpu_s=usage.ru_utime + usage.ru_stime,
+            max_rss_bytes=peak_bytes,
+            bytes_read=bytes_read,
+            bytes_from_disk=bytes_from_disk,
         ),
     )
 
@@ -202,6 +212,15 @@ def _peak_bytes(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return 0
+
+
+def _bytes_read(pid: int) -> tuple[int, int]:
+    """Returns what an exited child and its children read; the kernel keeps the sums until it is reaped."""
+    counts: dict[bytes, int] = {}
+    # Missing in kernels without accounting, denied in some containers.
+    with contextlib.suppress(FileNotFoundError, PermissionError), open(f"/proc/{pid}/io", "rb") as file:
+        counts = {key: int(value) for key, _, value in (line.partition(b":") for line in file)}
+    return counts.get(b"rchar", 0), counts.get(b"read_bytes", 0)
 
 
 def _reap(pid: int) -> tuple[int, resource.struct_rusage]:

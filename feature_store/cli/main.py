@@ -42,6 +42,7 @@ SENTENCES = {
     "export": "Write records of STORE in the formats of other programs.",
     "gc": "Remove parts and index files of STORE that no version names, and leftovers of killed writers.",
     "ingest": "Take alignments made elsewhere into a store, in one commit.",
+    "ledger": "Say what the searches behind STORE cost, by database, or answer a SQL question about them.",
     "log": "List the versions of STORE, the newest first.",
     "plot": "Draw one alignment, or what a whole STORE holds.",
     "query": "Answer a SQL question about the records of STORE.",
