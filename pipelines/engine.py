@@ -1,7 +1,8 @@
-"""Beam engines: which are allowed, with which options, and how their errors read.
+"""Beam engines: with which options they run.
 
-Owns the mapping from a runner's name and extra options to Beam's `PipelineOptions`, and the refusals. Does
-not own the graph. Imports Beam, so it is itself imported only when a build runs.
+Owns the mapping from a runner's name and extra options to Beam's `PipelineOptions`, and the refusals of
+options. Does not own the graph, nor how an engine's error reads (`foldfeed.pipelines.engine_errors`).
+Imports Beam, so it is itself imported only when a build runs.
 
 Invariant: a runner known to lose or mix records, or to hang, is refused before anything is searched.
 """
@@ -18,15 +19,11 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
 from apache_beam.runners.worker import sdk_worker
 
-from foldfeed.pipelines.errors import EngineError, PipelineFailedError, WorkerError
+from foldfeed.pipelines.engine_errors import failure_of
+from foldfeed.pipelines.errors import EngineError, PipelineFailedError
 from foldfeed.pipelines.runners import LOCAL_RUNNER
 
 _FLAG = re.compile(r"--([A-Za-z0-9_]+)(?:=(.*))?", re.DOTALL)
-_WORKER_ERROR = re.compile(
-    rf"{WorkerError.__name__}: (?P<reason>.*?)(?: \[while running '(?P<stage>[^']*)'\])?\s*$",
-    re.MULTILINE | re.DOTALL,
-)
-_LAST_STAGE = re.compile(r"\[while running '([^']*)'\]")
 
 
 def make_options(runner: str, workers: int, extra: Sequence[str]) -> PipelineOptions:
@@ -96,19 +93,6 @@ def run_pipeline(options: PipelineOptions, build: Callable[[beam.Pipeline], None
         raise failure_of(str(error) or type(error).__name__) from error
     if state is not None and state != "DONE":
         raise PipelineFailedError("", f"the engine ended with state {state}.")
-
-
-def failure_of(text: str) -> PipelineFailedError:
-    """Returns the typed error for what an engine says about a failed run.
-
-    Engines hand on a worker's exception as text, usually a traceback with our message and the step in it.
-    """
-    ours = list(_WORKER_ERROR.finditer(text))
-    stages = _LAST_STAGE.findall(text)
-    if ours:
-        return PipelineFailedError(ours[-1].group("stage") or (stages or [""])[-1], ours[-1].group("reason"))
-    last = text.strip().splitlines()[-1] if text.strip() else "no message"
-    return PipelineFailedError((stages or [""])[-1], _LAST_STAGE.sub("", last).strip() + ".")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from foldfeed.pipelines.outcome import Finished, find_finished, may_be_finished,
 from foldfeed.pipelines.plan import Plan, default_num_parts, job_id_of, make_plan
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.runners import choose_runner
-from foldfeed.pipelines.subprocess_runner import allow_all
+from foldfeed.pipelines.subprocess_runner import allow_all, drive_build
 from foldfeed.pipelines.tools import prepare_databases
 
 
@@ -39,6 +39,7 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
     started = time.monotonic()
     # A run before this one in the same process may have been stopped.
     allow_all()
+    drive_build()
     runner, note = choose_runner(config.runner)
     if note is not None and say is not None:
         say(note)

@@ -1,4 +1,4 @@
-"""What searches cost: measured on real children, kept beside the answers, summed once, foretold from receipts."""
+"""What searches cost: measured on real children, kept beside the answers, summed once, foretold."""
 
 import dataclasses
 import json
