@@ -134,7 +134,9 @@ def verify(names: tuple[str, ...], quick: bool, registry: str | None) -> None:
         for sentence in found:
             click.echo(f"{manifest.name}: {sentence}")
         if not found:
-            known.put(refreshed(manifest), replace=False)
+            # A registry that others own need not be writable unless there is something new to say.
+            if (now := refreshed(manifest)) != manifest:
+                known.put(now, replace=False)
             click.echo(f"{manifest.name}: unchanged since {manifest.added}")
         wrong = wrong or bool(found)
     if wrong:
