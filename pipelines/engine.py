@@ -100,17 +100,24 @@ def quiet_beam() -> Iterator[None]:
     """Keeps Beam's own lines off the terminal; a failed run ends in one typed error instead.
 
     Beam's worker logs the traceback of a failed step and also prints it (`SdkWorker._execute`), so a `print`
-    of its own is put before the built-in one. The same text is the cause of the typed error.
+    of its own is put before the built-in one. A job service's messages, the whole stack trace of a failed job
+    among them, come through the root logger. The same text is the cause of the typed error.
     """
     logger = logging.getLogger("apache_beam")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
+    logging.root.addFilter(_is_not_beams)
     vars(sdk_worker)["print"] = _print_nothing
     try:
         yield
     finally:
         vars(sdk_worker).pop("print", None)
+        logging.root.removeFilter(_is_not_beams)
         logger.setLevel(level)
+
+
+def _is_not_beams(record: logging.LogRecord) -> bool:
+    return "/apache_beam/" not in record.pathname
 
 
 def _print_nothing(*_: object, **__: object) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from apache_beam.options.pipeline_options import DirectOptions, PortableOptions, StandardOptions
 
-from foldfeed.pipelines.engine import make_options
+from foldfeed.pipelines.engine import make_options, quiet_beam
 from foldfeed.pipelines.engine_errors import failure_of
 from foldfeed.pipelines.errors import EngineError
 from foldfeed.pipelines.runners import choose_runner
@@ -137,3 +137,36 @@ def test_any_other_java_error_is_its_deepest_cause():
     assert failure_of(alone).reason.startswith("java.io.IOException: disk [task")
     assert failure_of("some words\n\tat a.b.C.d(E.java:1)\n\nDriver stacktrace:").reason == "some words."
     assert failure_of("Driver stacktrace:").reason == "no message."
+
+
+def test_messages_of_a_job_service_stay_off_the_terminal_and_others_do_not(caplog):
+    def log_from(path: str, text: str) -> None:
+        exec(compile(f"import logging; logging.error({text!r})", path, "exec"), {})
+
+    with quiet_beam():
+        log_from("/venv/apache_beam/runners/portability/portable_runner.py", "Driver stacktrace:")
+        log_from("/venv/mine.py", "inside")
+    log_from("/venv/apache_beam/runners/portability/portable_runner.py", "after")
+    assert [record.getMessage() for record in caplog.records] == ["inside", "after"]
+
+
+# What Spark 3.5.0 really said when an executor's Python worker got SIGKILL in a search, with fewer frames.
+KILLED_WORKER = """Pipeline x failed in state FAILED: org.apache.spark.SparkException: Job aborted due to \
+stage failure: Task 0 in stage 2.0 failed 4 times, most recent failure: Lost task 0.3 in stage 2.0 (TID 23) \
+(127.0.0.1 executor 1): org.apache.beam.vendor.grpc.v1p60p1.io.grpc.StatusRuntimeException: CANCELLED: \
+call already cancelled. Use ServerCallStreamObserver.setOnCancelHandler() to disable this exception
+\tat org.apache.beam.vendor.grpc.v1p60p1.io.grpc.Status.asRuntimeException(Status.java:529)
+\tat org.apache.spark.rdd.RDD.$anonfun$mapPartitions$2$adapted(RDD.scala:855)
+\tat org.apache.spark.util.Utils$.tryWithSafeFinally(Utils.scala:94)
+\tat java.base/java.lang.Thread.run(Thread.java:840)
+
+Driver stacktrace:"""
+
+
+def test_what_spark_says_of_a_killed_worker_names_worker_and_task():
+    reason = failure_of(KILLED_WORKER).reason
+    assert reason.startswith(
+        "a worker process was lost, killed perhaps or out of memory (org.apache.beam.vendor"
+    )
+    assert reason.endswith("[task 0.3 in stage 2.0, 127.0.0.1 executor 1].")
+    assert len(reason.splitlines()) == 1
