@@ -12,16 +12,14 @@ import click
 
 from foldfeed.feature_store.cli.tools import row_order_options
 from foldfeed.feature_store.index.transactions import ON_EXISTING
-from foldfeed.pipelines.databases import DatabaseSpec
+from foldfeed.pipelines.build_config import DEFAULT_MAX_RESIDUES, DEFAULT_TIMEOUT_S, BuildConfig, BuildReport
+from foldfeed.pipelines.costs import lines_of as cost_lines
+from foldfeed.pipelines.database_cli import registry_option
 from foldfeed.pipelines.errors import ConfigError, EngineError
-from foldfeed.pipelines.job import (
-    DEFAULT_MAX_RESIDUES,
-    DEFAULT_TIMEOUT_S,
-    BuildConfig,
-    BuildReport,
-    StoppedBySignal,
-    run_build,
-)
+from foldfeed.pipelines.forecast import lines_of as forecast_lines
+from foldfeed.pipelines.interrupt import StoppedBySignal
+from foldfeed.pipelines.job import forecast_build, run_build
+from foldfeed.pipelines.registry import Registry, database_of
 
 # Dead letters printed on the terminal; the file holds all of them.
 MAX_SHOWN_LETTERS = 20
@@ -34,9 +32,11 @@ MAX_SHOWN_LETTERS = 20
     "databases",
     multiple=True,
     required=True,
-    metavar="NAME=PATH[:TOOL]",
-    help="What to search: a FASTA file (jackhmmer) or an HH-suite prefix (hhblits); may be repeated.",
+    metavar="NAME[=PATH[:TOOL]]",
+    help="What to search: a FASTA file (jackhmmer) or an HH-suite prefix (hhblits), or the NAME alone of one "
+    "that `foldfeed database add` knows; may be repeated.",
 )
+@registry_option
 @click.option("--store", required=True, metavar="URL", help="Feature store to add to; made when absent.")
 @row_order_options
 @click.option(
@@ -78,7 +78,18 @@ MAX_SHOWN_LETTERS = 20
     show_default=True,
     help="What to do with a record id that is in the store with other content, e.g. from an older database.",
 )
+@click.option(
+    "--check-databases",
+    is_flag=True,
+    help="Read the databases again; else files of known size, time and inode count as unchanged.",
+)
 @click.option("--runner", default="FnApiRunner", show_default=True, help="Beam runner.")
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would be searched and what that costs; search nothing."
+)
+@click.option(
+    "--price-per-cpu-hour", type=click.FloatRange(min=0), metavar="P", help="Add prices, in any currency."
+)
 @click.option("--fail-on-dead-letters", is_flag=True, help="Exit with 1 if any record could not be built.")
 @click.argument("beam_options", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
@@ -86,6 +97,7 @@ def build(
     ctx: click.Context,
     queries: tuple[str, ...],
     databases: tuple[str, ...],
+    registry: str | None,
     store: str,
     row_order: str | None,
     row_order_seed: int | None,
@@ -97,7 +109,10 @@ def build(
     max_residues: int,
     parts: int | None,
     on_existing: str,
+    check_databases: bool,
     runner: str,
+    dry_run: bool,
+    price_per_cpu_hour: float | None,
     fail_on_dead_letters: bool,
     beam_options: tuple[str, ...],
 ) -> None:
@@ -119,7 +134,7 @@ def build(
     try:
         config = BuildConfig(
             queries=queries,
-            databases=tuple(DatabaseSpec.parse(text) for text in databases),
+            databases=tuple(database_of(text, Registry(registry)) for text in databases),
             store=store,
             row_order=row_order,
             row_order_seed=row_order_seed,
@@ -131,9 +146,14 @@ def build(
             max_residues=max_residues,
             parts=parts,
             on_existing=on_existing,
+            check_databases=check_databases,
             runner=runner,
             beam_options=beam_options,
         )
+        if dry_run:
+            for line in forecast_lines(forecast_build(config), price_per_cpu_hour):
+                click.echo(line)
+            return
         report = run_build(config, say=_say)
     except (ConfigError, EngineError) as error:
         raise click.UsageError(str(error), ctx) from error
@@ -145,7 +165,7 @@ def build(
         )
         # As a shell counts: 130 after Ctrl-C, 143 after SIGTERM.
         ctx.exit(128 + stop.number)
-    _print_report(report)
+    _print_report(report, price_per_cpu_hour)
     if report.dead_letters and fail_on_dead_letters:
         ctx.exit(1)
 
@@ -161,15 +181,19 @@ def _parse_max_hits(text: str) -> tuple[str, int]:
     return name, int(number)
 
 
-def _print_report(report: BuildReport) -> None:
+def _print_report(report: BuildReport, price_per_cpu_hour: float | None) -> None:
     click.echo(
         f"{report.store}: version {report.version}, {report.num_records} records built in "
         f"{report.seconds:.1f} s ({report.num_added} added, {report.num_unchanged} unchanged)"
     )
+    if not report.started_engine:
+        click.echo("nothing to do: every search is done and the store has the commit; no engine was started")
     click.echo(
         f"searches: {report.num_searched} done, {report.num_reused} reused, {report.num_failed} failed "
         f"(kept in {report.results})"
     )
+    for line in cost_lines(report.costs, price_per_cpu_hour):
+        click.echo(f"  {line}")
     if not report.dead_letters:
         return
     click.echo(f"dead letters: {len(report.dead_letters)} (listed in {report.dead_letters_path})")

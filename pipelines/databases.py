@@ -18,6 +18,7 @@ from pathlib import Path
 from foldfeed.feature_store.storage import Blobs
 from foldfeed.pipelines import hhblits, jackhmmer
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
+from foldfeed.pipelines.manifest import DatabaseManifest, file_state
 
 TOOLS = (jackhmmer.NAME, hhblits.NAME)
 
@@ -51,11 +52,13 @@ class DatabaseSpec:
       name: e.g. ``uniref90``; decides the place in the merged alignment and the default cap.
       paths: a FASTA file for jackhmmer; one or more HH-suite prefixes for hhblits.
       tool: ``jackhmmer`` or ``hhblits``.
+      manifest: of a database from a registry; its files must still be those that were added.
     """
 
     name: str
     paths: tuple[str, ...]
     tool: str
+    manifest: DatabaseManifest | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -169,34 +172,55 @@ def _hh_files(name: str, prefix: str) -> list[str]:
     return present
 
 
-def database_digest(spec: DatabaseSpec, cache: Blobs | None = None) -> str:
+def database_digest(spec: DatabaseSpec, cache: Blobs | None = None, *, check: bool = False) -> str:
     """Returns the sha256 (hex) of a database's manifest: tool, file names, sizes and content hashes.
 
     The folder is not part of it, so the same files elsewhere are the same database.
 
     Args:
       spec: the database; its files are checked first.
-      cache: where content hashes are remembered by (path, size, modification time), because reading
+      cache: where content hashes are remembered by (path, size, modification time, inode), because reading
         hundreds of gigabytes for every build would cost more than the searches.
+      check: read the files anyway, and remember what they hold now.
     Raises:
       DatabaseError: see `DatabaseSpec.files`.
     """
-    manifest = [
-        (os.path.basename(file), os.path.getsize(file), _cached_sha256(file, cache)) for file in spec.files()
-    ]
-    return hashlib.sha256(json.dumps([spec.tool, manifest]).encode()).hexdigest()
+    known = {file.path: file for file in spec.manifest.files} if spec.manifest is not None else {}
+    contents = []
+    for path in spec.files():
+        file = known.get(path)
+        unchanged = file is not None and not check and file.state == file_state(path)
+        sha256 = file.sha256 if unchanged and file is not None else _cached_sha256(path, cache, check)
+        contents.append((path, os.path.getsize(path), sha256))
+    digest = digest_of(spec.tool, contents)
+    if spec.manifest is not None and digest != spec.manifest.digest:
+        raise DatabaseError(
+            spec.name,
+            ",".join(spec.paths),
+            f"its files are not those that were added on {spec.manifest.added}; `foldfeed database verify "
+            f"{spec.name}` says which, `foldfeed database add --replace` takes the new ones",
+        )
+    return digest
 
 
-def _cached_sha256(path: str, cache: Blobs | None) -> str:
+def digest_of(tool: str, contents: Sequence[tuple[str, int, str]]) -> str:
+    """Returns the sha256 (hex) of a tool and every file's (path, size, content hash), without folders."""
+    named = [(os.path.basename(path), num_bytes, sha256) for path, num_bytes, sha256 in contents]
+    return hashlib.sha256(json.dumps([tool, named]).encode()).hexdigest()
+
+
+def _cached_sha256(path: str, cache: Blobs | None, check: bool) -> str:
+    """Returns the content hash of a file; one file per remembered hash, so that writers never meet."""
     if cache is None:
         return file_sha256(path)
-    stat = os.stat(path)
-    key = json.dumps([os.path.realpath(path), stat.st_size, stat.st_mtime_ns])
+    key = file_state(path)
     name = f"digests/{hashlib.sha256(key.encode()).hexdigest()}.json"
-    if cache.exists(name):
+    if not check and cache.exists(name):
         return json.loads(cache.read(name))["sha256"]
     digest = file_sha256(path)
-    cache.write_atomic(name, json.dumps({"file": key, "sha256": digest}).encode())
+    # A file that changed while it was read has a hash of nothing that ever was.
+    if file_state(path) == key:
+        cache.write_atomic(name, json.dumps({"file": key, "sha256": digest}).encode())
     return digest
 
 

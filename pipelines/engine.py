@@ -1,7 +1,8 @@
-"""Beam engines: which are allowed, with which options, and how their errors read.
+"""Beam engines: with which options they run.
 
-Owns the mapping from a runner's name and extra options to Beam's `PipelineOptions`, and the refusals. Does
-not own the graph. Imports Beam, so it is itself imported only when a build runs.
+Owns the mapping from a runner's name and extra options to Beam's `PipelineOptions`, and the refusals of
+options. Does not own the graph, nor how an engine's error reads (`foldfeed.pipelines.engine_errors`).
+Imports Beam, so it is itself imported only when a build runs.
 
 Invariant: a runner known to lose or mix records, or to hang, is refused before anything is searched.
 """
@@ -18,45 +19,11 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
 from apache_beam.runners.worker import sdk_worker
 
-from foldfeed.pipelines.errors import EngineError, PipelineFailedError, WorkerError
-
-LOCAL_RUNNER = "FnApiRunner"
-
-# Measured with Beam 2.77: both report DONE with wrong results.
-_LOSES_RECORDS = (
-    "this runner mixes tagged outputs, drops what finish_bundle emits and still reports success; "
-    f"use {LOCAL_RUNNER}, SparkRunner, FlinkRunner or DataflowRunner"
-)
-REFUSED_RUNNERS = {
-    "daskrunner": _LOSES_RECORDS,
-    "pysparkrunner": _LOSES_RECORDS,
-    "beampysparkrunner": _LOSES_RECORDS,
-}
-MAPPED_RUNNERS = {
-    "directrunner": "a bare DirectRunner first tries to download another runner",
-    "switchingdirectrunner": "it first tries to download another runner",
-}
+from foldfeed.pipelines.engine_errors import failure_of
+from foldfeed.pipelines.errors import EngineError, PipelineFailedError
+from foldfeed.pipelines.runners import LOCAL_RUNNER
 
 _FLAG = re.compile(r"--([A-Za-z0-9_]+)(?:=(.*))?", re.DOTALL)
-_WORKER_ERROR = re.compile(
-    rf"{WorkerError.__name__}: (?P<reason>.*?)(?: \[while running '(?P<stage>[^']*)'\])?\s*$",
-    re.MULTILINE | re.DOTALL,
-)
-_LAST_STAGE = re.compile(r"\[while running '([^']*)'\]")
-
-
-def choose_runner(runner: str) -> tuple[str, str | None]:
-    """Returns the runner to use and, where it is not the one asked for, a line that says why.
-
-    Raises:
-      EngineError: the runner is refused.
-    """
-    key = runner.rpartition(".")[2].lower()
-    if key in REFUSED_RUNNERS:
-        raise EngineError(f"--runner {runner}", REFUSED_RUNNERS[key])
-    if key in MAPPED_RUNNERS:
-        return LOCAL_RUNNER, f"using {LOCAL_RUNNER} instead of {runner}: {MAPPED_RUNNERS[key]}"
-    return runner, None
 
 
 def make_options(runner: str, workers: int, extra: Sequence[str]) -> PipelineOptions:
@@ -128,35 +95,29 @@ def run_pipeline(options: PipelineOptions, build: Callable[[beam.Pipeline], None
         raise PipelineFailedError("", f"the engine ended with state {state}.")
 
 
-def failure_of(text: str) -> PipelineFailedError:
-    """Returns the typed error for what an engine says about a failed run.
-
-    Engines hand on a worker's exception as text, usually a traceback with our message and the step in it.
-    """
-    ours = list(_WORKER_ERROR.finditer(text))
-    stages = _LAST_STAGE.findall(text)
-    if ours:
-        return PipelineFailedError(ours[-1].group("stage") or (stages or [""])[-1], ours[-1].group("reason"))
-    last = text.strip().splitlines()[-1] if text.strip() else "no message"
-    return PipelineFailedError((stages or [""])[-1], _LAST_STAGE.sub("", last).strip() + ".")
-
-
 @contextlib.contextmanager
 def quiet_beam() -> Iterator[None]:
     """Keeps Beam's own lines off the terminal; a failed run ends in one typed error instead.
 
     Beam's worker logs the traceback of a failed step and also prints it (`SdkWorker._execute`), so a `print`
-    of its own is put before the built-in one. The same text is the cause of the typed error.
+    of its own is put before the built-in one. A job service's messages, the whole stack trace of a failed job
+    among them, come through the root logger. The same text is the cause of the typed error.
     """
     logger = logging.getLogger("apache_beam")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
+    logging.root.addFilter(_is_not_beams)
     vars(sdk_worker)["print"] = _print_nothing
     try:
         yield
     finally:
         vars(sdk_worker).pop("print", None)
+        logging.root.removeFilter(_is_not_beams)
         logger.setLevel(level)
+
+
+def _is_not_beams(record: logging.LogRecord) -> bool:
+    return "/apache_beam/" not in record.pathname
 
 
 def _print_nothing(*_: object, **__: object) -> None:

@@ -5,6 +5,7 @@
         ├── ConfigError (ValueError)      a build was described in a way that cannot work
         ├── QueryFileError                a FASTA file that cannot be opened at all
         ├── DatabaseError                 a database that is not there, empty or of the wrong kind
+        ├── RegistryError                 the file of known databases cannot be used as asked
         ├── ToolNotFoundError             a search tool is not installed, or not the planned one
         ├── SearchError                   one search gave no usable result (ends as a dead letter)
         │   ├── ToolFailedError           non-zero exit or killed by a signal
@@ -66,6 +67,22 @@ class DatabaseError(PipelineError):
 
     def __str__(self) -> str:
         return f"database {self.name!r} at {self.path!r}: {self.reason}"
+
+
+class RegistryError(PipelineError):
+    """The file of known databases cannot be used as asked.
+
+    Attributes:
+      path: of the file.
+      reason: what is wrong.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(path, reason)
+
+    def __str__(self) -> str:
+        return f"registry {self.path!r}: {self.reason}"
 
 
 class ToolNotFoundError(PipelineError):

@@ -31,7 +31,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOT_RESIDUE = re.compile(r"[^A-Z]")
 
 
-class _BadStreamError(Exception):
+class BadStreamError(Exception):
     """The bytes of a file stop making sense here; carries a sentence for a person."""
 
 
@@ -86,7 +86,7 @@ class _Reader:
         number = 0
         stray = False
         try:
-            for number, line in enumerate(_lines(_decompressed(raw, self._url)), start=1):
+            for number, line in enumerate(_lines(decompressed(raw, self._url)), start=1):
                 if line.startswith(b">"):
                     yield from self._close()
                     self._open(line, number)
@@ -96,7 +96,7 @@ class _Reader:
                     stray = True
                     shown = line[:30].decode("utf-8", errors="replace")
                     yield self._reject(number, None, f"text before the first '>' header: {shown!r}")
-        except (_BadStreamError, OSError, zlib.error, zstandard.ZstdError, EOFError) as error:
+        except (BadStreamError, OSError, zlib.error, zstandard.ZstdError, EOFError) as error:
             line_number = self._header_line or number + 1
             reason = f"the file cannot be read on after line {number}: {error}"
             yield self._reject(line_number, self._header, reason)
@@ -173,6 +173,7 @@ class _Reader:
             record_id=record_id,
             stage="read",
             reason=reason,
+            kind="BadEntry",
         )
 
 
@@ -190,12 +191,12 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     rest = b""
     for chunk in _with_line_feeds(chunks):
         if b"\x00" in chunk:
-            raise _BadStreamError("it holds NUL bytes, so it is a binary file and not FASTA text")
+            raise BadStreamError("it holds NUL bytes, so it is a binary file and not FASTA text")
         *whole, rest = (rest + chunk).split(b"\n")
         for line in whole:
             yield line.strip()
         if len(rest) > MAX_LINE_BYTES:
-            raise _BadStreamError(f"a line is longer than {MAX_LINE_BYTES} bytes")
+            raise BadStreamError(f"a line is longer than {MAX_LINE_BYTES} bytes")
     if rest:
         yield rest.strip()
 
@@ -217,7 +218,13 @@ def _with_line_feeds(chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield held.replace(b"\r", b"\n")
 
 
-def _decompressed(raw: IO[bytes], url: str) -> Iterator[bytes]:
+def decompressed(raw: IO[bytes], url: str) -> Iterator[bytes]:
+    """Yields the text of a file; gzip and Zstandard are known by their first bytes.
+
+    Raises:
+      BadStreamError: its name promises another kind, or it ends too early.
+      zlib.error, zstandard.ZstdError: it is damaged.
+    """
     first = raw.read(CHUNK_BYTES)
     if first.startswith(_GZIP):
         return _inflate(raw, first, lambda: zlib.decompressobj(wbits=31), "gzip")
@@ -225,7 +232,7 @@ def _decompressed(raw: IO[bytes], url: str) -> Iterator[bytes]:
         return _inflate(raw, first, lambda: zstandard.ZstdDecompressor().decompressobj(), "zstd")
     for suffix, name in ((".gz", "gzip"), (".zst", "zstd")):
         if url.endswith(suffix):
-            raise _BadStreamError(f"its name ends in {suffix}, but it is no {name} file")
+            raise BadStreamError(f"its name ends in {suffix}, but it is no {name} file")
     return _plain(raw, first)
 
 
@@ -256,4 +263,4 @@ def _inflate(raw: IO[bytes], first: bytes, new_stream: Any, name: str) -> Iterat
             stream = None
         chunk = raw.read(CHUNK_BYTES)
     if stream is not None:
-        raise _BadStreamError(f"the {name} stream ends in the middle")
+        raise BadStreamError(f"the {name} stream ends in the middle")

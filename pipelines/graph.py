@@ -31,11 +31,11 @@ from foldfeed.pipelines.plan import part_of, resolve_duplicates
 from foldfeed.pipelines.search import JobContext, Receipt, WorkUnit, join_units, search_unit, work_units
 from foldfeed.pipelines.search_tool import require_same_binary
 from foldfeed.pipelines.sequences import DeadLetter, QuerySequence
-from foldfeed.pipelines.subprocess_runner import cancel_all
+from foldfeed.pipelines.subprocess_runner import cancel_all, follow_parent
 
 
-def _as_text(error: FoldfeedError) -> WorkerError:
-    return WorkerError(str(error))
+def _as_text(error: FoldfeedError, what: str = "") -> WorkerError:
+    return WorkerError(f"{what}: {error}" if what else str(error))
 
 
 class ReadFile(beam.DoFn):
@@ -69,6 +69,8 @@ class SearchUnit(beam.DoFn):
 
     def setup(self) -> None:
         """Checks once per worker that the planned tools are here."""
+        if not self._stop_together:
+            follow_parent()
         try:
             for database in self._context.databases:
                 require_same_binary(database.tool)
@@ -77,13 +79,15 @@ class SearchUnit(beam.DoFn):
 
     def process(self, element: tuple[str, Iterable[WorkUnit]]) -> Iterator[tuple[str, Receipt]]:
         """Searches, or finds the answer in the result store."""
+        unit = join_units(list(element[1]))
         try:
-            receipt = search_unit(join_units(list(element[1])), self._context)
+            receipt = search_unit(unit, self._context)
         except Exception as error:
             if self._stop_together:
                 cancel_all(f"another search failed: {error}")
             if isinstance(error, FoldfeedError):
-                raise _as_text(error) from error
+                name = self._context.databases[unit.database_index].name
+                raise _as_text(error, f"record {unit.record_ids[0]!r}, search in {name!r}") from error
             raise
         yield element[0], receipt
 
@@ -99,10 +103,11 @@ class WritePart(beam.DoFn):
     ) -> Iterator[PartReceipt]:
         """Writes one part."""
         part, entries = element
+        what = f"part {part} of {self._context.num_parts}"
         try:
             yield write_one_part(part, [entry for entry in entries if entry is not None], self._context)
         except FoldfeedError as error:
-            raise _as_text(error) from error
+            raise _as_text(error, what) from error
 
 
 def _is_query(entry: QuerySequence | DeadLetter) -> bool:

@@ -17,12 +17,20 @@ from foldfeed.feature_store.errors import AlignmentParseError, InvalidRecordErro
 from foldfeed.feature_store.format.record import MsaRecord
 from foldfeed.feature_store.parts.writer import write_part
 from foldfeed.feature_store.storage import open_blobs
+from foldfeed.pipelines import ledger
 from foldfeed.pipelines.errors import AuditError, CorruptResultError, SearchError
 from foldfeed.pipelines.features import build_record
 from foldfeed.pipelines.plan import Plan
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.search import JobContext, Receipt, units_of
-from foldfeed.pipelines.sequences import Coverage, DeadLetter, QuerySequence, coverage_of, dead_letter
+from foldfeed.pipelines.sequences import (
+    Coverage,
+    DeadLetter,
+    QuerySequence,
+    Retry,
+    coverage_of,
+    dead_letter,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,12 +69,29 @@ def completed(
 ) -> QuerySequence | DeadLetter:
     """Returns the query if every database answered, else the dead letter that says which did not."""
     by_database = {receipt.database_index: receipt for receipt in receipts}
-    reasons = [
-        by_database[index].reason if index in by_database else f"search in {database.name!r}: no report"
+    failed = [
+        by_database.get(index) or _no_report(index, database.name)
         for index, database in enumerate(context.databases)
         if index not in by_database or by_database[index].status != "ok"
     ]
-    return dead_letter(query, "search", "; ".join(reasons)) if reasons else query
+    if not failed:
+        return query
+    # One poisoned search is enough: trying again cannot complete the record.
+    poisoned = [receipt for receipt in failed if receipt.status == "poison"]
+    reasons = "; ".join(receipt.reason for receipt in failed)
+    kind = (poisoned or failed)[0].kind
+    return dead_letter(query, "search", reasons, kind, "poison" if poisoned else "retryable")
+
+
+def _no_report(index: int, name: str) -> Receipt:
+    return Receipt(
+        unit_id="",
+        database_index=index,
+        record_ids=(),
+        status="retryable",
+        reason=f"search in {name!r}: no report",
+        kind="NoReport",
+    )
 
 
 def write_one_part(
@@ -86,7 +111,8 @@ def write_one_part(
         (entry for entry in everything if isinstance(entry, QuerySequence)), key=lambda query: query.record_id
     )
     letters = [entry for entry in everything if isinstance(entry, DeadLetter)]
-    records = _records(queries, context, letters)
+    costs: list[dict[str, object]] = []
+    records = _records(queries, context, letters, costs)
     first = next(records, None)
     written = None
     if first is not None:
@@ -99,22 +125,31 @@ def write_one_part(
         dead_letters=tuple(sorted(letters, key=lambda letter: (letter.file_index, letter.item_index))),
     )
     blobs = open_blobs(context.results_url)
+    # Before the receipt, which says that the part is done.
+    blobs.write_atomic(ledger_path(part, context), ledger.to_parquet(costs))
     blobs.write_atomic(_receipt_path(part, context), receipt.to_json())
     return receipt
 
 
 def _records(
-    queries: Sequence[QuerySequence], context: JobContext, letters: list[DeadLetter]
+    queries: Sequence[QuerySequence],
+    context: JobContext,
+    letters: list[DeadLetter],
+    costs: list[dict[str, object]],
 ) -> Iterator[MsaRecord]:
-    """Yields the records of queries; one that cannot be built is appended to the letters instead."""
+    """Yields the records of queries and appends what they cost; one that cannot be built gives a letter."""
     results = ResultStore(context.results_url)
     for query in queries:
         try:
-            answers = [results.get(unit_id) for unit_id in units_of(query.sequence, context.databases)]
-            record = build_record(query, context.databases, answers)
+            units = units_of(query.sequence, context.databases)
+            record = build_record(query, context.databases, [results.get(unit_id) for unit_id in units])
+            cost = ledger.rows_of(query.record_id, map(results.receipt, units), context.databases)
         except (AlignmentParseError, InvalidRecordError, SearchError, CorruptResultError) as error:
-            letters.append(dead_letter(query, "features", str(error)))
+            # A damaged answer is searched anew by the next run; the other errors would come again.
+            retry: Retry = "retryable" if isinstance(error, CorruptResultError) else "poison"
+            letters.append(dead_letter(query, "features", str(error), type(error).__name__, retry))
             continue
+        costs.extend(cost)
         yield record
 
 
@@ -125,6 +160,11 @@ def _chain(first: MsaRecord, rest: Iterator[MsaRecord]) -> Iterator[MsaRecord]:
 
 def _receipt_path(part: int, context: JobContext) -> str:
     return f"{context.run_folder}/parts/{part:05d}-of-{context.num_parts:05d}.json"
+
+
+def ledger_path(part: int, context: JobContext) -> str:
+    """Returns where a part's rows of the ledger lie, in the result store."""
+    return f"{context.run_folder}/ledger/{part:05d}-of-{context.num_parts:05d}.parquet"
 
 
 def audit(plan: Plan, context: JobContext) -> list[PartReceipt]:

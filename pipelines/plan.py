@@ -59,6 +59,7 @@ def duplicate_of(loser: QuerySequence, winner: QuerySequence) -> DeadLetter:
         loser,
         "read",
         f"the id was used before, with {same}, in {winner.source}, line {winner.line}; the first one is kept",
+        "DuplicateId",
     )
 
 

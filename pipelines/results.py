@@ -15,6 +15,7 @@ Safe from any thread and process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -38,6 +39,48 @@ def unit_id_of(sequence: str, database_digest: str, tool_digest: str) -> str:
     return hashlib.sha256("\x00".join(words).encode()).hexdigest()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SearchFacts:
+    """Who searched what, beside the answer.
+
+    Attributes:
+      database: the name by which that build knew the database.
+      database_digest: of its content.
+      num_residues: length of the query.
+      num_hits: rows of the answer but for the query.
+      host: that searched.
+      finished: when, UTC, ISO 8601.
+      run_id: of the build's run.
+    """
+
+    database: str = ""
+    database_digest: str = ""
+    num_residues: int | None = None
+    num_hits: int | None = None
+    host: str = ""
+    finished: str = ""
+    run_id: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class UnitReceipt:
+    """What the store knows of an answer without reading it.
+
+    Attributes:
+      unit_id: its name.
+      stored_bytes: its size here.
+      tool: who made it.
+      usage: what it cost.
+      facts: who searched what; empty in receipts of older versions.
+    """
+
+    unit_id: str
+    stored_bytes: int
+    tool: ToolIdentity
+    usage: Usage
+    facts: SearchFacts
+
+
 class ResultStore:
     """Search results under one folder or URL."""
 
@@ -45,9 +88,13 @@ class ResultStore:
         self._blobs = open_blobs(url)
         self.url = self._blobs.url
 
-    def put(self, unit_id: str, result: SearchResult) -> None:
+    def put(self, unit_id: str, result: SearchResult, facts: SearchFacts | None = None) -> None:
         """Publishes a result; an existing one of that name is replaced by equal bytes.
 
+        Args:
+          unit_id: its name.
+          result: the answer.
+          facts: for the receipt; they do not change the answer's bytes.
         Raises:
           StorageFullError: no space left; the unit stays invisible.
         """
@@ -61,6 +108,7 @@ class ResultStore:
             "stored_bytes": len(stored),
             "tool": dataclasses.asdict(result.tool),
             "usage": dataclasses.asdict(result.usage),
+            "search": dataclasses.asdict(facts or SearchFacts()),
         }
         self._blobs.write_atomic(f"{_stem(unit_id)}.zst", stored)
         self._blobs.write_atomic(f"{_stem(unit_id)}.json", json.dumps(receipt, indent=1).encode())
@@ -86,6 +134,27 @@ class ResultStore:
         except (ValueError, TypeError, LookupError, zstandard.ZstdError) as error:
             raise CorruptResultError(unit_id, f"it cannot be read ({error})") from error
 
+    def receipt(self, unit_id: str) -> UnitReceipt:
+        """Returns what is known of an answer.
+
+        Raises:
+          KeyError: there is no such unit.
+          CorruptResultError: its receipt is damaged.
+        """
+        try:
+            fields = json.loads(self._blobs.read(f"{_stem(unit_id)}.json"))
+            return UnitReceipt(
+                unit_id=unit_id,
+                stored_bytes=int(fields["stored_bytes"]),
+                tool=_tool_of(fields),
+                usage=Usage(**fields["usage"]),
+                facts=SearchFacts(**fields.get("search", {})),
+            )
+        except FileNotFoundError as error:
+            raise KeyError(unit_id) from error
+        except (ValueError, TypeError, LookupError) as error:
+            raise CorruptResultError(unit_id, f"its receipt cannot be read ({error})") from error
+
     def holds(self, unit_id: str) -> bool:
         """Returns whether an undamaged result is there; a damaged one is as good as none."""
         try:
@@ -93,6 +162,21 @@ class ResultStore:
         except (KeyError, CorruptResultError):
             return False
         return True
+
+    def sample(self, count: int) -> list[UnitReceipt]:
+        """Returns the receipts of some units, at most so many; damaged ones are left out."""
+        names = sorted(
+            name.removesuffix(".json")
+            for folder in self._blobs.list("units")
+            for name in self._blobs.list(f"units/{folder}")
+            if name.endswith(".json")
+        )
+        step = -(-len(names) // count) if names else 1
+        found = []
+        for name in names[::step]:
+            with contextlib.suppress(CorruptResultError):
+                found.append(self.receipt(name))
+        return found
 
     def present(self, unit_ids: Collection[str]) -> set[str]:
         """Returns which of the units are visible, by listing folders and without reading any file."""
@@ -119,11 +203,15 @@ def _pack(result: SearchResult) -> bytes:
 def _unpack(payload: bytes, receipt: dict[str, Any]) -> SearchResult:
     line, _, body = payload.partition(b"\n")
     head = json.loads(line)
-    tool = receipt["tool"]
     return SearchResult(
-        tool=ToolIdentity(**{**tool, "argv_template": tuple(tool["argv_template"])}),
+        tool=_tool_of(receipt),
         format=head["format"],
         alignment=body[: head["alignment_bytes"]],
         table=body[head["alignment_bytes"] :],
         usage=Usage(**receipt["usage"]),
     )
+
+
+def _tool_of(receipt: dict[str, Any]) -> ToolIdentity:
+    tool = receipt["tool"]
+    return ToolIdentity(**{**tool, "argv_template": tuple(tool["argv_template"])})

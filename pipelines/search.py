@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import socket
+import time
 from typing import Literal
 
 from foldfeed.feature_store.errors import AlignmentParseError
@@ -18,7 +19,7 @@ from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.errors import SearchError, ToolFailedError, ToolTimeoutError
 from foldfeed.pipelines.features import SearchedDatabase
 from foldfeed.pipelines.msa import read_hits
-from foldfeed.pipelines.results import ResultStore, unit_id_of
+from foldfeed.pipelines.results import ResultStore, SearchFacts, unit_id_of
 from foldfeed.pipelines.search_tool import SearchResult, SearchTool
 from foldfeed.pipelines.sequences import QuerySequence
 
@@ -85,6 +86,7 @@ class Receipt:
       record_ids: records that wait for it.
       status: ``ok``; ``retryable`` when the same search may succeed later; ``poison`` when it will not.
       reason: why not ok, else "".
+      kind: name of the error, else "".
     """
 
     unit_id: str
@@ -92,6 +94,7 @@ class Receipt:
     record_ids: tuple[str, ...]
     status: Status
     reason: str = ""
+    kind: str = ""
 
 
 def units_of(sequence: str, databases: tuple[SearchedDatabase, ...]) -> tuple[str, ...]:
@@ -130,12 +133,22 @@ def search_unit(unit: WorkUnit, context: JobContext) -> Receipt:
     database = context.databases[unit.database_index]
     try:
         result = _search(database.tool, unit.sequence)
-        read_hits(result, unit.sequence)
+        hits = read_hits(result, unit.sequence)
     except (SearchError, AlignmentParseError) as error:
-        receipt = _receipt(unit, _status(error), f"search in {database.name!r}: {error}")
+        reason = f"search in {database.name!r}: {error}"
+        receipt = _receipt(unit, _status(error), reason, type(error).__name__)
         _write_failure(receipt, context)
         return receipt
-    results.put(unit.unit_id, result)
+    facts = SearchFacts(
+        database=database.name,
+        database_digest=database.digest,
+        num_residues=len(unit.sequence),
+        num_hits=len(hits.hit_ids) - 1,
+        host=socket.gethostname(),
+        finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        run_id=context.run_id,
+    )
+    results.put(unit.unit_id, result, facts)
     return _receipt(unit, "ok")
 
 
@@ -159,13 +172,14 @@ def _status(error: Exception) -> Status:
     return "retryable" if killed or isinstance(error, ToolTimeoutError) else "poison"
 
 
-def _receipt(unit: WorkUnit, status: Status, reason: str = "") -> Receipt:
+def _receipt(unit: WorkUnit, status: Status, reason: str = "", kind: str = "") -> Receipt:
     return Receipt(
         unit_id=unit.unit_id,
         database_index=unit.database_index,
         record_ids=unit.record_ids,
         status=status,
         reason=reason,
+        kind=kind,
     )
 
 

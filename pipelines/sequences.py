@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+Retry: TypeAlias = Literal["retryable", "poison"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +49,8 @@ class DeadLetter:
       record_id: first word of the header; ``FILE#ITEM`` when the entry has no usable id.
       stage: ``read``, ``search`` or ``features``.
       reason: a sentence for a person.
+      kind: ``BadEntry``, ``DuplicateId``, or the name of the error (``ToolTimeoutError``, ...); "" of
+      older runs. retry: ``retryable`` when the same command may succeed later, ``poison`` when it will not.
     """
 
     file_index: int
@@ -56,6 +60,8 @@ class DeadLetter:
     record_id: str
     stage: str
     reason: str
+    kind: str = ""
+    retry: Retry = "poison"
 
     def __str__(self) -> str:
         return f"{self.record_id} ({self.source}, line {self.line}): {self.reason}"
@@ -65,7 +71,9 @@ class DeadLetter:
         return dataclasses.asdict(self)
 
 
-def dead_letter(query: QuerySequence, stage: str, reason: str) -> DeadLetter:
+def dead_letter(
+    query: QuerySequence, stage: str, reason: str, kind: str = "", retry: Retry = "poison"
+) -> DeadLetter:
     """Returns the dead letter of a query that was valid when it was read."""
     return DeadLetter(
         file_index=query.file_index,
@@ -75,6 +83,8 @@ def dead_letter(query: QuerySequence, stage: str, reason: str) -> DeadLetter:
         record_id=query.record_id,
         stage=stage,
         reason=reason,
+        kind=kind,
+        retry=retry,
     )
 
 

@@ -1,10 +1,11 @@
 """Runs one external program and owns it until nothing of it is left.
 
 Owns the child: it gets its own session and process group; its output goes to files, never to pipes (a full
-pipe stops a worker for ever); the group is killed on timeout, on cancellation and on any error here; and
-the kernel kills it when the thread that started it dies, so a killed worker leaves no orphan. Wall time,
-CPU time and peak memory are recorded. Does not own what the program means: see
-`foldfeed.pipelines.jackhmmer` and `foldfeed.pipelines.hhblits`.
+pipe stops a worker for ever); the group is killed on timeout, on cancellation and on any error here. A killed
+worker leaves no orphan: the kernel kills the program when the thread that started it dies, and a warden
+(`foldfeed.pipelines.warden`) whatever the program started. A worker whose engine is gone kills its
+programs itself (`follow_parent`). Wall time, CPU time, peak memory and bytes read are recorded. Does not
+own what the program means: see `foldfeed.pipelines.jackhmmer` and `foldfeed.pipelines.hhblits`.
 
 Invariant: when `run_program` returns or raises, no process of the group exists any more. Safe to call from
 several threads at once.
@@ -29,6 +30,7 @@ from pathlib import Path
 from foldfeed.feature_store.errors import StorageFullError
 from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines.errors import CancelledError, ToolFailedError, ToolTimeoutError
+from foldfeed.pipelines.warden import Warden
 
 # What is kept of a program's messages: enough for its last words, little enough for a receipt.
 TAIL_BYTES = 8192
@@ -46,6 +48,9 @@ _PDEATHSIG_CODE = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
 
+_warden = Warden()
+_parent_pid: int | None = None
+_drives_build = False
 _cancelled = threading.Event()
 _cancel_lock = threading.Lock()
 _cancel_reason = ""
@@ -61,11 +66,16 @@ class Usage:
       max_rss_bytes: largest resident memory of the program itself, sampled at least every 0.25 s. The
         kernel's own ``ru_maxrss`` is no use here: a child inherits the size of the Python process that
         forked it.
+      bytes_read: bytes it asked the system for, from disk or from its cache; pages of a mapped file are not
+        among them. 0 where the kernel does not count.
+      bytes_from_disk: bytes that storage really delivered for it, mapped files among them.
     """
 
     wall_s: float
     cpu_s: float
     max_rss_bytes: int
+    bytes_read: int = 0
+    bytes_from_disk: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +107,30 @@ def cancel_all(reason: str = "the run was stopped") -> None:
 def allow_all() -> None:
     """Allows programs again after `cancel_all`."""
     _cancelled.clear()
+
+
+def drive_build() -> None:
+    """Says that this process submits builds: it may outlive its parent, e.g. a shell that the user left."""
+    global _drives_build
+    _drives_build = True
+
+
+def follow_parent() -> None:
+    """Makes programs of this process end when its parent does; for workers that an engine started.
+
+    An engine that gives up a job, or an executor that is killed, leaves Python workers behind that wait
+    for their search, hours perhaps, for nobody. No effect in a process that submits builds.
+    """
+    global _parent_pid
+    if not _drives_build and _parent_pid is None:
+        _parent_pid = os.getppid()
+
+
+def _is_abandoned() -> bool:
+    if _parent_pid is None:
+        return False
+    # A worker's main thread ends when the engine closes its connection; other threads are then waited for.
+    return os.getppid() != _parent_pid or not threading.main_thread().is_alive()
 
 
 def launcher() -> list[str]:
@@ -139,9 +173,11 @@ def run_program(argv: Sequence[str], *, folder: Path, timeout_s: float) -> Compl
             stderr=err,
             cwd=folder,
             start_new_session=True,
+            env=_warden.environment(),
         )
     try:
         peak_bytes = _watch(process.pid, name, started, timeout_s)
+        bytes_read, bytes_from_disk = _bytes_read(process.pid)
     finally:
         status, usage = _reap(process.pid)
         # Popen must not wait for a child that is gone.
@@ -151,7 +187,11 @@ def run_program(argv: Sequence[str], *, folder: Path, timeout_s: float) -> Compl
         stdout_tail=_tail(folder / "stdout.log"),
         stderr_tail=_tail(folder / "stderr.log"),
         usage=Usage(
-            wall_s=time.monotonic() - started, cpu_s=usage.ru_utime + usage.ru_stime, max_rss_bytes=peak_bytes
+            wall_s=time.monotonic() - started,
+            cpu_s=usage.ru_utime + usage.ru_stime,
+            max_rss_bytes=peak_bytes,
+            bytes_read=bytes_read,
+            bytes_from_disk=bytes_from_disk,
         ),
     )
 
@@ -183,6 +223,8 @@ def _watch(pid: int, name: str, started: float, timeout_s: float) -> int:
             left_s = started + timeout_s - time.monotonic()
             if poller.poll(max(0.0, min(look_s, left_s)) * 1000):
                 return peak_bytes
+            if _is_abandoned():
+                cancel_all("the engine that started this worker is gone")
             if _cancelled.is_set():
                 raise CancelledError(f"{name} was killed: {_cancel_reason}")
             if left_s <= look_s and time.monotonic() >= started + timeout_s:
@@ -202,6 +244,15 @@ def _peak_bytes(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return 0
+
+
+def _bytes_read(pid: int) -> tuple[int, int]:
+    """Returns what an exited child and its children read; the kernel keeps the sums until it is reaped."""
+    counts: dict[bytes, int] = {}
+    # Missing in kernels without accounting, denied in some containers.
+    with contextlib.suppress(FileNotFoundError, PermissionError), open(f"/proc/{pid}/io", "rb") as file:
+        counts = {key: int(value) for key, _, value in (line.partition(b":") for line in file)}
+    return counts.get(b"rchar", 0), counts.get(b"read_bytes", 0)
 
 
 def _reap(pid: int) -> tuple[int, resource.struct_rusage]:

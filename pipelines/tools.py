@@ -35,6 +35,7 @@ def prepare_databases(
     cpus: int,
     timeout_s: float,
     digests: Blobs | None,
+    check: bool = False,
 ) -> tuple[SearchedDatabase, ...]:
     """Returns the databases of a build in merge order, each with its tool and digest.
 
@@ -44,6 +45,7 @@ def prepare_databases(
       cpus: threads of one search.
       timeout_s: longest wall time of one search.
       digests: where content hashes are remembered, see `database_digest`.
+      check: read the files although their hashes are remembered.
     Raises:
       DatabaseError, ToolNotFoundError: a database or its tool is not there.
     """
@@ -54,7 +56,7 @@ def prepare_databases(
     return tuple(
         SearchedDatabase(
             name=spec.name,
-            digest=database_digest(spec, digests),
+            digest=database_digest(spec, digests, check=check),
             tool=tool,
             max_hits=max_hits.get(spec.name, spec.default_max_hits),
         )

@@ -3,8 +3,10 @@
 import pytest
 from apache_beam.options.pipeline_options import DirectOptions, PortableOptions, StandardOptions
 
-from foldfeed.pipelines.engine import choose_runner, failure_of, make_options
+from foldfeed.pipelines.engine import make_options, quiet_beam
+from foldfeed.pipelines.engine_errors import failure_of
 from foldfeed.pipelines.errors import EngineError
+from foldfeed.pipelines.runners import choose_runner
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,100 @@ def test_any_other_error_is_its_last_line():
     )
     assert (error.stage, error.reason) == ("B/Search", "ZeroDivisionError: division by zero.")
     assert failure_of("").reason == "no message."
+
+
+# What Spark's DAGScheduler says of a failed task, around what Beam's worker says; then Beam's job service.
+SPARK = """Pipeline BeamApp-root-1129_5d9 failed in state FAILED: org.apache.spark.SparkException: \
+Job aborted due to stage failure: Task 1 in stage 3.0 failed 4 times, most recent failure: \
+Lost task 1.3 in stage 3.0 (TID 21) (10.0.0.7 executor 0): {error}
+\tat java.base/java.util.concurrent.CompletableFuture.reportGet(CompletableFuture.java:396)
+\tat org.apache.beam.runners.spark.translation.SparkExecutableStageFunction.call(S.java:142)
+\tat org.apache.spark.rdd.RDD.$anonfun$foreach$2$adapted(RDD.scala:1012)
+Caused by: {cause}
+\tat org.apache.beam.runners.fnexecution.control.FnApiControlClient$ResponseStreamObserver.onNext(F.java:180)
+\t... 3 more
+
+Driver stacktrace:"""
+HARNESS = "java.lang.RuntimeException: Error received from SDK harness for instruction 7: {text}"
+TRACEBACK = """Traceback (most recent call last):
+  File "/venv/apache_beam/runners/worker/sdk_worker.py", line 311, in _execute
+    response = task()
+{error} [while running 'SearchAll/Search-ptransform-12']
+"""
+
+
+def test_our_error_inside_a_java_stack_trace_is_one_line_with_step_and_record():
+    reason = "record 'A', search in 'u': no space left on '/x'. Free some."
+    said = f"foldfeed.pipelines.errors.WorkerError: {reason}"
+    inner = HARNESS.format(text=TRACEBACK.format(error=said))
+    error = failure_of(SPARK.format(error=f"java.util.concurrent.ExecutionException: {inner}", cause=inner))
+    assert error.stage == "SearchAll/Search"
+    assert error.reason == reason
+    assert len(str(error).splitlines()) == 1
+
+
+def test_a_python_error_inside_a_java_stack_trace_is_its_own_line_and_the_task():
+    inner = HARNESS.format(text=TRACEBACK.format(error="ZeroDivisionError: seven"))
+    error = failure_of(SPARK.format(error=f"java.util.concurrent.ExecutionException: {inner}", cause=inner))
+    assert error.stage == "SearchAll/Search"
+    assert error.reason == "ZeroDivisionError: seven [task 1.3 in stage 3.0, 10.0.0.7 executor 0]."
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "org.apache.beam.vendor.grpc.v1p69p0.io.grpc.StatusRuntimeException: CANCELLED: client cancelled",
+        "java.lang.IllegalStateException: Process died with exit code 137",
+        "java.lang.IllegalStateException: call already cancelled",
+    ],
+)
+def test_a_lost_worker_is_named_with_its_task(cause):
+    error = failure_of(SPARK.format(error="java.util.concurrent.ExecutionException: x", cause=cause))
+    assert error.reason == (
+        f"a worker process was lost, killed perhaps or out of memory ({cause}) "
+        "[task 1.3 in stage 3.0, 10.0.0.7 executor 0]."
+    )
+
+
+def test_any_other_java_error_is_its_deepest_cause():
+    cause = "java.lang.OutOfMemoryError: Java heap space"
+    error = failure_of(SPARK.format(error="java.util.concurrent.ExecutionException: x", cause=cause))
+    assert error.reason == f"{cause} [task 1.3 in stage 3.0, 10.0.0.7 executor 0]."
+    # Without a cause it is the task's own error; with nothing but noise it is never the noise.
+    alone = SPARK.format(error="java.io.IOException: disk", cause="").replace("Caused by: \n", "")
+    assert failure_of(alone).reason.startswith("java.io.IOException: disk [task")
+    assert failure_of("some words\n\tat a.b.C.d(E.java:1)\n\nDriver stacktrace:").reason == "some words."
+    assert failure_of("Driver stacktrace:").reason == "no message."
+
+
+def test_messages_of_a_job_service_stay_off_the_terminal_and_others_do_not(caplog):
+    def log_from(path: str, text: str) -> None:
+        exec(compile(f"import logging; logging.error({text!r})", path, "exec"), {})
+
+    with quiet_beam():
+        log_from("/venv/apache_beam/runners/portability/portable_runner.py", "Driver stacktrace:")
+        log_from("/venv/mine.py", "inside")
+    log_from("/venv/apache_beam/runners/portability/portable_runner.py", "after")
+    assert [record.getMessage() for record in caplog.records] == ["inside", "after"]
+
+
+# What Spark 3.5.0 really said when an executor's Python worker got SIGKILL in a search, with fewer frames.
+KILLED_WORKER = """Pipeline x failed in state FAILED: org.apache.spark.SparkException: Job aborted due to \
+stage failure: Task 0 in stage 2.0 failed 4 times, most recent failure: Lost task 0.3 in stage 2.0 (TID 23) \
+(127.0.0.1 executor 1): org.apache.beam.vendor.grpc.v1p60p1.io.grpc.StatusRuntimeException: CANCELLED: \
+call already cancelled. Use ServerCallStreamObserver.setOnCancelHandler() to disable this exception
+\tat org.apache.beam.vendor.grpc.v1p60p1.io.grpc.Status.asRuntimeException(Status.java:529)
+\tat org.apache.spark.rdd.RDD.$anonfun$mapPartitions$2$adapted(RDD.scala:855)
+\tat org.apache.spark.util.Utils$.tryWithSafeFinally(Utils.scala:94)
+\tat java.base/java.lang.Thread.run(Thread.java:840)
+
+Driver stacktrace:"""
+
+
+def test_what_spark_says_of_a_killed_worker_names_worker_and_task():
+    reason = failure_of(KILLED_WORKER).reason
+    assert reason.startswith(
+        "a worker process was lost, killed perhaps or out of memory (org.apache.beam.vendor"
+    )
+    assert reason.endswith("[task 0.3 in stage 2.0, 127.0.0.1 executor 1].")
+    assert len(reason.splitlines()) == 1

@@ -111,6 +111,105 @@ thread.join()
     assert wait_until(lambda: not alive(pid))
 
 
+def test_a_killed_worker_leaves_nothing_of_a_tools_group(tmp_path):
+    """A wrapper script, its children and theirs: the parent-death signal reaches the first of them only."""
+    script = f"""
+echo $$ >> {tmp_path}/pids
+(echo $BASHPID >> {tmp_path}/pids; sleep 100 & echo $! >> {tmp_path}/pids; wait) &
+wait"""
+    code = f"""
+from pathlib import Path
+from foldfeed.pipelines.subprocess_runner import run_program
+run_program(["/bin/bash", "-c", {script!r}], folder=Path({str(tmp_path)!r}), timeout_s=100)
+"""
+    worker = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        pids = pids_in(tmp_path / "pids", 3)
+        assert len({os.getpgid(pid) for pid in pids}) == 1
+        group = os.getpgid(pids[0])
+    finally:
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+    assert wait_until(lambda: not any(map(alive, pids)))
+    assert wait_until(lambda: not group_is_alive(group))
+
+
+def group_is_alive(group: int) -> bool:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[2]) == group and fields[0] not in "ZX":
+            return True
+    return False
+
+
+def test_a_killed_warden_is_replaced(tmp_path):
+    run_program([SH, "-c", "true"], folder=tmp_path, timeout_s=10)
+    warden = subprocess_runner._warden
+    first = warden._pid
+    os.kill(first, signal.SIGKILL)
+    assert wait_until(lambda: not alive(first))
+    assert run_program([SH, "-c", "exit 4"], folder=tmp_path, timeout_s=10).exit_code == 4
+    assert warden._pid != first
+    assert alive(warden._pid)
+
+
+def test_the_warden_ends_with_its_worker(tmp_path):
+    code = f"""
+from pathlib import Path
+from foldfeed.pipelines import subprocess_runner as runner
+runner.run_program(["/bin/true"], folder=Path({str(tmp_path)!r}), timeout_s=10)
+print(runner._warden._pid)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert wait_until(lambda: not alive(int(said)))
+
+
+@pytest.mark.parametrize("how", ["parent killed", "main thread ended"])
+def test_a_worker_whose_engine_is_gone_kills_its_tools_and_ends(tmp_path, how):
+    worker_code = f"""
+import os, sys, threading
+from pathlib import Path
+from foldfeed.pipelines import subprocess_runner as runner
+runner.follow_parent()
+script = "echo $$ > {tmp_path}/pids; exec sleep 100"
+thread = threading.Thread(target=runner.run_program, args=(["/bin/sh", "-c", script],),
+                          kwargs=dict(folder=Path({str(tmp_path)!r}), timeout_s=100))
+thread.start()
+Path({str(tmp_path / "worker")!r}).write_text(str(os.getpid()))
+if {how == "parent killed"}:
+    thread.join()
+"""
+    (tmp_path / "worker.py").write_text(worker_code)
+    engine_code = f"""
+import subprocess, sys
+subprocess.run([sys.executable, {str(tmp_path / "worker.py")!r}], stderr=subprocess.DEVNULL)
+"""
+    engine = subprocess.Popen([sys.executable, "-c", engine_code])
+    try:
+        (worker,) = pids_in(tmp_path / "worker", 1)
+        if how == "parent killed":
+            (tool,) = pids_in(tmp_path / "pids", 1)
+            assert alive(tool)
+            engine.send_signal(signal.SIGKILL)
+        assert wait_until(lambda: not alive(worker), 20)
+    finally:
+        engine.kill()
+        engine.wait()
+    if (tmp_path / "pids").exists():
+        (tool,) = pids_in(tmp_path / "pids", 1)
+        assert wait_until(lambda: not alive(tool))
+
+
+def test_a_process_that_submits_builds_may_outlive_its_parent(monkeypatch):
+    monkeypatch.setattr(subprocess_runner, "_drives_build", True)
+    monkeypatch.setattr(subprocess_runner, "_parent_pid", None)
+    subprocess_runner.follow_parent()
+    assert not subprocess_runner._is_abandoned()
+
+
 def test_cancel_kills_what_runs_and_refuses_what_comes(tmp_path):
     failures = []
 

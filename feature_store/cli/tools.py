@@ -10,28 +10,26 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from foldfeed.feature_store.format.grid import resolve_window
 from foldfeed.feature_store.format.settings import MAX_ROW_ORDER_SEED, ROW_ORDERS, StoreSettings
-from foldfeed.feature_store.store.feature_store import FeatureStore, choose_settings
+
+if TYPE_CHECKING:
+    from foldfeed.feature_store.store.feature_store import FeatureStore
+
+# The reader of stores (DuckDB, pandas) and rich are loaded by the functions that need them: `foldfeed
+# build` takes its options from here and, with nothing to do, ends before they would be loaded.
 
 WINDOW = re.compile(r"(?P<start>-?\d+)?(?P<colon>:)(?P<stop>-?\d+)?|-?\d+")
 
 
 def open_store(url: str, version: int | str | None = None) -> FeatureStore:
     """Returns a store; a version that does not exist is bad usage."""
+    from foldfeed.feature_store.store.feature_store import FeatureStore
+
     try:
         return FeatureStore.open(url, version)
     except ValueError as error:
@@ -80,6 +78,8 @@ def chosen_way(verb: str, ways: Mapping[str, object]) -> str | None:
 
 def new_store_settings(url: str, row_order: str | None, seed: int | None) -> StoreSettings | None:
     """Returns `choose_settings`; an option that cannot take effect is bad usage."""
+    from foldfeed.feature_store.store.feature_store import choose_settings
+
     try:
         return choose_settings(url, row_order, seed)
     except ValueError as error:
@@ -130,6 +130,16 @@ def working(verb: str, total: int | None = None) -> Iterator[Callable[[], None]]
       verb: what is done.
       total: how many steps; call what the block is given after each. None for a single long one.
     """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
     count = () if total is None else (MofNCompleteColumn(),)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *count, TimeElapsedColumn())
     console = Console(stderr=True)

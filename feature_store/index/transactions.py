@@ -152,6 +152,14 @@ class Index:
             rows, column = rows.drop_columns([name]), None
         return pa.Table.from_arrays(joined, schema=pa.schema([schema.field(name) for name in names]))
 
+    def knows_job(self, job_id: str) -> bool:
+        """Returns whether a job has committed up to this version; a commit of it would add nothing.
+
+        Raises:
+          CorruptDataError: Delta lists it, and no commit is by that job.
+        """
+        return self._table.knows_job(job_id)
+
     def log(self) -> list[Commit]:
         """Returns the commits up to this version, oldest first.
 

@@ -1,0 +1,158 @@
+"""The command ``foldfeed database``: add, list and verify search databases by name.
+
+Owns words and exit codes. Does not own the registry (`foldfeed.pipelines.registry`) or the reading of
+databases.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from foldfeed.pipelines.database_files import differences, is_compressed, make_manifest, refreshed, unpack
+from foldfeed.pipelines.databases import TOOLS, DatabaseSpec
+from foldfeed.pipelines.errors import ConfigError
+from foldfeed.pipelines.manifest import DatabaseManifest
+from foldfeed.pipelines.registry import VARIABLE, Registry
+
+
+def registry_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds ``--registry`` to a command."""
+    return click.option(
+        "--registry",
+        metavar="FILE",
+        help=f"File of known databases. [default: ${VARIABLE}, else foldfeed/databases.json in "
+        "$XDG_DATA_HOME or ~/.local/share]",
+    )(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def database() -> None:
+    """Know search databases by name: what is in them, which release, whether they are unchanged.
+
+    \b
+    Examples:
+      foldfeed database add uniref90 /db/uniref90.fasta.gz --unpack-to /scratch/db --version 2026_03
+      foldfeed database add uniref30 /db/UniRef30_2023_02 --licence CC-BY-SA-4.0
+      foldfeed database list
+      foldfeed build --queries q.fasta --database uniref90 --database uniref30 --store my-store
+    """
+
+
+@database.command()
+@click.argument("name")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option(
+    "--tool", type=click.Choice(TOOLS), help="[default: hhblits for an HH-suite prefix, else jackhmmer]"
+)
+@click.option("--version", default="", metavar="TEXT", help="Of the release, e.g. 2026_03.")
+@click.option("--date", default="", metavar="YYYY-MM-DD", help="Of the release.")
+@click.option("--licence", default="", metavar="TEXT", help="Of the data, e.g. CC-BY-4.0.")
+@click.option("--unpack-to", metavar="DIR", help="Where a .gz or .zst is unpacked to. [default: beside it]")
+@click.option("--replace", is_flag=True, help="Take this in place of other data of that name.")
+@registry_option
+def add(
+    name: str,
+    paths: tuple[str, ...],
+    tool: str | None,
+    version: str,
+    date: str,
+    licence: str,
+    unpack_to: str | None,
+    replace: bool,
+    registry: str | None,
+) -> None:
+    """Read a database whole, count its sequences and residues, and remember it under NAME.
+
+    PATH is a FASTA file (plain, gzip or Zstandard), or HH-suite prefixes: several are searched together.
+    The tools read plain files, so a compressed one is unpacked once.
+    """
+    if date:
+        _check_date(date)
+    source = ""
+    if len(paths) == 1 and is_compressed(paths[0]) and tool != "hhblits":
+        source, paths = paths[0], (unpack(name, paths[0], unpack_to),)
+        click.echo(f"unpacked {source} to {paths[0]}")
+    elif unpack_to is not None:
+        raise click.UsageError("--unpack-to has no effect: PATH ends neither in .gz nor in .zst")
+    text = f"{name}={','.join(paths)}" + (f":{tool}" if tool else "")
+    try:
+        spec = DatabaseSpec.parse(text)
+        if len(paths) > 1 and spec.tool != "hhblits":
+            raise ConfigError(f"database {name!r}: {len(paths)} FASTA files; give each its own name")
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
+    manifest = make_manifest(spec, version=version, date=date, licence=licence, source=source)
+    Registry(registry).put(manifest, replace=replace)
+    click.echo(_line(manifest))
+
+
+@database.command("list")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("table", "csv", "json", "parquet")),
+    default="table",
+    show_default=True,
+)
+@registry_option
+def list_command(form: str, registry: str | None) -> None:
+    """List the known databases."""
+    import pyarrow as pa
+
+    from foldfeed.feature_store.cli.tables import write_table
+
+    names = ["name", "tool", "num_sequences", "num_residues", "num_bytes", "version", "date", "licence"]
+    names += ["added", "digest", "paths"]
+    rows = [
+        {name: getattr(manifest, name) for name in names} | {"paths": list(manifest.paths)}
+        for manifest in Registry(registry).load().values()
+    ]
+    if not rows and form == "table":
+        click.echo(f"{Registry(registry).path}: no databases; `foldfeed database add` adds one")
+        return
+    numbers = {"num_sequences", "num_residues", "num_bytes"}
+    kinds = [(name, pa.int64() if name in numbers else pa.string()) for name in names[:-1]]
+    table = pa.Table.from_pylist(rows, schema=pa.schema([*kinds, ("paths", pa.list_(pa.string()))]))
+    write_table(table, form, sys.stdout.buffer)
+
+
+@database.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--quick", is_flag=True, help="Read only files whose size, time or inode changed.")
+@registry_option
+def verify(names: tuple[str, ...], quick: bool, registry: str | None) -> None:
+    """Check that databases are as they were added, all unless NAMEs are given. Exit code 1 if not."""
+    known = Registry(registry)
+    wrong = False
+    for manifest in [known.get(name) for name in names] if names else known.load().values():
+        found = differences(manifest, quick=quick)
+        for sentence in found:
+            click.echo(f"{manifest.name}: {sentence}")
+        if not found:
+            # A registry that others own need not be writable unless there is something new to say.
+            if (now := refreshed(manifest)) != manifest:
+                known.put(now, replace=False)
+            click.echo(f"{manifest.name}: unchanged since {manifest.added}")
+        wrong = wrong or bool(found)
+    if wrong:
+        click.get_current_context().exit(1)
+
+
+def _check_date(text: str) -> None:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no date; write YYYY-MM-DD", param_hint="--date") from error
+
+
+def _line(manifest: DatabaseManifest) -> str:
+    things = ("sequences", "residues") if manifest.tool == "jackhmmer" else ("alignments", "columns")
+    return (
+        f"{manifest.name}: {manifest.num_sequences:,} {things[0]}, {manifest.num_residues:,} {things[1]}, "
+        f"{manifest.num_bytes:,} bytes in {len(manifest.files)} files, digest {manifest.digest[:16]}"
+    )

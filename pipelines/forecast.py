@@ -1,0 +1,165 @@
+"""What a build would do and cost, without doing it: the answer of ``foldfeed build --dry-run``.
+
+Owns the estimate. Does not own the plan. An estimate comes from the receipts of searches that were done
+with the same tool on a database of the same name, by residues of the queries: a JackHMMER search takes a
+time that grows with query length times database size. Where there is no such receipt it is None and never
+a guess.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from foldfeed.pipelines.costs import readable_bytes
+from foldfeed.pipelines.features import SearchedDatabase
+from foldfeed.pipelines.plan import Plan, read_queries
+from foldfeed.pipelines.results import ResultStore, UnitReceipt
+from foldfeed.pipelines.search import units_of
+from foldfeed.pipelines.sequences import QuerySequence
+
+# Receipts that are read for an estimate; ids are hashes, so any share of them is a fair sample.
+MAX_RECEIPTS = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DatabaseForecast:
+    """What is left to search in one database.
+
+    Attributes:
+      database: its name.
+      tool: that would search it.
+      num_searches: distinct searches of the plan.
+      num_missing: of these, without an answer.
+      missing_residues: of their queries.
+      num_receipts: earlier searches that the estimate comes from.
+      cpu_s: expected user plus system seconds of the missing ones; None without receipts.
+      max_rss_bytes: of the largest earlier search; None without receipts.
+      answer_bytes: expected size of the missing answers; None without receipts.
+    """
+
+    database: str
+    tool: str
+    num_searches: int
+    num_missing: int
+    missing_residues: int
+    num_receipts: int
+    cpu_s: float | None
+    max_rss_bytes: int | None
+    answer_bytes: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What a build would do.
+
+    Attributes:
+      num_queries: records that would be built.
+      num_rejects: entries that cannot be.
+      is_finished: everything is searched and committed already.
+      databases: in merge order.
+    """
+
+    num_queries: int
+    num_rejects: int
+    is_finished: bool
+    databases: tuple[DatabaseForecast, ...]
+
+
+def make_forecast(
+    urls: Sequence[str],
+    databases: tuple[SearchedDatabase, ...],
+    max_residues: int,
+    plan: Plan,
+    results: ResultStore,
+    *,
+    is_finished: bool,
+) -> Forecast:
+    """Returns what a plan would do; reads the queries once more, and some receipts.
+
+    Args:
+      urls: FASTA files.
+      databases: in merge order.
+      max_residues: longer queries are not searched.
+      plan: of these.
+      results: what is there.
+      is_finished: the store has the commit.
+    """
+    present = results.present(plan.unit_ids)
+    known: list[set[str]] = [set() for _ in databases]
+    missing = [[0, 0] for _ in databases]
+    seen: set[str] = set()
+    for entry in read_queries(urls, max_residues):
+        if not isinstance(entry, QuerySequence) or entry.record_id in seen:
+            continue
+        seen.add(entry.record_id)
+        for index, unit_id in enumerate(units_of(entry.sequence, databases)):
+            if unit_id not in known[index]:
+                known[index].add(unit_id)
+                if unit_id not in present:
+                    missing[index][0] += 1
+                    missing[index][1] += len(entry.sequence)
+    receipts = results.sample(MAX_RECEIPTS) if any(count for count, _ in missing) else []
+    return Forecast(
+        num_queries=plan.num_queries,
+        num_rejects=plan.coverage.count - plan.num_queries,
+        is_finished=is_finished,
+        databases=tuple(
+            _of_database(database, len(units), count, residues, receipts)
+            for database, units, (count, residues) in zip(databases, known, missing, strict=True)
+        ),
+    )
+
+
+def _of_database(
+    database: SearchedDatabase,
+    num_searches: int,
+    num_missing: int,
+    missing_residues: int,
+    receipts: Sequence[UnitReceipt],
+) -> DatabaseForecast:
+    named = [
+        receipt
+        for receipt in receipts
+        if receipt.facts.num_residues
+        and receipt.facts.database == database.name
+        and receipt.tool.name == database.tool.identity.name
+    ]
+    # An earlier release of the database will do where this one was never searched.
+    same = [receipt for receipt in named if receipt.facts.database_digest == database.digest] or named
+    residues = sum(receipt.facts.num_residues or 0 for receipt in same)
+    cpu_s = sum(receipt.usage.cpu_s for receipt in same)
+    stored = sum(receipt.stored_bytes for receipt in same)
+    return DatabaseForecast(
+        database=database.name,
+        tool=database.tool.identity.name,
+        num_searches=num_searches,
+        num_missing=num_missing,
+        missing_residues=missing_residues,
+        num_receipts=len(same),
+        cpu_s=cpu_s / residues * missing_residues if same else None,
+        max_rss_bytes=max((receipt.usage.max_rss_bytes for receipt in same), default=None),
+        answer_bytes=stored / residues * missing_residues if same else None,
+    )
+
+
+def lines_of(forecast: Forecast, price_per_cpu_hour: float | None) -> list[str]:
+    """Returns a forecast as lines for a person."""
+    what = f"{forecast.num_queries} records, {forecast.num_rejects} entries that cannot be built"
+    if forecast.is_finished:
+        return [f"{what}: nothing to do, every search is done and the store has the commit"]
+    lines = [f"{what}; nothing was searched (--dry-run)"]
+    for one in forecast.databases:
+        words = [f"{one.num_searches - one.num_missing} searches reused, {one.num_missing} to do"]
+        if one.num_missing and one.cpu_s is not None:
+            words.append(
+                f"{one.cpu_s / 3600:.3g} CPU hours expected from {one.num_receipts} earlier searches"
+            )
+            words.append(f"each at most {readable_bytes(one.max_rss_bytes or 0)} of memory so far")
+            words.append(f"{readable_bytes(one.answer_bytes or 0)} of answers")
+            if price_per_cpu_hour is not None:
+                words.append(f"price {one.cpu_s / 3600 * price_per_cpu_hour:.4g}")
+        elif one.num_missing:
+            words.append("cost unknown: no receipt of an earlier search in a database of this name")
+        lines.append(f"  {one.database} ({one.tool}): {', '.join(words)}")
+    return lines
