@@ -22,6 +22,7 @@ from foldfeed.pipelines.job import (
     StoppedBySignal,
     run_build,
 )
+from foldfeed.pipelines.tools import ENGINES, Engine
 
 # Dead letters printed on the terminal; the file holds all of them.
 MAX_SHOWN_LETTERS = 20
@@ -51,6 +52,14 @@ MAX_SHOWN_LETTERS = 20
 @click.option("--cpus-per-search", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
 @click.option(
     "--workers", type=click.IntRange(min=1), metavar="N", help="Searches at a time. [default: CPUs / cpus]"
+)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="auto",
+    show_default=True,
+    help="How jackhmmer searches: binary, the program alone; fast, the same rows behind our own scan (extra "
+    "'fast', a C compiler at installation); auto, which is binary.",
 )
 @click.option(
     "--timeout",
@@ -93,6 +102,7 @@ def build(
     max_hits: tuple[str, ...],
     cpus_per_search: int,
     workers: int | None,
+    engine: Engine,
     timeout: float,
     max_residues: int,
     parts: int | None,
@@ -127,6 +137,7 @@ def build(
             max_hits=dict(_parse_max_hits(text) for text in max_hits),
             cpus_per_search=cpus_per_search,
             workers=workers,
+            engine=engine,
             timeout_s=timeout,
             max_residues=max_residues,
             parts=parts,

@@ -100,8 +100,8 @@ class KernelError(PipelineError):
 
     def __str__(self) -> str:
         return (
-            f"the {self.kernel} kernel of the fast scan gives {self.wrong} of {self.compared} scores other than "
-            "plain C's; use '--engine binary' and report compiler and processor"
+            f"the {self.kernel} kernel of the fast scan gives {self.wrong} of {self.compared} scores "
+            "other than plain C's; use '--engine binary' and report compiler and processor"
         )
 
 

@@ -1,9 +1,9 @@
-"""JackHMMER behind the fast scan: the whole database through HMMER's first filter here, the rest by jackhmmer.
+"""JackHMMER behind the fast scan: HMMER's first filter is computed here, the rest by jackhmmer.
 
-Owns the joint of the two: which targets are written for jackhmmer, ``-Z``, the identity of such a result and its
-cost. Does not own the scan (`foldfeed.pipelines.scan`, where it says why the rows are jackhmmer's own) nor
-jackhmmer's flags. Invariant: jackhmmer gets every target that its own first filter would let through, in the
-file's order, and the number of all targets.
+Owns the joint of the two: which targets are written for jackhmmer, ``-Z``, the identity of such a result
+and its cost. Does not own the scan (`foldfeed.pipelines.scan`, where it says why the rows are jackhmmer's
+own) nor jackhmmer's flags. Invariant: jackhmmer gets every target that its own first filter would let
+through, in the file's order, and the number of all targets.
 """
 
 from __future__ import annotations
@@ -57,16 +57,23 @@ class FastJackhmmer:
         scan.pyhmmer_version()
         plain = Jackhmmer.find(database=database, cpus=cpus, timeout_s=timeout_s)
         # Kernels of all processors give equal bytes and the profile's code HMMER's, so neither is named.
-        template = ("-Z", "{targets}", *plain.identity.argv_template[:-1], f"{{scan {SCAN_VERSION}:database}}")
-        identity = dataclasses.replace(plain.identity, argv_template=template)
-        return cls(
-            identity=identity, binary=plain.binary, database=database, cpus=cpus, timeout_s=timeout_s
+        template = (
+            "-Z",
+            "{targets}",
+            *plain.identity.argv_template[:-1],
+            f"{{scan {SCAN_VERSION}:database}}",
         )
+        identity = dataclasses.replace(plain.identity, argv_template=template)
+        return cls(identity=identity, binary=plain.binary, database=database, cpus=cpus, timeout_s=timeout_s)
 
     @property
     def max_residues(self) -> int | None:
         """None, as of JackHMMER itself."""
         return None
+
+    def describe_scan(self) -> str:
+        """Returns kernel and libraries of the scan in words."""
+        return f"the fast scan ({best_kernel().name} kernel, profiles by pyhmmer {scan.pyhmmer_version()})"
 
     def search(self, sequence: str) -> SearchResult:
         """Searches one sequence; see `foldfeed.pipelines.search_tool.SearchTool`."""
@@ -95,7 +102,8 @@ def write_survivors(sequence: str, database: ScanDatabase, path: Path, *, thread
     """Writes the targets that a query's first filter lets through, as they stand in the database.
 
     Returns:
-      How many. One target is written where none passes, because HMMER refuses an empty file; its filter drops it.
+      How many. One target is written where none passes, because HMMER refuses an empty file; its filter
+      drops it.
 
     Raises:
       DatabaseError: the database is no FASTA file that HMMER reads.
@@ -112,5 +120,3 @@ def write_survivors(sequence: str, database: ScanDatabase, path: Path, *, thread
         with path.open("wb") as out:
             database.copy_records(chunk, chunk.order[-1:], out)
     return number
-
-

@@ -40,7 +40,7 @@ from foldfeed.pipelines.progress import count_done, search_progress
 from foldfeed.pipelines.search import JobContext
 from foldfeed.pipelines.sequences import DeadLetter
 from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all
-from foldfeed.pipelines.tools import prepare_databases
+from foldfeed.pipelines.tools import ENGINES, Engine, engine_of, prepare_databases
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -67,6 +67,8 @@ class BuildConfig:
       cpus_per_search: threads of one search.
       workers: searches at a time with the local runner; the CPUs of this process divided among them when
         None.
+      engine: how jackhmmer is run: ``binary``, the program alone; ``fast``, behind the fast scan, with the
+        same rows; ``auto``, which is ``binary``.
       timeout_s: longest wall time of one search.
       max_residues: longer queries become dead letters.
       parts: parts of the store that this build writes; chosen by the number of queries when None.
@@ -85,6 +87,7 @@ class BuildConfig:
     max_hits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     cpus_per_search: int = 1
     workers: int | None = None
+    engine: Engine = "auto"
     timeout_s: float = DEFAULT_TIMEOUT_S
     max_residues: int = DEFAULT_MAX_RESIDUES
     parts: int | None = None
@@ -110,6 +113,8 @@ class BuildConfig:
         for name, value in numbers.items():
             if value <= 0:
                 raise ConfigError(f"{name} is {value}; it must be greater than 0")
+        if self.engine not in ENGINES:
+            raise ConfigError(f"engine is {self.engine!r}; it must be one of {', '.join(ENGINES)}")
         if self.on_existing not in ON_EXISTING:
             raise ConfigError(
                 f"on_existing is {self.on_existing!r}; it must be one of {', '.join(ON_EXISTING)}"
@@ -180,7 +185,10 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
     # A run before this one in the same process may have been stopped.
     allow_all()
     options = _beam_options(config, say or _silent)
+    say = say or _silent
     context, plan = _prepare(config)
+    for database in context.databases:
+        say(f"{database.name}: {engine_of(database.tool)}")
     reused, _ = count_done(plan, context)
     if plan.num_queries:
         with stop_searches_on_interrupt(), search_progress(plan, context):
@@ -259,6 +267,7 @@ def _prepare(config: BuildConfig) -> tuple[JobContext, Plan]:
         cpus=config.cpus_per_search,
         timeout_s=config.timeout_s,
         digests=open_blobs(config.results_url),
+        engine=config.engine,
     )
     plan = make_plan(config.queries, databases, config.max_residues)
     settings = _settings(config)

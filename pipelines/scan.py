@@ -1,41 +1,44 @@
 """Which targets pass HMMER's first filter, exactly, for a batch of queries: the heart of ``--engine fast``.
 
-Owns profiles, thresholds and the decision. Does not own kernels, reading (`scan_database`) or the search of what
-is left (`fast_jackhmmer`).
+Owns profiles, thresholds and the decision. Does not own kernels, reading (`scan_database`) or the search of
+what is left (`fast_jackhmmer`).
 
 Why the result is JackHMMER's own
 ---------------------------------
-1. In HMMER 3 a target that fails the MSV filter at ``--F1`` is dropped before anything is recorded but the count
-   of targets (``p7_Pipeline``). So HMMER on *any* file that holds at least the passing targets, in their order
-   and with ``-Z`` set to the number of targets of the whole file, compares the same pairs, and every later number
-   depends on one pair alone: scores, bias, domains, P-values; random draws start from the same seed for every
-   pair. E-values need Z, which is given; domain E-values need domZ, the number of reported targets, which is the
-   same, because the same targets are reported. One iteration only: a second would search the whole file anew.
+1. In HMMER 3 a target that fails the MSV filter at ``--F1`` is dropped before anything is recorded but the
+   count of targets (``p7_Pipeline``). So HMMER on *any* file that holds at least the passing targets, in
+   their order and with ``-Z`` set to the number of targets of the whole file, compares the same pairs, and
+   every later number depends on one pair alone: scores, bias, domains, P-values; random draws start from
+   the same seed for every pair. E-values need Z, which is given; domain E-values need domZ, the number of
+   reported targets, which is the same, because the same targets are reported. One iteration only: a second
+   would search the whole file anew.
 2. The filter is arithmetic on bytes. For residues ``x`` of the target and positions ``k`` of the query
-   ``M(i,k) = max(M(i-1,k-1), B) - cost(k, x_i)`` in saturating steps; sums and maxima of integers are the same in
-   any order, on any vector width. SSV, HMMER's short form, has a constant B, so a cell depends on its diagonal
-   alone; its best cell is MSV's score unless a hit so good occurs that leaving through J and beginning again could
-   pay: ``E - tec > base``. HMMER then computes MSV; so do we, where SSV has not passed already (MSV can only be
-   higher). A cell of 0 or more in signed bytes means HMMER's overflow, a pass, or MSV decides.
-3. Profile, bias, costs, mu and lambda come from HMMER's own code (pyhmmer's builder with jackhmmer's defaults:
-   BLOSUM62, popen 0.02, pextend 0.4, seed 42), unpacked from its vectors. Null model, P-value and length cost
-   follow HMMER's formulas in its precisions; because libraries' logarithms may differ in the last bit, a target
-   passes already `SAFETY_BITS` below the threshold. Scores are multiples of 1/3 bit, so this lets hardly any
-   more through, and more is harmless by 1.
-4. Nothing rests on these words: tests compare 8-bit scores with HMMER's filters, passing targets with HMMER's own
-   count, and whole outputs with jackhmmer's; a kernel that differs from plain C refuses to run.
+   ``M(i,k) = max(M(i-1,k-1), B) - cost(k, x_i)`` in saturating steps; sums and maxima of integers are the
+   same in any order, on any vector width. SSV, HMMER's short form, has a constant B, so a cell depends on
+   its diagonal alone; its best cell is MSV's score unless a hit so good occurs that leaving through J and
+   beginning again could pay: ``E - tec > base``. HMMER then computes MSV; so do we, where SSV has not
+   passed already (MSV can only be higher). A cell of 0 or more in signed bytes means HMMER's overflow, a
+   pass, or MSV decides.
+3. Profile, bias, costs, mu and lambda come from HMMER's own code (pyhmmer's builder with jackhmmer's
+   defaults: BLOSUM62, popen 0.02, pextend 0.4, seed 42), unpacked from its vectors. Null model, P-value and
+   length cost follow HMMER's formulas in its precisions; because libraries' logarithms may differ in the
+   last bit, a target passes already `SAFETY_BITS` below the threshold. Scores are multiples of 1/3 bit, so
+   this lets hardly any more through, and more is harmless by 1.
+4. Nothing rests on these words: tests compare 8-bit scores with HMMER's filters, passing targets with
+   HMMER's own count, and whole outputs with jackhmmer's; a kernel that differs from plain C refuses to run.
 
-The one thing that is not kept is white space: HMMER pads the name column of its table to the longest name in a
-list that also holds targets it will not report, those with good E-values only against the targets seen so far.
-The padding of names beyond 20 letters can differ, as it does in HMMER between ``--cpu 1`` and ``--cpu 2``.
+The one thing that is not kept is white space in the table: without ``-Z``, HMMER pads the name column to the
+longest name (of 20 letters or more) in a list that also holds targets it will not report, those whose
+E-value was good enough against the targets read so far. The result is that of jackhmmer with ``-Z``, byte
+for byte, and that of jackhmmer without ``-Z`` word for word.
 
-Where it is no faster: few targets (starting jackhmmer and calibrating a profile, twice, takes 0.05 s and more);
-queries whose homologs are a large part of the database, or low-complexity queries that pass thousands by chance
-(the survivors cost what they cost); more than one iteration, which it does not do; databases larger than memory
-with one query at a time, where reading the file takes as long as scanning it.
+Where it is no faster: few targets (starting jackhmmer and calibrating a profile, twice, takes 0.05 s and
+more); queries whose homologs are a large part of the database, or low-complexity queries that pass
+thousands by chance (the survivors cost what they cost); more than one iteration, which it does not do;
+databases larger than memory with one query at a time, where reading the file takes as long as scanning it.
 
-Source: Eddy 2011, PLoS Comput Biol 7:e1002195 (MSV, P-values); comments of HMMER 3.3.2 ``impl_sse/ssvfilter.c``
-(Knudsen) and ``msvfilter.c``; user guide of HMMER 3.
+Source: Eddy 2011, PLoS Comput Biol 7:e1002195 (MSV, P-values); comments of HMMER 3.3.2
+``impl_sse/ssvfilter.c`` (Knudsen) and ``msvfilter.c``; user guide of HMMER 3.
 """
 
 from __future__ import annotations
@@ -220,7 +223,7 @@ def best_cells(
     if len(table) > MAX_LETTERS:
         raise ValueError(f"{len(table)} different columns; profiles of single sequences have at most 27")
     starts = np.concatenate([[0], np.cumsum([len(profile) for profile in profiles])]).astype(np.int64)
-    letters = np.ascontiguousarray(letters.ravel(), dtype=np.uint8)
+    codes = np.ascontiguousarray(letters.ravel(), dtype=np.uint8)
     blocks = chunk.blocks
     out = np.empty((len(profiles), len(blocks) * kernel.lanes), dtype=np.int8)
     # Blocks of equal numbers of rows take equal times.
@@ -229,9 +232,7 @@ def best_cells(
     ends = [0, *(int(cut) for cut in cuts), len(blocks)]
 
     def scan(part: int) -> None:
-        scan_kernels.ssv(
-            kernel, blocks, table, letters, starts, first=ends[part], last=ends[part + 1], out=out
-        )
+        scan_kernels.ssv(kernel, blocks, table, codes, starts, first=ends[part], last=ends[part + 1], out=out)
 
     if threads == 1:
         scan(0)
@@ -252,7 +253,7 @@ def _passing(
     lengths, of_lane = np.unique(chunk.lengths, return_inverse=True)
     least_j, length_costs = _least_j(profile, lengths, f1, safety_bits)
     begin_costs = length_costs.astype(np.int64) + profile.tbm
-    # In steps above the begin score: what passes, what overflows (and passes), from where J may have been used.
+    # In steps above the begin score: what passes or overflows, and from where J may have been used.
     least = np.minimum(least_j + profile.tec, 255 - profile.bias) - (profile.base - begin_costs)
     j_used = begin_costs + profile.tec
     steps = best[: len(of_lane)].astype(np.int16) + 128

@@ -7,25 +7,46 @@ Owns the one place where a tool's name becomes an object: to add a tool, add it 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 from foldfeed.feature_store.storage import Blobs
 from foldfeed.pipelines import jackhmmer
 from foldfeed.pipelines.databases import DatabaseSpec, database_digest, in_merge_order
+from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
 from foldfeed.pipelines.features import SearchedDatabase
 from foldfeed.pipelines.hhblits import Hhblits
 from foldfeed.pipelines.jackhmmer import Jackhmmer
 from foldfeed.pipelines.search_tool import SearchTool
 
+# How jackhmmer is run: alone, or behind the fast scan, with the same rows. `auto` stays with the binary, so
+# that the results that a person has stay in use: those of another engine have names of their own.
+Engine = Literal["auto", "binary", "fast"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
-def find_tool(spec: DatabaseSpec, *, cpus: int, timeout_s: float) -> SearchTool:
+
+def find_tool(spec: DatabaseSpec, *, cpus: int, timeout_s: float, engine: Engine = "binary") -> SearchTool:
     """Returns the tool that searches a database.
 
+    Args:
+      spec: the database.
+      cpus: threads of one search.
+      timeout_s: longest wall time of one search.
+      engine: of jackhmmer; hhblits has one only.
     Raises:
       ToolNotFoundError: it is not installed here.
+      MissingExtraError: the engine needs a package that is not installed.
     """
+    if spec.tool == jackhmmer.NAME and engine == "fast":
+        return FastJackhmmer.find(database=spec.paths[0], cpus=cpus, timeout_s=timeout_s)
     if spec.tool == jackhmmer.NAME:
         return Jackhmmer.find(database=spec.paths[0], cpus=cpus, timeout_s=timeout_s)
     return Hhblits.find(databases=spec.paths, cpus=cpus, timeout_s=timeout_s)
+
+
+def engine_of(tool: SearchTool) -> str:
+    """Returns in words what searches, for a person who wants to know."""
+    words = f"{tool.identity.name} {tool.identity.version}"
+    return f"{words} behind {tool.describe_scan()}" if isinstance(tool, FastJackhmmer) else words
 
 
 def prepare_databases(
@@ -35,6 +56,7 @@ def prepare_databases(
     cpus: int,
     timeout_s: float,
     digests: Blobs | None,
+    engine: Engine = "binary",
 ) -> tuple[SearchedDatabase, ...]:
     """Returns the databases of a build in merge order, each with its tool and digest.
 
@@ -44,13 +66,14 @@ def prepare_databases(
       cpus: threads of one search.
       timeout_s: longest wall time of one search.
       digests: where content hashes are remembered, see `database_digest`.
+      engine: of jackhmmer.
     Raises:
       DatabaseError, ToolNotFoundError: a database or its tool is not there.
     """
     ordered = in_merge_order(specs)
     for spec in ordered:
         spec.files()
-    tools = [find_tool(spec, cpus=cpus, timeout_s=timeout_s) for spec in ordered]
+    tools = [find_tool(spec, cpus=cpus, timeout_s=timeout_s, engine=engine) for spec in ordered]
     return tuple(
         SearchedDatabase(
             name=spec.name,
