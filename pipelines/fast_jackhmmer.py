@@ -15,6 +15,7 @@ from pathlib import Path
 
 from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines import scan
+from foldfeed.pipelines.errors import ToolNotFoundError
 from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, run_jackhmmer
 from foldfeed.pipelines.scan_database import ScanDatabase, open_database
 from foldfeed.pipelines.scan_kernels import best_kernel
@@ -49,11 +50,16 @@ class FastJackhmmer:
         """Returns the JackHMMER on PATH behind the fast scan.
 
         Raises:
-          ToolNotFoundError: no jackhmmer, or the scan's kernels were not compiled.
+          ToolNotFoundError: no jackhmmer, or the scan's kernels were not compiled or would be slow here.
           MissingExtraError: pyhmmer is not installed.
           KernelError: the kernel for this processor gives wrong scores.
         """
-        best_kernel()
+        if best_kernel().name == "plain":
+            raise ToolNotFoundError(
+                "fast scan",
+                "this processor has none of the vector instructions that it is written for (SSE4.1, AVX2, "
+                "AVX-512, NEON), and without them it is slower than jackhmmer; use '--engine binary'",
+            )
         scan.pyhmmer_version()
         plain = Jackhmmer.find(database=database, cpus=cpus, timeout_s=timeout_s)
         # Kernels of all processors give equal bytes and the profile's code HMMER's, so neither is named.

@@ -15,7 +15,7 @@ from pipelines_data import config_of, globins, make_databases, missing_tools, tr
 from scan_data import RESIDUES, drawn
 
 from foldfeed.feature_store.errors import MissingExtraError
-from foldfeed.pipelines import run_build, scan, scan_kernels
+from foldfeed.pipelines import fast_jackhmmer, run_build, scan, scan_kernels
 from foldfeed.pipelines.errors import ConfigError, DatabaseError, ToolNotFoundError
 from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, write_survivors
 from foldfeed.pipelines.jackhmmer import Jackhmmer, run_jackhmmer
@@ -66,7 +66,7 @@ def odd_queries() -> dict[str, str]:
         "10 residues": globin[:10],
         "1 residue": "M",
         "one letter": "A" * 120,
-        "dear letter": "W" * 60,
+        "costly letter": "W" * 60,
         "unusual letters": "BZJUOX" * 3 + globin,
         "long": drawn(random, 1500) + globin + drawn(random, 1500),
     }
@@ -186,6 +186,10 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(scan, "_pyhmmer", missing)
         with pytest.raises(MissingExtraError, match=r"foldfeed\[fast\]"):
+            FastJackhmmer.find(**words)
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_jackhmmer, "best_kernel", lambda: scan_kernels.kernels()[0])
+        with pytest.raises(ToolNotFoundError, match="slower than jackhmmer"):
             FastJackhmmer.find(**words)
     scan_kernels.best_kernel.cache_clear()
     scan_kernels.kernels.cache_clear()
