@@ -40,7 +40,7 @@ from foldfeed.pipelines.progress import count_done, search_progress
 from foldfeed.pipelines.search import JobContext
 from foldfeed.pipelines.sequences import DeadLetter
 from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all
-from foldfeed.pipelines.tools import ENGINES, Engine, engine_of, prepare_databases
+from foldfeed.pipelines.tools import ENGINES, Engine, other_engine_of, prepare_databases
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -188,7 +188,8 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
     say = say or _silent
     context, plan = _prepare(config)
     for database in context.databases:
-        say(f"{database.name}: {engine_of(database.tool)}")
+        if (engine := other_engine_of(database.tool)) is not None:
+            say(f"{database.name}: {engine}")
     reused, _ = count_done(plan, context)
     if plan.num_queries:
         with stop_searches_on_interrupt(), search_progress(plan, context):

@@ -43,10 +43,11 @@ def find_tool(spec: DatabaseSpec, *, cpus: int, timeout_s: float, engine: Engine
     return Hhblits.find(databases=spec.paths, cpus=cpus, timeout_s=timeout_s)
 
 
-def engine_of(tool: SearchTool) -> str:
-    """Returns in words what searches, for a person who wants to know."""
-    words = f"{tool.identity.name} {tool.identity.version}"
-    return f"{words} behind {tool.describe_scan()}" if isinstance(tool, FastJackhmmer) else words
+def other_engine_of(tool: SearchTool) -> str | None:
+    """Returns in words what searches where it is more than the tool alone, else None."""
+    if not isinstance(tool, FastJackhmmer):
+        return None
+    return f"{tool.identity.name} {tool.identity.version} behind {tool.describe_scan()}"
 
 
 def prepare_databases(
