@@ -11,8 +11,8 @@ VENV ?= .venv
 DEMO ?= demo-output
 BIN := $(VENV)/bin
 PY_FILES := $(shell find feature_store loader pipelines trainer -name '*.py' | LC_ALL=C sort)
-# The environment is made again when a file comes or goes or a dependency changes; edits need nothing.
-STAMP := $(VENV)/.ready-$(shell (echo "$(PY_FILES)"; cat pyproject.toml constraints.txt deploy/*.sh) | cksum | cut -d' ' -f1)
+# The environment is made again when a file comes or goes, or a dependency or C changes; other edits need nothing.
+STAMP := $(VENV)/.ready-$(shell (echo "$(PY_FILES)"; cat pyproject.toml constraints.txt deploy/*.sh pipelines/scan.c pipelines/scan_kernel.h) | cksum | cut -d' ' -f1)
 
 # Where HMMER's tutorial lies: unpacked beside the environment where the system leaves documentation out.
 EXAMPLES = $$([ -d "$(VENV)/examples/tutorial" ] && echo "$(abspath $(VENV))/examples" || echo "$${FOLDFEED_EXAMPLES:-/usr/share/doc/hmmer/examples}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 from foldfeed.feature_store.format.record import MAX_RESIDUES
 from foldfeed.feature_store.index.transactions import ON_EXISTING
@@ -21,6 +22,10 @@ from foldfeed.pipelines.sequences import DeadLetter
 # residues took 1.2 GB, so this takes roughly 2 GB.
 DEFAULT_MAX_RESIDUES = 10_000
 DEFAULT_TIMEOUT_S = 6 * 3600.0
+# How jackhmmer is run: alone, or behind the fast scan, with the same rows. `auto` stays with the binary, so
+# that the results that a person has stay in use: those of another engine have names of their own.
+Engine = Literal["auto", "binary", "fast"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +44,8 @@ class BuildConfig:
       cpus_per_search: threads of one search.
       workers: searches at a time with the local runner; the CPUs of this process divided among them when
         None.
+      engine: how jackhmmer is run: ``binary``, the program alone; ``fast``, behind the fast scan, with the
+        same rows; ``auto``, which is ``binary``.
       timeout_s: longest wall time of one search.
       max_residues: longer queries become dead letters.
       parts: parts of the store that this build writes; chosen by the number of queries when None.
@@ -58,6 +65,7 @@ class BuildConfig:
     max_hits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     cpus_per_search: int = 1
     workers: int | None = None
+    engine: Engine = "auto"
     timeout_s: float = DEFAULT_TIMEOUT_S
     max_residues: int = DEFAULT_MAX_RESIDUES
     parts: int | None = None
@@ -84,6 +92,8 @@ class BuildConfig:
         for name, value in numbers.items():
             if value <= 0:
                 raise ConfigError(f"{name} is {value}; it must be greater than 0")
+        if self.engine not in ENGINES:
+            raise ConfigError(f"engine is {self.engine!r}; it must be one of {', '.join(ENGINES)}")
         if self.on_existing not in ON_EXISTING:
             raise ConfigError(
                 f"on_existing is {self.on_existing!r}; it must be one of {', '.join(ON_EXISTING)}"

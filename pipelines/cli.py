@@ -12,7 +12,14 @@ import click
 
 from foldfeed.feature_store.cli.tools import row_order_options
 from foldfeed.feature_store.index.transactions import ON_EXISTING
-from foldfeed.pipelines.build_config import DEFAULT_MAX_RESIDUES, DEFAULT_TIMEOUT_S, BuildConfig, BuildReport
+from foldfeed.pipelines.build_config import (
+    DEFAULT_MAX_RESIDUES,
+    DEFAULT_TIMEOUT_S,
+    ENGINES,
+    BuildConfig,
+    BuildReport,
+    Engine,
+)
 from foldfeed.pipelines.costs import lines_of as cost_lines
 from foldfeed.pipelines.database_cli import registry_option
 from foldfeed.pipelines.errors import ConfigError, EngineError
@@ -51,6 +58,14 @@ MAX_SHOWN_LETTERS = 20
 @click.option("--cpus-per-search", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
 @click.option(
     "--workers", type=click.IntRange(min=1), metavar="N", help="Searches at a time. [default: CPUs / cpus]"
+)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="auto",
+    show_default=True,
+    help="How jackhmmer searches: binary, the program alone; fast, the same rows behind our own scan (extra "
+    "'fast', a C compiler at installation); auto, which is binary.",
 )
 @click.option(
     "--timeout",
@@ -105,6 +120,7 @@ def build(
     max_hits: tuple[str, ...],
     cpus_per_search: int,
     workers: int | None,
+    engine: Engine,
     timeout: float,
     max_residues: int,
     parts: int | None,
@@ -142,6 +158,7 @@ def build(
             max_hits=dict(_parse_max_hits(text) for text in max_hits),
             cpus_per_search=cpus_per_search,
             workers=workers,
+            engine=engine,
             timeout_s=timeout,
             max_residues=max_residues,
             parts=parts,

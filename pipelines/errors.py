@@ -7,6 +7,7 @@
         ├── DatabaseError                 a database that is not there, empty or of the wrong kind
         ├── RegistryError                 the file of known databases cannot be used as asked
         ├── ToolNotFoundError             a search tool is not installed, or not the planned one
+        ├── KernelError                   a compiled kernel gives other scores than plain C
         ├── SearchError                   one search gave no usable result (ends as a dead letter)
         │   ├── ToolFailedError           non-zero exit or killed by a signal
         │   ├── ToolTimeoutError          ran longer than allowed; its process group was killed
@@ -99,6 +100,26 @@ class ToolNotFoundError(PipelineError):
 
     def __str__(self) -> str:
         return f"search tool {self.tool!r}: {self.reason}"
+
+
+class KernelError(PipelineError):
+    """A compiled kernel of the fast scan gives other scores than plain C.
+
+    Attributes:
+      kernel: its name.
+      wrong: scores that differ.
+      compared: scores that were compared.
+    """
+
+    def __init__(self, kernel: str, wrong: int, compared: int) -> None:
+        self.kernel, self.wrong, self.compared = kernel, wrong, compared
+        super().__init__(kernel, wrong, compared)
+
+    def __str__(self) -> str:
+        return (
+            f"the {self.kernel} kernel of the fast scan gives {self.wrong} of {self.compared} scores "
+            "other than plain C's; use '--engine binary' and report compiler and processor"
+        )
 
 
 class SearchError(PipelineError):

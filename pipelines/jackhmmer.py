@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from foldfeed.pipelines.errors import ToolOutputError
 from foldfeed.pipelines.search_tool import (
@@ -81,21 +83,72 @@ class Jackhmmer:
     def search(self, sequence: str) -> SearchResult:
         """Searches one sequence; see `foldfeed.pipelines.search_tool.SearchTool`."""
         with tempfile.TemporaryDirectory(prefix="foldfeed-jackhmmer-") as name:
-            folder = Path(name)
-            paths = {key: folder / key for key in ("query", "alignment", "table")}
-            paths["query"].write_text(f">{QUERY_NAME}\n{sequence}\n", encoding="ascii")
-            words = {**{key: str(path) for key, path in paths.items()}, "database": self.database}
-            argv = [flag.format(cpus=self.cpus, **words) for flag in FLAGS]
-            done = run_program([self.binary, *argv], folder=folder, timeout_s=self.timeout_s)
-            require_success(NAME, done, folder)
-            table = _table(paths["table"])
-            return SearchResult(
-                tool=self.identity,
-                format="stockholm",
-                alignment=_alignment(paths["alignment"], sequence, table),
-                table=table,
-                usage=done.usage,
-            )
+            return run_jackhmmer(self, sequence, folder=Path(name))
+
+
+class JackhmmerRun(Protocol):
+    """What `run_jackhmmer` needs to know of a search tool."""
+
+    @property
+    def identity(self) -> ToolIdentity:
+        """Who answers."""
+        ...
+
+    @property
+    def binary(self) -> str:
+        """Absolute path of the executable."""
+        ...
+
+    @property
+    def database(self) -> str:
+        """Path of a FASTA file."""
+        ...
+
+    @property
+    def cpus(self) -> int:
+        """Worker threads of one search."""
+        ...
+
+    @property
+    def timeout_s(self) -> float:
+        """Longest wall time of one search."""
+        ...
+
+
+def run_jackhmmer(
+    tool: JackhmmerRun,
+    sequence: str,
+    *,
+    folder: Path,
+    database: str | None = None,
+    extra_flags: Sequence[str] = (),
+) -> SearchResult:
+    """Runs the program once and checks what it wrote.
+
+    Args:
+      tool: whose program, settings and identity.
+      sequence: the query.
+      folder: for its files.
+      database: what to search; the tool's when None.
+      extra_flags: before all others.
+    Raises:
+      SearchError: no usable result for this query.
+      StorageFullError: no space for the tool's files.
+    """
+    paths = {key: folder / key for key in ("query", "alignment", "table")}
+    paths["query"].write_text(f">{QUERY_NAME}\n{sequence}\n", encoding="ascii")
+    words = {**{key: str(path) for key, path in paths.items()}, "database": database or tool.database}
+    argv = [*extra_flags, *(flag.format(cpus=tool.cpus, **words) for flag in FLAGS)]
+    done = run_program([tool.binary, *argv], folder=folder, timeout_s=tool.timeout_s)
+    require_success(NAME, done, folder)
+    table = _table(paths["table"])
+    return SearchResult(
+        tool=tool.identity,
+        format="stockholm",
+        alignment=_alignment(paths["alignment"], sequence, table),
+        table=table,
+        usage=done.usage,
+    )
 
 
 def _table(path: Path) -> bytes:

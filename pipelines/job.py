@@ -22,7 +22,7 @@ from foldfeed.pipelines.plan import Plan, default_num_parts, job_id_of, make_pla
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.runners import choose_runner
 from foldfeed.pipelines.subprocess_runner import allow_all, drive_build
-from foldfeed.pipelines.tools import prepare_databases
+from foldfeed.pipelines.tools import other_engine_of, prepare_databases
 
 
 def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) -> BuildReport:
@@ -57,6 +57,9 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
     found = find_finished(config, job_id, plan)
     if found is not None:
         return _nothing_to_do(config, plan, *found, started)
+    for database in databases:
+        if say is not None and (engine := other_engine_of(database.tool)) is not None:
+            say(f"{database.name}: {engine}")
     from foldfeed.pipelines.run import beam_options, refuse_foreign_store, run_and_commit
 
     if options is None:
@@ -92,6 +95,7 @@ def _planned(config: BuildConfig) -> tuple[tuple[SearchedDatabase, ...], Plan, s
         cpus=config.cpus_per_search,
         timeout_s=config.timeout_s,
         digests=open_blobs(config.results_url),
+        engine=config.engine,
         check=config.check_databases,
     )
     plan = make_plan(config.queries, databases, config.max_residues)

@@ -10,22 +10,39 @@ from collections.abc import Mapping, Sequence
 
 from foldfeed.feature_store.storage import Blobs
 from foldfeed.pipelines import jackhmmer
+from foldfeed.pipelines.build_config import Engine
 from foldfeed.pipelines.databases import DatabaseSpec, database_digest, in_merge_order
+from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
 from foldfeed.pipelines.features import SearchedDatabase
 from foldfeed.pipelines.hhblits import Hhblits
 from foldfeed.pipelines.jackhmmer import Jackhmmer
 from foldfeed.pipelines.search_tool import SearchTool
 
 
-def find_tool(spec: DatabaseSpec, *, cpus: int, timeout_s: float) -> SearchTool:
+def find_tool(spec: DatabaseSpec, *, cpus: int, timeout_s: float, engine: Engine = "binary") -> SearchTool:
     """Returns the tool that searches a database.
 
+    Args:
+      spec: the database.
+      cpus: threads of one search.
+      timeout_s: longest wall time of one search.
+      engine: of jackhmmer; hhblits has one only.
     Raises:
       ToolNotFoundError: it is not installed here.
+      MissingExtraError: the engine needs a package that is not installed.
     """
+    if spec.tool == jackhmmer.NAME and engine == "fast":
+        return FastJackhmmer.find(database=spec.paths[0], cpus=cpus, timeout_s=timeout_s)
     if spec.tool == jackhmmer.NAME:
         return Jackhmmer.find(database=spec.paths[0], cpus=cpus, timeout_s=timeout_s)
     return Hhblits.find(databases=spec.paths, cpus=cpus, timeout_s=timeout_s)
+
+
+def other_engine_of(tool: SearchTool) -> str | None:
+    """Returns in words what searches where it is more than the tool alone, else None."""
+    if not isinstance(tool, FastJackhmmer):
+        return None
+    return f"{tool.identity.name} {tool.identity.version} behind {tool.describe_scan()}"
 
 
 def prepare_databases(
@@ -35,6 +52,7 @@ def prepare_databases(
     cpus: int,
     timeout_s: float,
     digests: Blobs | None,
+    engine: Engine = "binary",
     check: bool = False,
 ) -> tuple[SearchedDatabase, ...]:
     """Returns the databases of a build in merge order, each with its tool and digest.
@@ -45,6 +63,7 @@ def prepare_databases(
       cpus: threads of one search.
       timeout_s: longest wall time of one search.
       digests: where content hashes are remembered, see `database_digest`.
+      engine: of jackhmmer.
       check: read the files although their hashes are remembered.
     Raises:
       DatabaseError, ToolNotFoundError: a database or its tool is not there.
@@ -52,7 +71,7 @@ def prepare_databases(
     ordered = in_merge_order(specs)
     for spec in ordered:
         spec.files()
-    tools = [find_tool(spec, cpus=cpus, timeout_s=timeout_s) for spec in ordered]
+    tools = [find_tool(spec, cpus=cpus, timeout_s=timeout_s, engine=engine) for spec in ordered]
     return tuple(
         SearchedDatabase(
             name=spec.name,

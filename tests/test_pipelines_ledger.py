@@ -15,7 +15,7 @@ from pipelines_data import (
     config_of,
     first_on_path,
     globins,
-    missing_tools,
+    needs_hmmer,
     stand_in,
     tree_bytes,
     write_fasta,
@@ -28,8 +28,6 @@ from foldfeed.pipelines.job import forecast_build
 from foldfeed.pipelines.ledger import SCHEMA, costs, read_all
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.subprocess_runner import run_program
-
-needs_tools = pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "tools are there")
 
 
 def test_bytes_that_a_child_and_its_children_read_are_counted(tmp_path):
@@ -54,7 +52,7 @@ def built(tmp_path):
 
 
 @pytest.mark.external_tool
-@needs_tools
+@needs_hmmer
 def test_every_record_has_a_row_and_every_search_is_counted_once(built):
     config, report = built
     table = pq.read_table(report.ledger_path)
@@ -80,7 +78,7 @@ def test_every_record_has_a_row_and_every_search_is_counted_once(built):
 
 
 @pytest.mark.external_tool
-@needs_tools
+@needs_hmmer
 def test_new_searches_are_told_from_old_ones(built, tmp_path):
     config, _ = built
     more = write_fasta(tmp_path / "more.fasta", globins(3))
@@ -93,7 +91,7 @@ def test_new_searches_are_told_from_old_ones(built, tmp_path):
 
 
 @pytest.mark.external_tool
-@needs_tools
+@needs_hmmer
 def test_costs_enter_no_answer_and_no_part(built, tmp_path):
     config, first = built
     other = dataclasses.replace(
@@ -108,7 +106,7 @@ def test_costs_enter_no_answer_and_no_part(built, tmp_path):
 
 
 @pytest.mark.external_tool
-@needs_tools
+@needs_hmmer
 def test_receipts_of_older_versions_are_read(built):
     config, report = built
     for path in Path(config.results_url, "units").rglob("*.json"):
@@ -123,7 +121,7 @@ def test_receipts_of_older_versions_are_read(built):
 
 
 @pytest.mark.external_tool
-@needs_tools
+@needs_hmmer
 def test_a_dry_run_foretells_what_the_run_then_does(built, tmp_path):
     config, report = built
     more = write_fasta(tmp_path / "more.fasta", globins(5))
@@ -145,7 +143,7 @@ def test_a_dry_run_foretells_what_the_run_then_does(built, tmp_path):
 
 
 @pytest.mark.external_tool
-@needs_tools
+@needs_hmmer
 def test_a_dry_run_without_receipts_makes_nothing_and_guesses_nothing(tmp_path):
     queries = write_fasta(tmp_path / "q.fasta", globins(2))
     config = config_of(tmp_path, queries, [f"uniref90={GLOBINS}"])
@@ -155,7 +153,7 @@ def test_a_dry_run_without_receipts_makes_nothing_and_guesses_nothing(tmp_path):
 
 
 @pytest.mark.external_tool
-@needs_tools
+@needs_hmmer
 def test_dead_letters_have_kinds_and_the_completeness_manifest_counts_them(tmp_path, monkeypatch):
     (name_a, a), (name_b, b) = globins(2).items()
     words = f'for f; do case "$f" in */query) if grep -q {a[:20]} "$f"; then exec sleep 60; fi;; esac; done\n'
@@ -177,7 +175,7 @@ def test_dead_letters_have_kinds_and_the_completeness_manifest_counts_them(tmp_p
 
 
 @pytest.mark.external_tool
-@needs_tools
+@needs_hmmer
 def test_cli_prints_prices_answers_sql_and_plans(tmp_path):
     queries = write_fasta(tmp_path / "q.fasta", globins(2))
     build = [

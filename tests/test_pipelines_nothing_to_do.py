@@ -14,7 +14,7 @@ from pipelines_data import (
     config_of,
     first_on_path,
     globins,
-    missing_tools,
+    needs_hmmer,
     stand_in,
     tree_bytes,
     write_fasta,
@@ -27,7 +27,7 @@ from foldfeed.pipelines.errors import EngineError
 
 pytestmark = [
     pytest.mark.external_tool,
-    pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "tools are there"),
+    needs_hmmer,
 ]
 
 

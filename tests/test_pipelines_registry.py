@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 from click.testing import CliRunner
-from pipelines_data import GLOBINS, globins, make_databases, missing_tools, write_fasta
+from pipelines_data import GLOBINS, globins, make_databases, needs_hhsuite, needs_hmmer, write_fasta
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.cli.main import main
@@ -22,8 +22,6 @@ from foldfeed.pipelines.databases import database_digest
 from foldfeed.pipelines.errors import ConfigError, DatabaseError, RegistryError
 from foldfeed.pipelines.manifest import DatabaseManifest
 from foldfeed.pipelines.registry import Registry, database_of, default_path
-
-needs_tools = pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "tools are there")
 
 
 def counted_by_hmmer(path: Path) -> tuple[int, int]:
@@ -38,7 +36,7 @@ def counted_by_hmmer(path: Path) -> tuple[int, int]:
 
 
 @pytest.mark.external_tool
-@needs_tools
+@needs_hmmer
 @pytest.mark.parametrize("seed", range(6))
 def test_counts_are_what_jackhmmer_counts(tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
@@ -58,7 +56,7 @@ def test_counts_are_what_jackhmmer_counts(tmp_path, monkeypatch, seed):
 
 
 @pytest.mark.external_tool
-@needs_tools
+@needs_hmmer
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -96,7 +94,7 @@ def test_compressed_files_count_as_their_text_and_cut_ones_are_refused(tmp_path)
 
 
 @pytest.mark.external_tool
-@needs_tools
+@needs_hhsuite
 def test_an_hhsuite_database_counts_alignments_and_columns(tmp_path):
     prefix = make_databases(tmp_path) / "hhsuite" / "db"
     manifest = make_manifest(DatabaseSpec.parse(f"bfd={prefix}"))
@@ -202,7 +200,7 @@ def invoke(*words: object):
 
 
 @pytest.mark.external_tool
-@needs_tools
+@needs_hmmer
 def test_cli_a_packed_database_is_added_listed_searched_and_verified(tmp_path, monkeypatch):
     monkeypatch.setenv("FOLDFEED_DATABASES", str(tmp_path / "r.json"))
     packed = tmp_path / "uniref90.fasta.gz"

@@ -1,0 +1,180 @@
+"""The fast scan: Gcells/s of HMMER's first filter, and CPU seconds of a search against jackhmmer alone.
+
+    python bench/search_scan.py --targets 200000 --queries 16
+
+Targets and queries are real proteins where FOLDFEED_TEST_DATA points to some, filled up with shuffled copies;
+without it they are drawn, with roughly Swiss-Prot's composition. A cell is a query residue times a target
+residue. CPU seconds per query are user plus system of this process and its children, with the database in
+memory (fast) or in the page cache (jackhmmer); reading the database into memory is given apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import lzma
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from rows import emit
+
+from foldfeed.pipelines import scan
+from foldfeed.pipelines.fast_jackhmmer import F1, FastJackhmmer
+from foldfeed.pipelines.jackhmmer import Jackhmmer
+from foldfeed.pipelines.scan_database import ScanDatabase, open_database
+from foldfeed.pipelines.scan_kernels import kernels
+
+# Roughly Swiss-Prot's, percent.
+COMPOSITION = dict(
+    zip(
+        "ACDEFGHIKLMNPQRSTVWY",
+        (
+            *(8.3, 1.4, 5.5, 6.7, 3.9, 7.1, 2.3, 5.9, 5.8, 9.6),
+            *(2.4, 4.1, 4.7, 3.9, 5.5, 6.6, 5.4, 6.9, 1.1, 2.9),
+        ),
+        strict=True,
+    )
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--targets", type=int, default=20_000)
+    parser.add_argument("--queries", type=int, default=6)
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results" / "search_scan.jsonl"
+    )
+    options = parser.parse_args()
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name:
+        database = Path(name) / "targets.fasta"
+        queries, source = prepare(database, options.targets, options.queries, random)
+        results = measure(str(database), queries)
+    config = {"targets": options.targets, "queries": len(queries), "sequences": source, "f1": F1}
+    config["median_query_residues"] = statistics.median(map(len, queries))
+    emit("search_scan", config, results, options.output)
+
+
+def prepare(path: Path, targets: int, queries: int, random: np.random.Generator) -> tuple[list[str], str]:
+    """Writes the database and returns the queries and where the sequences come from."""
+    real = real_targets()
+    source = "real, the rest shuffled" if real else "drawn"
+    pool = real or ["".join(random.choice(list(COMPOSITION), n, p=shares())) for n in lengths(random, 2000)]
+    with path.open("w") as file:
+        for number in range(targets):
+            text = pool[number % len(pool)]
+            if number >= len(pool):
+                letters = np.frombuffer(text.encode(), dtype="S1")
+                text = random.permutation(letters).tobytes().decode()
+            file.write(f">t{number}\n{text}\n")
+    # Around 300 residues.
+    asked = real_queries() or pool
+    asked = sorted(
+        (text for text in asked if 100 <= len(text) <= 1200), key=lambda text: abs(len(text) - 300)
+    )
+    chosen = [asked[int(i)] for i in random.permutation(min(len(asked), 2 * queries))[:queries]]
+    return chosen, source
+
+
+def shares() -> np.ndarray:
+    weights = np.array(list(COMPOSITION.values()))
+    return weights / weights.sum()
+
+
+def lengths(random: np.random.Generator, number: int) -> np.ndarray:
+    return np.clip(random.lognormal(5.6, 0.7, number), 20, 5000).astype(int)
+
+
+def real_targets() -> list[str]:
+    folder = Path(os.environ.get("FOLDFEED_TEST_DATA", "")) / "searchdb"
+    if not os.environ.get("FOLDFEED_TEST_DATA") or not folder.is_dir():
+        return []
+    files = [path for path in sorted(folder.glob("*.fasta.xz")) if "homologs" not in path.name]
+    files += sorted(folder.glob("*.faa.xz"))
+    return [text for path in files for text in entries(lzma.decompress(path.read_bytes()).decode())]
+
+
+def real_queries() -> list[str]:
+    path = Path(os.environ.get("FOLDFEED_TEST_DATA", "")) / "queries" / "mmseqs_500.fasta.gz"
+    if not os.environ.get("FOLDFEED_TEST_DATA") or not path.exists():
+        return []
+    return entries(gzip.decompress(path.read_bytes()).decode())
+
+
+def entries(text: str) -> list[str]:
+    return ["".join(entry.partition("\n")[2].split()).upper() for entry in text.split(">")[1:]]
+
+
+def cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def timed(function):
+    started = cpu_seconds()
+    answer = function()
+    return answer, cpu_seconds() - started
+
+
+def measure(path: str, queries: list[str]) -> dict[str, object]:
+    fast = FastJackhmmer.find(database=path, cpus=1, timeout_s=3600)
+    plain = Jackhmmer.find(database=path, cpus=1, timeout_s=3600)
+    (chunks, database), read_s = timed(lambda: (list(open_database(path).chunks()), open_database(path)))
+    residues = sum(chunk.num_residues for chunk in chunks)
+    cells = residues * sum(map(len, queries))
+    profiles, profile_s = timed(lambda: [scan.profile_of(query) for query in queries])
+    rates = {}
+    for kernel in kernels():
+        # Plain C is the reference of the others and a hundred times slower than them.
+        if not kernel.usable or kernel.name == "plain":
+            continue
+        packed = list(ScanDatabase(path, kernel).chunks())
+        for way, groups in (("batch", [profiles]), ("single", [[profile] for profile in profiles])):
+            started = time.process_time()
+            for chunk in packed:
+                for group in groups:
+                    scan.best_cells(group, chunk, kernel=kernel)
+            took = time.process_time() - started
+            rates[f"{kernel.name}_{way}"] = round(cells / took / 1e9, 1)
+    found, scan_s = timed(
+        lambda: [scan.survivors([p], c, f1=F1, kernel=database.kernel) for p in profiles for c in chunks]
+    )
+    through = sum(len(each[0].records) for each in found)
+    answers, fast_s = timed(lambda: [fast.search(query) for query in queries])
+    expected, plain_s = timed(lambda: [plain.search(query) for query in queries])
+    pairs = list(zip(answers, expected, strict=True))
+    rows = sum(answer.table.count(b"\n") for answer in expected)
+    number = len(queries)
+    return {
+        "residues": residues,
+        "gcells_per_s": rates,
+        "jackhmmer_gcells_per_cpu_s": round(cells / plain_s / 1e9, 1),
+        "share_let_through": round(through / number / database.num_records, 6),
+        "msv_share": round(sum(each[0].num_msv for each in found) / number / database.num_records, 6),
+        "read_database_cpu_s": round(read_s, 3),
+        "cpu_s_per_query": {
+            "jackhmmer": round(plain_s / number, 4),
+            "fast": round(fast_s / number, 4),
+            "fast_profile": round(profile_s / number, 4),
+            "fast_scan": round(scan_s / number, 4),
+            "fast_jackhmmer_on_survivors": round((fast_s - scan_s - profile_s) / number, 4),
+        },
+        "times_less_cpu": round(plain_s / fast_s, 2),
+        "rows": rows,
+        "equal_alignments": sum(a.alignment == b.alignment for a, b in pairs),
+        "equal_tables": sum(
+            a.table.split() == b.table.split() for a, b in zip(answers, expected, strict=True)
+        ),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

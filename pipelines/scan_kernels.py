@@ -1,0 +1,384 @@
+"""The compiled kernels of the fast scan, called on arrays.
+
+Owns the binding to ``scan.c``, the choice of an instruction set and the check of sizes. Does not own what the
+scores mean (`foldfeed.pipelines.scan`). The kernels are an optional part of an installation: they are there
+where a C compiler was. Invariant: a kernel is used only after it gave the plain C kernel's scores on drawn
+input, in this process; so a build for an instruction set that nobody has tried yet cannot give wrong ones.
+
+Safe from any thread; the calls release the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import importlib.util
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foldfeed.pipelines.errors import KernelError, ToolNotFoundError
+
+# Codes below it are residues; the kernels' tables have as many columns.
+NUM_CODES = 32
+# After the end of a sequence.
+PAD = 31
+MAX_LETTERS = 32
+# Blocks have a multiple of so many rows.
+TILE = 8
+
+# What the text of a sequence becomes besides codes: skipped, refused.
+SKIPPED, REFUSED = 64, 128
+FAULTS = {-1: "start", -2: "name", -3: "residue"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kernel:
+    """One instruction set.
+
+    Attributes:
+      name: ``plain``, ``sse4.1``, ``avx2``, ``avx512`` or ``neon``.
+      number: in the library.
+      lanes: targets side by side.
+      usable: whether this processor has the instructions.
+    """
+
+    name: str
+    number: int
+    lanes: int
+    usable: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Blocks:
+    """Targets side by side, `lanes` at a time.
+
+    Attributes:
+      codes: uint8 (bytes,), all blocks; within a block (rows, lanes).
+      offsets: int64 (blocks,), where a block starts in `codes`.
+      rows: int32 (blocks,), each a multiple of `TILE`.
+      lanes: of every block.
+    """
+
+    codes: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    rows: NDArray[np.int32]
+    lanes: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def library_path() -> str | None:
+    """Returns the path of the compiled kernels; None where they were not built."""
+    spec = importlib.util.find_spec("foldfeed.pipelines._scan")
+    return spec.origin if spec is not None else None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = library_path()
+    if path is None:
+        raise ToolNotFoundError(
+            "fast scan",
+            "foldfeed was installed without its compiled kernels; install it again where a C compiler is "
+            "('apt-get install gcc', then 'pip install --force-reinstall --no-deps foldfeed'), or use "
+            "'--engine binary'",
+        )
+    library = ctypes.CDLL(path)
+    library.foldfeed_kernel.restype = ctypes.c_char_p
+    for name in ("digitise", "count_byte"):
+        getattr(library, f"foldfeed_{name}").restype = ctypes.c_int64
+    return library
+
+
+@functools.cache
+def kernels() -> tuple[Kernel, ...]:
+    """Returns the compiled kernels, slowest first, also those that this processor cannot run.
+
+    Raises:
+      ToolNotFoundError: none were compiled.
+    """
+    found: list[Kernel] = []
+    lanes, usable = ctypes.c_int(), ctypes.c_int()
+    while (
+        name := _library().foldfeed_kernel(len(found), ctypes.byref(lanes), ctypes.byref(usable))
+    ) is not None:
+        found.append(Kernel(name.decode(), len(found), lanes.value, bool(usable.value)))
+    return tuple(found)
+
+
+@functools.cache
+def best_kernel() -> Kernel:
+    """Returns the fastest kernel that this processor runs, after comparing its scores with plain C.
+
+    Raises:
+      ToolNotFoundError: none were compiled.
+      KernelError: it gives other scores.
+    """
+    kernel = [kernel for kernel in kernels() if kernel.usable][-1]
+    check_kernel(kernel)
+    return kernel
+
+
+def check_kernel(kernel: Kernel) -> None:
+    """Compares a kernel with the plain one on drawn targets, profiles and costs.
+
+    Raises:
+      KernelError: their scores differ.
+    """
+    random = np.random.default_rng(0)
+    lengths = random.integers(0, 150, size=2 * kernel.lanes + 1)
+    codes = random.integers(0, PAD, size=int(lengths.sum()), dtype=np.uint8)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    letters = random.integers(0, MAX_LETTERS, size=180, dtype=np.uint8)
+    query_starts = np.array([0, 1, 70, 180], dtype=np.int64)
+    signed = random.integers(-30, 20, size=(MAX_LETTERS, NUM_CODES)).astype(np.int8)
+    biased = (signed.astype(np.int64) + 30).astype(np.uint8)
+    signed[:, PAD], biased[:, PAD] = 127, 255
+    order = np.argsort(lengths, kind="stable")
+    answers = []
+    for each in (kernels()[0], kernel):
+        blocks = pack(codes, starts, order, each.lanes)
+        begin = np.full(len(blocks) * each.lanes, 60, dtype=np.uint8)
+        scores = ssv(each, blocks, signed, letters, query_starts)[:, : len(order)]
+        full = msv(each, blocks, biased, letters, base=190, bias=30, tec=3, begin_costs=begin)
+        answers.append(np.concatenate([scores.view(np.uint8).ravel(), full[: len(order)]]))
+    wrong = int((answers[0] != answers[1]).sum())
+    if wrong:
+        raise KernelError(kernel.name, wrong, len(answers[0]))
+
+
+def _pointer(array: NDArray[Any], dtype: type) -> ctypes.c_void_p:
+    if array.dtype != dtype or not array.flags.c_contiguous:
+        raise TypeError(f"the kernels take contiguous {np.dtype(dtype)}, not {array.dtype} {array.strides}")
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def digitise(
+    text: NDArray[np.uint8], codes_of_bytes: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the residue codes of FASTA text.
+
+    Args:
+      text: uint8 (bytes,), from the start of a record to the end of one.
+      codes_of_bytes: uint8 (256,), a code, `SKIPPED` or `REFUSED` for every byte of a sequence.
+    Returns:
+      codes uint8 (residues,); int64 (records + 1,), where records start in `text`; int64 (records + 1,),
+      where their sequences start in codes.
+    Raises:
+      ValueError: ``(kind, position)``, kind one of `FAULTS`: text before the first header, a header without a
+        name, a byte that is refused.
+    """
+    library = _library()
+    most = library.foldfeed_count_byte(_pointer(text, np.uint8), ctypes.c_int64(len(text)), ord(">"))
+    codes = np.empty(len(text), dtype=np.uint8)
+    record_starts = np.empty(most + 1, dtype=np.int64)
+    code_starts = np.empty(most + 1, dtype=np.int64)
+    fault = ctypes.c_int64()
+    records = library.foldfeed_digitise(
+        _pointer(text, np.uint8),
+        ctypes.c_int64(len(text)),
+        _pointer(codes_of_bytes, np.uint8),
+        _pointer(codes, np.uint8),
+        _pointer(record_starts, np.int64),
+        _pointer(code_starts, np.int64),
+        ctypes.byref(fault),
+    )
+    if records < 0:
+        raise ValueError(FAULTS[records], fault.value)
+    code_starts = code_starts[: records + 1].copy()
+    return codes[: code_starts[-1]], record_starts[: records + 1].copy(), code_starts
+
+
+def pack(codes: NDArray[np.uint8], starts: NDArray[np.int64], order: NDArray[np.int64], lanes: int) -> Blocks:
+    """Returns targets side by side; target ``order[i]`` is lane ``i % lanes`` of block ``i // lanes``.
+
+    Args:
+      codes: uint8 (residues,).
+      starts: int64 (targets + 1,).
+      order: int64 (chosen,), targets; best sorted by length, because a block is as long as its longest.
+      lanes: of the kernel.
+    """
+    blocks = _empty_blocks(starts[order + 1] - starts[order], lanes)
+    _library().foldfeed_pack(
+        _pointer(codes, np.uint8),
+        _pointer(starts, np.int64),
+        _pointer(np.ascontiguousarray(order, dtype=np.int64), np.int64),
+        ctypes.c_int64(len(order)),
+        ctypes.c_int(lanes),
+        _pointer(blocks.offsets, np.int64),
+        _pointer(blocks.rows, np.int32),
+        _pointer(blocks.codes, np.uint8),
+    )
+    return blocks
+
+
+def gather(blocks: Blocks, positions: NDArray[np.int64], lengths: NDArray[np.int64]) -> Blocks:
+    """Returns chosen targets of blocks as blocks of their own.
+
+    Args:
+      blocks: packed targets.
+      positions: int64 (chosen,), ``block * lanes + lane`` of each.
+      lengths: int64 (chosen,), their residues.
+    """
+    chosen = _empty_blocks(lengths, blocks.lanes)
+    _library().foldfeed_gather(
+        _pointer(blocks.codes, np.uint8),
+        _pointer(blocks.offsets, np.int64),
+        _pointer(blocks.rows, np.int32),
+        _pointer(np.ascontiguousarray(positions, dtype=np.int64), np.int64),
+        ctypes.c_int64(len(positions)),
+        ctypes.c_int(blocks.lanes),
+        _pointer(chosen.offsets, np.int64),
+        _pointer(chosen.rows, np.int32),
+        _pointer(chosen.codes, np.uint8),
+    )
+    return chosen
+
+
+def _empty_blocks(lengths: NDArray[np.int64], lanes: int) -> Blocks:
+    num_blocks = -(-len(lengths) // lanes)
+    padded = np.zeros(num_blocks * lanes, dtype=np.int64)
+    padded[: len(lengths)] = lengths
+    rows = padded.reshape(num_blocks, lanes).max(axis=1, initial=0)
+    rows = -(-rows // TILE) * TILE
+    ends = np.cumsum(rows * lanes)
+    return Blocks(
+        codes=np.empty(int(ends[-1]) if num_blocks else 0, dtype=np.uint8),
+        offsets=np.ascontiguousarray(ends - rows * lanes, dtype=np.int64),
+        rows=rows.astype(np.int32),
+        lanes=lanes,
+    )
+
+
+def ssv(
+    kernel: Kernel,
+    blocks: Blocks,
+    table: NDArray[np.int8],
+    letters: NDArray[np.uint8],
+    starts: NDArray[np.int64],
+    *,
+    first: int = 0,
+    last: int | None = None,
+    out: NDArray[np.int8] | None = None,
+) -> NDArray[np.int8]:
+    """Returns the best cell of the SSV recurrence for every query and target.
+
+    Cells start at -128; along a diagonal, ``cell = saturate(cell - table[letter of query][code of target])``.
+
+    Args:
+      kernel: which.
+      blocks: targets, packed for its lanes.
+      table: int8 (letters, `NUM_CODES`), costs.
+      letters: uint8 (residues of all queries,), rows of `table`.
+      starts: int64 (queries + 1,), where queries start in `letters`.
+      first: block to begin with.
+      last: block to end before; all when None.
+      out: int8 (queries, blocks * lanes) to write into; made when None.
+    """
+    _check(kernel, blocks, table, letters)
+    shape = (len(starts) - 1, len(blocks) * kernel.lanes)
+    out = np.empty(shape, dtype=np.int8) if out is None else out
+    if out.shape != shape or starts[-1] > len(letters):
+        raise ValueError(f"out is {out.shape}, queries end at {starts[-1]}; expected {shape}, {len(letters)}")
+    done = _library().foldfeed_ssv(
+        ctypes.c_int(kernel.number),
+        _pointer(blocks.codes, np.uint8),
+        _pointer(blocks.offsets, np.int64),
+        _pointer(blocks.rows, np.int32),
+        ctypes.c_int64(first),
+        ctypes.c_int64(len(blocks) if last is None else last),
+        _pointer(table, np.int8),
+        ctypes.c_int(len(table)),
+        _pointer(letters, np.uint8),
+        _pointer(starts, np.int64),
+        ctypes.c_int(len(starts) - 1),
+        _pointer(out, np.int8),
+        ctypes.c_int64(shape[1]),
+    )
+    if done < 0:
+        raise MemoryError("no memory for the columns of the scan")
+    return out
+
+
+def msv(
+    kernel: Kernel,
+    blocks: Blocks,
+    table: NDArray[np.uint8],
+    letters: NDArray[np.uint8],
+    *,
+    base: int,
+    bias: int,
+    tec: int,
+    begin_costs: NDArray[np.uint8],
+) -> NDArray[np.uint8]:
+    """Returns xJ of the MSV recurrence of one query for every target; 255 where it overflows.
+
+    Args:
+      kernel: which.
+      blocks: targets, packed for its lanes.
+      table: uint8 (letters, `NUM_CODES`), biased costs.
+      letters: uint8 (query residues,), rows of `table`.
+      base: score of the begin state.
+      bias: of `table`.
+      tec: cost of E to C and E to J.
+      begin_costs: uint8 (blocks * lanes,), tjb + tbm of every target.
+    """
+    _check(kernel, blocks, table, letters)
+    if begin_costs.shape != (len(blocks) * kernel.lanes,):
+        raise ValueError(f"begin_costs is {begin_costs.shape}; one for each of {len(blocks)} blocks' lanes")
+    out = np.empty(len(blocks) * kernel.lanes, dtype=np.uint8)
+    done = _library().foldfeed_msv(
+        ctypes.c_int(kernel.number),
+        _pointer(blocks.codes, np.uint8),
+        _pointer(blocks.offsets, np.int64),
+        _pointer(blocks.rows, np.int32),
+        ctypes.c_int64(0),
+        ctypes.c_int64(len(blocks)),
+        _pointer(table, np.uint8),
+        ctypes.c_int(len(table)),
+        _pointer(letters, np.uint8),
+        ctypes.c_int64(len(letters)),
+        ctypes.c_int(base),
+        ctypes.c_int(bias),
+        ctypes.c_int(tec),
+        _pointer(begin_costs, np.uint8),
+        _pointer(out, np.uint8),
+    )
+    if done < 0:
+        raise MemoryError("no memory for the columns of the scan")
+    return out
+
+
+def length_costs(lengths: NDArray[np.int64], scale: float) -> NDArray[np.uint8]:
+    """Returns tjb, the cost of leaving N, C or J, for target lengths: ``-round(scale ln(3 / (L + 3)))``.
+
+    Computed in C's float, as HMMER does, so that no other library's logarithm rounds another way.
+    """
+    lengths = np.ascontiguousarray(lengths, dtype=np.int64)
+    out = np.empty(len(lengths), dtype=np.uint8)
+    _library().foldfeed_length_costs(
+        _pointer(lengths, np.int64),
+        ctypes.c_int64(len(lengths)),
+        ctypes.c_float(scale),
+        _pointer(out, np.uint8),
+    )
+    return out
+
+
+def _check(kernel: Kernel, blocks: Blocks, table: NDArray[Any], letters: NDArray[np.uint8]) -> None:
+    if not kernel.usable:
+        raise ValueError(f"this processor has no {kernel.name}")
+    if blocks.lanes != kernel.lanes:
+        raise ValueError(f"blocks of {blocks.lanes} lanes; kernel {kernel.name} takes {kernel.lanes}")
+    if table.ndim != 2 or table.shape[1] != NUM_CODES or not 0 < len(table) <= MAX_LETTERS:
+        raise ValueError(f"the table is {table.shape}; it must be (1 to {MAX_LETTERS}, {NUM_CODES})")
+    if (table[:, PAD] != np.iinfo(table.dtype).max).any():
+        raise ValueError(
+            f"column {PAD} of the table must hold the highest cost, so that no score crosses an end"
+        )
+    if letters.size and letters.max() >= len(table):
+        raise ValueError(f"a query has letter {letters.max()}; the table has {len(table)}")
