@@ -234,6 +234,7 @@ static const kernel KERNELS[] = {
 enum { NUM_KERNELS = (int)(sizeof KERNELS / sizeof KERNELS[0]) };
 
 static int runs_here(int number) {
+    (void)number;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     switch (number) {
