@@ -1,5 +1,17 @@
 """Search pipelines: protein sequences in, records of the feature store out.
 
+The data's way, by what a file is about:
+
+    queries      fasta -> sequences
+    databases    databases (what a build is given) <- registry, manifest, database_files (known by name)
+    tools        search_tool (the contract) <- jackhmmer, hhblits, fast_jackhmmer (scan, scan_database,
+                 scan_kernels); subprocess_runner and warden run programs; tools chooses
+    search       plan (units) -> search (one of them) -> results (kept by content)
+    records      msa (merge) -> features (a record) -> parts (into the store)
+    a build      build_config -> job -> run -> outcome; forecast, costs, ledger, progress, interrupt
+    on Beam      graph, engine, engine_errors, runners
+    commands     cli, database_cli, ledger_cli
+
 Importing this package does not import Beam; only a run does.
 """
 

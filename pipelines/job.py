@@ -9,9 +9,11 @@ an engine reports what the general way would have reported.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import time
 from collections.abc import Callable
 
+from foldfeed.feature_store.errors import MissingExtraError
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.build_config import BuildConfig, BuildReport
 from foldfeed.pipelines.fasta import open_query_file
@@ -32,6 +34,7 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
       config: what to do.
       say: receives single lines that a person should see.
     Raises:
+      MissingExtraError: Beam is not installed.
       PipelineError: see `foldfeed.pipelines.errors`; nothing was committed.
       NotAStoreError: the store's folder holds something else; nothing was touched.
       StorageFullError: no space left; nothing was committed.
@@ -40,6 +43,9 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
     # A run before this one in the same process may have been stopped.
     allow_all()
     drive_build()
+    if importlib.util.find_spec("apache_beam") is None:
+        # Said before anything is read: looking costs nothing, importing Beam waits until there is work.
+        raise MissingExtraError("apache_beam", "pipelines")
     runner, note = choose_runner(config.runner)
     if note is not None and say is not None:
         say(note)

@@ -114,6 +114,21 @@ def test_limits_hold_while_a_text_is_read(monkeypatch, module, limit, text, reas
     assert len(given_out) < len(text) / 16
 
 
+def test_a_query_that_no_record_holds_is_refused_before_its_rows_are_read():
+    def endless():
+        yield b">q\n" + b"A" * 100_001 + b"\n>h\n"
+        raise AssertionError("more was read")
+
+    # The first row is whole when the header behind it was read.
+    with pytest.raises(
+        AlignmentParseError, match="line 1: the query has 100001 residues; a record holds at most"
+    ):
+        parse_a3m(endless())
+    text = "# STOCKHOLM 1.0\nq " + "A" * 100_001 + "\n//\n"
+    with pytest.raises(AlignmentParseError, match="line 2: the query has 100001 residues"):
+        parse_stockholm(text)
+
+
 def test_rows_are_counted_while_they_are_read():
     def endless():
         yield b">q\nACDE\n"

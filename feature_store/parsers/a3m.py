@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foldfeed.feature_store.errors import AlignmentParseError
+from foldfeed.feature_store.format.record import MAX_RESIDUES
 from foldfeed.feature_store.parsers.alignment import AlignmentBuilder, ParsedAlignment
 from foldfeed.feature_store.parsers.lines import Text, lines_of
 
@@ -160,7 +161,20 @@ def _measure_query(row: bytes, line: int) -> tuple[int, int]:
     length = int(_is_column(characters).sum())
     if length == 0:
         raise AlignmentParseError("the first row (the query) has no upper-case residue", line)
+    refuse_long_query(length, line)
     return length, int(_is_inserted(characters).sum())
+
+
+def refuse_long_query(length: int, line: int) -> None:
+    """Raises where a query has more residues than a record can have, before its rows are read.
+
+    Raises:
+      AlignmentParseError: more than `MAX_RESIDUES`.
+    """
+    if length > MAX_RESIDUES:
+        raise AlignmentParseError(
+            f"the query has {length} residues; a record holds at most {MAX_RESIDUES}", line
+        )
 
 
 def _is_column(characters: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -16,7 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foldfeed.feature_store.errors import AlignmentParseError
-from foldfeed.feature_store.parsers.a3m import BLOCK_CHARACTERS, MAX_ROW_CHARACTERS, shown
+from foldfeed.feature_store.parsers.a3m import (
+    BLOCK_CHARACTERS,
+    MAX_ROW_CHARACTERS,
+    refuse_long_query,
+    shown,
+)
 from foldfeed.feature_store.parsers.alignment import AlignmentBuilder, ParsedAlignment
 from foldfeed.feature_store.parsers.lines import Text, lines_of
 
@@ -70,6 +75,7 @@ def alignment_of_aligned(
     is_query_column = ~_GAPS[np.frombuffer(rows[0], dtype=np.uint8)]
     if not is_query_column.any():
         raise AlignmentParseError(f"the first row {shown(names[0])} (the query) has no residue", lines[0])
+    refuse_long_query(int(is_query_column.sum()), lines[0])
     builder = AlignmentBuilder(int(is_query_column.sum()))
     step = max(1, BLOCK_CHARACTERS // width)
     for first in range(0, len(rows), step):
