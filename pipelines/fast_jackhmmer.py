@@ -11,15 +11,17 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines import scan
-from foldfeed.pipelines.errors import ToolNotFoundError
+from foldfeed.pipelines.errors import ToolNotFoundError, ToolTimeoutError
 from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, run_jackhmmer
 from foldfeed.pipelines.scan_database import ScanDatabase, open_database
 from foldfeed.pipelines.scan_kernels import best_kernel
 from foldfeed.pipelines.search_tool import SearchResult, ToolIdentity
+from foldfeed.pipelines.subprocess_runner import raise_if_cancelled
 
 # Part of every result's identity; raise it when other targets may be let through.
 SCAN_VERSION = 1
@@ -36,7 +38,8 @@ class FastJackhmmer:
       binary: absolute path of jackhmmer.
       database: path of a FASTA file.
       cpus: threads of the scan and of jackhmmer.
-      timeout_s: longest wall time of jackhmmer; the scan, which has none, is short.
+      timeout_s: longest wall time of scan and jackhmmer together; the scan looks at it, and whether the run
+        was stopped, after each chunk of the database.
     """
 
     identity: ToolIdentity
@@ -89,10 +92,13 @@ class FastJackhmmer:
             targets = folder / "targets"
             with disk_full_is_typed(folder):
                 database = open_database(self.database)
-                write_survivors(sequence, database, targets, threads=self.cpus)
+                write_survivors(
+                    sequence, database, targets, threads=self.cpus, check=lambda: self._check(started)
+                )
             scanned_s, scanned_cpu_s = time.monotonic() - started, time.thread_time() - started_cpu
+            self._check(started)
             result = run_jackhmmer(
-                self,
+                dataclasses.replace(self, timeout_s=self.timeout_s - scanned_s),
                 sequence,
                 folder=folder,
                 database=str(targets),
@@ -103,10 +109,28 @@ class FastJackhmmer:
         )
         return dataclasses.replace(result, usage=usage)
 
+    def _check(self, started: float) -> None:
+        raise_if_cancelled("the fast scan")
+        if time.monotonic() - started >= self.timeout_s:
+            raise ToolTimeoutError(self.identity.name, self.timeout_s)
 
-def write_survivors(sequence: str, database: ScanDatabase, path: Path, *, threads: int) -> int:
+
+def write_survivors(
+    sequence: str,
+    database: ScanDatabase,
+    path: Path,
+    *,
+    threads: int,
+    check: Callable[[], None] = lambda: None,
+) -> int:
     """Writes the targets that a query's first filter lets through, as they stand in the database.
 
+    Args:
+      sequence: the query.
+      database: to scan.
+      path: of the file to write.
+      threads: of the scan.
+      check: called before each chunk; raises to stop.
     Returns:
       How many. One target is written where none passes, because HMMER refuses an empty file; its filter
       drops it.
@@ -118,6 +142,7 @@ def write_survivors(sequence: str, database: ScanDatabase, path: Path, *, thread
     number = 0
     with path.open("wb") as out:
         for chunk in database.chunks():
+            check()
             found = scan.survivors([profile], chunk, f1=F1, kernel=database.kernel, threads=threads)[0]
             database.copy_records(chunk, found.records, out)
             number += len(found.records)

@@ -104,6 +104,16 @@ def cancel_all(reason: str = "the run was stopped") -> None:
             _cancelled.set()
 
 
+def raise_if_cancelled(what: str) -> None:
+    """Raises once `cancel_all` was called; for work of our own that stands beside programs.
+
+    Raises:
+      CancelledError: it was; says that ``what`` was stopped.
+    """
+    if _cancelled.is_set():
+        raise CancelledError(f"{what} was stopped: {_cancel_reason}")
+
+
 def allow_all() -> None:
     """Allows programs again after `cancel_all`."""
     _cancelled.clear()

@@ -1,5 +1,6 @@
 """`--engine fast` gives jackhmmer's own output: alignments and tables byte for byte."""
 
+import dataclasses
 import gzip
 import os
 import re
@@ -11,15 +12,22 @@ import pytest
 
 pytest.importorskip("pyhmmer", reason="pip install 'foldfeed[fast]'")
 
-from pipelines_data import config_of, globins, make_databases, needs_hmmer, tree_bytes, write_fasta
+from pipelines_data import GLOBINS, config_of, globins, make_databases, needs_hmmer, tree_bytes, write_fasta
 from scan_data import RESIDUES, drawn
 
 from foldfeed.feature_store.errors import MissingExtraError
 from foldfeed.pipelines import fast_jackhmmer, run_build, scan, scan_kernels
-from foldfeed.pipelines.errors import ConfigError, DatabaseError, ToolNotFoundError
+from foldfeed.pipelines.errors import (
+    CancelledError,
+    ConfigError,
+    DatabaseError,
+    ToolNotFoundError,
+    ToolTimeoutError,
+)
 from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, write_survivors
 from foldfeed.pipelines.jackhmmer import Jackhmmer, run_jackhmmer
 from foldfeed.pipelines.scan_database import open_database
+from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all
 
 pytestmark = [
     pytest.mark.external_tool,
@@ -224,3 +232,18 @@ def test_a_build_with_the_fast_engine_makes_the_same_store(tmp_path):
 def test_an_unknown_engine_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="auto, binary, fast"):
         config_of(tmp_path, tmp_path / "q.fasta", ["a=b"], engine="quick")
+
+
+def test_a_scan_ends_at_the_time_limit_and_when_the_run_is_stopped(tmp_path):
+    sequence = next(iter(globins(1).values()))
+    late = FastJackhmmer.find(database=str(GLOBINS), cpus=1, timeout_s=1e-9)
+    with pytest.raises(ToolTimeoutError, match="jackhmmer did not end within 1e-09 s"):
+        late.search(sequence)
+    tool = dataclasses.replace(late, timeout_s=60.0)
+    cancel_all("of a test")
+    try:
+        with pytest.raises(CancelledError, match="the fast scan was stopped: of a test"):
+            tool.search(sequence)
+    finally:
+        allow_all()
+    assert b"# STOCKHOLM" in tool.search(sequence).alignment
