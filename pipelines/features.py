@@ -1,8 +1,8 @@
 """From stored search results to the record that goes into the feature store.
 
-Owns the step "results of all databases -> `MsaRecord`" and the list of databases a build searches. Does not
-own merging rules (`foldfeed.pipelines.msa`) or the array format (`foldfeed.feature_store`). Invariant: a
-record depends on the query, the results and the caps only, so a build done again gives the same bytes.
+Owns the step "results of all databases -> `MsaRecord`". Does not own merging rules
+(`foldfeed.pipelines.msa`) or the array format (`foldfeed.feature_store`). Invariant: a record depends on
+the query, the results and the caps only, so a build done again gives the same bytes.
 """
 
 from __future__ import annotations
@@ -11,26 +11,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from foldfeed.feature_store.format.record import DatabaseUse, MsaRecord
-from foldfeed.pipelines.msa import merge, read_hits
-from foldfeed.pipelines.search_tool import SearchResult, SearchTool
+from foldfeed.pipelines.hits import read_hits
+from foldfeed.pipelines.msa import merge
+from foldfeed.pipelines.search_tool import SearchedDatabase, SearchResult
 from foldfeed.pipelines.sequences import QuerySequence
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SearchedDatabase:
-    """One database of a build, ready to search.
-
-    Attributes:
-      name: the user's name for it.
-      digest: sha256 (hex) of its manifest.
-      tool: what searches it.
-      max_hits: most rows taken from its alignment, the query counted; None for all.
-    """
-
-    name: str
-    digest: str
-    tool: SearchTool
-    max_hits: int | None
 
 
 def build_record(

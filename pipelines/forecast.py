@@ -12,10 +12,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from foldfeed.pipelines.costs import readable_bytes
-from foldfeed.pipelines.features import SearchedDatabase
 from foldfeed.pipelines.plan import Plan, read_queries
 from foldfeed.pipelines.results import ResultStore, UnitReceipt
 from foldfeed.pipelines.search import units_of
+from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.sequences import QuerySequence
 
 # Receipts that are read for an estimate; ids are hashes, so any share of them is a fair sample.

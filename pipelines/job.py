@@ -17,12 +17,12 @@ from foldfeed.feature_store.errors import MissingExtraError
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.build_config import BuildConfig, BuildReport
 from foldfeed.pipelines.fasta import open_query_file
-from foldfeed.pipelines.features import SearchedDatabase
 from foldfeed.pipelines.forecast import Forecast, make_forecast
 from foldfeed.pipelines.outcome import Finished, find_finished, may_be_finished, write_dead_letters
 from foldfeed.pipelines.plan import Plan, default_num_parts, job_id_of, make_plan
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.runners import choose_runner
+from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.subprocess_runner import allow_all, drive_build
 from foldfeed.pipelines.tools import other_engine_of, prepare_databases
 

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.costs import DatabaseCost
-from foldfeed.pipelines.features import SearchedDatabase
 from foldfeed.pipelines.results import UnitReceipt
+from foldfeed.pipelines.search_tool import SearchedDatabase
 
 TABLE = "searches"
 SCHEMA = pa.schema(

@@ -15,8 +15,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 
 from foldfeed.pipelines.fasta import read_fasta
-from foldfeed.pipelines.features import SearchedDatabase
 from foldfeed.pipelines.search import units_of
+from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.sequences import Coverage, DeadLetter, QuerySequence, coverage_of, dead_letter
 
 # Records per part where the user gives no number: a few hundred megabytes of tiles for deep alignments.

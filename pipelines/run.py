@@ -23,7 +23,6 @@ from foldfeed.feature_store.store.feature_store import FeatureStore, choose_sett
 from foldfeed.pipelines import ledger
 from foldfeed.pipelines.build_config import BuildConfig, BuildReport
 from foldfeed.pipelines.errors import ConfigError, NothingCommittedError
-from foldfeed.pipelines.features import SearchedDatabase
 from foldfeed.pipelines.interrupt import stop_searches_on_interrupt
 from foldfeed.pipelines.outcome import Finished, mark_finished, write_completeness, write_dead_letters
 from foldfeed.pipelines.parts import PartReceipt, audit, ledger_path
@@ -31,6 +30,7 @@ from foldfeed.pipelines.plan import Plan
 from foldfeed.pipelines.progress import count_done, search_progress
 from foldfeed.pipelines.runners import LOCAL_RUNNER
 from foldfeed.pipelines.search import JobContext
+from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.sequences import DeadLetter
 
 if TYPE_CHECKING:

@@ -17,10 +17,9 @@ from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.format.settings import StoreSettings
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.errors import SearchError, ToolFailedError, ToolTimeoutError
-from foldfeed.pipelines.features import SearchedDatabase
-from foldfeed.pipelines.msa import read_hits
+from foldfeed.pipelines.hits import read_hits
 from foldfeed.pipelines.results import ResultStore, SearchFacts, unit_id_of
-from foldfeed.pipelines.search_tool import SearchResult, SearchTool
+from foldfeed.pipelines.search_tool import SearchedDatabase, SearchResult, SearchTool
 from foldfeed.pipelines.sequences import QuerySequence
 
 # A signal (the kernel's out-of-memory killer, a lost node) may not come again; one more try is cheap.

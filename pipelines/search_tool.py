@@ -106,6 +106,23 @@ class SearchTool(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SearchedDatabase:
+    """One database of a build, ready to search.
+
+    Attributes:
+      name: the user's name for it.
+      digest: sha256 (hex) of its manifest.
+      tool: what searches it.
+      max_hits: most rows taken from its alignment, the query counted; None for all.
+    """
+
+    name: str
+    digest: str
+    tool: SearchTool
+    max_hits: int | None
+
+
 def find_binary(name: str) -> str:
     """Returns the absolute path of a program: the one on PATH, else the one in the package ``hmmer``.
 

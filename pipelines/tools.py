@@ -13,10 +13,9 @@ from foldfeed.pipelines import jackhmmer
 from foldfeed.pipelines.build_config import Engine
 from foldfeed.pipelines.databases import DatabaseSpec, database_digest, in_merge_order
 from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
-from foldfeed.pipelines.features import SearchedDatabase
 from foldfeed.pipelines.hhblits import Hhblits
 from foldfeed.pipelines.jackhmmer import Jackhmmer
-from foldfeed.pipelines.search_tool import SearchTool
+from foldfeed.pipelines.search_tool import SearchedDatabase, SearchTool
 
 
 def find_tool(spec: DatabaseSpec, *, cpus: int, timeout_s: float, engine: Engine = "binary") -> SearchTool:

@@ -12,7 +12,8 @@ from foldfeed.feature_store.parsers.a3m import parse_a3m
 from foldfeed.feature_store.parsers.hit_names import species_of
 from foldfeed.pipelines import SearchResult, ToolIdentity
 from foldfeed.pipelines.errors import ToolOutputError
-from foldfeed.pipelines.msa import DatabaseHits, merge, read_hits
+from foldfeed.pipelines.hits import DatabaseHits, read_hits
+from foldfeed.pipelines.msa import merge
 from foldfeed.pipelines.subprocess_runner import Usage
 
 TOOL = ToolIdentity(name="tool", version="1", binary_sha256="0" * 64, argv_template=())

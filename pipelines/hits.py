@@ -1,0 +1,85 @@
+"""What one search found, parsed: rows, names and scores. Pure functions.
+
+Owns what a tool's alignment and table say together. Does not own parsing of alignment text
+(`foldfeed.feature_store.parsers`) or merging (`foldfeed.pipelines.msa`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foldfeed.feature_store.parsers.a3m import parse_a3m
+from foldfeed.feature_store.parsers.alignment import ParsedAlignment
+from foldfeed.feature_store.parsers.stockholm import parse_stockholm
+from foldfeed.pipelines.errors import ToolOutputError
+from foldfeed.pipelines.jackhmmer import has_numbered_names
+from foldfeed.pipelines.search_tool import SearchResult
+
+_RANGE = re.compile(r"/\d+-\d+$")
+_NUMBER_PREFIX = re.compile(r"^\d+\|")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DatabaseHits:
+    """What one database gave for one query, parsed.
+
+    Attributes:
+      alignment: rows in the tool's order, the query first.
+      hit_ids: name of every row, without descriptions.
+      e_values: float64 (num_rows,), of the whole target; NaN where the tool gives none.
+      bit_scores: float32 (num_rows,); NaN where the tool gives none.
+    """
+
+    alignment: ParsedAlignment
+    hit_ids: list[str]
+    e_values: NDArray[np.float64]
+    bit_scores: NDArray[np.float32]
+
+
+def read_hits(result: SearchResult, sequence: str) -> DatabaseHits:
+    """Returns the rows of a search result.
+
+    Args:
+      result: of one database.
+      sequence: the query, which must be the first row.
+    Raises:
+      AlignmentParseError: the tool's text breaks its own format.
+      ToolOutputError: the first row is not the query, so the tool cut or changed it.
+    """
+    alignment = (parse_stockholm if result.format == "stockholm" else parse_a3m)(result.alignment)
+    if alignment.letters[0].tobytes() != sequence.encode("ascii"):
+        raise ToolOutputError(
+            result.tool.name,
+            f"the first row of its alignment ({alignment.letters.shape[1]} columns) is not the query "
+            f"({len(sequence)} residues)",
+        )
+    hit_ids = [name.split(maxsplit=1)[0] if name.split() else "" for name in alignment.names]
+    if result.format == "stockholm" and has_numbered_names(result.alignment):
+        hit_ids = [_NUMBER_PREFIX.sub("", hit_id) for hit_id in hit_ids]
+    scores = _target_scores(result.table)
+    # The query row is in no table, even when the database holds a target of the same name.
+    found = [(np.nan, np.nan)] + [
+        scores.get(_RANGE.sub("", hit_id), (np.nan, np.nan)) for hit_id in hit_ids[1:]
+    ]
+    return DatabaseHits(
+        alignment=alignment,
+        hit_ids=hit_ids,
+        e_values=np.array([e_value for e_value, _ in found], dtype=np.float64),
+        bit_scores=np.array([bits for _, bits in found], dtype=np.float32),
+    )
+
+
+def _target_scores(table: bytes) -> dict[str, tuple[float, float]]:
+    """Returns full-sequence E-value and bit score by target name from a ``--tblout`` table.
+
+    Of targets that share a name the best comes first in the table and is the one kept.
+    """
+    scores: dict[str, tuple[float, float]] = {}
+    for line in table.decode("utf-8", errors="replace").splitlines():
+        fields = line.split(maxsplit=6)
+        scores.setdefault(fields[0], (float(fields[4]), float(fields[5])))
+    return scores
