@@ -34,7 +34,7 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
       config: what to do.
       say: receives single lines that a person should see.
     Raises:
-      MissingExtraError: Beam is not installed.
+      MissingExtraError: Beam is not installed, and there may be something to do.
       PipelineError: see `foldfeed.pipelines.errors`; nothing was committed.
       NotAStoreError: the store's folder holds something else; nothing was touched.
       StorageFullError: no space left; nothing was committed.
@@ -43,8 +43,9 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
     # A run before this one in the same process may have been stopped.
     allow_all()
     drive_build()
-    if importlib.util.find_spec("apache_beam") is None:
-        # Said before anything is read: looking costs nothing, importing Beam waits until there is work.
+    may_be_done = may_be_finished(config)
+    if not may_be_done and importlib.util.find_spec("apache_beam") is None:
+        # Said before anything is read.
         raise MissingExtraError("apache_beam", "pipelines")
     runner, note = choose_runner(config.runner)
     if note is not None and say is not None:
@@ -54,7 +55,7 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
     # What can be refused is refused before databases are read, unless reading them will probably show that
     # there is nothing to do: loading Beam takes longer than all else then.
     options = None
-    if not may_be_finished(config):
+    if not may_be_done:
         from foldfeed.pipelines.run import beam_options, refuse_foreign_store
 
         options = beam_options(config, runner)
