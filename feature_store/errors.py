@@ -26,7 +26,7 @@
     ├── AlignmentParseError (ValueError)     A3M or Stockholm text that breaks its own rules
     ├── StructureParseError (ValueError)     mmCIF text that breaks its own rules, or ours
     ├── QueryError (ValueError)              SQL or column names the index does not understand
-    │   └── QueryTimeoutError                a query ran longer than it was allowed to
+    │   └── QueryTimeoutError             a query ran longer than it was allowed to
     ├── MissingExtraError (ImportError)      an optional dependency is not installed
     └── (pipelines.errors, loader.errors, trainer.errors add their own branches)
 

@@ -37,8 +37,7 @@ def ledger(
     \b
     Examples:
       foldfeed ledger my-store --price-per-cpu-hour 0.04
-      foldfeed ledger my-store "select record_id, sum(cpu_s) from searches group by 1 order by 2 desc limit
-      10"
+      foldfeed ledger my-store "select record_id, sum(cpu_s) from searches group by 1 order by 2 desc"
     """
     from foldfeed.feature_store.cli.tables import write_table
     from foldfeed.feature_store.store.sql import sql as answer

@@ -43,7 +43,8 @@ class DatabaseManifest:
       num_sequences: sequences of a FASTA file; alignments of an HH-suite database.
       num_residues: of all sequences; match columns of an HH-suite database.
       digest: sha256 (hex) by which results of it are kept, see
-      `foldfeed.pipelines.databases.database_digest`. added: when it was added, UTC, ISO 8601.
+        `foldfeed.pipelines.databases.database_digest`.
+      added: when it was added, UTC, ISO 8601.
       version: of the release, "" when unknown.
       date: of the release, ISO 8601, "" when unknown.
       licence: "" when unknown.

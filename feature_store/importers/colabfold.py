@@ -1,11 +1,12 @@
 """ColabFold's alignments of several chains: its merged A3M, and the raw files of an MSA server.
 
-    x.a3m with '#110,85<tab>1,1'              records x_101, x_102: their own rows and their parts of the
-    paired JOB/uniref.a3m, bfd....a3m, pair.a3m      sections of several chains, divided by NUL bytes
+    x.a3m with '#110,85<tab>1,1'             records x_101, x_102: their own rows, and their parts of the
+                                             paired ones
+    JOB/uniref.a3m, bfd....a3m, pair.a3m     sections of several chains, divided by NUL bytes
 
 Rows of different chains that the program paired get a common `RowProvenance.pairing_key`, the number of
-their row, valid among records whose ``extra`` says the same ``assembly``. Paired rows come first, and none
-of them is dropped as a repetition: it says something of its own. Does not own how rows become a record
+their row, valid among records whose ``extra`` says the same ``assembly``. Paired rows come first, and no row
+is dropped as a repetition unless `ImportOptions.dedup` says ``rows``. Does not own how rows become a record
 (`rows`).
 
 Source: ColabFold ``colabfold/batch.py`` msa_to_str, unserialize_msa; Boltz ``data/msa/mmseqs2.py``.

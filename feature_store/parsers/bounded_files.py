@@ -27,8 +27,7 @@ from foldfeed.feature_store.exchange_errors import SourceFileError, SourceTooLar
 # The largest alignment texts that tools write today are a few GB.
 DEFAULT_MAX_BYTES = 2 << 30
 BLOCK_BYTES = 1 << 20
-# xz -9 needs 65 MiB, zstd --ultra -22 a window of 128 MiB; what asks for more is not made for exchange. A
-# row of titin that holds one short hit is 35,000 gaps and a name of its own: some 250 to 1. What passes
+# A row of titin that holds one short hit is 35,000 gaps and a name of its own: some 250 to 1. What passes
 # this, and is large, was made to.
 MAX_EXPANSION = 1000
 EXPANSION_FREE_BYTES = 64 << 20
