@@ -22,11 +22,10 @@ from foldfeed.feature_store.care.rewrite import (
     DEFAULT_TARGET_BYTES,
     Group,
     fill,
-    num_tokens,
+    live_parts,
     places_in,
     read_records,
     relocated,
-    token_cost,
 )
 from foldfeed.feature_store.format.settings import SETTINGS_FILE, StoreSettings
 from foldfeed.feature_store.index.transactions import Index
@@ -119,21 +118,16 @@ def _plan(
     blobs: Blobs, rows: pa.Table, target_bytes: int, min_live: float, part_ids: Sequence[str]
 ) -> list[Group]:
     """Returns the new parts to write; none where there is nothing to gain."""
-    per_part = rows.select(["part_id"]).append_column("tokens", num_tokens(rows)).group_by("part_id")
-    chosen: list[str] = []
-    num_dead = 0
-    costs: dict[str, float] = {}
-    for entry in per_part.aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist():
-        part_id, live = entry["part_id"], entry["tokens_count"]
-        part = PartReader(blobs, part_id)
-        size = sum(file["bytes"] for file in part.files.values()) * live / part.num_records
-        small = size < target_bytes / 2
-        if small or live / part.num_records < min_live or part_id in part_ids:
-            chosen.append(part_id)
-            num_dead += part.num_records - live
-            costs[part_id] = token_cost(part, entry["tokens_sum"], live)
-    wanted = pc.is_in(rows["part_id"], value_set=pa.array(chosen, pa.string()))
-    groups = fill(rows.filter(wanted), costs, target_bytes)
+    chosen = [
+        part
+        for part in live_parts(blobs, rows)
+        if part.num_bytes < target_bytes / 2
+        or part.num_live / part.num_records < min_live
+        or part.part_id in part_ids
+    ]
+    wanted = pa.array([part.part_id for part in chosen], pa.string())
+    groups = fill(rows.filter(pc.is_in(rows["part_id"], value_set=wanted)), chosen, target_bytes)
+    num_dead = sum(part.num_records - part.num_live for part in chosen)
     return groups if num_dead or part_ids or len(groups) < len(chosen) else []
 
 

@@ -28,11 +28,10 @@ from foldfeed.feature_store.care.rewrite import (
     DEFAULT_TARGET_BYTES,
     Group,
     fill,
-    num_tokens,
+    live_parts,
     places_in,
     read_records,
     relocated,
-    token_cost,
 )
 from foldfeed.feature_store.care.verify_parts import file_sha256
 from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
@@ -215,13 +214,8 @@ def _rewrite(
     """Writes records into new parts; returns what each holds, and the index rows at their new places."""
     made: dict[str, Group] = {}
     placed = [rows.slice(0, 0)]
-    tokens = rows.select(["part_id"]).append_column("tokens", num_tokens(rows)).group_by("part_id")
-    costs: dict[str, float] = {}
-    for entry in tokens.aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist():
-        part = PartReader(source, entry["part_id"])
-        costs[part.part_id] = token_cost(part, entry["tokens_sum"], entry["tokens_count"])
     done = 0
-    for group in fill(rows, costs, DEFAULT_TARGET_BYTES):
+    for group in fill(rows, live_parts(source, rows), DEFAULT_TARGET_BYTES):
         written = _write_group(source, target, group.rows, settings, progress, done, len(rows))
         moved = pa.Table.from_pylist(places_in(PartReader(target, written.part_id), group.rows))
         placed.append(relocated(group.rows, moved))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -35,35 +35,62 @@ class Group:
     num_bytes: int
 
 
-def num_tokens(rows: pa.Table) -> pa.ChunkedArray:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LivePart:
+    """A part and those of its records that an index names.
+
+    Attributes:
+      part_id: the part.
+      num_records: records that it holds.
+      num_live: records of it that the index names.
+      num_tokens: cells of their alignments.
+      num_bytes: what they take of it, as if all of its records were equal.
+    """
+
+    part_id: str
+    num_records: int
+    num_live: int
+    num_tokens: int
+    num_bytes: float
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes follow tokens within a part, near enough for filling new ones."""
+        return self.num_bytes / self.num_tokens
+
+
+def live_parts(blobs: Blobs, rows: pa.Table) -> Iterator[LivePart]:
+    """Yields the parts of index rows."""
+    per_part = rows.select(["part_id"]).append_column("tokens", _num_tokens(rows)).group_by("part_id")
+    for entry in per_part.aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist():
+        part = PartReader(blobs, entry["part_id"])
+        num_live = entry["tokens_count"]
+        yield LivePart(
+            part_id=part.part_id,
+            num_records=part.num_records,
+            num_live=num_live,
+            num_tokens=entry["tokens_sum"],
+            num_bytes=sum(file["bytes"] for file in part.files.values()) * num_live / part.num_records,
+        )
+
+
+def _num_tokens(rows: pa.Table) -> pa.ChunkedArray:
     """Returns how many cells the alignment of each row has, int64."""
     return pc.multiply(rows["length"].cast(pa.int64()), rows["depth"].cast(pa.int64()))
 
 
-def token_cost(part: PartReader, tokens: int, live: int) -> float:
-    """Returns the bytes that a token of a part takes.
-
-    Bytes follow tokens within a part, near enough for filling new ones.
-
-    Args:
-      part: the part.
-      tokens: of its live records.
-      live: how many there are.
-    """
-    return sum(file["bytes"] for file in part.files.values()) * live / part.num_records / tokens
-
-
-def fill(rows: pa.Table, costs: Mapping[str, float], target_bytes: int) -> list[Group]:
+def fill(rows: pa.Table, parts: Iterable[LivePart], target_bytes: int) -> list[Group]:
     """Returns rows, sorted by id, in groups of about that many bytes.
 
     Args:
       rows: of the index.
-      costs: of `token_cost`, by part.
+      parts: where they lie.
       target_bytes: size that new parts aim for.
     """
+    costs = {part.part_id: part.bytes_per_token for part in parts}
     groups = []
     start, size = 0, 0.0
-    places = zip(rows["part_id"].to_pylist(), num_tokens(rows).to_pylist(), strict=True)
+    places = zip(rows["part_id"].to_pylist(), _num_tokens(rows).to_pylist(), strict=True)
     for position, (part_id, count) in enumerate(places):
         cost = count * costs[part_id]
         if size and size + cost > target_bytes:
