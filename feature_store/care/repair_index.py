@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from foldfeed.feature_store.care.verify_index import check_checkpoints, needed_files
+from foldfeed.feature_store.care.verify_index import check_checkpoints, needed_files, readable_versions
 from foldfeed.feature_store.errors import (
     NOT_DAMAGE,
     CommitConflictError,
@@ -207,12 +207,12 @@ def restore_index_files(blobs: Blobs, source: Blobs, dry_run: bool) -> list[str]
     by file have all of them; `foldfeed copy` writes an index of its own, which may have the same file or not.
     """
     try:
-        needed = needed_files(blobs, Index.open(blobs.url, None).log())
+        log = Index.open(blobs.url, None).log()
     except (CorruptDataError, NotAStoreError):
         # Without the log nobody knows which files are meant.
         return []
     restored = []
-    for name in sorted(needed):
+    for name in sorted(needed_files(log, readable_versions(blobs, log))):
         try:
             read_checked(blobs, name)
         except CorruptDataError:

@@ -14,9 +14,9 @@ import time
 from collections.abc import Mapping
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from foldfeed.feature_store.care.verify_index import (
+    NeededFile,
     check_index,
     check_names,
     needed_files,
@@ -31,6 +31,7 @@ from foldfeed.feature_store.index.files import INDEX_FOLDER
 from foldfeed.feature_store.index.log import Commit
 from foldfeed.feature_store.index.transactions import Index
 from foldfeed.feature_store.parts.presence import anything_left
+from foldfeed.feature_store.parts.spans import by_part
 from foldfeed.feature_store.parts.wanted import PARTS_FOLDER
 from foldfeed.feature_store.progress import Progress, silent
 from foldfeed.feature_store.storage import TEMPORARY_PREFIX, Blobs, open_blobs
@@ -158,25 +159,29 @@ def _scope(
         return _Scope(by_part=dict.fromkeys(names, INDEX_SCHEMA.empty_table()))
     index = Index.open(blobs.url, None)
     log = _log(index, problems)
+    readable: list[int] = []
+    needed: Mapping[str, NeededFile] = {}
     if log is not None:
-        problems += check_index(blobs, index, log, level)
+        readable = readable_versions(blobs, log)
+        needed = needed_files(log, readable)
+        problems += check_index(blobs, index, log, needed, level)
     problems += check_names(blobs, opened.settings)
     if log is None or not all_versions:
         return _Scope(
-            by_part=rows_by_part(opened.index_rows()),
+            by_part=_rows_by_part(opened.index_rows()),
             settings=opened.settings,
             version=opened.version,
             versions=(opened.version,),
             num_records=len(opened),
         )
-    named = named_rows(blobs, index.schema, needed_files(blobs, log))
+    named = named_rows(blobs, index.schema, needed)
     reported = {problem.where for problem in problems}
     problems += [problem for problem in named.problems if problem.where not in reported]
     return _Scope(
-        by_part=rows_by_part(named.rows),
+        by_part=_rows_by_part(named.rows),
         settings=opened.settings,
         version=opened.version,
-        versions=tuple(readable_versions(blobs, log)),
+        versions=tuple(readable),
         num_records=named.num_records,
         spans=named.spans,
         stale_sets=stale_sets(blobs, opened.settings, named),
@@ -210,15 +215,9 @@ def _with_versions(check: PartCheck, versions: tuple[int, int] | None) -> PartCh
     return dataclasses.replace(check, problems=problems)
 
 
-def rows_by_part(rows: pa.Table) -> dict[str, pa.Table]:
+def _rows_by_part(rows: pa.Table) -> dict[str, pa.Table]:
     """Returns the index rows of each part, sorted by record id."""
-    rows = rows.sort_by([("part_id", "ascending"), ("record_id", "ascending")])
-    counts = {entry["values"].as_py(): entry["counts"].as_py() for entry in pc.value_counts(rows["part_id"])}
-    found, start = {}, 0
-    for part_id in sorted(counts):
-        found[part_id] = rows.slice(start, counts[part_id])
-        start += counts[part_id]
-    return found
+    return dict(by_part(rows, rows.column_names, "record_id"))
 
 
 def _check_parts(

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -45,16 +45,19 @@ class NeededFile:
     versions: tuple[int, int]
 
 
-def check_index(blobs: Blobs, index: Index, log: list[Commit], level: str) -> list[Problem]:
+def check_index(
+    blobs: Blobs, index: Index, log: list[Commit], needed: Mapping[str, NeededFile], level: str
+) -> list[Problem]:
     """Checks log, checkpoints and index files of all versions that are kept.
 
     Args:
       blobs: the store's files.
       index: its newest version.
       log: of that version.
+      needed: of `needed_files`.
       level: ``quick`` goes by the sizes of index files, the others read them.
     """
-    problems = [*check_checkpoints(blobs, log), *_check_files(blobs, needed_files(blobs, log), level)]
+    problems = [*check_checkpoints(blobs, log), *_check_files(blobs, needed, level)]
     if sorted(index_log.live_files(log)) != index.files:
         problems.append(
             Problem(
@@ -104,16 +107,21 @@ def _problem_of(error: Exception) -> Problem:
     return Problem(where="the store", reason=str(error))
 
 
-def needed_files(blobs: Blobs, log: list[Commit]) -> dict[str, NeededFile]:
-    """Returns the index files that readable versions need, by name."""
-    readable = set(readable_versions(blobs, log))
+def needed_files(log: list[Commit], readable: Collection[int]) -> dict[str, NeededFile]:
+    """Returns the index files that readable versions need, by name.
+
+    Args:
+      log: of the newest version.
+      readable: of `readable_versions`.
+    """
+    shown = frozenset(readable)
     needed: dict[str, NeededFile] = {}
     live: dict[str, AddedFile] = {}
     for commit in log:
         for name in commit.removed:
             live.pop(name, None)
         live.update(commit.added)
-        if commit.version not in readable:
+        if commit.version not in shown:
             continue
         for name, file in live.items():
             first = needed[name].versions[0] if name in needed else commit.version

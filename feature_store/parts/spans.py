@@ -14,18 +14,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 
-def by_part(index: pa.Table, columns: Sequence[str], first: str) -> Iterator[tuple[str, pa.Table]]:
-    """Yields each part of some records and their index rows, in the order in which they lie there.
+def by_part(index: pa.Table, columns: Sequence[str], order: str) -> Iterator[tuple[str, pa.Table]]:
+    """Yields each part of some records, by part id, and their index rows.
 
     Args:
       index: rows of the index.
-      columns: what to give of them; ``part_id`` and ``first`` come along.
-      first: the column that says where a record starts.
+      columns: what to give of them; ``part_id`` and ``order`` come along.
+      order: the column that sorts them within a part: where a record starts, for a scan.
     """
     if not len(index):
         return
-    names = list(dict.fromkeys(["part_id", first, *columns]))
-    index = index.select(names).sort_by([("part_id", "ascending"), (first, "ascending")])
+    names = list(dict.fromkeys(["part_id", order, *columns]))
+    index = index.select(names).sort_by([("part_id", "ascending"), (order, "ascending")])
     counts = pc.value_counts(index["part_id"].combine_chunks())
     start = 0
     # Counted in order of first appearance, and equal ids are neighbours.
