@@ -38,7 +38,7 @@ from foldfeed.feature_store.importers.sources import (
     load_json,
     name_of_file,
     relative,
-    renamed_from,
+    source_of,
     sub_folders,
 )
 from foldfeed.feature_store.parsers.alignment import ParsedAlignment
@@ -139,14 +139,15 @@ def _scan_target(folder: Path, root: Path, options: ImportOptions) -> Found:
         return
     for chain, chain_folder in chains.items():
         name = f"{target}_{chain}" if chain else target
-        record_id = make_id(name)
         where = relative(chain_folder, root)
         facts = {"source": where, "source_format": "alphafold2"}
         files = folder_files(chain_folder)
         description = descriptions.get(chain, "")
-        read = functools.partial(merge_files, record_id, files, options, description=description, extra=facts)
+        read = functools.partial(
+            merge_files, files=files, options=options, description=description, extra=facts
+        )
         left_out = left_out_of((file for file, _ in files), options)
-        yield Source(record_id, where, read, left_out, renamed_from(name))
+        yield source_of(name, where, read, left_out)
 
 
 def _chain_folders(msas: Path) -> dict[str, Path]:
@@ -171,11 +172,10 @@ def _descriptions(path: Path, options: ImportOptions) -> dict[str, str]:
 
 def _feature_source(path: Path, root: Path, name: str, options: ImportOptions) -> Source:
     where = relative(path, root)
-    read = functools.partial(_read_features, path, where, make_id(name), options)
-    return Source(make_id(name), where, read, renamed_from=renamed_from(name))
+    return source_of(name, where, functools.partial(_read_features, path, where, options))
 
 
-def _read_features(path: Path, where: str, record_id: str, options: ImportOptions) -> MsaRecord:
+def _read_features(path: Path, where: str, options: ImportOptions, record_id: str) -> MsaRecord:
     data = read_file(path, options.max_bytes)
     features: Mapping[str, Any]
     if kind_of(path)[1] == ".npz":

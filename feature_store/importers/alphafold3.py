@@ -27,16 +27,14 @@ from foldfeed.feature_store.importers.rows import ImportOptions, build_record, r
 from foldfeed.feature_store.importers.sources import (
     Found,
     Reject,
-    Source,
     load_json,
     relative,
-    renamed_from,
+    source_of,
     walk_files,
 )
 from foldfeed.feature_store.importers.texts import read_alignment
 from foldfeed.feature_store.parsers.alignment import ParsedAlignment
 from foldfeed.feature_store.parsers.bounded_files import read_file, read_head, stem_of
-from foldfeed.feature_store.parsers.hit_names import make_id
 
 UNPAIRED, PAIRED = "unpaired", "paired"
 MAX_CHAINS = 100_000
@@ -60,8 +58,8 @@ def scan_alphafold3(root: Path, options: ImportOptions) -> Found:
         for number, (name, chain_id) in enumerate(chains):
             # The only chain of a job is called by the job, as AlphaFold 2 calls a monomer by its target.
             full = name if len(chains) == 1 else f"{name}_{chain_id}"
-            read = functools.partial(_read_chain, jobs, path, where, number, make_id(full))
-            yield Source(make_id(full), f"{where}:{chain_id}", read, renamed_from=renamed_from(full))
+            read = functools.partial(_read_chain, jobs, path, where, number)
+            yield source_of(full, f"{where}:{chain_id}", read)
 
 
 class _Jobs:

@@ -40,17 +40,16 @@ from foldfeed.feature_store.importers.rows import (
 from foldfeed.feature_store.importers.sources import (
     Found,
     Reject,
-    Source,
     name_of_file,
     relative,
-    renamed_from,
+    source_of,
     walk_files,
 )
 from foldfeed.feature_store.parsers.a3m import Row, alignment_of, shown
 from foldfeed.feature_store.parsers.alignment import ParsedAlignment
 from foldfeed.feature_store.parsers.bounded_files import read_blocks, read_file, read_head, stem_of
 from foldfeed.feature_store.parsers.conventions import FIRST_RESIDUE_TOKEN, GAP_TOKEN, UNKNOWN_TOKEN
-from foldfeed.feature_store.parsers.hit_names import fit_species, make_id
+from foldfeed.feature_store.parsers.hit_names import fit_species
 from foldfeed.feature_store.parsers.lines import lines_of
 from foldfeed.feature_store.parsers.npz import NpzFile
 
@@ -79,11 +78,10 @@ def scan_boltz(root: Path, options: ImportOptions) -> Found:
         except (FoldfeedError, OSError) as error:
             yield Reject("", where, str(error))
             continue
-        read = functools.partial(_read, path, where, make_id(name), options)
-        yield Source(make_id(name), where, read, renamed_from=renamed_from(name))
+        yield source_of(name, where, functools.partial(_read, path, where, options))
 
 
-def _read(path: Path, where: str, record_id: str, options: ImportOptions) -> MsaRecord:
+def _read(path: Path, where: str, options: ImportOptions, record_id: str) -> MsaRecord:
     archive = NpzFile(read_file(path, options.max_bytes), where, options.max_bytes)
     rows = rows_of_boltz({name: archive[name] for name in ARRAYS}, where)
     return build_record(
@@ -211,12 +209,11 @@ def scan_boltz_csv(root: Path, options: ImportOptions) -> Found:
         assembly = numbered[1] if numbered else folder.name
         if folder != root.resolve() and root.is_dir():
             assembly = f"{folder.relative_to(root.resolve()).as_posix()}/{assembly}"
-        read = functools.partial(_read_boltz_csv, path, where, make_id(name), assembly, options)
-        yield Source(make_id(name), where, read, renamed_from=renamed_from(name))
+        yield source_of(name, where, functools.partial(_read_boltz_csv, path, where, assembly, options))
 
 
 def _read_boltz_csv(
-    path: Path, where: str, record_id: str, assembly: str, options: ImportOptions
+    path: Path, where: str, assembly: str, options: ImportOptions, record_id: str
 ) -> MsaRecord:
     keys: list[str] = []
     alignment = alignment_of(_csv_rows(path, where, keys, options), MAX_IMPORT_ROWS)

@@ -41,10 +41,9 @@ from foldfeed.feature_store.importers.rows import (
 from foldfeed.feature_store.importers.sources import (
     Found,
     Reject,
-    Source,
     name_of_file,
     relative,
-    renamed_from,
+    source_of,
     walk_files,
 )
 from foldfeed.feature_store.parsers.a3m import parse_a3m
@@ -54,7 +53,6 @@ from foldfeed.feature_store.parsers.hit_names import (
     first_word,
     fit_pairing_key,
     fit_species,
-    make_id,
     species_of,
 )
 
@@ -76,11 +74,10 @@ def scan_chai(root: Path, options: ImportOptions) -> Found:
         except (FoldfeedError, OSError) as error:
             yield Reject("", where, str(error))
             continue
-        read = functools.partial(_read, path, where, make_id(name), options)
-        yield Source(make_id(name), where, read, renamed_from=renamed_from(name))
+        yield source_of(name, where, functools.partial(_read, path, where, options))
 
 
-def _read(path: Path, where: str, record_id: str, options: ImportOptions) -> MsaRecord:
+def _read(path: Path, where: str, options: ImportOptions, record_id: str) -> MsaRecord:
     table = read_columns(read_file(path, options.max_bytes), where, options.max_bytes)
     labels = table["source_database"]
     if len(set(labels[1:])) > MAX_DATABASES:

@@ -38,11 +38,10 @@ from foldfeed.feature_store.importers.rows import (
 from foldfeed.feature_store.importers.sources import (
     Found,
     Reject,
-    Source,
     names_of_folders,
     plain_name,
     relative,
-    renamed_from,
+    source_of,
     walk_folders,
 )
 from foldfeed.feature_store.importers.texts import first_header, head_of
@@ -79,21 +78,19 @@ def merged_chains(path: Path, where: str, name: str, lengths: list[int], options
     chains = header if len(header) == len(lengths) == len(set(header)) else numbers
     for number, chain in enumerate(chains):
         full = f"{name}_{chain}"
-        read = functools.partial(
-            _read_merged, path, where, make_id(full), name, number, chains, lengths, options
-        )
-        yield Source(make_id(full), f"{where}:{chain}", read, renamed_from=renamed_from(full))
+        read = functools.partial(_read_merged, path, where, name, number, chains, lengths, options)
+        yield source_of(full, f"{where}:{chain}", read)
 
 
 def _read_merged(
     path: Path,
     where: str,
-    record_id: str,
     assembly: str,
     number: int,
     chains: list[str],
     lengths: list[int],
     options: ImportOptions,
+    record_id: str,
 ) -> MsaRecord:
     edges = np.cumsum([0, *lengths])
     text = (block.replace(b"\0", b"") for block in read_blocks(path, options.max_bytes))
@@ -181,8 +178,8 @@ def scan_server(root: Path, options: ImportOptions) -> Found:
         )
         for chain in chains:
             full = name if len(chains) == 1 else f"{name}_{chain}"
-            read = functools.partial(_read_server, files, where, make_id(full), name, chain, options)
-            yield Source(make_id(full), f"{where}:{chain}", read, left_out, renamed_from(full))
+            read = functools.partial(_read_server, files, where, name, chain, options)
+            yield source_of(full, f"{where}:{chain}", read, left_out)
 
 
 def _server_files(folder: Path, names: list[str], options: ImportOptions) -> dict[str, Path]:
@@ -231,7 +228,7 @@ def _section_ids(path: Path, options: ImportOptions) -> list[str]:
 
 
 def _read_server(
-    files: dict[str, Path], where: str, record_id: str, assembly: str, chain: str, options: ImportOptions
+    files: dict[str, Path], where: str, assembly: str, chain: str, options: ImportOptions, record_id: str
 ) -> MsaRecord:
     databases = []
     for name, path in files.items():

@@ -26,10 +26,9 @@ from foldfeed.feature_store.importers.rows import DatabaseRows, ImportOptions, b
 from foldfeed.feature_store.importers.sources import (
     Found,
     Reject,
-    Source,
     load_json,
     relative,
-    renamed_from,
+    source_of,
     sub_folders,
 )
 from foldfeed.feature_store.importers.texts import ReadAlignment, is_blank, read_alignment
@@ -200,9 +199,9 @@ def scan_openproteinset(root: Path, options: ImportOptions) -> Found:
             continue
         name = folder.resolve().name
         facts = {"source": where, "source_format": "openproteinset"}
-        read = functools.partial(merge_files, make_id(name), files, options, extra=facts)
+        read = functools.partial(merge_files, files=files, options=options, extra=facts)
         left_out = left_out_of((file for file, _ in files), options)
-        yield Source(make_id(name), where, read, left_out, renamed_from(name))
+        yield source_of(name, where, read, left_out)
 
 
 def scan_openfold_db(root: Path, options: ImportOptions) -> Found:
@@ -212,14 +211,13 @@ def scan_openfold_db(root: Path, options: ImportOptions) -> Found:
         if not isinstance(entries, dict):
             raise SourceFileError(path.name, "an index of an alignment database is a JSON object of chains")
         for chain, entry in entries.items():
-            record_id = make_id(chain)
             where = f"{path.name}:{chain}"
-            if not record_id:
+            if not make_id(chain):
                 yield Reject("", where, "no record id can be made from the name of the chain")
                 continue
-            read = functools.partial(_read_entry, path, where, record_id, entry, options)
+            read = functools.partial(_read_entry, path, where, entry, options)
             left_out = left_out_of(_member_names(entry), options)
-            yield Source(record_id, where, read, left_out, renamed_from(chain))
+            yield source_of(chain, where, read, left_out)
 
 
 def _member_names(entry: Any) -> list[str]:
@@ -239,7 +237,7 @@ def index_files(root: Path) -> list[Path]:
     return [path for path in paths if path.name == "super.index"] or paths
 
 
-def _read_entry(path: Path, where: str, record_id: str, entry: Any, options: ImportOptions) -> MsaRecord:
+def _read_entry(path: Path, where: str, entry: Any, options: ImportOptions, record_id: str) -> MsaRecord:
     database: Any = f"{path.stem}.db"
     members: Any = entry
     if isinstance(entry, dict):

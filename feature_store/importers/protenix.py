@@ -22,16 +22,15 @@ from foldfeed.feature_store.format.record import MsaRecord
 from foldfeed.feature_store.importers.rows import MAX_IMPORT_ROWS, ImportOptions, build_record, rows_of
 from foldfeed.feature_store.importers.sources import (
     Found,
-    Source,
     names_of_folders,
     plain_name,
     relative,
-    renamed_from,
+    source_of,
     walk_folders,
 )
 from foldfeed.feature_store.parsers.a3m import parse_a3m
 from foldfeed.feature_store.parsers.bounded_files import kind_of, read_blocks, stem_of
-from foldfeed.feature_store.parsers.hit_names import fit_pairing_key, make_id
+from foldfeed.feature_store.parsers.hit_names import fit_pairing_key
 
 PAIRING, NON_PAIRING = "pairing", "non_pairing"
 # Protenix's own rule for names such as UniRef100_A0A1B2_9606/.
@@ -48,11 +47,10 @@ def scan_protenix(root: Path, options: ImportOptions) -> Found:
     folders = [folder for folder, names in walk_folders(root) if is_protenix_folder(map(plain_name, names))]
     for name, folder in zip(names_of_folders(folders), folders, strict=True):
         where = relative(folder, root)
-        read = functools.partial(_read_protenix, folder, where, make_id(name), options)
-        yield Source(make_id(name), where, read, renamed_from=renamed_from(name))
+        yield source_of(name, where, functools.partial(_read_protenix, folder, where, options))
 
 
-def _read_protenix(folder: Path, where: str, record_id: str, options: ImportOptions) -> MsaRecord:
+def _read_protenix(folder: Path, where: str, options: ImportOptions, record_id: str) -> MsaRecord:
     files = {stem_of(path): path for path in sorted(folder.iterdir()) if kind_of(path)[1] == ".a3m"}
     databases = []
     for name in (PAIRING, NON_PAIRING):

@@ -18,10 +18,9 @@ from foldfeed.feature_store.importers.rows import ImportOptions, build_record
 from foldfeed.feature_store.importers.sources import (
     Found,
     Reject,
-    Source,
     name_of_file,
     relative,
-    renamed_from,
+    source_of,
     walk_files,
 )
 from foldfeed.feature_store.importers.texts import (
@@ -32,7 +31,6 @@ from foldfeed.feature_store.importers.texts import (
 )
 from foldfeed.feature_store.parsers.bounded_files import read_blocks, read_head, stem_of
 from foldfeed.feature_store.parsers.conventions import STOCKHOLM_SUFFIXES
-from foldfeed.feature_store.parsers.hit_names import make_id
 
 SUFFIXES = {"a3m": (".a3m",), "a2m": (".a2m",), "sto": STOCKHOLM_SUFFIXES, "colabfold": (".a3m",)}
 _HEAD_BYTES = 4096
@@ -64,11 +62,10 @@ def scan_single(kind: str, root: Path, options: ImportOptions) -> Found:
         if len(lengths) > 1:
             yield from merged_chains(path, where, name, lengths, options)
             continue
-        read = functools.partial(_read, path, where, kind, make_id(name), options)
-        yield Source(make_id(name), where, read, renamed_from=renamed_from(name))
+        yield source_of(name, where, functools.partial(_read, path, where, kind, options))
 
 
-def _read(path: Path, where: str, kind: str, record_id: str, options: ImportOptions) -> MsaRecord:
+def _read(path: Path, where: str, kind: str, options: ImportOptions, record_id: str) -> MsaRecord:
     # ColabFold's file holds what its server found in several databases and does not say which row is whose.
     name = "colabfold" if kind == "colabfold" else stem_of(path)
     found = read_alignment(read_blocks(path, options.max_bytes), kind, name, options.a2m_columns)

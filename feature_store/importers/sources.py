@@ -8,6 +8,7 @@ are not followed, so a walk ends.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -68,6 +69,15 @@ class Source:
 Found = Iterable[Source | Reject]
 
 
+def source_of(
+    name: str, where: str, read: Callable[[str], MsaRecord], left_out: tuple[str, ...] = ()
+) -> Source:
+    """Returns the source of a record that is called by a name; ``read`` is given the id that it gets."""
+    record_id = make_id(name)
+    renamed_from = "" if record_id == name_in_file(name) else name
+    return Source(record_id, where, functools.partial(read, record_id), left_out, renamed_from)
+
+
 def walk_files(root: Path, extensions: tuple[str, ...]) -> Iterator[Path]:
     """Yields files with one of the extensions, compressed ones too, in sorted order.
 
@@ -123,11 +133,6 @@ def id_of_file(path: Path, options: ImportOptions, header: Callable[[bytes], str
     Args, Raises: as `name_of_file`.
     """
     return make_id(name_of_file(path, options, header))
-
-
-def renamed_from(name: str) -> str:
-    """Returns a source's name where its record cannot have that as its id; "" where it has."""
-    return "" if make_id(name) == name_in_file(name) else name
 
 
 def name_of_file(path: Path, options: ImportOptions, header: Callable[[bytes], str] | None = None) -> str:
