@@ -70,6 +70,26 @@ def test_stacks_are_written_on_silence_once_and_on_the_signal(tmp_path: Path) ->
     assert threading.active_count() == running
 
 
+def test_the_main_thread_leads_however_many_others_there_are(tmp_path: Path) -> None:
+    end = threading.Event()
+    others = [threading.Thread(target=end.wait, name=f"other-{number}") for number in range(150)]
+    for thread in others:
+        thread.start()
+    watch = StackWatch(tmp_path, 0, 2, 0.5, lambda line: None)
+    watch.start()
+    stuck_here(1.0)
+    watch.stop()
+    end.set()
+    for thread in others:
+        thread.join()
+    text = (tmp_path / STACKS_FILE).read_text()
+    stacks = text.split("\nThread ")[1:]
+    assert stacks[0].startswith("MainThread")
+    assert "in stuck_here" in stacks[0]
+    assert len(stacks) >= 152
+    assert all(f"\nThread other-{number} (" in text for number in range(150))
+
+
 def test_the_block_and_the_parameter_that_are_not_finite_are_named() -> None:
     model = toy_model()
     flat = FlatParameters(model)
