@@ -8,8 +8,9 @@ data sets and Delta's library.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from foldfeed.feature_store.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from foldfeed.feature_store.errors import (
@@ -195,14 +196,4 @@ __all__ = [
     "write_part",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"foldfeed.feature_store.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

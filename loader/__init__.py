@@ -12,8 +12,9 @@ Imports `foldfeed.feature_store` and torch; knows nothing of search tools or tra
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from foldfeed.feature_store.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from foldfeed.feature_store import FeatureStore
@@ -35,23 +36,23 @@ if TYPE_CHECKING:
 
 # Where each name lives. Found when it is asked for: a process that only reads samples needs no torch.
 _HOMES = {
-    "AF2_FILTERS": "loader.sampling",
-    "Component": "loader.sampling",
-    "CropLoader": "loader.loader",
-    "FeatureStore": "feature_store",
-    "LoaderConfigError": "loader.errors",
-    "LoaderError": "loader.errors",
-    "LoaderStateError": "loader.errors",
-    "LoaderUseError": "loader.errors",
-    "ReadingProcessError": "loader.errors",
-    "Recipe": "loader.recipe",
-    "SampleError": "loader.errors",
-    "SamplePlan": "loader.plan",
-    "SampleSource": "loader.samples",
-    "Sampling": "loader.sampling",
-    "ShardBatch": "loader.batch",
-    "StateMismatchError": "loader.errors",
-    "StepBatch": "loader.batch",
+    "AF2_FILTERS": "sampling",
+    "Component": "sampling",
+    "CropLoader": "loader",
+    "FeatureStore": ".feature_store",
+    "LoaderConfigError": "errors",
+    "LoaderError": "errors",
+    "LoaderStateError": "errors",
+    "LoaderUseError": "errors",
+    "ReadingProcessError": "errors",
+    "Recipe": "recipe",
+    "SampleError": "errors",
+    "SamplePlan": "plan",
+    "SampleSource": "samples",
+    "Sampling": "sampling",
+    "ShardBatch": "batch",
+    "StateMismatchError": "errors",
+    "StepBatch": "batch",
 }
 
 __all__ = [
@@ -74,14 +75,4 @@ __all__ = [
     "StepBatch",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"foldfeed.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

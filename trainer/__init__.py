@@ -10,8 +10,9 @@ command line can print its help without waiting for torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from foldfeed.feature_store.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from foldfeed.trainer.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SnapshotConfig
@@ -98,8 +99,4 @@ __all__ = [
     "run",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"foldfeed.trainer.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
