@@ -17,6 +17,7 @@ import torch
 from foldfeed.feature_store.errors import FoldfeedError, MissingExtraError
 from foldfeed.trainer.config import ModelConfig
 from foldfeed.trainer.errors import NoValidSnapshotError, SnapshotMismatchError
+from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.model import CompactEvoformer
 from foldfeed.trainer.snapshot import MANIFEST, Generation, SnapshotFolder, read_generation
@@ -95,19 +96,7 @@ def command(source: Path, target: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    try:
-        command.main(
-            args=None if arguments is None else list(arguments),
-            prog_name="python -m foldfeed.trainer.export",
-            standalone_mode=False,
-        )
-    except click.ClickException as error:
-        click.echo(f"error: {error.format_message()} (--help lists the options)", err=True)
-        return 2
-    except (FoldfeedError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        return 1
-    return 0
+    return exit_code(command, "foldfeed.trainer.export", arguments, (FoldfeedError, OSError))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 import click
 
 from foldfeed.trainer.errors import TrainerError
+from foldfeed.trainer.exit_code import exit_code
 
 GOODPUT_FILE = "goodput.jsonl"
 
@@ -264,19 +265,7 @@ def command(output: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    try:
-        command.main(
-            args=None if arguments is None else list(arguments),
-            prog_name="python -m foldfeed.trainer.goodput",
-            standalone_mode=False,
-        )
-    except click.ClickException as error:
-        click.echo(f"error: {error.format_message()} (--help lists the options)", err=True)
-        return 2
-    except TrainerError as error:
-        click.echo(f"error: {error}", err=True)
-        return 1
-    return 0
+    return exit_code(command, "foldfeed.trainer.goodput", arguments)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from pathlib import Path
 import click
 
 from foldfeed.trainer.errors import TrainerConfigError, TrainerError
+from foldfeed.trainer.exit_code import exit_code
 
 KINDS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 # A small model and small crops: what is proved does not depend on the size.
@@ -259,20 +260,7 @@ def command(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    try:
-        equal = command.main(
-            args=None if arguments is None else list(arguments),
-            prog_name="python -m foldfeed.trainer.prove",
-            standalone_mode=False,
-        )
-    except click.ClickException as error:
-        click.echo(f"error: {error.format_message()} (--help lists the options)", err=True)
-        return 2
-    except TrainerError as error:
-        click.echo(f"error: {error}", err=True)
-        return 2 if isinstance(error, TrainerConfigError) else 1
-    # --help gives 0.
-    return 1 if equal is False else 0
+    return exit_code(command, "foldfeed.trainer.prove", arguments)
 
 
 if __name__ == "__main__":

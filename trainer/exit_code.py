@@ -1,0 +1,43 @@
+"""How the trainer's small commands end: ``python -m foldfeed.trainer.export``, ``.goodput`` and ``.prove``.
+
+Owns the exit code and where errors go. Does not own the training command, whose ranks end in their own way
+(`trainer.cli`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from foldfeed.trainer.errors import TrainerConfigError, TrainerError
+
+
+def exit_code(
+    command: click.Command,
+    module: str,
+    arguments: Sequence[str] | None,
+    expected: tuple[type[Exception], ...] = (TrainerError,),
+) -> int:
+    """Runs a command and returns its exit code: 0, 1 where it failed or returned False, 2 for wrong usage.
+
+    Args:
+      command: to run.
+      module: as ``python -m`` takes it, for the help.
+      arguments: of the command line; those of the process when None.
+      expected: errors that end it with their message alone; others are raised.
+    """
+    try:
+        result = command.main(
+            args=None if arguments is None else list(arguments),
+            prog_name=f"python -m {module}",
+            standalone_mode=False,
+        )
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()} (--help lists the options)", err=True)
+        return 2
+    except expected as error:
+        click.echo(f"error: {error}", err=True)
+        return 2 if isinstance(error, TrainerConfigError) else 1
+    # --help gives 0, which is not False.
+    return 1 if result is False else 0
