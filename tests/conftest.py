@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
+import faulthandler
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,12 @@ from s3_server import FOREIGN_VARIABLES, client_environment, running_server
 from foldfeed.feature_store import FeatureStore, write_part
 
 ROOT = Path(__file__).parents[1]
+END_LIMIT_S = 60
+
+
+def pytest_unconfigure() -> None:
+    """Ends a process that hangs after its last test, with the stacks of the threads that hold it up."""
+    faulthandler.dump_traceback_later(END_LIMIT_S, exit=True, file=sys.__stderr__)
 
 
 @pytest.fixture(scope="session")
