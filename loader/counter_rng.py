@@ -42,6 +42,7 @@ class Purpose(enum.StrEnum):
     MASKING = "masking"
     SLAB = "slab"
     RECORD = "record"
+    DEPTH = "depth"
 
 
 class Stream:

@@ -1,16 +1,15 @@
-"""AlphaFold 2's sequence and MSA features of one sample, from what was read.
+"""The features of one sample, from what was read: of the sequence, the MSA and, as labels, the structure.
 
-The order of the steps is AlphaFold 2's: mask the centres, find clusters over all columns read, then crop,
-then features, then zero padding to fixed shapes. Whether that is the whole record (``af2``) or the crop
-(``crop_first``) was decided by the plan; the arithmetic is the same. All chance is in the plan as well, so
-the functions here are deterministic, on the CPU to the bit for any number of threads: they count in whole
-numbers and round once.
+Of a clustered MSA the order of the steps is AlphaFold 2's: mask the centres, find clusters over all columns
+read, then crop, then features, then zero padding to fixed shapes. Whether that is the whole record (``af2``)
+or the crop (``crop_first``) was decided by the plan; the arithmetic is the same. All chance is in the plan as
+well, so the functions here are deterministic, on the CPU to the bit for any number of threads: they count in
+whole numbers and round once.
 
 Tensors may live on any device; nothing moves between devices here. Thread safe (pure functions).
 
-Shape legend: C centres, E extra rows, n rows read, W columns read, r residues of the crop; padded to the
-recipe's
-``num_clusters``, ``num_extra`` and R = ``crop_residues``.
+Shape legend: C centres (or rows), E extra rows, n rows read, W columns read, r residues of the crop; padded
+to the recipe's ``num_clusters``, ``num_extra`` and R = ``crop_residues``.
 
 Source: AlphaFold 2 ``alphafold/model/tf/data_transforms.py`` (make_masked_msa, make_msa_feat,
 make_fixed_size) and ``input_pipeline.py`` for the order; Jumper et al. 2021, supplementary table 1.
@@ -27,7 +26,8 @@ from foldfeed.feature_store.format import alphabet
 from foldfeed.loader import clusters
 from foldfeed.loader.plan import FROM_PROFILE, NOT_MASKED, SAME
 from foldfeed.loader.raw import RawSample
-from foldfeed.loader.recipe import Recipe
+from foldfeed.loader.recipe import AF3, MASKED_LM, Recipe
+from foldfeed.loader.structure_labels import label_features
 
 NUM_MSA_CHANNELS = 49
 NUM_TARGET_CHANNELS = 22
@@ -37,14 +37,48 @@ NUM_AATYPES = 21
 def featurise(raw: RawSample, recipe: Recipe) -> dict[str, torch.Tensor]:
     """Returns the features of one sample, zero padded to the recipe's shapes, with masks.
 
+    The tensors share no memory with ``raw``.
+
     Args:
       raw: one sample as read.
-      recipe: for the shapes.
+      recipe: for the kind and the shapes.
     Returns: by name, with C, E, R of the recipe:
-      aatype int64 (R,), residue_index int64 (R,), seq_mask float32 (R,), target_feat float32 (R, 22),
-      msa_feat float32 (C, R, 49), msa_mask float32 (C, R), true_msa int64 (C, R), bert_mask float32 (C, R),
-      extra_msa int64 (E, R), extra_has_deletion, extra_deletion_value and extra_msa_mask float32 (E, R).
+      aatype int64 (R,), residue_index int64 (R,), seq_mask float32 (R,), target_feat float32 (R, 22);
+      of ``af2`` and ``crop_first``, see `clustered_features`: msa_feat float32 (C, R, 49), msa_mask float32
+      (C, R), true_msa int64 (C, R), bert_mask float32 (C, R), extra_msa int64 (E, R), extra_has_deletion,
+      extra_deletion_value and extra_msa_mask float32 (E, R);
+      of ``af3``: msa int64 (C, R), msa_mask, has_deletion and deletion_value float32 (C, R), profile float32
+      (R, 22) and deletion_mean float32 (R,) of the full MSA;
+      of ``masked_lm``: msa int64 (C, R), masked, true_msa int64 (C, R), bert_mask and msa_mask float32 (C,
+      R); and with labels what `foldfeed.loader.structure_labels.label_features` gives, and use_clamped_fape
+      float32 ().
     """
+    per_residue = target_features(raw)
+    per_row: dict[str, torch.Tensor] = {}
+    per_extra: dict[str, torch.Tensor] = {}
+    if recipe.name == AF3:
+        per_row = row_features(raw)
+        per_residue |= {"profile": raw.profile, "deletion_mean": raw.deletion_mean}
+    elif recipe.name == MASKED_LM:
+        per_row = masked_rows(raw)
+    else:
+        per_row, per_extra = clustered_features(raw)
+    single: dict[str, torch.Tensor] = {}
+    if recipe.labels:
+        labels = label_features(raw.aatype, raw.atom_positions, raw.atom_mask, raw.resolution)
+        single = {"resolution": labels.pop("resolution"), "use_clamped_fape": raw.clamped[0].clone()}
+        per_residue |= labels
+    residues = recipe.crop_residues
+    return {
+        **{name: _pad(value, (residues,)) for name, value in per_residue.items()},
+        **{name: _pad(value, (recipe.num_clusters, residues)) for name, value in per_row.items()},
+        **{name: _pad(value, (recipe.num_extra, residues)) for name, value in per_extra.items()},
+        **single,
+    }
+
+
+def clustered_features(raw: RawSample) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns AlphaFold 2's features of the clustered MSA (C, r) and of the extra MSA (E, r)."""
     crop = slice(*raw.crop_in_columns)
     true_centres = raw.msa[raw.centre_at]
     centres = replace_masked(true_centres, raw.action, raw.profile, raw.profile_at, raw.profile_u)
@@ -64,13 +98,33 @@ def featurise(raw: RawSample, recipe: Recipe) -> dict[str, torch.Tensor]:
         "true_msa": true_centres[:, crop].long(),
         "bert_mask": (raw.action[:, crop] != NOT_MASKED).to(torch.float32),
     }
-    features = target_features(raw)
-    features = {name: _pad(value, (recipe.crop_residues,)) for name, value in features.items()}
-    for name, value in centre_features.items():
-        features[name] = _pad(value, (recipe.num_clusters, recipe.crop_residues))
-    for name, value in extra_features(raw, crop).items():
-        features[name] = _pad(value, (recipe.num_extra, recipe.crop_residues))
-    return features
+    return centre_features, extra_features(raw, crop)
+
+
+def row_features(raw: RawSample) -> dict[str, torch.Tensor]:
+    """Returns AlphaFold 3's features of the rows (C, r); the model makes the codes one-hot.
+
+    Source: Abramson et al. 2024, supplementary table 5 (msa, has_deletion, deletion_value).
+    """
+    deletions = raw.deletions[raw.centre_at]
+    return {
+        "msa": raw.msa[raw.centre_at].long(),
+        "msa_mask": torch.ones(deletions.shape, dtype=torch.float32, device=deletions.device),
+        "has_deletion": deletions.clamp(0, 1).to(torch.float32),
+        "deletion_value": deletion_value(deletions),
+    }
+
+
+def masked_rows(raw: RawSample) -> dict[str, torch.Tensor]:
+    """Returns rows (C, r) for a masked language model: what it sees, what was there and where it counts."""
+    rows = raw.msa[raw.centre_at]
+    is_target = raw.action != NOT_MASKED
+    return {
+        "msa": replace_masked(rows, raw.action, raw.profile, raw.profile_at, raw.profile_u).long(),
+        "msa_mask": torch.ones(rows.shape, dtype=torch.float32, device=rows.device),
+        "true_msa": rows.long(),
+        "bert_mask": is_target.to(torch.float32),
+    }
 
 
 def replace_masked(

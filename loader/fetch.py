@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store import Record
 from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.format.structure import NUM_ATOMS
 from foldfeed.loader.plan import SamplePlan
 
 # Fields of `SampleArrays` that are arrays, in the order in which they lie in a slot.
@@ -34,6 +35,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "action": np.dtype(np.uint8),
     "profile_at": np.dtype(np.int64),
     "profile_u": np.dtype(np.float64),
+    "deletion_mean": np.dtype(np.float32),
+    "atom_positions": np.dtype(np.float32),
+    "atom_mask": np.dtype(np.uint8),
+    "resolution": np.dtype(np.float32),
+    "clamped": np.dtype(np.float32),
 }
 ARRAYS = tuple(DTYPES)
 Room = Mapping[str, NDArray[Any]]
@@ -54,6 +60,12 @@ class SampleArrays:
       action: uint8 (C, W), see `foldfeed.loader.plan.MaskDraw`.
       profile_at: int64 (k,).
       profile_u: float64 (k,).
+      deletion_mean: float32 (R,), over ALL rows of the record; (0,) where the recipe has no use for it.
+      atom_positions: float32 (R + 1, 37, 3), angstrom, of the residue before the crop (0 where there is none)
+        and of the crop; (0, 37, 3) where the recipe has no labels.
+      atom_mask: uint8 (R + 1, 37), likewise.
+      resolution: float32 (1,), angstrom, 0 where the record's structure has none; (0,) without labels.
+      clamped: float32 (1,), 1 where the structure loss is to be clamped; (0,) without labels.
       crop_in_columns: the crop, counted from the first column read.
       first_residue: position of the crop in the protein, from 0.
     """
@@ -68,6 +80,11 @@ class SampleArrays:
     action: NDArray[np.uint8]
     profile_at: NDArray[np.int64]
     profile_u: NDArray[np.float64]
+    deletion_mean: NDArray[np.float32]
+    atom_positions: NDArray[np.float32]
+    atom_mask: NDArray[np.uint8]
+    resolution: NDArray[np.float32]
+    clamped: NDArray[np.float32]
     crop_in_columns: tuple[int, int]
     first_residue: int
 
@@ -82,6 +99,7 @@ def shapes_of(plan: SamplePlan) -> dict[str, tuple[int, ...]]:
     num_rows, width = len(plan.rows), plan.columns[1] - plan.columns[0]
     residues, centres = plan.crop[1] - plan.crop[0], len(plan.centres)
     replaced = len(plan.masking.profile_at)
+    with_atoms = residues + 1 if plan.labels else 0
     return {
         "msa": (num_rows, width),
         "deletions": (num_rows, residues),
@@ -93,6 +111,11 @@ def shapes_of(plan: SamplePlan) -> dict[str, tuple[int, ...]]:
         "action": (centres, width),
         "profile_at": (replaced,),
         "profile_u": (replaced,),
+        "deletion_mean": (residues if plan.full_deletion_mean else 0,),
+        "atom_positions": (with_atoms, NUM_ATOMS, 3),
+        "atom_mask": (with_atoms, NUM_ATOMS),
+        "resolution": (int(plan.labels),),
+        "clamped": (int(plan.labels),),
     }
 
 
@@ -137,4 +160,23 @@ def fetch(record: Record, plan: SamplePlan, room: Room | None = None) -> SampleA
     room["action"][:] = plan.masking.action
     room["profile_at"][:] = plan.masking.profile_at
     room["profile_u"][:] = plan.masking.profile_u
+    if plan.full_deletion_mean:
+        room["deletion_mean"][:] = record.deletion_mean(slice(*plan.crop))
+    if plan.labels:
+        _fetch_atoms(record, plan, room)
     return SampleArrays(**room, crop_in_columns=(start, stop), first_residue=plan.crop[0])
+
+
+def _fetch_atoms(record: Record, plan: SamplePlan, room: Room) -> None:
+    found = record.structure(slice(*plan.atoms))
+    for name in ("atom_positions", "atom_mask"):
+        if found is None:
+            room[name][:] = 0
+            continue
+        atoms = getattr(found, name)
+        # The first residue of a protein has none before it.
+        room[name][: len(room[name]) - len(atoms)] = 0
+        room[name][len(room[name]) - len(atoms) :] = atoms
+    room["clamped"][:] = plan.clamped
+    # As in AlphaFold 2, what has no resolution (NMR, a predicted structure) has 0.
+    room["resolution"][:] = 0.0 if found is None else float(found.source.get("resolution_angstrom", 0.0))

@@ -28,7 +28,7 @@ from foldfeed.feature_store.format.grid import Rows
 from foldfeed.feature_store.format.settings import PERMUTED, RANK
 from foldfeed.loader.counter_rng import Purpose, Stream, stream
 from foldfeed.loader.order import SampleAddress
-from foldfeed.loader.recipe import AF2, CROP_FIRST, Recipe
+from foldfeed.loader.recipe import AF2, AF3, Recipe
 
 NUM_AMINO_ACIDS = 20
 # What happens to a position of a cluster centre. 0..19: becomes that residue; `alphabet.MASK` (22): becomes
@@ -68,6 +68,9 @@ class SamplePlan:
       centres: int64 (C,), the rows that are cluster centres, in their order; the first is 0, the query.
       extras: int64 (E,), the extra rows in their order.
       masking: for the columns read.
+      labels: whether the structure's atoms are read, too.
+      clamped: whether the structure loss of this sample is to be clamped (by the rule that drew the crop).
+      full_deletion_mean: whether the deletion mean of the whole alignment is.
     """
 
     address: SampleAddress
@@ -80,6 +83,9 @@ class SamplePlan:
     centres: NDArray[np.int64]
     extras: NDArray[np.int64]
     masking: MaskDraw
+    labels: bool
+    clamped: bool
+    full_deletion_mean: bool
 
     @property
     def num_cells(self) -> int:
@@ -94,6 +100,11 @@ class SamplePlan:
         first, last = int(self.rows[0]), int(self.rows[-1])
         # A slice lets the store copy whole tiles instead of gathering single rows.
         return slice(first, last + 1) if last - first + 1 == len(self.rows) else self.rows
+
+    @property
+    def atoms(self) -> tuple[int, int]:
+        """Residues ``[start, stop)`` whose atoms are read: a residue's torsions need the one before it."""
+        return max(self.crop[0] - 1, 0), self.crop[1]
 
     @property
     def crop_in_columns(self) -> tuple[int, int]:
@@ -114,9 +125,9 @@ def make_plan(
       depth: rows of its record, at least 1.
       row_order: of the store.
     """
-    crop = draw_crop(recipe, stream(seed, address.sample, Purpose.CROP), length)
+    crop, clamped = draw_crop(recipe, stream(seed, address.sample, Purpose.CROP), length)
     slab = None
-    if recipe.name == CROP_FIRST and row_order == PERMUTED:
+    if recipe.name != AF2 and row_order == PERMUTED:
         slab, centres, extras = draw_slab(recipe, seed, address.sample, depth)
         columns, rows = crop, np.arange(slab.num_rows, dtype=np.int64)
     else:
@@ -139,6 +150,9 @@ def make_plan(
         centres=centres,
         extras=extras,
         masking=masking,
+        labels=recipe.labels,
+        clamped=clamped,
+        full_deletion_mean=recipe.name == AF3,
     )
 
 
@@ -157,7 +171,7 @@ def draw_slab(
     num_hits = depth - 1
     if recipe.block_delete:
         num_hits = len(delete_blocks(recipe, stream(seed, sample, Purpose.BLOCK_DELETE), depth)) - 1
-    num_hits = min(num_hits, recipe.num_clusters - 1 + recipe.num_extra)
+    num_hits = draw_num_hits(recipe, seed, sample, num_hits)
     start = int(stream(seed, sample, Purpose.SLAB).integers(max(depth - 1, 1), 1)[0])
     hits = 1 + stream(seed, sample, Purpose.ROWS).order(num_hits)
     centres = np.concatenate([np.zeros(1, dtype=np.int64), hits[: recipe.num_clusters - 1]])
@@ -180,9 +194,21 @@ def draw_rows(
         survivors = delete_blocks(recipe, stream(seed, sample, Purpose.BLOCK_DELETE), depth)
     hits = survivors[1:]
     hits = hits[stream(seed, sample, Purpose.ROWS).order(len(hits))]
+    hits = hits[: draw_num_hits(recipe, seed, sample, len(hits))]
     centres = np.concatenate([survivors[:1], hits[: recipe.num_clusters - 1]])
     extras = hits[recipe.num_clusters - 1 :][: recipe.num_extra]
     return survivors, centres, extras
+
+
+def draw_num_hits(recipe: Recipe, seed: int, sample: int, available: int) -> int:
+    """Returns how many hits a sample takes: what fits, of all or of a uniformly drawn number of them.
+
+    With ``subsample_rows`` the number of rows, the query among them, is uniform in 1..available + 1 before
+    the recipe's own limit cuts it (AlphaFold 3, supplementary section 2.2).
+    """
+    if recipe.subsample_rows:
+        available = int(stream(seed, sample, Purpose.DEPTH).integers(available + 1, 1)[0])
+    return min(available, recipe.num_clusters - 1 + recipe.num_extra)
 
 
 def delete_blocks(recipe: Recipe, random: Stream, depth: int) -> NDArray[np.int64]:
@@ -212,8 +238,10 @@ def delete_blocks(recipe: Recipe, random: Stream, depth: int) -> NDArray[np.int6
     return np.flatnonzero(kept)
 
 
-def draw_crop(recipe: Recipe, random: Stream, length: int) -> tuple[int, int]:
-    """Returns the crop window ``[start, stop)`` of a record; all of it when it is no longer than the crop.
+def draw_crop(recipe: Recipe, random: Stream, length: int) -> tuple[tuple[int, int], bool]:
+    """Returns the crop window ``[start, stop)`` of a record, and whether it is of the clamped kind.
+
+    A record that is no longer than the crop is taken whole.
 
     AlphaFold 2 has two rules, with n = length - crop. Where its structure loss is clamped (90 % of samples):
     start uniform in 0..n. Where it is not: x uniform in 0..n, then start uniform in 0..n-x, which prefers the
@@ -225,10 +253,11 @@ def draw_crop(recipe: Recipe, random: Stream, length: int) -> tuple[int, int]:
     size = min(length, recipe.crop_residues)
     last_start = length - size
     chance, shift, start = random.words(3)
-    if int(chance >> np.uint64(32)) < round(recipe.unclamped_fraction * 2**32):
+    clamped = int(chance >> np.uint64(32)) >= round(recipe.unclamped_fraction * 2**32)
+    if not clamped:
         last_start -= _scale(shift, last_start + 1)
     first = _scale(start, last_start + 1)
-    return first, first + size
+    return (first, first + size), clamped
 
 
 def draw_masking(
@@ -248,6 +277,13 @@ def draw_masking(
       columns: residues ``[start, stop)`` to return.
     Source: AlphaFold 2 ``make_masked_msa``. Its 1e-10 added to every probability is left out.
     """
+    if recipe.masked_fraction == 0.0:
+        width = columns[1] - columns[0]
+        return MaskDraw(
+            action=np.full((num_centres, width), NOT_MASKED, dtype=np.uint8),
+            profile_at=np.empty(0, dtype=np.int64),
+            profile_u=np.empty(0),
+        )
     words = random.words(num_centres * length).reshape(num_centres, length)[:, columns[0] : columns[1]]
     threshold = np.uint64(round(recipe.masked_fraction * 2**32))
     masked = np.flatnonzero((words >> np.uint64(32)) < threshold)

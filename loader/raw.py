@@ -29,6 +29,11 @@ class RawSample:
     action: torch.Tensor
     profile_at: torch.Tensor
     profile_u: torch.Tensor
+    deletion_mean: torch.Tensor
+    atom_positions: torch.Tensor
+    atom_mask: torch.Tensor
+    resolution: torch.Tensor
+    clamped: torch.Tensor
     crop_in_columns: tuple[int, int]
     first_residue: int
 

@@ -1,8 +1,8 @@
 """`Recipe`: everything about how a record becomes a sample that is not chance.
 
-Two recipes are named. Both draw the same crop, the same rows and the same masked positions for a sample; they
-differ in what they read to form clusters, and so in ``msa_feat`` channels 25..48 (cluster profile and cluster
-deletion mean) and in nothing else:
+Two recipes make AlphaFold 2's features of a clustered MSA. Both draw the same crop, the same rows and the
+same masked positions for a sample; they differ in what they read to form clusters, and so in ``msa_feat``
+channels 25..48 (cluster profile and cluster deletion mean) and in nothing else:
 
   ``af2``         reads all columns of all rows that survive block deletion; every surviving row that is no
                   cluster centre joins the centre it agrees with over the full length; the crop comes last.
@@ -21,6 +21,17 @@ permuted one it reads nearly every row of a record.
 The two are equal when the crop covers the record and no more rows survive than centres and extra rows take
 (a test; rank order). How much they differ elsewhere is measured by ``bench/recipe_difference.py``.
 
+Two more give rows as they are, the query first and then hits in a random order, read in the crop's columns
+only:
+
+  ``af3``         as AlphaFold 3 feeds its MSA module: a uniform sample of the rows (of a uniformly drawn
+                  number of them with ``subsample_rows``), deletions, and the profile and the deletion mean of
+                  the full alignment. Nothing is masked.
+  ``masked_lm``   rows for MSA transformers: codes of which some are masked, and what they were.
+
+`Recipe.named` knows their usual values and, as ``af2_initial`` and ``af2_finetune``, those of AlphaFold 2's
+two stages with labels.
+
 Owns validity and the digest that binds a saved position to a recipe; knows nothing of stores or tensors.
 """
 
@@ -35,7 +46,11 @@ from foldfeed.loader.errors import LoaderConfigError
 
 AF2 = "af2"
 CROP_FIRST = "crop_first"
-NAMES = (AF2, CROP_FIRST)
+AF3 = "af3"
+MASKED_LM = "masked_lm"
+NAMES = (AF2, CROP_FIRST, AF3, MASKED_LM)
+# Those whose features are of a clustered MSA (``msa_feat``); the others give rows.
+CLUSTERED = (AF2, CROP_FIRST)
 # Raised whenever equal recipes would give other samples than before, so that old positions are refused.
 TRANSFORMS_VERSION = 1
 
@@ -47,8 +62,9 @@ class Recipe:
     Attributes:
       name: ``af2`` or ``crop_first``, see the module.
       crop_residues: length of the crop, R.
-      num_clusters: rows that become cluster centres, the query among them, C.
-      num_extra: further rows given to the extra-MSA stack, E; 0 for none.
+      num_clusters: rows that become cluster centres, the query among them, C; where nothing is clustered, the
+        rows.
+      num_extra: further rows given to the extra-MSA stack, E; 0 for none, as where nothing is clustered.
       masked_fraction: chance of a position of a centre to be masked and predicted.
       uniform_prob: chance of a masked position to become any of the 20 residues, evenly.
       profile_prob: ... to be drawn from the alignment's profile at that column.
@@ -59,6 +75,10 @@ class Recipe:
       unclamped_fraction: share of samples whose crop starts by the rule that AlphaFold 2 uses where its
         structure loss is not clamped (biased to the N-terminus), see `foldfeed.loader.plan.draw_crop`. It
         uses 0.1 there; without that loss there is no reason for it, so the default is 0.
+      labels: add the features of the record's structure, see
+        `foldfeed.loader.structure_labels.label_features`.
+      subsample_rows: draw the number of rows uniformly from 1 to all, before C of them are taken at most
+        (AlphaFold 3's training); ``af3`` and ``masked_lm`` only.
     """
 
     name: str = AF2
@@ -73,10 +93,14 @@ class Recipe:
     num_blocks: int = 5
     block_fraction: float = 0.3
     unclamped_fraction: float = 0.0
+    labels: bool = False
+    subsample_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
-            raise LoaderConfigError("name", self.name, f"is no recipe; choose one of {list(NAMES)}")
+            raise LoaderConfigError(
+                "name", self.name, f"is no recipe; choose one of {sorted({*NAMES, *PRESETS})}"
+            )
         for field, minimum in (
             ("crop_residues", 1),
             ("num_clusters", 1),
@@ -86,8 +110,21 @@ class Recipe:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise LoaderConfigError(field, value, f"must be an integer of at least {minimum}")
-        if not isinstance(self.block_delete, bool):
-            raise LoaderConfigError("block_delete", self.block_delete, "must be True or False")
+        for field in ("block_delete", "labels", "subsample_rows"):
+            if not isinstance(getattr(self, field), bool):
+                raise LoaderConfigError(field, getattr(self, field), "must be True or False")
+        if self.name in CLUSTERED and self.subsample_rows:
+            raise LoaderConfigError(
+                "subsample_rows", True, f"is of {AF3} and {MASKED_LM}, not of {self.name}"
+            )
+        if self.name not in CLUSTERED and self.num_extra != 0:
+            raise LoaderConfigError(
+                "num_extra", self.num_extra, f"must be 0: {self.name} has no extra rows, raise num_clusters"
+            )
+        if self.name == AF3 and self.masked_fraction != 0:
+            raise LoaderConfigError(
+                "masked_fraction", self.masked_fraction, f"must be 0: {AF3} masks nothing"
+            )
         for field in _FRACTIONS:
             value = getattr(self, field)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value <= 1.0:
@@ -103,6 +140,9 @@ class Recipe:
     def named(cls, name: str, **overrides: Any) -> Recipe:
         """Returns a named recipe with some values replaced: ``Recipe.named("crop_first", crop_residues=64)``.
 
+        Args:
+          name: one of `NAMES`, or a preset of `PRESETS`.
+          overrides: values that differ from those of the name.
         Raises:
           LoaderConfigError: an unknown name, an unknown value, or one that cannot work.
         """
@@ -110,7 +150,8 @@ class Recipe:
         for field, value in overrides.items():
             if field not in known:
                 raise LoaderConfigError(field, value, f"a recipe has no such value; it has {sorted(known)}")
-        return cls(name=name, **overrides)
+        kind, usual = PRESETS.get(name, (name, {}))
+        return cls(name=kind, **(usual | overrides))
 
     @property
     def mask_prob(self) -> float:
@@ -122,6 +163,8 @@ class Recipe:
         """sha256 (hex) of all values and of the version of the transforms; equal recipes, equal digests."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values |= {field: float(values[field]) for field in _FRACTIONS}
+        # Came later; without them a recipe is the one that it was.
+        values = {field: value for field, value in values.items() if field not in _LATER or value}
         document = json.dumps([TRANSFORMS_VERSION, values], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(document.encode()).hexdigest()
 
@@ -134,3 +177,20 @@ _FRACTIONS = (
     "block_fraction",
     "unclamped_fraction",
 )
+_LATER = ("labels", "subsample_rows")
+
+# Name -> (what it is, its usual values). Sources: Jumper et al. 2021, supplementary table 4, where the
+# structure loss of 10 % of the samples is not clamped (section 1.11.5); Abramson et al. 2024, supplementary
+# section 2.2, and the 1,024 rows of AlphaFold 3's MSA module; Rao et al. 2021 (MSA Transformer): 15 % masked,
+# of which 80 % become the mask token, 10 % another residue and 10 % stay.
+_AF2_TRAINING = {"labels": True, "unclamped_fraction": 0.1}
+_ROWS = {"num_extra": 0, "block_delete": False}
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "af2_initial": (AF2, _AF2_TRAINING | {"crop_residues": 256, "num_clusters": 128, "num_extra": 1024}),
+    "af2_finetune": (AF2, _AF2_TRAINING | {"crop_residues": 384, "num_clusters": 512, "num_extra": 5120}),
+    AF3: (
+        AF3,
+        _ROWS | {"crop_residues": 384, "num_clusters": 1024, "masked_fraction": 0.0, "subsample_rows": True},
+    ),
+    MASKED_LM: (MASKED_LM, _ROWS | {"profile_prob": 0.0}),
+}

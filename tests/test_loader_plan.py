@@ -107,15 +107,15 @@ def test_every_row_is_as_often_centre_or_extra_as_any_other():
 
 
 def test_crops_start_evenly_and_the_unclamped_rule_prefers_the_start():
-    starts = [draw_crop(Recipe(crop_residues=10), stream(0, g, Purpose.CROP), 30)[0] for g in range(4000)]
+    starts = [draw_crop(Recipe(crop_residues=10), stream(0, g, Purpose.CROP), 30)[0][0] for g in range(4000)]
     assert even(np.bincount(starts, minlength=21))
     assert max(starts) == 20
     recipe = Recipe(crop_residues=10, unclamped_fraction=1.0)
-    starts = [draw_crop(recipe, stream(0, g, Purpose.CROP), 30)[0] for g in range(4000)]
+    starts = [draw_crop(recipe, stream(0, g, Purpose.CROP), 30)[0][0] for g in range(4000)]
     # E[start] = E[(n - x) / 2] = n / 4 with x uniform in 0..n.
     assert abs(np.mean(starts) - 5) < 4.5 * np.std(starts) / np.sqrt(4000)
-    assert draw_crop(recipe, stream(0, 1, Purpose.CROP), 10) == (0, 10)
-    assert draw_crop(recipe, stream(0, 1, Purpose.CROP), 3) == (0, 3)
+    assert draw_crop(recipe, stream(0, 1, Purpose.CROP), 10)[0] == (0, 10)
+    assert draw_crop(recipe, stream(0, 1, Purpose.CROP), 3)[0] == (0, 3)
 
 
 def masking_counts(recipe: Recipe) -> tuple[np.ndarray, int]:
@@ -170,7 +170,7 @@ def test_masking_of_a_window_is_the_window_of_the_masking():
 @pytest.mark.parametrize(
     ("values", "field"),
     [
-        ({"name": "af3"}, "name"),
+        ({"name": "af9"}, "name"),
         ({"crop_residues": 0}, "crop_residues"),
         ({"num_clusters": 0}, "num_clusters"),
         ({"num_extra": -1}, "num_extra"),

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 
 from foldfeed.loader import CropLoader, FeatureStore, LoaderConfigError, Recipe
+from foldfeed.loader.recipe import CLUSTERED
 from foldfeed.trainer.config import DataConfig
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.ranks import Ranks
@@ -24,6 +25,11 @@ def open_loader(config: DataConfig, seed: int, ranks: Ranks) -> Iterator[tuple[C
       NameNotFoundError: the store has no such record set.
       TrainerConfigError: a recipe, or a value, that the loader refuses.
     """
+    if config.recipe not in CLUSTERED:
+        raise TrainerConfigError(
+            f"recipe {config.recipe!r} is none that gives the msa_feat from which the compact Evoformer "
+            f"learns; use one of {', '.join(CLUSTERED)}"
+        )
     store = FeatureStore.open(config.store)
     records = store.subset(config.record_set) if config.record_set else store
     try:
