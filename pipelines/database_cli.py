@@ -69,7 +69,8 @@ def add(
     """Read a database whole, count its sequences and residues, and remember it under NAME.
 
     PATH is a FASTA file (plain, gzip or Zstandard), or HH-suite prefixes: several are searched together.
-    The tools read plain files, so a compressed one is unpacked once.
+    The tools read plain files, so a compressed one is unpacked once. Several FASTA files, or PATH@16 for
+    PATH-00000-of-00016 and so on, are shards of one database: searched apart, with the answer of one.
     """
     if date:
         _check_date(date)
@@ -82,8 +83,6 @@ def add(
     text = f"{name}={','.join(paths)}" + (f":{tool}" if tool else "")
     try:
         spec = DatabaseSpec.parse(text)
-        if len(paths) > 1 and spec.tool != "hhblits":
-            raise ConfigError(f"database {name!r}: {len(paths)} FASTA files; give each its own name")
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     manifest = make_manifest(spec, version=version, date=date, licence=licence, source=source)

@@ -169,8 +169,9 @@ def refreshed(manifest: DatabaseManifest) -> DatabaseManifest:
 
 def _count(spec: DatabaseSpec) -> tuple[int, int]:
     if spec.tool == jackhmmer.NAME:
-        return count_fasta(spec.name, spec.paths[0])
-    counts = [_count_hh(spec.name, prefix) for prefix in spec.paths]
+        counts = [count_fasta(spec.name, path) for path in spec.paths]
+    else:
+        counts = [_count_hh(spec.name, prefix) for prefix in spec.paths]
     return sum(one for one, _ in counts), sum(two for _, two in counts)
 
 

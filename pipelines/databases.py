@@ -50,7 +50,7 @@ class DatabaseSpec:
 
     Attributes:
       name: e.g. ``uniref90``; decides the place in the merged alignment and the default cap.
-      paths: a FASTA file for jackhmmer; one or more HH-suite prefixes for hhblits.
+      paths: a FASTA file for jackhmmer, or several that are its shards; HH-suite prefixes for hhblits.
       tool: ``jackhmmer`` or ``hhblits``.
       manifest: of a database from a registry; its files must still be those that were added.
     """
@@ -70,18 +70,18 @@ class DatabaseSpec:
             raise ConfigError(f"database {self.name!r}: tool {self.tool!r} is not one of {', '.join(TOOLS)}")
         if not self.paths or not all(self.paths):
             raise ConfigError(f"database {self.name!r}: the path is empty; write NAME=PATH[:TOOL]")
-        if self.tool == jackhmmer.NAME and len(self.paths) != 1:
-            raise ConfigError(
-                f"database {self.name!r}: jackhmmer searches one file, not {len(self.paths)}; "
-                "give each its own name"
-            )
+        twice = sorted({path for path in self.paths if self.paths.count(path) > 1})
+        if self.tool == jackhmmer.NAME and twice:
+            raise ConfigError(f"database {self.name!r}: {twice[0]!r} is given twice; its hits would be, too")
 
     @classmethod
     def parse(cls, text: str) -> DatabaseSpec:
         """Returns the database that ``NAME=PATH[:TOOL]`` names.
 
-        Without a tool it is hhblits where ``PATH_a3m.ffdata`` exists, else jackhmmer. For hhblits, PATH may
-        be several prefixes with commas between them: AlphaFold 2 searches BFD and UniRef30 in one run.
+        Without a tool it is hhblits where ``PATH_a3m.ffdata`` exists, else jackhmmer. PATH may be several
+        with commas between them: prefixes that hhblits searches in one run, as AlphaFold 2 does with BFD and
+        UniRef30, or FASTA files that together are one database of jackhmmer. ``PATH@16`` means the files
+        ``PATH-00000-of-00016`` to ``PATH-00015-of-00016``, as AlphaFold 3 names shards.
 
         Raises:
           ConfigError: the text has no such form.
@@ -103,7 +103,7 @@ class DatabaseSpec:
             )
         else:
             tool = jackhmmer.NAME
-        paths = tuple(path.split(",")) if tool == hhblits.NAME else (path,)
+        paths = tuple(path.split(",")) if tool == hhblits.NAME else _fasta_files(path)
         return cls(name=name, paths=tuple(os.path.abspath(part) if part else "" for part in paths), tool=tool)
 
     @property
@@ -123,7 +123,8 @@ class DatabaseSpec:
           DatabaseError: missing, empty or of another kind.
         """
         if self.tool == jackhmmer.NAME:
-            _check_fasta(self.name, self.paths[0])
+            for path in self.paths:
+                _check_fasta(self.name, path)
             return self.paths
         return tuple(file for prefix in self.paths for file in _hh_files(self.name, prefix))
 
@@ -131,6 +132,20 @@ class DatabaseSpec:
 def in_merge_order(specs: Sequence[DatabaseSpec]) -> tuple[DatabaseSpec, ...]:
     """Returns databases in the order in which their rows enter the merged alignment."""
     return tuple(sorted(specs, key=lambda spec: spec.merge_rank))
+
+
+def _fasta_files(text: str) -> tuple[str, ...]:
+    """Returns the files that the path of a FASTA database names; one that exists is itself."""
+    if os.path.exists(text):
+        return (text,)
+    paths = []
+    for one in text.split(","):
+        stem, _, count = one.rpartition("@")
+        if stem and count.isdecimal() and int(count) > 0 and not os.path.exists(one):
+            paths += [f"{stem}-{number:05d}-of-{int(count):05d}" for number in range(int(count))]
+        else:
+            paths.append(one)
+    return tuple(paths)
 
 
 def _require_file(name: str, path: str) -> None:
@@ -185,14 +200,7 @@ def database_digest(spec: DatabaseSpec, cache: Blobs | None = None, *, check: bo
     Raises:
       DatabaseError: see `DatabaseSpec.files`.
     """
-    known = {file.path: file for file in spec.manifest.files} if spec.manifest is not None else {}
-    contents = []
-    for path in spec.files():
-        file = known.get(path)
-        unchanged = file is not None and not check and file.state == file_state(path)
-        sha256 = file.sha256 if unchanged and file is not None else _cached_sha256(path, cache, check)
-        contents.append((path, os.path.getsize(path), sha256))
-    digest = digest_of(spec.tool, contents)
+    digest = digest_of(spec.tool, _contents(spec, cache, check))
     if spec.manifest is not None and digest != spec.manifest.digest:
         raise DatabaseError(
             spec.name,
@@ -201,6 +209,29 @@ def database_digest(spec: DatabaseSpec, cache: Blobs | None = None, *, check: bo
             f"{spec.name}` says which, `foldfeed database add --replace` takes the new ones",
         )
     return digest
+
+
+def shard_digests(spec: DatabaseSpec, cache: Blobs | None = None) -> list[str]:
+    """Returns the digest of every file by its content alone; after `database_digest` it reads nothing.
+
+    The name is left out: a release that takes over files of the one before may number them anew.
+    """
+    return [
+        digest_of(spec.tool, [("shard", num_bytes, sha256)])
+        for _, num_bytes, sha256 in _contents(spec, cache, False)
+    ]
+
+
+def _contents(spec: DatabaseSpec, cache: Blobs | None, check: bool) -> list[tuple[str, int, str]]:
+    """Returns every file's path, size and content hash."""
+    known = {file.path: file for file in spec.manifest.files} if spec.manifest is not None else {}
+    contents = []
+    for path in spec.files():
+        file = known.get(path)
+        unchanged = file is not None and not check and file.state == file_state(path)
+        sha256 = file.sha256 if unchanged and file is not None else _cached_sha256(path, cache, check)
+        contents.append((path, os.path.getsize(path), sha256))
+    return contents
 
 
 def digest_of(tool: str, contents: Sequence[tuple[str, int, str]]) -> str:

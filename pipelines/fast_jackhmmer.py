@@ -109,6 +109,24 @@ class FastJackhmmer:
         )
         return dataclasses.replace(result, usage=usage)
 
+    def write_candidates(self, sequence: str, path: Path, started: float) -> int:
+        """Writes the targets that the first filter lets through, none where it lets none through.
+
+        Args:
+          sequence: the query.
+          path: of the file to write.
+          started: when the time limit began, `time.monotonic`.
+        Returns:
+          How many targets the database has.
+
+        Raises:
+          SearchError, StorageFullError: as of `search`.
+        """
+        with disk_full_is_typed(path.parent):
+            database = open_database(self.database)
+            _write_passing(sequence, database, path, threads=self.cpus, check=lambda: self._check(started))
+            return database.num_records
+
     def _check(self, started: float) -> None:
         raise_if_cancelled("the fast scan")
         if time.monotonic() - started >= self.timeout_s:
@@ -138,6 +156,17 @@ def write_survivors(
     Raises:
       DatabaseError: the database is no FASTA file that HMMER reads.
     """
+    number = _write_passing(sequence, database, path, threads=threads, check=check)
+    if number == 0:
+        chunk = next(iter(database.chunks()))
+        with path.open("wb") as out:
+            database.copy_records(chunk, chunk.order[-1:], out)
+    return number
+
+
+def _write_passing(
+    sequence: str, database: ScanDatabase, path: Path, *, threads: int, check: Callable[[], None]
+) -> int:
     profile = scan.profile_of(sequence)
     number = 0
     with path.open("wb") as out:
@@ -146,8 +175,4 @@ def write_survivors(
             found = scan.survivors([profile], chunk, f1=F1, kernel=database.kernel, threads=threads)[0]
             database.copy_records(chunk, found.records, out)
             number += len(found.records)
-    if number == 0:
-        chunk = next(iter(database.chunks()))
-        with path.open("wb") as out:
-            database.copy_records(chunk, chunk.order[-1:], out)
     return number

@@ -3,6 +3,8 @@
     file urls -> read -> entries -+-> dead letters ----------------------------------+
                                   +-> first of each id -+-> losers as dead letters --+
                                                         +-> units -> SEARCH -> receipts
+                                                        |   (in a database of several files, before:
+                                                        |    shard units -> SCAN -> receipts, by unit)
                                                         +------------------------+
                                        complete? <- group by record <------------+
                                            |                                     |
@@ -18,7 +20,7 @@ arrive; alignments never travel through Beam.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -28,7 +30,18 @@ from foldfeed.pipelines.errors import WorkerError
 from foldfeed.pipelines.fasta import read_fasta
 from foldfeed.pipelines.parts import PartReceipt, completed, write_one_part
 from foldfeed.pipelines.plan import part_of, resolve_duplicates
-from foldfeed.pipelines.search import JobContext, Receipt, WorkUnit, join_units, search_unit, work_units
+from foldfeed.pipelines.search import (
+    JobContext,
+    Receipt,
+    ShardUnit,
+    WorkUnit,
+    join_units,
+    scan_shard,
+    search_unit,
+    shard_ids_of,
+    shard_units,
+    work_units,
+)
 from foldfeed.pipelines.search_tool import require_same_binary
 from foldfeed.pipelines.sequences import DeadLetter, QuerySequence
 from foldfeed.pipelines.subprocess_runner import cancel_all, follow_parent
@@ -53,8 +66,8 @@ class ReadFile(beam.DoFn):
             raise _as_text(error) from error
 
 
-class SearchUnit(beam.DoFn):
-    """(unit id, units of that id) -> one receipt.
+class _Searching(beam.DoFn):
+    """What a step that runs search tools needs.
 
     Args:
       context: of the build.
@@ -77,11 +90,9 @@ class SearchUnit(beam.DoFn):
         except FoldfeedError as error:
             raise _as_text(error) from error
 
-    def process(self, element: tuple[str, Iterable[WorkUnit]]) -> Iterator[tuple[str, Receipt]]:
-        """Searches, or finds the answer in the result store."""
-        unit = join_units(list(element[1]))
+    def _guarded(self, unit: WorkUnit, search: Callable[[], Receipt]) -> Receipt:
         try:
-            receipt = search_unit(unit, self._context)
+            return search()
         except Exception as error:
             if self._stop_together:
                 cancel_all(f"another search failed: {error}")
@@ -89,7 +100,28 @@ class SearchUnit(beam.DoFn):
                 name = self._context.databases[unit.database_index].name
                 raise _as_text(error, f"record {unit.record_ids[0]!r}, search in {name!r}") from error
             raise
-        yield element[0], receipt
+
+
+class ScanShard(_Searching):
+    """A shard unit -> (id of the whole unit, a receipt)."""
+
+    def process(self, element: ShardUnit) -> Iterator[tuple[str, Receipt]]:
+        """Searches one shard, or finds its candidates in the result store."""
+        yield (
+            element.unit.unit_id,
+            self._guarded(element.unit, lambda: scan_shard(element, self._context)),
+        )
+
+
+class SearchUnit(_Searching):
+    """(unit id, the unit and the receipts of its shards) -> one receipt."""
+
+    def process(
+        self, element: tuple[str, tuple[WorkUnit, Iterable[Receipt]]]
+    ) -> Iterator[tuple[str, Receipt]]:
+        """Searches, or finds the answer in the result store."""
+        name, (unit, scans) = element
+        yield name, self._guarded(unit, lambda: search_unit(unit, self._context, scans))
 
 
 class WritePart(beam.DoFn):
@@ -129,6 +161,25 @@ def _first_and_letters(element: tuple[str, Iterable[QuerySequence]]) -> list[Que
 
 def _units(query: QuerySequence, context: JobContext) -> list[tuple[str, WorkUnit]]:
     return [(unit.unit_id, unit) for unit in work_units(query, context.databases)]
+
+
+def _joined(element: tuple[str, Iterable[WorkUnit]]) -> tuple[str, WorkUnit]:
+    return element[0], join_units(list(element[1]))
+
+
+def _without_scans(element: tuple[str, WorkUnit]) -> tuple[str, tuple[WorkUnit, tuple[Receipt, ...]]]:
+    return element[0], (element[1], ())
+
+
+def _shard_units(element: tuple[str, WorkUnit], context: JobContext) -> list[ShardUnit]:
+    return shard_units(element[1], context)
+
+
+def _with_scans(
+    element: tuple[str, dict[str, Iterable[Any]]],
+) -> tuple[str, tuple[WorkUnit, tuple[Receipt, ...]]]:
+    (unit,) = element[1]["unit"]
+    return element[0], (unit, tuple(element[1]["scans"]))
 
 
 def _receipts_by_record(element: tuple[str, Receipt]) -> list[tuple[str, Receipt]]:
@@ -188,11 +239,15 @@ class SearchAll(beam.PTransform):
 
     def expand(self, queries: beam.PCollection) -> beam.PCollection:
         """Returns complete queries and dead letters in one collection."""
-        receipts = (
+        units = (
             queries
             | "Units" >> beam.FlatMap(_units, self._context).with_output_types(tuple[str, WorkUnit])
             # Grouping by unit both merges equal sequences and spreads the searches over the workers.
             | "GroupByUnit" >> beam.GroupByKey()
+            | "JoinUnits" >> beam.Map(_joined).with_output_types(tuple[str, WorkUnit])
+        )
+        receipts = (
+            self._with_scans(units)
             | "Search"
             >> beam.ParDo(SearchUnit(self._context, self._stop_together)).with_output_types(
                 tuple[str, Receipt]
@@ -205,6 +260,25 @@ class SearchAll(beam.PTransform):
             {"query": keyed, "receipts": receipts}
             | "GroupByRecord" >> beam.CoGroupByKey()
             | "Completed" >> beam.Map(_completed, self._context)
+        )
+
+    def _with_scans(self, units: beam.PCollection) -> beam.PCollection:
+        """Returns (unit id, (unit, receipts of its shards)), after the shards were searched."""
+        if not any(shard_ids_of("", database) for database in self._context.databases):
+            return units | "NoShards" >> beam.Map(_without_scans)
+        scans = (
+            units
+            | "ShardUnits" >> beam.FlatMap(_shard_units, self._context)
+            | "SpreadShards" >> beam.Reshuffle()
+            | "ScanShards"
+            >> beam.ParDo(ScanShard(self._context, self._stop_together)).with_output_types(
+                tuple[str, Receipt]
+            )
+        )
+        return (
+            {"unit": units, "scans": scans}
+            | "GroupShards" >> beam.CoGroupByKey()
+            | "WithScans" >> beam.Map(_with_scans)
         )
 
 

@@ -141,7 +141,7 @@ def run_jackhmmer(
     argv = [*extra_flags, *(flag.format(cpus=tool.cpus, **words) for flag in FLAGS)]
     done = run_program([tool.binary, *argv], folder=folder, timeout_s=tool.timeout_s)
     require_success(NAME, done, folder)
-    table = _table(paths["table"])
+    table = read_table(paths["table"])
     return SearchResult(
         tool=tool.identity,
         format="stockholm",
@@ -151,8 +151,12 @@ def run_jackhmmer(
     )
 
 
-def _table(path: Path) -> bytes:
-    """Returns the data lines of a ``--tblout`` table, after checking that HMMER finished it."""
+def read_table(path: Path) -> bytes:
+    """Returns the data lines of a ``--tblout`` table, after checking that HMMER finished it.
+
+    Raises:
+      ToolOutputError: it did not.
+    """
     lines = path.read_bytes().splitlines() if path.exists() else []
     if not lines or lines[-1].strip() != b"# [ok]":
         raise ToolOutputError(NAME, "its table does not end with '# [ok]': the search is not complete")

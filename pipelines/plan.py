@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 
 from foldfeed.pipelines.fasta import read_fasta
-from foldfeed.pipelines.search import units_of
+from foldfeed.pipelines.search import shard_ids_of, units_of
 from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.sequences import Coverage, DeadLetter, QuerySequence, coverage_of, dead_letter
 
@@ -33,6 +33,8 @@ class Plan:
       rejects: entries that will not, in file order; at most `MAX_KEPT_REJECTS` of them.
       unit_ids: the distinct searches.
       content_digest: sha256 (hex) over all entries in order.
+      shard_unit_ids: the parts of the searches in databases of several files, for a progress bar; none where
+        there are more than `MAX_SHOWN_PARTS`.
     """
 
     coverage: Coverage
@@ -40,8 +42,11 @@ class Plan:
     rejects: tuple[DeadLetter, ...]
     unit_ids: frozenset[str]
     content_digest: str
+    shard_unit_ids: frozenset[str] = frozenset()
 
 
+# A bar that shows searches alone will do where there are so many.
+MAX_SHOWN_PARTS = 100_000
 # A file of millions of bad entries must not fill the submitter's memory with their descriptions.
 MAX_KEPT_REJECTS = 10_000
 
@@ -88,12 +93,15 @@ def make_plan(urls: Sequence[str], databases: tuple[SearchedDatabase, ...], max_
     first_of: dict[str, None] = {}
     rejects: list[DeadLetter] = []
     unit_ids: set[str] = set()
+    parts: set[str] = set()
     for entry in read_queries(urls, max_residues):
         coverage += coverage_of([entry])
         digest.update(_identity(entry))
         if isinstance(entry, QuerySequence) and entry.record_id not in first_of:
             first_of[entry.record_id] = None
             unit_ids.update(units_of(entry.sequence, databases))
+            if len(parts) <= MAX_SHOWN_PARTS:
+                parts.update(part for one in databases for part in shard_ids_of(entry.sequence, one))
         elif isinstance(entry, DeadLetter) and len(rejects) < MAX_KEPT_REJECTS:
             rejects.append(entry)
     return Plan(
@@ -102,6 +110,7 @@ def make_plan(urls: Sequence[str], databases: tuple[SearchedDatabase, ...], max_
         rejects=tuple(rejects),
         unit_ids=frozenset(unit_ids),
         content_digest=digest.hexdigest(),
+        shard_unit_ids=frozenset(parts if len(parts) <= MAX_SHOWN_PARTS else ()),
     )
 
 

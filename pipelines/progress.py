@@ -45,7 +45,7 @@ class _RateColumn(ProgressColumn):
 
 @contextlib.contextmanager
 def search_progress(plan: Plan, context: JobContext, console: Console | None = None) -> Iterator[None]:
-    """Shows how many of the planned searches are done while the block runs.
+    """Shows how many of the planned searches, and of their parts, are done while the block runs.
 
     Args:
       plan: names the searches.
@@ -65,7 +65,7 @@ def search_progress(plan: Plan, context: JobContext, console: Console | None = N
     )
     stop = threading.Event()
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("searching", total=len(plan.unit_ids))
+        task = bar.add_task("searching", total=len(plan.unit_ids) + len(plan.shard_unit_ids))
         thread = threading.Thread(
             target=_poll, args=(plan, context, bar, task, stop), name="foldfeed-progress", daemon=True
         )
@@ -89,7 +89,8 @@ def _poll(plan: Plan, context: JobContext, bar: Progress, task: TaskID, stop: th
     while not stop.wait(pause_s):
         started = time.monotonic()
         try:
-            bar.update(task, completed=sum(count_done(plan, context)))
+            parts = len(ResultStore(context.results_url).present(plan.shard_unit_ids))
+            bar.update(task, completed=sum(count_done(plan, context)) + parts)
         except OSError:
             # The bar only looks; whoever writes there reports what is wrong.
             return

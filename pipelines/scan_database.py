@@ -4,8 +4,8 @@ Owns reading FASTA as HMMER reads it, the chunks and what stays in memory. Does 
 record here is a record of HMMER's, with the same residue codes, and the number of records is HMMER's Z (it
 counts sequences without residues); the text of a record is copied from the file byte for byte.
 
-A database up to a share of this machine's memory stays there, once per process; a larger one is read again,
-chunk by chunk, for every batch of queries.
+Databases stay in memory, once per process, up to a share of this machine's: those used last. A larger one is
+read again, chunk by chunk, for every batch of queries.
 
 Source: how Easel reads FASTA (``esl_sqio_ascii.c``) and its amino alphabet (``esl_alphabet.c``).
 """
@@ -32,7 +32,7 @@ _NOT_IN_FASTA = "-~"
 
 # Text that becomes one chunk; a chunk is searched whole, and only one at a time is made.
 CHUNK_BYTES = 256 << 20
-# Databases up to this share of the machine's memory stay in it. Codes and padding are about the file's size.
+# All that stay in memory together. Codes and padding are about the file's size.
 RESIDENT_SHARE = 0.25
 
 _FAULT_TEXTS = {
@@ -113,9 +113,15 @@ class ScanDatabase:
             yield from self._read()
             return
         with self._lock:
-            if self._kept is None:
-                self._kept = tuple(self._read())
-        yield from self._kept
+            kept = self._kept
+            if kept is None:
+                kept = self._kept = tuple(self._read())
+        _RESIDENT.use(self)
+        yield from kept
+
+    def forget(self) -> None:
+        """Lets go of what is in memory; who reads it goes on."""
+        self._kept = None
 
     def copy_records(self, chunk: Chunk, records: NDArray[np.int64], out: BinaryIO) -> None:
         """Writes the text of records of a chunk, byte for byte.
@@ -166,6 +172,27 @@ class ScanDatabase:
         )
 
 
+class _Resident:
+    """The databases in memory, those used last at the end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes: dict[ScanDatabase, int] = {}
+
+    def use(self, database: ScanDatabase) -> None:
+        """Notes that a database is used, and lets those go that are too much beside it."""
+        with self._lock:
+            self._bytes.pop(database, None)
+            self._bytes[database] = os.path.getsize(database.path)
+            while sum(self._bytes.values()) > RESIDENT_SHARE * _memory_bytes() and len(self._bytes) > 1:
+                oldest = next(iter(self._bytes))
+                del self._bytes[oldest]
+                oldest.forget()
+
+
+_RESIDENT = _Resident()
+
+
 def _end_of_chunk(text: mmap.mmap, near: int) -> int:
     """Returns where the first record after a place starts, or the end of the file."""
     # A header holds no line feed, so '>' behind one always starts a record.
@@ -177,7 +204,7 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=1024)
 def _database(path: str, size: int, mtime_ns: int, kernel: Kernel) -> ScanDatabase:
     return ScanDatabase(path, kernel)
 

@@ -1,8 +1,14 @@
 """One unit of search: a query sequence against a database, with its answer in the result store.
 
 Owns the decision what happens to a unit: reuse, search, retry, or give up with a reason. Does not own tools
-or storage. No Beam here; a DoFn of `foldfeed.pipelines.graph` is a shell over `search_unit`. Invariants: an
-answer is stored only after it was parsed and found to be of this query; searching a unit twice is harmless.
+or storage. No Beam here; DoFns of `foldfeed.pipelines.graph` are shells over `scan_shard` and `search_unit`.
+Invariants: an answer is stored only after it was parsed and found to be of this query; searching a unit twice
+  is
+harmless.
+
+In a database of several files a unit has a part for every shard, which `scan_shard` may do anywhere and in
+any order; `search_unit` joins what they left in the result store, and does itself what is missing or damaged
+there.
 """
 
 from __future__ import annotations
@@ -11,16 +17,18 @@ import dataclasses
 import json
 import socket
 import time
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.format.settings import StoreSettings
 from foldfeed.feature_store.storage import open_blobs
-from foldfeed.pipelines.errors import SearchError, ToolFailedError, ToolTimeoutError
+from foldfeed.pipelines.errors import CorruptResultError, SearchError, ToolFailedError, ToolTimeoutError
 from foldfeed.pipelines.hits import read_hits
 from foldfeed.pipelines.results import ResultStore, SearchFacts, unit_id_of
-from foldfeed.pipelines.search_tool import SearchedDatabase, SearchResult, SearchTool
+from foldfeed.pipelines.search_tool import SearchedDatabase, SearchResult
 from foldfeed.pipelines.sequences import QuerySequence
+from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
 
 # A signal (the kernel's out-of-memory killer, a lost node) may not come again; one more try is cheap.
 ATTEMPTS_AFTER_SIGNAL = 2
@@ -96,6 +104,21 @@ class Receipt:
     kind: str = ""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ShardUnit:
+    """The part of a unit that one shard of its database is.
+
+    Attributes:
+      unit_id: name of its candidates in the result store.
+      number: of the shard.
+      unit: the whole.
+    """
+
+    unit_id: str
+    number: int
+    unit: WorkUnit
+
+
 def units_of(sequence: str, databases: tuple[SearchedDatabase, ...]) -> tuple[str, ...]:
     """Returns the unit ids of one sequence, one per database."""
     return tuple(
@@ -119,9 +142,48 @@ def join_units(units: list[WorkUnit]) -> WorkUnit:
     return dataclasses.replace(units[0], record_ids=tuple(names))
 
 
-def search_unit(unit: WorkUnit, context: JobContext) -> Receipt:
+def shard_ids_of(sequence: str, database: SearchedDatabase) -> tuple[str, ...]:
+    """Returns the unit ids of one sequence in the shards of a database; none where there are no shards.
+
+    They depend on no other shard: a release that keeps some files keeps their candidates.
+    """
+    tool = database.tool
+    if not isinstance(tool, ShardedJackhmmer):
+        return ()
+    return tuple(unit_id_of(sequence, shard.digest, tool.scan_identity.digest) for shard in tool.shards)
+
+
+def shard_units(unit: WorkUnit, context: JobContext) -> list[ShardUnit]:
+    """Returns the parts of a unit that have to be done before it; none where its answer is there."""
+    ids = shard_ids_of(unit.sequence, context.databases[unit.database_index])
+    if not ids or unit.unit_id in ResultStore(context.results_url).present([unit.unit_id]):
+        return []
+    return [ShardUnit(unit_id=name, number=number, unit=unit) for number, name in enumerate(ids)]
+
+
+def scan_shard(part: ShardUnit, context: JobContext) -> Receipt:
+    """Makes sure that the candidates of one shard are in the result store, or says why they are not.
+
+    Returns: a receipt of the whole unit.
+
+    Raises:
+      StorageFullError: no space for the tool's files or for the candidates.
+      CancelledError: the run was stopped.
+    """
+    try:
+        _candidates(part, context)
+    except SearchError as error:
+        return _failed(part.unit, context, error)
+    return _receipt(part.unit, "ok")
+
+
+def search_unit(unit: WorkUnit, context: JobContext, scans: Iterable[Receipt] = ()) -> Receipt:
     """Makes sure that the answer to a unit is in the result store, or says why it is not.
 
+    Args:
+      unit: what to search.
+      context: of the build.
+      scans: what came of its shards; one that failed fails the unit.
     Raises:
       StorageFullError: no space for the tool's files or for the answer.
       CancelledError: the run was stopped.
@@ -129,24 +191,22 @@ def search_unit(unit: WorkUnit, context: JobContext) -> Receipt:
     results = ResultStore(context.results_url)
     if results.holds(unit.unit_id):
         return _receipt(unit, "ok")
+    # In an order that does not depend on the engine; what will never work comes first.
+    failed = sorted(
+        (scan for scan in scans if scan.status != "ok"), key=lambda scan: (scan.status, scan.reason)
+    )
+    if failed:
+        _write_failure(failed[0], context)
+        return failed[0]
     database = context.databases[unit.database_index]
     try:
-        result = _search(database.tool, unit.sequence)
+        result = _search(unit, context)
         hits = read_hits(result, unit.sequence)
     except (SearchError, AlignmentParseError) as error:
-        reason = f"search in {database.name!r}: {error}"
-        receipt = _receipt(unit, _status(error), reason, type(error).__name__)
+        receipt = _failed(unit, context, error)
         _write_failure(receipt, context)
         return receipt
-    facts = SearchFacts(
-        database=database.name,
-        database_digest=database.digest,
-        num_residues=len(unit.sequence),
-        num_hits=len(hits.hit_ids) - 1,
-        host=socket.gethostname(),
-        finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        run_id=context.run_id,
-    )
+    facts = _facts(unit, context, database.name, database.digest, len(hits.hit_ids) - 1)
     results.put(unit.unit_id, result, facts)
     return _receipt(unit, "ok")
 
@@ -156,14 +216,60 @@ def failure_folder(context: JobContext) -> str:
     return f"{context.run_folder}/failed"
 
 
-def _search(tool: SearchTool, sequence: str) -> SearchResult:
+def _search(unit: WorkUnit, context: JobContext) -> SearchResult:
+    tool = context.databases[unit.database_index].tool
+    if not isinstance(tool, ShardedJackhmmer):
+        return _once_more_after_a_signal(lambda: tool.search(unit.sequence))
+    ids = shard_ids_of(unit.sequence, context.databases[unit.database_index])
+    parts = [ShardUnit(unit_id=name, number=number, unit=unit) for number, name in enumerate(ids)]
+    candidates = [_candidates(part, context) for part in parts]
+    return _once_more_after_a_signal(lambda: tool.join(unit.sequence, candidates))
+
+
+def _candidates(part: ShardUnit, context: JobContext) -> SearchResult:
+    """Returns the candidates of a shard from the result store, after a search if they are not there."""
+    results = ResultStore(context.results_url)
+    try:
+        return results.get(part.unit_id)
+    except (KeyError, CorruptResultError):
+        pass
+    database = context.databases[part.unit.database_index]
+    tool = database.tool
+    assert isinstance(tool, ShardedJackhmmer), tool
+    found = _once_more_after_a_signal(lambda: tool.scan(part.unit.sequence, part.number))
+    name = f"{database.name}, shard {part.number + 1} of {len(tool.shards)}"
+    facts = _facts(part.unit, context, name, tool.shards[part.number].digest, None)
+    results.put(part.unit_id, found, facts)
+    return found
+
+
+def _once_more_after_a_signal(search: Callable[[], SearchResult]) -> SearchResult:
     for left in reversed(range(ATTEMPTS_AFTER_SIGNAL)):
         try:
-            return tool.search(sequence)
+            return search()
         except ToolFailedError as error:
             if error.exit_code >= 0 or left == 0:
                 raise
     raise AssertionError("the loop returns or raises")
+
+
+def _facts(
+    unit: WorkUnit, context: JobContext, database: str, digest: str, num_hits: int | None
+) -> SearchFacts:
+    return SearchFacts(
+        database=database,
+        database_digest=digest,
+        num_residues=len(unit.sequence),
+        num_hits=num_hits,
+        host=socket.gethostname(),
+        finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        run_id=context.run_id,
+    )
+
+
+def _failed(unit: WorkUnit, context: JobContext, error: Exception) -> Receipt:
+    reason = f"search in {context.databases[unit.database_index].name!r}: {error}"
+    return _receipt(unit, _status(error), reason, type(error).__name__)
 
 
 def _status(error: Exception) -> Status:

@@ -24,7 +24,8 @@ from typing import Literal, Protocol
 from foldfeed.pipelines.errors import ToolNotFoundError, ToolTimeoutError
 from foldfeed.pipelines.subprocess_runner import Usage, run_program
 
-AlignmentFormat = Literal["stockholm", "a3m"]
+# "fasta": unaligned, the candidates of one shard.
+AlignmentFormat = Literal["stockholm", "a3m", "fasta"]
 
 # The header of the one record that a tool is given. Results are shared by all records of equal sequence, so
 # it must not be the record's own name.
@@ -66,8 +67,10 @@ class SearchResult:
     Attributes:
       tool: who made it.
       format: of the alignment.
-      alignment: the tool's alignment, the query first; the query alone where nothing was found.
-      table: the tool's table of targets without comment lines; empty for a tool that prints none.
+      alignment: the tool's alignment, the query first; the query alone where nothing was found. For
+        candidates the records of a FASTA file.
+      table: the tool's table of targets without comment lines; empty for a tool that prints none. For
+        candidates the number of targets that were searched.
       usage: what it cost.
     """
 
@@ -104,6 +107,19 @@ class SearchTool(Protocol):
           StorageFullError: no space for the tool's files.
         """
         ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One file of a database that is searched file by file.
+
+    Attributes:
+      path: of the file.
+      digest: sha256 (hex) of its content, whatever its name.
+    """
+
+    path: str
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,19 +6,28 @@ Owns the one place where a tool's name becomes an object: to add a tool, add it 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from foldfeed.feature_store.storage import Blobs
 from foldfeed.pipelines import jackhmmer
 from foldfeed.pipelines.build_config import Engine
-from foldfeed.pipelines.databases import DatabaseSpec, database_digest, in_merge_order
+from foldfeed.pipelines.databases import DatabaseSpec, database_digest, in_merge_order, shard_digests
 from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
 from foldfeed.pipelines.hhblits import Hhblits
 from foldfeed.pipelines.jackhmmer import Jackhmmer
-from foldfeed.pipelines.search_tool import SearchedDatabase, SearchTool
+from foldfeed.pipelines.search_tool import SearchedDatabase, SearchTool, Shard
+from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
 
 
-def find_tool(spec: DatabaseSpec, *, cpus: int, timeout_s: float, engine: Engine = "binary") -> SearchTool:
+def find_tool(
+    spec: DatabaseSpec,
+    *,
+    cpus: int,
+    timeout_s: float,
+    engine: Engine = "binary",
+    digests: Blobs | None = None,
+) -> SearchTool:
     """Returns the tool that searches a database.
 
     Args:
@@ -26,10 +35,17 @@ def find_tool(spec: DatabaseSpec, *, cpus: int, timeout_s: float, engine: Engine
       cpus: threads of one search.
       timeout_s: longest wall time of one search.
       engine: of jackhmmer; hhblits has one only.
+      digests: where content hashes are remembered.
     Raises:
       ToolNotFoundError: it is not installed here.
       MissingExtraError: the engine needs a package that is not installed.
     """
+    if spec.tool == jackhmmer.NAME and len(spec.paths) > 1:
+        shards = tuple(
+            Shard(path=path, digest=digest)
+            for path, digest in zip(spec.paths, shard_digests(spec, digests), strict=True)
+        )
+        return ShardedJackhmmer.find(shards=shards, cpus=cpus, timeout_s=timeout_s, fast=engine == "fast")
     if spec.tool == jackhmmer.NAME and engine == "fast":
         return FastJackhmmer.find(database=spec.paths[0], cpus=cpus, timeout_s=timeout_s)
     if spec.tool == jackhmmer.NAME:
@@ -39,9 +55,13 @@ def find_tool(spec: DatabaseSpec, *, cpus: int, timeout_s: float, engine: Engine
 
 def other_engine_of(tool: SearchTool) -> str | None:
     """Returns in words what searches where it is more than the tool alone, else None."""
-    if not isinstance(tool, FastJackhmmer):
-        return None
-    return f"{tool.identity.name} {tool.identity.version} behind {tool.describe_scan()}"
+    words = [f"{tool.identity.name} {tool.identity.version}"]
+    scan = tool.describe_scan() if isinstance(tool, FastJackhmmer | ShardedJackhmmer) else None
+    if scan is not None:
+        words.append(f"behind {scan}")
+    if isinstance(tool, ShardedJackhmmer):
+        words.append(f"in {len(tool.shards)} shards")
+    return " ".join(words) if len(words) > 1 else None
 
 
 def prepare_databases(
@@ -70,13 +90,17 @@ def prepare_databases(
     ordered = in_merge_order(specs)
     for spec in ordered:
         spec.files()
-    tools = [find_tool(spec, cpus=cpus, timeout_s=timeout_s, engine=engine) for spec in ordered]
+    # All are looked for before any is read, which may take long.
+    for spec in ordered:
+        find_tool(
+            dataclasses.replace(spec, paths=spec.paths[:1]), cpus=cpus, timeout_s=timeout_s, engine=engine
+        )
     return tuple(
         SearchedDatabase(
             name=spec.name,
             digest=database_digest(spec, digests, check=check),
-            tool=tool,
+            tool=find_tool(spec, cpus=cpus, timeout_s=timeout_s, engine=engine, digests=digests),
             max_hits=max_hits.get(spec.name, spec.default_max_hits),
         )
-        for spec, tool in zip(ordered, tools, strict=True)
+        for spec in ordered
     )

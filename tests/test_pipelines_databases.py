@@ -6,7 +6,7 @@ import pytest
 
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines import DatabaseSpec, databases
-from foldfeed.pipelines.databases import database_digest, file_sha256, in_merge_order
+from foldfeed.pipelines.databases import database_digest, file_sha256, in_merge_order, shard_digests
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
 
 
@@ -25,6 +25,36 @@ def test_tool_is_named_or_found_from_the_files(tmp_path):
     both = DatabaseSpec.parse(f"bfd={prefix},{prefix}:hhblits")
     assert both.paths == (prefix, prefix)
     assert DatabaseSpec.parse("u=/a:b/c.fasta").paths == ("/a:b/c.fasta",)
+
+
+def test_several_fasta_files_are_shards_in_order_and_a_file_that_exists_is_itself(tmp_path):
+    assert DatabaseSpec.parse("u=/d/b.fasta,/d/a.fasta").paths == ("/d/b.fasta", "/d/a.fasta")
+    assert DatabaseSpec.parse("u=/d/u@3:jackhmmer").paths == tuple(f"/d/u-0000{n}-of-00003" for n in range(3))
+    assert DatabaseSpec.parse("u=/d/u@2,/d/new").paths == (
+        "/d/u-00000-of-00002",
+        "/d/u-00001-of-00002",
+        "/d/new",
+    )
+    assert DatabaseSpec.parse("u=/d/u@0").paths == ("/d/u@0",)
+    for name in ("a,b.fasta", "u@3"):
+        (tmp_path / name).write_text(">x\nAC\n")
+        assert DatabaseSpec.parse(f"u={tmp_path / name}").paths == (str(tmp_path / name),)
+    with pytest.raises(ConfigError, match="'/d/a' is given twice; its hits would be, too"):
+        DatabaseSpec.parse("u=/d/a,/d/b,/d/a")
+    (tmp_path / "v-00000-of-00002").write_text(">x\nAC\n")
+    with pytest.raises(DatabaseError, match=r"v-00001-of-00002.*no such file"):
+        DatabaseSpec.parse(f"u={tmp_path}/v@2").files()
+
+
+def test_a_shard_is_known_by_its_content_and_a_database_by_its_files_in_order(tmp_path):
+    for name, text in (("a", ">x\nAC\n"), ("b", ">y\nAC\n"), ("c", ">x\nAC\n")):
+        (tmp_path / name).write_text(text)
+    spec, turned, renamed = (
+        DatabaseSpec.parse("u=" + ",".join(f"{tmp_path}/{name}" for name in names))
+        for names in ("ab", "ba", "cb")
+    )
+    assert database_digest(spec) != database_digest(turned)
+    assert shard_digests(spec) == shard_digests(renamed) == shard_digests(turned)[::-1]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,271 @@
+"""JackHMMER in a database of several FASTA files, file by file, with the answer of one search in all of them.
+
+Owns how the parts of such a search make the whole. First every shard is searched alone and gives its
+*candidates*: all targets that a search in the whole could report. Then stock jackhmmer searches the
+candidates of all shards, in their order, with ``-Z`` of all targets.
+
+Why that is jackhmmer's own answer, byte for byte:
+- Scores, P-values and filters of a target depend on the query and on that target alone. An E-value is the
+  P-value times Z, so a target that is not reported among the sequences of one shard (a smaller Z) is not
+  reported in the
+  whole: the candidates are a superset of what is reported.
+- A target that is not reported contributes nothing to the output. Z is given; domZ, by which further domains
+  of a target enter the alignment, is HMMER's own count of reported targets, which the last search makes
+  itself. So neither has to be put together from parts. (Of the published rules for sharded searches,
+  AlphaFold 3's ``--domZ Z`` loses such domains and a domZ per shard invents them.)
+- The candidates do not depend on the other shards. So a release that adds shards to a database searches those
+  alone, and then the candidates.
+
+The price is that reported targets are searched twice. Behind the fast scan it is not paid: there the
+candidates are what the scan lets through, and jackhmmer runs once.
+
+It holds for one iteration (``-N 1``) only: with more, the profile depends on all shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import re
+import tempfile
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from foldfeed.feature_store.storage import disk_full_is_typed
+from foldfeed.pipelines.errors import ToolOutputError
+from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
+from foldfeed.pipelines.jackhmmer import (
+    FLAGS,
+    NAME,
+    Jackhmmer,
+    read_table,
+    run_jackhmmer,
+)
+from foldfeed.pipelines.search_tool import QUERY_NAME, SearchResult, Shard, ToolIdentity
+from foldfeed.pipelines.subprocess_runner import Usage, require_success, run_program
+
+# Part of every result's identity; raise it when candidates may become others, or the way they are joined.
+JOIN_VERSION = 1
+
+# What a search of one shard says: the table of reported targets and, in the report, how many it searched.
+SCAN_FLAGS = tuple(
+    {"/dev/null": "{report}"}.get(flag, flag) for flag in FLAGS if flag not in ("-A", "{alignment}")
+)
+_TARGETS = re.compile(rb"^Target sequences?:\s+(\d+)\s", re.MULTILINE)
+# The line stands at the report's end; what is before grows with the hits.
+_REPORT_END_BYTES = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ShardedJackhmmer:
+    """A JackHMMER that is ready to search a database of several files.
+
+    Attributes:
+      identity: program and settings of the whole search; the number of shards is not part of it.
+      scan_identity: of the search of one shard.
+      binary: absolute path of the executable.
+      shards: the files in order.
+      cpus: worker threads of one search.
+      timeout_s: longest wall time of one search: of a shard, and of the candidates.
+      fast: whether the shards are searched by the fast scan.
+    """
+
+    identity: ToolIdentity
+    scan_identity: ToolIdentity
+    binary: str
+    shards: tuple[Shard, ...]
+    cpus: int
+    timeout_s: float
+    fast: bool
+
+    @classmethod
+    def find(cls, *, shards: tuple[Shard, ...], cpus: int, timeout_s: float, fast: bool) -> ShardedJackhmmer:
+        """Returns the JackHMMER on PATH.
+
+        Raises:
+          ToolNotFoundError, MissingExtraError, KernelError: as of `Jackhmmer.find` and `FastJackhmmer.find`.
+        """
+        words = {"database": shards[0].path, "cpus": cpus, "timeout_s": timeout_s}
+        plain = (FastJackhmmer if fast else Jackhmmer).find(**words)  # type: ignore[arg-type]
+        last = plain.identity.argv_template[-1].strip("{}")
+        settings = plain.identity.argv_template[:-1]
+        if not fast:
+            settings = ("-Z", "{targets}", *settings)
+        scan = tuple(flag for flag in SCAN_FLAGS if flag not in ("--cpu", "{cpus}"))
+        return cls(
+            identity=dataclasses.replace(
+                plain.identity, argv_template=(*settings, f"{{candidates {JOIN_VERSION}:{last}}}")
+            ),
+            scan_identity=plain.identity if fast else dataclasses.replace(plain.identity, argv_template=scan),
+            binary=plain.binary,
+            shards=shards,
+            cpus=cpus,
+            timeout_s=timeout_s,
+            fast=fast,
+        )
+
+    @property
+    def max_residues(self) -> int | None:
+        """None, as of JackHMMER itself."""
+        return None
+
+    def search(self, sequence: str) -> SearchResult:
+        """Searches one sequence in all shards, one after the other."""
+        return self.join(sequence, [self.scan(sequence, number) for number in range(len(self.shards))])
+
+    def scan(self, sequence: str, number: int) -> SearchResult:
+        """Returns the candidates of one shard.
+
+        Returns: the text of their FASTA records as the alignment; the shard's number of targets as the table.
+
+        Raises:
+          SearchError: no usable result for this query.
+          StorageFullError: no space for the tool's files.
+        """
+        path = self.shards[number].path
+        with tempfile.TemporaryDirectory(prefix="foldfeed-jackhmmer-") as name:
+            folder = Path(name)
+            if self.fast:
+                num_targets, usage = self._scan_fast(sequence, path, folder)
+            else:
+                num_targets, usage = self._scan_binary(sequence, path, folder)
+            return SearchResult(
+                tool=self.scan_identity,
+                format="fasta",
+                alignment=(folder / "candidates").read_bytes(),
+                table=f"{num_targets}\n".encode(),
+                usage=usage,
+            )
+
+    def join(self, sequence: str, candidates: Sequence[SearchResult]) -> SearchResult:
+        """Returns the answer of the whole database.
+
+        Args:
+          sequence: the query.
+          candidates: of all shards, in their order.
+        Raises:
+          SearchError: no usable result for this query.
+          StorageFullError: no space for the tool's files.
+        """
+        assert len(candidates) == len(self.shards), (len(candidates), len(self.shards))
+        num_targets = sum(int(one.table) for one in candidates)
+        costs = [one.usage for one in candidates]
+        with tempfile.TemporaryDirectory(prefix="foldfeed-jackhmmer-") as name:
+            folder = Path(name)
+            with disk_full_is_typed(folder), (folder / "targets").open("wb") as out:
+                for one in candidates:
+                    out.write(one.alignment)
+                if not any(one.alignment for one in candidates):
+                    # HMMER refuses an empty file; this one was not reported in its shard, so it never is.
+                    out.write(_first_record(self.shards[0].path))
+            found = run_jackhmmer(
+                dataclasses.replace(self.as_plain(), timeout_s=self.timeout_s),
+                sequence,
+                folder=folder,
+                database=str(folder / "targets"),
+                extra_flags=("-Z", str(num_targets)),
+            )
+        return dataclasses.replace(found, usage=_total([*costs, found.usage]))
+
+    def as_plain(self) -> Jackhmmer:
+        """Returns what runs the last search; its database is given with each run."""
+        return Jackhmmer(
+            identity=self.identity, binary=self.binary, database="", cpus=self.cpus, timeout_s=self.timeout_s
+        )
+
+    def describe_scan(self) -> str | None:
+        """Returns kernel and libraries of the fast scan in words; None without it."""
+        return self._as_fast(self.shards[0].path).describe_scan() if self.fast else None
+
+    def _as_fast(self, path: str) -> FastJackhmmer:
+        return FastJackhmmer(
+            identity=self.scan_identity,
+            binary=self.binary,
+            database=path,
+            cpus=self.cpus,
+            timeout_s=self.timeout_s,
+        )
+
+    def _scan_fast(self, sequence: str, path: str, folder: Path) -> tuple[int, Usage]:
+        started, started_cpu = time.monotonic(), time.thread_time()
+        num_targets = self._as_fast(path).write_candidates(sequence, folder / "candidates", started)
+        cost = Usage(
+            wall_s=time.monotonic() - started, cpu_s=time.thread_time() - started_cpu, max_rss_bytes=0
+        )
+        return num_targets, cost
+
+    def _scan_binary(self, sequence: str, path: str, folder: Path) -> tuple[int, Usage]:
+        paths = {key: folder / key for key in ("query", "report", "table")}
+        paths["query"].write_text(f">{QUERY_NAME}\n{sequence}\n", encoding="ascii")
+        words = {**{key: str(place) for key, place in paths.items()}, "database": path}
+        argv = [flag.format(cpus=self.cpus, **words) for flag in SCAN_FLAGS]
+        done = run_program([self.binary, *argv], folder=folder, timeout_s=self.timeout_s)
+        require_success(NAME, done, folder)
+        table = read_table(paths["table"])
+        started, started_cpu = time.monotonic(), time.thread_time()
+        with disk_full_is_typed(folder), (folder / "candidates").open("wb") as out:
+            copy_named(path, {line.split(maxsplit=1)[0] for line in table.splitlines()}, out)
+        return _num_targets(paths["report"]), dataclasses.replace(
+            done.usage,
+            wall_s=done.usage.wall_s + time.monotonic() - started,
+            cpu_s=done.usage.cpu_s + time.thread_time() - started_cpu,
+        )
+
+
+def copy_named(path: str, names: Collection[bytes], out: BinaryIO) -> None:
+    """Writes the records of a FASTA file that have one of some names, byte for byte and in the file's order.
+
+    Of records that share a name all are written: more candidates than needed change nothing.
+
+    Args:
+      path: of the file.
+      names: first words of headers.
+      out: open for writing.
+    """
+    if not names:
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        start = 0 if text[:1] == b">" else text.find(b"\n>") + 1
+        while start < len(text):
+            # A header holds no line feed, so '>' behind one always starts a record.
+            following = text.find(b"\n>", start)
+            end = len(text) if following < 0 else following + 1
+            line_end = text.find(b"\n", start, end)
+            header = text[start + 1 : end if line_end < 0 else line_end].split(maxsplit=1)
+            if header and header[0] in names:
+                record = text[start:end]
+                out.write(record if record.endswith(b"\n") else record + b"\n")
+            start = end
+
+
+def _first_record(path: str) -> bytes:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = text.find(b"\n>")
+        return text[:] if end < 0 else text[: end + 1]
+
+
+def _num_targets(report: Path) -> int:
+    """Returns how many targets HMMER says it searched.
+
+    Raises:
+      ToolOutputError: it does not say so.
+    """
+    with report.open("rb") as file:
+        file.seek(max(0, report.stat().st_size - _REPORT_END_BYTES))
+        found = _TARGETS.search(file.read())
+    if found is None:
+        raise ToolOutputError(NAME, "its report does not say how many target sequences it searched")
+    return int(found.group(1))
+
+
+def _total(costs: Sequence[Usage]) -> Usage:
+    """Returns the cost of all of them; the memory is that of the largest."""
+    return Usage(
+        wall_s=sum(cost.wall_s for cost in costs),
+        cpu_s=sum(cost.cpu_s for cost in costs),
+        max_rss_bytes=max(cost.max_rss_bytes for cost in costs),
+        bytes_read=sum(cost.bytes_read for cost in costs),
+        bytes_from_disk=sum(cost.bytes_from_disk for cost in costs),
+    )
