@@ -8,6 +8,7 @@ entry it cut into a dead letter, never into a shorter protein.
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def open_query_file(url: str) -> IO[bytes]:
 
 
 def read_fasta(
-    url: str, *, file_index: int = 0, max_residues: int = MAX_RESIDUES
+    url: str, *, file_index: int = 0, max_residues: int = MAX_RESIDUES, folder: str = ""
 ) -> Iterator[QuerySequence | DeadLetter]:
     """Yields one value per entry of a FASTA file, in file order.
 
@@ -62,10 +63,11 @@ def read_fasta(
       url: path or fsspec URL; gzip and Zstandard are known by their first bytes.
       file_index: position of this file among the files of a build.
       max_residues: longer sequences become dead letters.
+      folder: where a relative path begins; "" for the current folder.
     Raises:
       QueryFileError: the file cannot be opened. Faults inside it are dead letters.
     """
-    with open_query_file(url) as raw:
+    with open_query_file(url if "://" in url else os.path.join(folder, url)) as raw:
         yield from _Reader(url, file_index, max_residues).read(raw)
 
 

@@ -20,6 +20,7 @@ arrive; alignments never travel through Beam.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -56,12 +57,16 @@ class ReadFile(beam.DoFn):
 
     def __init__(self, max_residues: int) -> None:
         self._max_residues = max_residues
+        # A worker may run elsewhere; paths are meant where the build was started.
+        self._folder = os.getcwd()
 
     def process(self, element: tuple[int, str]) -> Iterator[QuerySequence | DeadLetter]:
         """Reads one file."""
         file_index, url = element
         try:
-            yield from read_fasta(url, file_index=file_index, max_residues=self._max_residues)
+            yield from read_fasta(
+                url, file_index=file_index, max_residues=self._max_residues, folder=self._folder
+            )
         except FoldfeedError as error:
             raise _as_text(error) from error
 

@@ -181,10 +181,11 @@ def _context(
     settings = _settings(config)
     if plan.num_queries:
         settings = FeatureStore.create(config.store, settings).settings
+    # Without relative paths: a worker may run in another folder.
     return JobContext(
-        store_url=config.store,
+        store_url=open_blobs(config.store).url,
         settings=settings or StoreSettings(),
-        results_url=config.results_url,
+        results_url=open_blobs(config.results_url).url,
         databases=databases,
         job_id=job_id,
         run_id=f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}",

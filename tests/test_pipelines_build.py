@@ -1,5 +1,6 @@
 """The main job on real proteins: what the store holds is what the tools print when run by hand."""
 
+import dataclasses
 import subprocess
 import threading
 from pathlib import Path
@@ -24,6 +25,7 @@ from pipelines_data import (
 from foldfeed.feature_store import CommitConflictError, FeatureStore
 from foldfeed.feature_store.format import alphabet
 from foldfeed.pipelines import run_build
+from foldfeed.pipelines.plan import make_plan
 from foldfeed.pipelines.search_tool import find_binary
 
 pytestmark = [pytest.mark.external_tool, needs_hmmer]
@@ -329,3 +331,26 @@ def test_caps_can_be_set_and_leave_the_search_alone(tmp_path):
     assert shallow.depth <= 6 < deep.depth
     np.testing.assert_array_equal(deep.msa()[: shallow.depth], shallow.msa())
     assert shallow.databases[0]["num_hits"] == deep.databases[0]["num_hits"]
+
+
+def test_relative_paths_are_those_of_the_folder_where_the_build_was_started(tmp_path, monkeypatch):
+    """Workers of Spark or a cluster run in folders of their own."""
+    from foldfeed.pipelines.graph import ReadFile
+    from foldfeed.pipelines.run import _context
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "worker").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_fasta(Path("q.fasta"), {"a": "ACDEFGHIKL"})
+    write_fasta(Path("u.fasta"), {"b": "ACDEFGHIKL"})
+    config = dataclasses.replace(
+        config_of(Path(), Path("q.fasta"), ["u=u.fasta"]), store="store", results="kept"
+    )
+    step = ReadFile(config.max_residues)
+    context = _context(config, (), make_plan(config.queries, (), 100), "job", 1)
+    monkeypatch.chdir(tmp_path / "worker")
+    (entry,) = step.process((0, "q.fasta"))
+    assert (entry.record_id, entry.source) == ("a", "q.fasta")
+    here = tmp_path / "here"
+    assert (context.store_url, context.results_url) == (str(here / "store"), str(here / "kept"))
+    assert config.databases[0].paths == (str(here / "u.fasta"),)
