@@ -29,10 +29,11 @@ from search_scan import cpu_seconds, entries, prepare
 
 from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
 from foldfeed.pipelines.jackhmmer import Jackhmmer, run_jackhmmer
-from foldfeed.pipelines.search_tool import SearchResult, Shard
+from foldfeed.pipelines.search_tool import SearchResult, SearchTool, Shard
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
 
 TIMEOUT_S = 3600.0
+MANY_HITS = 100
 
 
 def main() -> None:
@@ -58,7 +59,11 @@ def main() -> None:
             queries = [*queries[options.queries // 2 :], *relatives[::step]][: options.queries]
             with whole.open("a") as file:
                 file.writelines(f">h{number}\n{text}\n" for number, text in enumerate(relatives))
-        paths = split(whole, options.shards, folder)
+        texts = [f">{entry}" for entry in whole.read_text().split(">")[1:]]
+        # Homologs everywhere, as in a real database.
+        np.random.default_rng(1).shuffle(texts)
+        whole.write_text("".join(texts))
+        paths = split(texts, options.shards, folder)
         results = measure(whole, paths, queries, options.rounds)
     config = {
         "targets": options.targets,
@@ -79,8 +84,7 @@ def homologs() -> list[str]:
     return [text for text in entries(lzma.decompress(path.read_bytes()).decode()) if len(text) >= 60]
 
 
-def split(whole: Path, number: int, folder: Path) -> list[Path]:
-    texts = [f">{entry}" for entry in whole.read_text().split(">")[1:]]
+def split(texts: list[str], number: int, folder: Path) -> list[Path]:
     paths = []
     for at in range(number):
         path = folder / f"shard-{at:05d}-of-{number:05d}"
@@ -114,6 +118,33 @@ def measure(whole: Path, paths: list[Path], queries: list[str], rounds: int) -> 
     number = sum(path.read_bytes().count(b">") for path in paths)
     # Databases into memory and the page cache first.
     answers = {name: [tool.search(query) for query in queries] for name, tool in tools.items()}
+    with tempfile.TemporaryDirectory() as name:
+        expected = [
+            run_jackhmmer(plain, query, folder=Path(name), extra_flags=("-Z", str(number)))
+            for query in queries
+        ]
+    hits = [one.table.count(b"\n") for one in expected]
+    groups = {
+        "few_hits": [query for query, count in zip(queries, hits, strict=True) if count < MANY_HITS],
+        "many_hits": [query for query, count in zip(queries, hits, strict=True) if count >= MANY_HITS],
+    }
+    return {
+        "hits_per_query": hits,
+        "equal_alignments": {
+            name: sum(found.alignment == want.alignment for found, want in zip(all_of, expected, strict=True))
+            for name, all_of in answers.items()
+        },
+        "equal_tables": {
+            name: sum(found.table == want.table for found, want in zip(all_of, expected, strict=True))
+            for name, all_of in answers.items()
+            if name != "whole"
+        },
+        **{name: times(tools, group, rounds) for name, group in groups.items() if group},
+    }
+
+
+def times(tools: dict[str, SearchTool], queries: list[str], rounds: int) -> dict[str, object]:
+    """Returns medians over the rounds, in seconds per query, and their ratios."""
     cpu_s: dict[str, list[float]] = {name: [] for name in tools}
     wall_s: dict[str, list[float]] = {name: [] for name in (*tools, "sharded_wall_2")}
     for _ in range(rounds):
@@ -124,24 +155,10 @@ def measure(whole: Path, paths: list[Path], queries: list[str], rounds: int) -> 
         tool = tools["sharded"]
         _, wall, _ = timed(lambda tool=tool: [two_at_a_time(tool, query) for query in queries])
         wall_s["sharded_wall_2"].append(wall / len(queries))
-    with tempfile.TemporaryDirectory() as name:
-        expected = [
-            run_jackhmmer(plain, query, folder=Path(name), extra_flags=("-Z", str(number)))
-            for query in queries
-        ]
     median = {name: statistics.median(values) for name, values in cpu_s.items()}
     walls = {name: statistics.median(values) for name, values in wall_s.items()}
     return {
-        "hits_per_query": [one.table.count(b"\n") for one in expected],
-        "equal_alignments": {
-            name: sum(found.alignment == want.alignment for found, want in zip(all_of, expected, strict=True))
-            for name, all_of in answers.items()
-        },
-        "equal_tables": {
-            name: sum(found.table == want.table for found, want in zip(all_of, expected, strict=True))
-            for name, all_of in answers.items()
-            if name != "whole"
-        },
+        "queries": len(queries),
         "cpu_s_per_query": {name: round(value, 4) for name, value in median.items()},
         "wall_s_per_query": {name: round(value, 4) for name, value in walls.items()},
         "sharded_cpu_ratio": round(median["sharded"] / median["whole"], 3),

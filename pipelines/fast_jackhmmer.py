@@ -9,6 +9,7 @@ through, in the file's order, and the number of all targets.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -167,7 +168,7 @@ def write_survivors(
 def _write_passing(
     sequence: str, database: ScanDatabase, path: Path, *, threads: int, check: Callable[[], None]
 ) -> int:
-    profile = scan.profile_of(sequence)
+    profile = _profile_of(sequence)
     number = 0
     with path.open("wb") as out:
         for chunk in database.chunks():
@@ -176,3 +177,9 @@ def _write_passing(
             database.copy_records(chunk, found.records, out)
             number += len(found.records)
     return number
+
+
+@functools.lru_cache(maxsize=32)
+def _profile_of(sequence: str) -> scan.FilterProfile:
+    """Returns a query's profile, made once for all files of a database that are scanned here."""
+    return scan.profile_of(sequence)
