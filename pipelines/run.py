@@ -115,9 +115,10 @@ def run_and_commit(
     if not part_ids:
         raise NothingCommittedError(len(letters), str(letters[0]) if letters else "none", letters_path)
     store = FeatureStore.open(config.store)
+    commit_id = _commit_id(part_ids)
     commit = store.commit(
         part_ids,
-        job_id=_commit_id(part_ids),
+        job_id=commit_id,
         message=f"foldfeed build {job_id}",
         on_existing=config.on_existing,
     )
@@ -144,7 +145,7 @@ def run_and_commit(
             Finished(
                 store=report.store,
                 job_id=job_id,
-                commit_id=_commit_id(part_ids),
+                commit_id=commit_id,
                 part_ids=part_ids,
                 num_records=report.num_records,
                 dead_letters=letters,

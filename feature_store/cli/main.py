@@ -21,6 +21,7 @@ from foldfeed.feature_store.errors import FoldfeedError
 COMMANDS_GROUP = "foldfeed.commands"
 # Commands of this package that every store understands; other rooms' come as entry points.
 OWN_COMMANDS = {
+    "bench": "bench:bench",
     "crop": "records:crop",
     "diff": "records:diff",
     "log": "records:log",
@@ -34,6 +35,7 @@ OWN_COMMANDS = {
 }
 # The first sentences of the commands, so that `--help` loads none of them. A test compares.
 SENTENCES = {
+    "bench": "Measure what a part of the supply line does on this machine.",
     "build": "Search protein sequences and put their alignments into a feature store.",
     "compact": "Rewrite small and half-dead parts of STORE into full ones, and merge the files of the index.",
     "copy": "Copy one version of the store SOURCE to TARGET. Run it again to go on after an interruption.",
