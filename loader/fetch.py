@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from foldfeed.feature_store import Record
 from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.format.structure import NUM_ATOMS
+from foldfeed.feature_store.parsers.mmcif.tables import is_plain_number
 from foldfeed.loader.plan import SamplePlan
 
 # Fields of `SampleArrays` that are arrays, in the order in which they lie in a slot.
@@ -168,15 +169,20 @@ def fetch(record: Record, plan: SamplePlan, room: Room | None = None) -> SampleA
 
 
 def _fetch_atoms(record: Record, plan: SamplePlan, room: Room) -> None:
-    found = record.structure(slice(*plan.atoms))
-    for name in ("atom_positions", "atom_mask"):
-        if found is None:
-            room[name][:] = 0
-            continue
-        atoms = getattr(found, name)
-        # The first residue of a protein has none before it.
-        room[name][: len(room[name]) - len(atoms)] = 0
-        room[name][len(room[name]) - len(atoms) :] = atoms
     room["clamped"][:] = plan.clamped
-    # As in AlphaFold 2, what has no resolution (NMR, a predicted structure) has 0.
-    room["resolution"][:] = 0.0 if found is None else float(found.source.get("resolution_angstrom", 0.0))
+    found = record.atoms(slice(*plan.atoms))
+    if found is None:
+        for name in ("atom_positions", "atom_mask", "resolution"):
+            room[name][:] = 0
+        return
+    positions, mask, source = found
+    # The first residue of a protein has none before it.
+    missing = len(room["atom_mask"]) - len(mask)
+    for name, values in (("atom_positions", positions), ("atom_mask", mask)):
+        room[name][:missing] = 0
+        room[name][missing:] = values
+    # As in AlphaFold 2, what has no resolution (NMR, a predicted structure) has 0. Text that is no plain
+    # number counts as none, as in the SQL tables and exports; only structures that a program made by itself
+    # have it.
+    text = source.get("resolution_angstrom", "")
+    room["resolution"][:] = float(text) if is_plain_number(text) else 0.0

@@ -2,11 +2,11 @@
 
 A plan needs the length and depth of a record and nothing of its content, so its cost is known before a byte
 is read: which rows, which residues, which of the rows are cluster centres and extra rows, and at which
-positions of the centres something is masked. Both recipes draw the same crop, rows and masked positions; see
-`foldfeed.loader.recipe` for where they part.
+positions of the centres something is masked. What a recipe draws, and where recipes part, says
+`foldfeed.loader.recipe`.
 
-From a store of row order ``permuted``, `crop_first` reads a slab: the query and a run of rows that lie side
-by side in the store, which is a uniform sample of the hits (see `draw_slab`).
+From a store of row order ``permuted``, all recipes but `af2` read a slab: the query and a run of rows that
+lie side by side in the store, which is a uniform sample of the hits (see `draw_slab`).
 
 Does not own reading (fetch) or arithmetic on residues (featurise). Pure functions: a plan is f(recipe, seed,
 address, length, depth, row order), equal in any thread and on any machine.

@@ -60,7 +60,7 @@ class Recipe:
     """How a record becomes a sample. Defaults are AlphaFold 2's initial training stage.
 
     Attributes:
-      name: ``af2`` or ``crop_first``, see the module.
+      name: one of `NAMES`, see the module.
       crop_residues: length of the crop, R.
       num_clusters: rows that become cluster centres, the query among them, C; where nothing is clustered, the
         rows.
@@ -97,6 +97,8 @@ class Recipe:
     subsample_rows: bool = False
 
     def __post_init__(self) -> None:
+        if self.name in PRESETS and self.name not in NAMES:
+            raise LoaderConfigError("name", self.name, f"is a preset; use Recipe.named({self.name!r})")
         if self.name not in NAMES:
             raise LoaderConfigError(
                 "name", self.name, f"is no recipe; choose one of {sorted({*NAMES, *PRESETS})}"

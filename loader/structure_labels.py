@@ -6,22 +6,28 @@ from these features (``atom14_*``, ``rigidgroups_*``, ``chi_angles_sin_cos`` = `
 3:]``), is the model's to make.
 
 All arithmetic is elementwise in float64 and rounded once, so it gives the same bits on any device. Where a
-mask is 0 the value is 0, and the frame the identity. Thread safe (pure functions).
+mask is 0 the value is 0, and the frame of a residue of the crop the identity. No operation reads a value back
+or copies one from the host, once a device has its tables, so none waits for a device. Thread safe (pure
+functions).
 
 Source: Jumper et al. 2021, supplementary sections 1.2.1, 1.8.1, 1.8.4 and 1.9.8; AlphaFold 2 ``all_atom.py``
 (``atom37_to_torsion_angles``, ``atom37_to_frames``) and ``modules.pseudo_beta_fn``. AlphaFold 2 adds 1e-8 to
-the lengths that it divides by; here a degenerate frame (atoms on one point or one line) counts as absent.
+the lengths that it divides by; here a frame or torsion of atoms on one point or one line counts as absent.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import torch
 
 from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.format.structure import ATOM_NAMES
 
-NUM_TORSIONS = 7
 NUM_CHI = 4
+# Angstrom; of something shorter float32 positions do not tell the direction.
+SHORTEST = 1e-4
 # The atoms of the side chain's torsions chi 1 to chi 4 (IUPAC-IUB 1970), by residue. Two that follow on one
 # another share three atoms, so one chain of names says all.
 _CHI_CHAINS = {
@@ -62,7 +68,42 @@ def _chi_tables() -> tuple[list[list[list[int]]], list[list[bool]], list[list[bo
     return atoms, exists, periodic
 
 
-_CHI_ATOMS, _CHI_EXISTS, _CHI_PERIODIC = (torch.tensor(table) for table in _chi_tables())
+class _Tables(NamedTuple):
+    """What `_torsions` looks up, on one device.
+
+    Attributes:
+      slots: int64 (21, 7, 4), atoms of each torsion among those of (residue before, residue): slot + 37 is
+        own.
+      exists: bool (21, 7), whether a residue has the torsion.
+      periodic: bool (21, 7), whether a turn by pi gives the same side chain.
+      sign: float64 (7,), -1 for psi, which is measured by O: it lies opposite the next residue's N.
+    """
+
+    slots: torch.Tensor
+    exists: torch.Tensor
+    periodic: torch.Tensor
+    sign: torch.Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(device: torch.device) -> _Tables:
+    atoms, exists, periodic = (torch.tensor(table) for table in _chi_tables())
+    own = len(ATOM_NAMES)
+    backbone = torch.tensor(
+        [
+            [_CA, _C, own + _N, own + _CA],
+            [_C, own + _N, own + _CA, own + _C],
+            [own + _N, own + _CA, own + _C, own + _O],
+        ]
+    )
+    true = torch.ones((len(atoms), len(backbone)), dtype=torch.bool)
+    tables = _Tables(
+        slots=torch.cat([backbone.expand(len(atoms), -1, -1), own + atoms], dim=1),
+        exists=torch.cat([true, exists], dim=1),
+        periodic=torch.cat([~true, periodic], dim=1),
+        sign=torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
+    )
+    return _Tables(*(table.to(device) for table in tables))
 
 
 def label_features(
@@ -127,39 +168,22 @@ def _torsions(
     aatype: torch.Tensor, positions: torch.Tensor, exists: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns float32 (R, 7, 2) twice and bool (R, 7); where no residue comes before, phi is absent."""
-    num_residues = len(aatype)
-    device = aatype.device
-    # Atoms of (residue before, residue) side by side: slot + 37 is the residue's own.
+    tables = _tables(aatype.device)
+    # Atoms of (residue before, residue) side by side.
     both = torch.cat([positions[:-1], positions[1:]], dim=1)
     both_exist = torch.cat([exists[:-1], exists[1:]], dim=1)
-    own = len(ATOM_NAMES)
-    backbone = torch.tensor(
-        [
-            [_CA, _C, own + _N, own + _CA],
-            [_C, own + _N, own + _CA, own + _C],
-            [own + _N, own + _CA, own + _C, own + _O],
-        ],
-        device=device,
-    )
-    slots = torch.cat(
-        [backbone.expand(num_residues, 3, 4), own + _CHI_ATOMS.to(device)[aatype]], dim=1
-    )  # (R, 7, 4)
-    at = torch.arange(num_residues, device=device)[:, None, None]
+    slots = tables.slots[aatype]
+    at = torch.arange(len(aatype), device=aatype.device)[:, None, None]
     first, second, third, fourth = both[at, slots].unbind(dim=2)
     axes, valid = _axes(third - second, first - third)
     rest = fourth - third
     cosine, sine = _dot(axes[1], rest), _dot(axes[2], rest)
     norm = torch.sqrt(cosine * cosine + sine * sine)
-    # psi is measured by O, which lies opposite the next residue's N.
-    sign = torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64, device=device)
-    true = torch.ones((num_residues, 3), dtype=torch.bool, device=device)
-    valid = valid & (norm > 0) & both_exist[at, slots].all(dim=2)
-    valid = valid & torch.cat([true, _CHI_EXISTS.to(device)[aatype]], dim=1)
-    scale = sign / torch.where(valid, norm, 1.0)
+    valid = valid & (norm > SHORTEST) & both_exist[at, slots].all(dim=2) & tables.exists[aatype]
+    scale = tables.sign / norm.masked_fill(~valid, 1.0)
     angles = torch.stack([sine * scale, cosine * scale], dim=2)
-    angles = torch.where(valid[:, :, None], angles, 0.0).to(torch.float32)
-    periodic = torch.cat([~true, _CHI_PERIODIC.to(device)[aatype]], dim=1)
-    return angles, torch.where(periodic[:, :, None], 0.0 - angles, angles), valid
+    angles = angles.masked_fill(~valid[:, :, None], 0.0).to(torch.float32)
+    return angles, torch.where(tables.periodic[aatype][:, :, None], 0.0 - angles, angles), valid
 
 
 def _axes(
@@ -167,12 +191,11 @@ def _axes(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """Returns the unit vectors of frames (..., 3) by Gram-Schmidt, and whether each exists, bool (...)."""
     length = torch.sqrt(_dot(along, along))
-    x = along / torch.where(length > 0, length, 1.0)[..., None]
+    x = along / length.masked_fill(length == 0, 1.0)[..., None]
     y = in_plane - _dot(in_plane, x)[..., None] * x
     height = torch.sqrt(_dot(y, y))
-    # Below this, float32 positions do not tell a direction.
-    valid = (length > 1e-4) & (height > 1e-4)
-    y = y / torch.where(valid, height, 1.0)[..., None]
+    valid = (length > SHORTEST) & (height > SHORTEST)
+    y = y / height.masked_fill(~valid, 1.0)[..., None]
     z = torch.stack(
         [x[..., at - 2] * y[..., at - 1] - x[..., at - 1] * y[..., at - 2] for at in range(3)], dim=-1
     )

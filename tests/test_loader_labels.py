@@ -168,6 +168,23 @@ def test_atoms_on_one_line_are_no_frame_and_no_torsion():
     assert all(torch.isfinite(tensor).all() for tensor in found.values())
 
 
+def test_a_torsion_whose_last_atoms_are_on_one_line_is_none():
+    positions = np.zeros((2, 37, 3), "f4")
+    mask = np.zeros((2, 37), "u1")
+    for name, place in (("N", [0.3, 1.2, -0.7]), ("CA", [0, 0, 0]), ("C", [1.1, 0, 0]), ("O", [2.2, 0, 0])):
+        positions[:, SLOT[name]] = place
+        mask[:, SLOT[name]] = 1
+    found = label_features(
+        torch.tensor([0], dtype=torch.uint8),
+        torch.from_numpy(positions),
+        torch.from_numpy(mask),
+        torch.zeros(1),
+    )
+    assert found["backbone_rigid_mask"].sum() == 1
+    assert found["torsion_angles_mask"][0, 2] == 0
+    assert not found["torsion_angles_sin_cos"][0, 2].any()
+
+
 RECIPES = [
     Recipe.named("af2", crop_residues=9, num_clusters=3, num_extra=4, labels=True, unclamped_fraction=0.5),
     Recipe.named("crop_first", crop_residues=9, num_clusters=3, num_extra=4, labels=True),
@@ -232,6 +249,35 @@ def test_labels_change_nothing_else(store, recipe):
         want, have = plain.sample(sample), with_labels.sample(sample)
         assert set(want) < set(have)
         assert all(torch.equal(have[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("text", ["high", "1.50(2)", "", "nan", "inf", "1e39", "-1", "1_0"])
+def test_a_resolution_that_is_no_number_is_none(tmp_path, text):
+    """mmCIF gives plain numbers; a program that makes its own structures may give anything."""
+    store = FeatureStore.create(tmp_path / "store")
+    record = make_record("a", 3, 9)
+    facts = {**record.structure.source, "resolution_angstrom": text}
+    record = dataclasses.replace(record, structure=dataclasses.replace(record.structure, source=facts))
+    store.commit([write_part(store.url, [record], store.settings).part_id], job_id="1")
+    for num_processes in (0, 1):
+        with CropLoader(store, RECIPES[1], seed=1, global_batch=1, num_processes=num_processes) as loader:
+            (shard,) = next(loader).shards
+            assert shard.features["resolution"].tolist() == [0.0]
+
+
+def test_labels_read_no_array_that_they_do_not_use(store, monkeypatch):
+    read = []
+    from foldfeed.feature_store.parts.shard_reader import ShardReader
+
+    whole = ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", lambda self, *words: read.append(self) or whole(self, *words))
+    loader = CropLoader(store, RECIPES[1], seed=5, global_batch=4)
+    loader.sample(0)
+    with_labels = len(read)
+    read.clear()
+    CropLoader(store, dataclasses.replace(RECIPES[1], labels=False), seed=5, global_batch=4).sample(0)
+    has_atoms = loader.plan(0) and store[list(store)[loader.plan(0).address.record]].structure() is not None
+    assert with_labels - len(read) == 2 * has_atoms
 
 
 def test_batches_and_sources_carry_labels(store):

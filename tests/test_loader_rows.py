@@ -165,6 +165,11 @@ def test_values_that_do_not_go_together(name, values, message):
         Recipe.named(name, **values)
 
 
+def test_a_preset_is_no_name_of_a_recipe():
+    with pytest.raises(LoaderConfigError, match=r"is a preset; use Recipe.named\('af2_initial'\)"):
+        Recipe(name="af2_initial")
+
+
 def test_names_and_digests():
     initial, finetune = Recipe.named("af2_initial"), Recipe.named("af2_finetune", crop_residues=256)
     assert (initial.name, initial.crop_residues, initial.num_clusters, initial.num_extra) == (

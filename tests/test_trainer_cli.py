@@ -155,7 +155,7 @@ def test_wrong_worlds_and_stores_are_one_line(
     assert "af9" in said
     code, said = inside(*usual, "--recipe", "masked_lm")
     assert (code, said.count("\n")) == (2, 1)
-    assert "'masked_lm' is none that gives the msa_feat" in said
+    assert "recipe 'masked_lm' cannot be used here" in said
     assert "use one of af2, crop_first" in said
     monkeypatch.setenv("RANK", "0")
     code, said = inside(*usual)

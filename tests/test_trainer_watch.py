@@ -90,6 +90,25 @@ def test_the_main_thread_leads_however_many_others_there_are(tmp_path: Path) -> 
     assert all(f"\nThread other-{number} (" in text for number in range(150))
 
 
+def test_a_folder_that_is_gone_is_said_and_the_watch_goes_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "run").mkdir()
+    watch = StackWatch(tmp_path / "run", 0, 2, 0.5, said.append)
+    (tmp_path / "run").rmdir()
+    watch.start()
+    stuck_here(1.0)
+    assert len(said) == 2
+    assert "step 0 began" in said[0]
+    assert "the stacks cannot be written" in said[1]
+    (tmp_path / "run").mkdir()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "run" / STACKS_FILE).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    watch.stop()
+    assert ": SIGUSR1\n" in (tmp_path / "run" / STACKS_FILE).read_text()
+
+
 def test_the_block_and_the_parameter_that_are_not_finite_are_named() -> None:
     model = toy_model()
     flat = FlatParameters(model)

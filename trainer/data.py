@@ -27,8 +27,8 @@ def open_loader(config: DataConfig, seed: int, ranks: Ranks) -> Iterator[tuple[C
     """
     if config.recipe not in CLUSTERED:
         raise TrainerConfigError(
-            f"recipe {config.recipe!r} is none that gives the msa_feat from which the compact Evoformer "
-            f"learns; use one of {', '.join(CLUSTERED)}"
+            f"recipe {config.recipe!r} cannot be used here: the compact Evoformer learns from msa_feat, in "
+            f"sizes that have options of their own; use one of {', '.join(CLUSTERED)}"
         )
     store = FeatureStore.open(config.store)
     records = store.subset(config.record_set) if config.record_set else store

@@ -19,7 +19,9 @@ def exit_code(
     arguments: Sequence[str] | None,
     expected: tuple[type[Exception], ...] = (TrainerError,),
 ) -> int:
-    """Runs a command and returns its exit code: 0, 1 where it failed or returned False, 2 for wrong usage.
+    """Runs a command and returns its exit code.
+
+    0; 1 where it failed or returned False; 2 for wrong usage; 130 after Ctrl-C.
 
     Args:
       command: to run.
@@ -36,8 +38,14 @@ def exit_code(
     except click.ClickException as error:
         click.echo(f"error: {error.format_message()} (--help lists the options)", err=True)
         return 2
+    except click.exceptions.Abort:
+        # What click makes of Ctrl-C.
+        click.echo("interrupted", err=True)
+        return 130
     except expected as error:
         click.echo(f"error: {error}", err=True)
         return 2 if isinstance(error, TrainerConfigError) else 1
-    # --help gives 0, which is not False.
-    return 1 if result is False else 0
+    # --help and ctx.exit() give a number, and 0 is not False.
+    if result is False:
+        return 1
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0

@@ -172,22 +172,26 @@ class StackWatch:
             if self._silence_s is not None and silent_s >= self._silence_s and not self._dumped:
                 self._dumped = True
                 why = f"step {self._step} began {silent_s:.0f} s ago and has not ended"
-                self._dump(why)
                 self._say(
                     f"{why} (a collective fails after {self._timeout_s:.0f} s): where each rank stands is in "
                     f"{self.path}; a rank that is missing there is stopped or gone"
                 )
+                self._dump(why)
 
     def _dump(self, why: str) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         head = f"==== {self._who}, process {os.getpid()} on {socket.gethostname()}, {now}: {why}\n"
         # One write keeps the ranks' texts apart.
         text = (head + _stacks() + "\n").encode(errors="backslashreplace")
-        number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(number, text)
-        finally:
-            os.close(number)
+            number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(number, text)
+            finally:
+                os.close(number)
+        except OSError as error:
+            # The watch goes on: the next signal may find the folder again.
+            self._say(f"the stacks cannot be written to {self.path}: {error}")
 
 
 def _stacks() -> str:

@@ -7,6 +7,7 @@ shard readers are; a fork shares the descriptors harmlessly (every read carries 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 import hashlib
 import itertools
 import json
@@ -162,12 +163,14 @@ class PartReader:
             return np.full((stop - start, *spec.chunk[1:]), spec.fill_value, dtype=spec.dtype)
         return self.arrays[name].read(at.first_residue + start, at.first_residue + stop)
 
-    def structure(self, at: RecordLocation, window: tuple[int, int]) -> dict[str, np.ndarray] | None:
-        """Returns the arrays of `structure.ARRAYS` for a window of residues; None when there are none."""
+    def structure(
+        self, at: RecordLocation, window: tuple[int, int], names: Iterable[str] = structure.ARRAYS
+    ) -> dict[str, np.ndarray] | None:
+        """Returns some arrays of `structure.ARRAYS` for a window of residues; None when there are none."""
         if at.first_structure_residue is None:
             return None
         start, stop = (at.first_structure_residue + edge for edge in window)
-        return {name: self.arrays[name].read(start, stop) for name in structure.ARRAYS}
+        return {name: self.arrays[name].read(start, stop) for name in names}
 
     def row_table(self, at: RecordLocation, database_names: list[str]) -> pa.Table:
         """Returns the provenance of every row, see `Record.rows`."""

@@ -301,6 +301,26 @@ class Record:
         except (ValueError, TypeError) as error:
             raise CorruptDataError(f"{self._part.path}, record {self.record_id}", str(error)) from error
 
+    def atoms(
+        self, residues: Window | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8], dict[str, str]] | None:
+        """Returns positions, mask and source of a structure without reading its other arrays.
+
+        Args:
+          residues: as for `crop`.
+        Returns: float32 (residues, 37, 3) in angstrom, uint8 (residues, 37) and the facts, see `Structure`;
+          None without a structure.
+
+        Raises:
+          IndexError: an integer outside the record, an empty window, a step.
+          CorruptDataError: a chunk does not match its checksum.
+        """
+        window = resolve_window("residues", residues, self.length)
+        found = self._part.structure(self._at, window, ("atom_positions", "atom_mask"))
+        if found is None:
+            return None
+        return found["atom_positions"], found["atom_mask"], json.loads(self._row["structure"])
+
     def rows(self) -> pa.Table:
         """Returns the provenance of every row, see `RowProvenance`.
 
