@@ -21,7 +21,8 @@ class DatabaseCost:
       num_new: of these, done in this run.
       num_hits: rows that they found, as far as their receipts say.
       cpu_s: user plus system seconds of all of them.
-      new_cpu_s: of those of this run.
+      new_cpu_s: of those of this run; what files of a database cost that were searched in earlier runs is
+        part of the whole search, which is new.
       wall_s: sum of their wall times.
       max_rss_bytes: of the largest.
       bytes_read: bytes that they asked the system for, from disk or from its cache.

@@ -69,12 +69,17 @@ def add(
     """Read a database whole, count its sequences and residues, and remember it under NAME.
 
     PATH is a FASTA file (plain, gzip or Zstandard), or HH-suite prefixes: several are searched together.
-    The tools read plain files, so a compressed one is unpacked once. Several FASTA files, or PATH@16 for
-    PATH-00000-of-00016 and so on, are shards of one database: searched apart, with the answer of one.
+    The tools read plain files, so a single compressed one is unpacked once. Several plain FASTA files, or
+    PATH@16 for PATH-00000-of-00016 and so on, are shards of one database: searched apart, with the answer
+    of one.
     """
     if date:
         _check_date(date)
     source = ""
+    if len(paths) > 1 and any("," in path for path in paths):
+        raise click.UsageError("a path with a comma cannot be one of several; rename it")
+    if len(paths) > 1 and any(map(is_compressed, paths)) and tool != "hhblits":
+        raise click.UsageError("of several files each must be plain FASTA; decompress those that are not")
     if len(paths) == 1 and is_compressed(paths[0]) and tool != "hhblits":
         source, paths = paths[0], (unpack(name, paths[0], unpack_to),)
         click.echo(f"unpacked {source} to {paths[0]}")

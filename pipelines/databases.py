@@ -40,6 +40,9 @@ WHOLE_FILE_BYTES = 4 << 30
 NUM_SAMPLES = 1024
 SAMPLE_BYTES = 1 << 20
 
+# Files of one database; what AlphaFold 3's names can count.
+MAX_SHARDS = 99_999
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _HH_PARTS = ("a3m", "hhm", "cs219")
 
@@ -142,6 +145,8 @@ def _fasta_files(text: str) -> tuple[str, ...]:
     for one in text.split(","):
         stem, _, count = one.rpartition("@")
         if stem and count.isdecimal() and int(count) > 0 and not os.path.exists(one):
+            if int(count) > MAX_SHARDS:
+                raise ConfigError(f"{one!r} names {count} files; a database has at most {MAX_SHARDS}")
             paths += [f"{stem}-{number:05d}-of-{int(count):05d}" for number in range(int(count))]
         else:
             paths.append(one)

@@ -67,7 +67,9 @@ def read_fasta(
     Raises:
       QueryFileError: the file cannot be opened. Faults inside it are dead letters.
     """
-    with open_query_file(url if "://" in url else os.path.join(folder, url)) as raw:
+    # fsspec itself knows '~' and 'file:'.
+    is_plain = "://" not in url and not url.startswith(("~", "file:"))
+    with open_query_file(os.path.join(folder, url) if is_plain else url) as raw:
         yield from _Reader(url, file_index, max_residues).read(raw)
 
 

@@ -3,7 +3,7 @@
 Owns the estimate. Does not own the plan. An estimate comes from the receipts of searches that were done
 with the same tool on a database of the same name, by residues of the queries: a JackHMMER search takes a
 time that grows with query length times database size. Where there is no such receipt it is None and never
-a guess.
+a guess. Files of a database that were searched before are not taken off: with them it is an upper bound.
 """
 
 from __future__ import annotations

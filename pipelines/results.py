@@ -155,6 +155,10 @@ class ResultStore:
         except (ValueError, TypeError, LookupError) as error:
             raise CorruptResultError(unit_id, f"its receipt cannot be read ({error})") from error
 
+    def shows(self, unit_id: str) -> bool:
+        """Returns whether a unit is visible, without reading its answer."""
+        return self._blobs.exists(f"{_stem(unit_id)}.json")
+
     def holds(self, unit_id: str) -> bool:
         """Returns whether an undamaged result is there; a damaged one is as good as none."""
         try:

@@ -12,6 +12,7 @@ Source: how Easel reads FASTA (``esl_sqio_ascii.c``) and its amino alphabet (``e
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import mmap
@@ -109,18 +110,20 @@ class ScanDatabase:
         Raises:
           DatabaseError: text that HMMER would refuse: what, and at which byte.
         """
-        if os.path.getsize(self.path) > RESIDENT_SHARE * _memory_bytes():
+        if not _RESIDENT.admit(self):
             yield from self._read()
             return
-        with self._lock:
-            kept = self._kept
-            if kept is None:
-                kept = self._kept = tuple(self._read())
-        _RESIDENT.use(self)
-        yield from kept
+        try:
+            with self._lock:
+                if self._kept is None:
+                    self._kept = tuple(self._read())
+                kept = self._kept
+            yield from kept
+        finally:
+            _RESIDENT.release(self)
 
     def forget(self) -> None:
-        """Lets go of what is in memory; who reads it goes on."""
+        """Lets go of what is in memory."""
         self._kept = None
 
     def copy_records(self, chunk: Chunk, records: NDArray[np.int64], out: BinaryIO) -> None:
@@ -173,21 +176,39 @@ class ScanDatabase:
 
 
 class _Resident:
-    """The databases in memory, those used last at the end."""
+    """The databases in memory, those used last at the end, and how many read each."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._bytes: dict[ScanDatabase, int] = {}
+        self._readers: collections.Counter[ScanDatabase] = collections.Counter()
 
-    def use(self, database: ScanDatabase) -> None:
-        """Notes that a database is used, and lets those go that are too much beside it."""
+    def admit(self, database: ScanDatabase) -> bool:
+        """Makes room for a database before it is read, and counts a reader; False where there is none.
+
+        Databases that nobody reads just now go first. Room is taken before the file is read, so that threads
+        that begin together do not pass the limit together.
+        """
         with self._lock:
-            self._bytes.pop(database, None)
-            self._bytes[database] = os.path.getsize(database.path)
-            while sum(self._bytes.values()) > RESIDENT_SHARE * _memory_bytes() and len(self._bytes) > 1:
-                oldest = next(iter(self._bytes))
-                del self._bytes[oldest]
-                oldest.forget()
+            size = self._bytes.pop(database, None) or os.path.getsize(database.path)
+            limit = RESIDENT_SHARE * _memory_bytes()
+            for idle in [one for one in self._bytes if not self._readers[one]]:
+                if sum(self._bytes.values()) + size <= limit:
+                    break
+                del self._bytes[idle]
+                idle.forget()
+            if sum(self._bytes.values()) + size > limit:
+                return False
+            self._bytes[database] = size
+            self._readers[database] += 1
+            return True
+
+    def release(self, database: ScanDatabase) -> None:
+        """Counts a reader less."""
+        with self._lock:
+            self._readers[database] -= 1
+            if not self._readers[database]:
+                del self._readers[database]
 
 
 _RESIDENT = _Resident()

@@ -156,7 +156,7 @@ def shard_ids_of(sequence: str, database: SearchedDatabase) -> tuple[str, ...]:
 def shard_units(unit: WorkUnit, context: JobContext) -> list[ShardUnit]:
     """Returns the parts of a unit that have to be done before it; none where its answer is there."""
     ids = shard_ids_of(unit.sequence, context.databases[unit.database_index])
-    if not ids or unit.unit_id in ResultStore(context.results_url).present([unit.unit_id]):
+    if not ids or ResultStore(context.results_url).shows(unit.unit_id):
         return []
     return [ShardUnit(unit_id=name, number=number, unit=unit) for number, name in enumerate(ids)]
 

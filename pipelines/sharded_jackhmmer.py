@@ -44,9 +44,14 @@ from foldfeed.pipelines.jackhmmer import (
     run_jackhmmer,
 )
 from foldfeed.pipelines.search_tool import QUERY_NAME, SearchResult, Shard, ToolIdentity
-from foldfeed.pipelines.subprocess_runner import Usage, require_success, run_program
+from foldfeed.pipelines.subprocess_runner import (
+    Usage,
+    raise_if_cancelled,
+    require_success,
+    run_program,
+)
 
-# Part of every result's identity; raise it when candidates may become others, or the way they are joined.
+# Part of the identity of answers and of candidates; raise it when either may become others.
 JOIN_VERSION = 1
 
 # What a search of one shard says: the table of reported targets and, in the report, how many it searched.
@@ -56,6 +61,7 @@ SCAN_FLAGS = tuple(
 _TARGETS = re.compile(rb"^Target sequences?:\s+(\d+)\s", re.MULTILINE)
 # The line stands at the report's end; what is before grows with the hits.
 _REPORT_END_BYTES = 8192
+_RECORDS_BETWEEN_CHECKS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,12 +99,14 @@ class ShardedJackhmmer:
         settings = plain.identity.argv_template[:-1]
         if not fast:
             settings = ("-Z", "{targets}", *settings)
-        scan = tuple(flag for flag in SCAN_FLAGS if flag not in ("--cpu", "{cpus}"))
+        scan = settings if fast else tuple(flag for flag in SCAN_FLAGS if flag not in ("--cpu", "{cpus}"))
         return cls(
             identity=dataclasses.replace(
                 plain.identity, argv_template=(*settings, f"{{candidates {JOIN_VERSION}:{last}}}")
             ),
-            scan_identity=plain.identity if fast else dataclasses.replace(plain.identity, argv_template=scan),
+            scan_identity=dataclasses.replace(
+                plain.identity, argv_template=(*scan, f"{{candidates {JOIN_VERSION} of {last}}}")
+            ),
             binary=plain.binary,
             shards=shards,
             cpus=cpus,
@@ -158,8 +166,8 @@ class ShardedJackhmmer:
                 for one in candidates:
                     out.write(one.alignment)
                 if not any(one.alignment for one in candidates):
-                    # HMMER refuses an empty file; this one was not reported in its shard, so it never is.
-                    out.write(_first_record(self.shards[0].path))
+                    # HMMER refuses an empty file, and never reports a target without residues.
+                    out.write(b">none\n")
             found = run_jackhmmer(
                 dataclasses.replace(self.as_plain(), timeout_s=self.timeout_s),
                 sequence,
@@ -203,10 +211,22 @@ class ShardedJackhmmer:
         argv = [flag.format(cpus=self.cpus, **words) for flag in SCAN_FLAGS]
         done = run_program([self.binary, *argv], folder=folder, timeout_s=self.timeout_s)
         require_success(NAME, done, folder)
-        table = read_table(paths["table"])
+        names = {line.split(maxsplit=1)[0] for line in read_table(paths["table"]).splitlines()}
+        # A name may begin with the '#' of a comment; what only looks like one is found nowhere.
+        perhaps = {
+            line.split(maxsplit=1)[0]
+            for line in paths["table"].read_bytes().splitlines()
+            if line.startswith(b"#") and line[1:2].strip()
+        }
         started, started_cpu = time.monotonic(), time.thread_time()
         with disk_full_is_typed(folder), (folder / "candidates").open("wb") as out:
-            copy_named(path, {line.split(maxsplit=1)[0] for line in table.splitlines()}, out)
+            missing = names - copy_named(path, names | perhaps, out)
+        if missing:
+            shown = min(missing).decode("utf-8", errors="backslashreplace")
+            raise ToolOutputError(
+                NAME,
+                f"it reported {shown!r}, which {path} does not hold: the file changed, or the name has a NUL",
+            )
         return _num_targets(paths["report"]), dataclasses.replace(
             done.usage,
             wall_s=done.usage.wall_s + time.monotonic() - started,
@@ -214,36 +234,45 @@ class ShardedJackhmmer:
         )
 
 
-def copy_named(path: str, names: Collection[bytes], out: BinaryIO) -> None:
-    """Writes the records of a FASTA file that have one of some names, byte for byte and in the file's order.
+def copy_named(path: str, names: Collection[bytes], out: BinaryIO) -> set[bytes]:
+    """Writes the records of a FASTA file that have one of some names, in the file's order.
 
-    Of records that share a name all are written: more candidates than needed change nothing.
+    Records are HMMER's: one begins at any '>' that stands behind the end of a header, which is the first line
+    feed or carriage return. Of records that share a name all are written: more candidates than needed change
+    nothing.
 
     Args:
       path: of the file.
       names: first words of headers.
       out: open for writing.
+    Returns: the names that were found.
+
+    Raises:
+      CancelledError: the run was stopped.
     """
+    found: set[bytes] = set()
     if not names:
-        return
+        return found
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        start = 0 if text[:1] == b">" else text.find(b"\n>") + 1
-        while start < len(text):
-            # A header holds no line feed, so '>' behind one always starts a record.
-            following = text.find(b"\n>", start)
-            end = len(text) if following < 0 else following + 1
-            line_end = text.find(b"\n", start, end)
-            header = text[start + 1 : end if line_end < 0 else line_end].split(maxsplit=1)
+        start = text.find(b">")
+        number = 0
+        while start >= 0:
+            number += 1
+            if number % _RECORDS_BETWEEN_CHECKS == 0:
+                raise_if_cancelled("the copy of candidates")
+            line_end = text.find(b"\n", start)
+            header_end = line_end if line_end >= 0 else len(text)
+            # Looked for in the header alone: in a file without carriage returns it would be far.
+            carriage = text.find(b"\r", start, header_end)
+            header_end = carriage if carriage >= 0 else header_end
+            following = text.find(b">", header_end)
+            header = text[start + 1 : header_end].split(maxsplit=1)
             if header and header[0] in names:
-                record = text[start:end]
-                out.write(record if record.endswith(b"\n") else record + b"\n")
-            start = end
-
-
-def _first_record(path: str) -> bytes:
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        end = text.find(b"\n>")
-        return text[:] if end < 0 else text[: end + 1]
+                found.add(header[0])
+                record = text[start : following if following >= 0 else len(text)]
+                out.write(record if record.endswith((b"\n", b"\r")) else record + b"\n")
+            start = following
+    return found
 
 
 def _num_targets(report: Path) -> int:

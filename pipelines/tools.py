@@ -13,6 +13,7 @@ from foldfeed.feature_store.storage import Blobs
 from foldfeed.pipelines import jackhmmer
 from foldfeed.pipelines.build_config import Engine
 from foldfeed.pipelines.databases import DatabaseSpec, database_digest, in_merge_order, shard_digests
+from foldfeed.pipelines.errors import ConfigError
 from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
 from foldfeed.pipelines.hhblits import Hhblits
 from foldfeed.pipelines.jackhmmer import Jackhmmer
@@ -86,6 +87,7 @@ def prepare_databases(
       check: read the files although their hashes are remembered.
     Raises:
       DatabaseError, ToolNotFoundError: a database or its tool is not there.
+      ConfigError: two names for the same files.
     """
     ordered = in_merge_order(specs)
     for spec in ordered:
@@ -95,7 +97,7 @@ def prepare_databases(
         find_tool(
             dataclasses.replace(spec, paths=spec.paths[:1]), cpus=cpus, timeout_s=timeout_s, engine=engine
         )
-    return tuple(
+    found = tuple(
         SearchedDatabase(
             name=spec.name,
             digest=database_digest(spec, digests, check=check),
@@ -104,3 +106,12 @@ def prepare_databases(
         )
         for spec in ordered
     )
+    known: dict[tuple[str, str], str] = {}
+    for database in found:
+        first = known.setdefault((database.digest, database.tool.identity.digest), database.name)
+        if first != database.name:
+            raise ConfigError(
+                f"databases {first!r} and {database.name!r} are the same files; leave one out, its rows "
+                "would only repeat those of the other"
+            )
+    return found

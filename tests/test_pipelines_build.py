@@ -349,8 +349,16 @@ def test_relative_paths_are_those_of_the_folder_where_the_build_was_started(tmp_
     step = ReadFile(config.max_residues)
     context = _context(config, (), make_plan(config.queries, (), 100), "job", 1)
     monkeypatch.chdir(tmp_path / "worker")
-    (entry,) = step.process((0, "q.fasta"))
-    assert (entry.record_id, entry.source) == ("a", "q.fasta")
     here = tmp_path / "here"
+    monkeypatch.setenv("HOME", str(here))
+    for url in (
+        "q.fasta",
+        str(here / "q.fasta"),
+        "~/q.fasta",
+        f"file:{here}/q.fasta",
+        f"file://{here}/q.fasta",
+    ):
+        (entry,) = step.process((0, url))
+        assert (entry.record_id, entry.source) == ("a", url)
     assert (context.store_url, context.results_url) == (str(here / "store"), str(here / "kept"))
     assert config.databases[0].paths == (str(here / "u.fasta"),)

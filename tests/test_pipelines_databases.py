@@ -39,6 +39,8 @@ def test_several_fasta_files_are_shards_in_order_and_a_file_that_exists_is_itsel
     for name in ("a,b.fasta", "u@3"):
         (tmp_path / name).write_text(">x\nAC\n")
         assert DatabaseSpec.parse(f"u={tmp_path / name}").paths == (str(tmp_path / name),)
+    with pytest.raises(ConfigError, match="names 99999999999 files; a database has at most 99999"):
+        DatabaseSpec.parse("u=/d/u@99999999999")
     with pytest.raises(ConfigError, match="'/d/a' is given twice; its hits would be, too"):
         DatabaseSpec.parse("u=/d/a,/d/b,/d/a")
     (tmp_path / "v-00000-of-00002").write_text(">x\nAC\n")

@@ -258,6 +258,8 @@ def test_cli_verify_reads_what_only_looks_unchanged(tmp_path):
         (["u", "x.fasta", "--date", "2026-13-01"], "is no date"),
         (["u", "x.fasta", "--unpack-to", "d"], "has no effect"),
         (["u", "x.fasta", "x.fasta"], "is given twice"),
+        (["u", "x.fasta", "y,z.fasta"], "a path with a comma cannot be one of several"),
+        (["u", "x.fasta", "y.fasta.gz"], "of several files each must be plain FASTA"),
         (["a b", "x.fasta"], "database name 'a b'"),
     ],
 )
@@ -267,3 +269,19 @@ def test_cli_bad_usage_exits_with_2(tmp_path, monkeypatch, words, message):
     assert done.exit_code == 2, done.output
     assert message in done.output
     assert not (tmp_path / "r.json").exists()
+
+
+def test_several_files_are_one_database(tmp_path):
+    for name, text in (("u-00000-of-00002", ">a\nACD\n"), ("u-00001-of-00002", ">b\nAC\n>c\nA\n")):
+        (tmp_path / name).write_text(text)
+    where = ("--registry", tmp_path / "r.json")
+    assert invoke("database", "add", "u", f"{tmp_path}/u@2", *where).exit_code == 0
+    manifest = Registry(tmp_path / "r.json").get("u")
+    assert (manifest.num_sequences, manifest.num_residues, len(manifest.files)) == (3, 6, 2)
+    spec = database_of("u", Registry(tmp_path / "r.json"))
+    assert spec.paths == DatabaseSpec.parse(f"u={tmp_path}/u@2").paths
+    assert database_digest(spec) == manifest.digest
+    (tmp_path / "u-00001-of-00002").write_text(">b\nAC\n")
+    done = invoke("database", "verify", "u", *where)
+    assert done.exit_code == 1
+    assert "u-00001-of-00002" in done.output

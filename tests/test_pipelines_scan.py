@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from pyhmmer import easel
 from scan_data import digital, drawn, drawn_query, drawn_targets, hmmer_profile, write_targets
 
-from foldfeed.pipelines import scan, scan_kernels
+from foldfeed.pipelines import scan, scan_database, scan_kernels
 from foldfeed.pipelines.errors import DatabaseError, KernelError, ToolNotFoundError
 from foldfeed.pipelines.scan_database import SYMBOLS, ScanDatabase, codes_of_bytes
 from foldfeed.pipelines.scan_kernels import PAD, best_kernel, check_kernel, digitise, kernels
@@ -244,3 +245,29 @@ def test_text_that_hmmer_refuses_is_refused_with_its_place(tmp_path, text, kind,
     with pytest.raises(DatabaseError, match=kind) as caught:
         list(ScanDatabase(str(path), best_kernel()).chunks())
     assert f"byte {position} " in str(caught.value)
+
+
+def test_databases_in_memory_stay_below_their_share(tmp_path, monkeypatch):
+    """Those that are read keep their place, idle ones go, and what has no room is streamed."""
+    monkeypatch.setattr(scan_database, "_memory_bytes", lambda: 4 * 2500)
+    kernel = scan_kernels.best_kernel()
+    found = []
+    for name in "abcd":
+        path = tmp_path / name
+        path.write_text("".join(f">{name}{number}\n{'ACDEFGHIKL' * 9}\n" for number in range(10)))
+        found.append(ScanDatabase(str(path), kernel))
+    a, b, c, d = found
+    size = os.path.getsize(a.path)
+    assert 2 * size < 2500 < 3 * size
+    reading_a, reading_b = a.chunks(), b.chunks()
+    assert next(reading_a).num_records == next(reading_b).num_records == 10
+    # Both are being read: no room for a third, which is read all the same and not kept.
+    assert [chunk.num_records for chunk in c.chunks()] == [10]
+    assert (a._kept is None, b._kept is None, c._kept is None) == (False, False, True)
+    list(reading_a)
+    # Now the first is idle and makes room.
+    assert [chunk.num_records for chunk in d.chunks()] == [10]
+    assert (a._kept is None, b._kept is None, d._kept is None) == (True, False, False)
+    reading_b.close()
+    assert a.num_records == 10
+    assert not scan_database._RESIDENT._readers

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 from pipelines_data import GLOBINS, config_of, globins, needs_hmmer, write_fasta
 
 from foldfeed.feature_store import FeatureStore
-from foldfeed.pipelines import run_build, scan_kernels
-from foldfeed.pipelines.errors import ToolOutputError
+from foldfeed.pipelines import DatabaseSpec, run_build, scan_kernels, sharded_jackhmmer
+from foldfeed.pipelines.errors import ConfigError, ToolOutputError
+from foldfeed.pipelines.hits import read_hits
 from foldfeed.pipelines.jackhmmer import Jackhmmer, run_jackhmmer
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.search_tool import Shard
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer, _num_targets, copy_named
+from foldfeed.pipelines.tools import find_tool
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 TIMEOUT_S = 250.0
@@ -139,32 +142,97 @@ def test_real_proteins_and_odd_entries(tmp_path, number, engine):
         assert (rows > 30) == (at < 2)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(
-        st.tuples(
-            st.text("abc", min_size=1, max_size=2),
-            st.sampled_from(["", " words > here", "\t\x01next"]),
-            st.text("AC>\n ", max_size=12).map(lambda text: re.sub(r"(?m)^>", "A", text)),
-        ),
-        min_size=1,
-        max_size=12,
+        st.sampled_from([">", "a", "b", "ab", " ", "\n", "\r", "\t", "AC", "\n>", "\x01", "#"]), max_size=40
     ),
-    st.sets(st.text("abc", min_size=1, max_size=2)),
-    st.booleans(),
+    st.sets(st.sampled_from(["a", "b", "ab", "AC", "aAC", "#a"])),
 )
-def test_records_are_copied_by_name(tmp_path_factory, records, names, has_end):
-    # Residues of a record never begin a line with '>': that would be another record.
-    texts = [(name, f">{name}{rest}\n{body}\n") for name, rest, body in records]
-    whole = "".join(text for _, text in texts)
+def test_records_are_copied_by_name(tmp_path_factory, pieces, names):
+    """As HMMER divides a file: a header ends with its line, and behind it any '>' begins a record."""
+    text = "".join(pieces)
     path = tmp_path_factory.mktemp("copy") / "x.fasta"
-    path.write_text(whole if has_end else whole.removesuffix("\n"))
+    path.write_bytes((text or "\n").encode())
     out = io.BytesIO()
-    copy_named(str(path), {name.encode() for name in names}, out)
-    expected = [text for name, text in texts if name in names]
-    found = out.getvalue().decode()
-    assert found.rstrip("\n") == "".join(expected).rstrip("\n")
-    assert not found or found.endswith("\n")
+    found = copy_named(str(path), {name.encode() for name in names}, out)
+    expected, seen = [], set()
+    for header, body in re.findall(r">([^\n\r]*)([^>]*)", text):
+        name = (header.split() or [""])[0]
+        if name in names:
+            seen.add(name)
+            expected.append(f">{header}{body}")
+    whole = "".join(one if one.endswith(("\n", "\r")) else one + "\n" for one in expected)
+    assert out.getvalue().decode() == whole
+    assert {name.decode() for name in found} == seen
+
+
+def odd_files() -> dict[str, Callable[[str], str]]:
+    """What may stand in a shard, and what jackhmmer makes of it is right."""
+    return {
+        "carriage returns alone": lambda text: text.replace("\n", "\r"),
+        "both line ends": lambda text: text.replace("\n", "\r\n"),
+        "a blank before '>'": lambda text: "\n \n" + text.replace("\n>", "\n >"),
+        "a record in mid-line": lambda text: text.replace("\n>", " >"),
+        "blanks before the name": lambda text: text.replace(">", ">  "),
+        "names that look like comments": lambda text: text.replace(">", ">#"),
+    }
+
+
+@pytest.mark.external_tool
+@needs_hmmer
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("what", odd_files())
+def test_files_that_are_written_oddly(tmp_path, what, engine):
+    entries = [f">{entry}" for entry in GLOBINS.read_text().split(">")[1:]]
+    texts = ["".join(entries[:20]), odd_files()[what]("".join(entries[20:]))]
+    paths = [tmp_path / "first", tmp_path / "second"]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_bytes(text.encode())
+    whole = tmp_path / "whole"
+    whole.write_bytes(b"".join(path.read_bytes() for path in paths))
+    plain = Jackhmmer.find(database=str(whole), cpus=1, timeout_s=TIMEOUT_S)
+    # Neither our parser nor any other can tell such a row of a Stockholm file from a comment.
+    readable = 20 if what == "names that look like comments" else 40
+    for query, rows in ((next(iter(globins(1).values())), readable), ("W" * 50, 0)):
+        # Turned, the odd file is the first, which a query without candidates meets.
+        for order in (paths, paths[::-1]):
+            found = sharded(order, engine).search(query)
+            assert len(read_hits(found, query).hit_ids) - 1 >= rows
+        expected = run_jackhmmer(plain, query, folder=tmp_path, extra_flags=("-Z", str(len(entries))))
+        found = sharded(paths, engine).search(query)
+        assert found.alignment == expected.alignment
+        assert found.table == expected.table
+
+
+@pytest.mark.external_tool
+@needs_hmmer
+def test_a_shard_that_changes_while_it_is_searched_gives_no_candidates(tmp_path, shards, monkeypatch):
+    tool = sharded(shards)
+    run = sharded_jackhmmer.run_program
+
+    def replaced_afterwards(argv, **words):
+        done = run(argv, **words)
+        shards[0].write_text(">other\nACDEFGHIKL\n")
+        return done
+
+    monkeypatch.setattr(sharded_jackhmmer, "run_program", replaced_afterwards)
+    with pytest.raises(ToolOutputError, match=r"which .*shard-000 does not hold: the file changed"):
+        tool.scan(next(iter(globins(1).values())), 0)
+
+
+@pytest.mark.external_tool
+@needs_hmmer
+@pytest.mark.parametrize("engine", ENGINES)
+def test_candidates_have_names_of_their_own(tmp_path, shards, monkeypatch, engine):
+    """A file may be a database alone and a shard of another; and a new rule makes candidates anew."""
+    one = find_tool(DatabaseSpec.parse(f"u={shards[0]}"), cpus=1, timeout_s=9.0, engine=engine)
+    several = sharded(shards, engine)
+    before = {one.identity.digest, several.identity.digest, several.scan_identity.digest}
+    assert len(before) == 3
+    monkeypatch.setattr(sharded_jackhmmer, "JOIN_VERSION", 2)
+    after = sharded(shards, engine)
+    assert not before & {after.identity.digest, after.scan_identity.digest}
 
 
 def test_a_report_without_a_count_is_refused(tmp_path):
@@ -280,3 +348,13 @@ def test_a_shard_that_cannot_be_searched_fails_its_records_and_names_itself(tmp_
     report = run_build(config)
     assert (report.num_records, report.num_failed) == (2, 0)
     assert len(units(config.results_url) - before) == 4
+
+
+@pytest.mark.external_tool
+@needs_hmmer
+def test_one_database_with_two_names_is_refused(tmp_path, shards):
+    queries = write_fasta(tmp_path / "q.fasta", globins(1))
+    for text in (",".join(map(str, shards)), str(shards[0])):
+        config = config_of(tmp_path, queries, [f"uniref90={text}", f"mgnify={text}"])
+        with pytest.raises(ConfigError, match="'uniref90' and 'mgnify' are the same files; leave one out"):
+            run_build(config)

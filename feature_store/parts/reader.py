@@ -7,10 +7,10 @@ shard readers are; a fork shares the descriptors harmlessly (every read carries 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 import hashlib
 import itertools
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
