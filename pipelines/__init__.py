@@ -11,7 +11,7 @@ The data's way, by what a file is about:
     records      msa (merge) -> features (a record) -> parts (into the store)
     a build      build_config -> job -> run -> outcome; forecast, costs, ledger, progress, interrupt
     on Beam      graph, engine, engine_errors, runners
-    commands     cli, database_cli, ledger_cli
+    commands     cli, database_cli, ledger_cli, search_speed_cli (what a search costs here: search_speed)
 
 Importing this package does not import Beam; only a run does.
 """

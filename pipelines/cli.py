@@ -41,7 +41,8 @@ MAX_SHOWN_LETTERS = 20
     required=True,
     metavar="NAME[=PATH[:TOOL]]",
     help="What to search: a FASTA file (jackhmmer) or an HH-suite prefix (hhblits), or the NAME alone of one "
-    "that `foldfeed database add` knows; may be repeated.",
+    "that `foldfeed database add` knows; may be repeated. Several files with commas between them, or PATH@16 "
+    "for PATH-00000-of-00016 and so on, are searched as one.",
 )
 @registry_option
 @click.option("--store", required=True, metavar="URL", help="Feature store to add to; made when absent.")

@@ -169,7 +169,7 @@ class ShardedJackhmmer:
                     # HMMER refuses an empty file, and never reports a target without residues.
                     out.write(b">none\n")
             found = run_jackhmmer(
-                dataclasses.replace(self.as_plain(), timeout_s=self.timeout_s),
+                self._as_plain(),
                 sequence,
                 folder=folder,
                 database=str(folder / "targets"),
@@ -177,7 +177,7 @@ class ShardedJackhmmer:
             )
         return dataclasses.replace(found, usage=_total([*costs, found.usage]))
 
-    def as_plain(self) -> Jackhmmer:
+    def _as_plain(self) -> Jackhmmer:
         """Returns what runs the last search; its database is given with each run."""
         return Jackhmmer(
             identity=self.identity, binary=self.binary, database="", cpus=self.cpus, timeout_s=self.timeout_s

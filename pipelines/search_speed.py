@@ -1,0 +1,175 @@
+"""What a JackHMMER search costs on this machine, engine by engine, and would in databases of other sizes.
+
+Owns the measurement and the projection; `foldfeed.pipelines.search_speed_cli` owns their words. The cost of a
+search grows with query residues times database residues (cells); a projection multiplies, and says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from foldfeed.pipelines import scan
+from foldfeed.pipelines.errors import ConfigError
+from foldfeed.pipelines.fast_jackhmmer import F1, FastJackhmmer
+from foldfeed.pipelines.fasta import read_fasta
+from foldfeed.pipelines.jackhmmer import Jackhmmer
+from foldfeed.pipelines.scan_database import open_database
+from foldfeed.pipelines.sequences import QuerySequence
+
+# Sequences of the databases that AlphaFold 3's documentation of sharded searches names (docs/performance.md).
+KNOWN_SIZES = {"uniref90": 153_742_194, "mgnify": 623_796_864, "small_bfd": 65_984_053}
+TIMEOUT_S = 3600.0
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpeed:
+    """What one engine took.
+
+    Attributes:
+      engine: ``binary`` or ``fast``.
+      cpu_s: user plus system seconds of all queries, child processes included.
+      wall_s: seconds of all queries, one after another.
+      stages: CPU seconds by stage, where there are several.
+      share_passing: targets that the first filter lets through, as a share; None where nobody counts.
+      answers: alignment and words of the table of each query, to compare engines.
+    """
+
+    engine: str
+    cpu_s: float
+    wall_s: float
+    stages: dict[str, float]
+    share_passing: float | None
+    answers: tuple[tuple[bytes, tuple[bytes, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SearchSpeed:
+    """A measurement.
+
+    Attributes:
+      num_targets: sequences of the database.
+      target_residues: of all of them.
+      query_residues: of each query.
+      engines: in the order asked for.
+    """
+
+    num_targets: int
+    target_residues: int
+    query_residues: tuple[int, ...]
+    engines: tuple[EngineSpeed, ...]
+
+    @property
+    def num_cells(self) -> int:
+        """Residues of all queries times residues of the database."""
+        return sum(self.query_residues) * self.target_residues
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether all engines gave equal alignments and tables."""
+        return len({one.answers for one in self.engines}) == 1
+
+    def cpu_s_in(self, engine: EngineSpeed, num_targets: int, query_residues: int) -> float:
+        """Returns CPU seconds of one query in a database of so many sequences, as long as those measured."""
+        cells = query_residues * num_targets * (self.target_residues / self.num_targets)
+        return engine.cpu_s * cells / self.num_cells
+
+
+def read_queries(url: str, number: int) -> list[str]:
+    """Returns the first valid sequences of a FASTA file.
+
+    Raises:
+      QueryFileError: it cannot be opened.
+      ConfigError: it holds none.
+    """
+    entries = (entry for entry in read_fasta(url) if isinstance(entry, QuerySequence))
+    found = [entry.sequence for entry in itertools.islice(entries, number)]
+    if not found:
+        raise ConfigError(f"{url!r} holds no valid sequence to search")
+    return found
+
+
+def measure_search(
+    database: str, counts: tuple[int, int], queries: Sequence[str], engines: Sequence[str]
+) -> SearchSpeed:
+    """Searches every query with every engine, one thread each.
+
+    Args:
+      database: path of a FASTA file.
+      counts: its sequences and residues.
+      queries: sequences.
+      engines: of ``binary`` and ``fast``.
+    Raises:
+      ToolNotFoundError, MissingExtraError: an engine is not there.
+      SearchError: a search failed.
+      DatabaseError: HMMER would refuse the database.
+    """
+    measured = {"binary": _measure_binary, "fast": _measure_fast}
+    return SearchSpeed(
+        num_targets=counts[0],
+        target_residues=counts[1],
+        query_residues=tuple(map(len, queries)),
+        engines=tuple(measured[engine](database, queries) for engine in engines),
+    )
+
+
+def _measure_binary(database: str, queries: Sequence[str]) -> EngineSpeed:
+    tool = Jackhmmer.find(database=database, cpus=1, timeout_s=TIMEOUT_S)
+    # Once before, so that the file is in the page cache for both engines.
+    tool.search(queries[0][:1])
+    found, cpu_s, wall_s = _timed(lambda: [tool.search(query) for query in queries])
+    return EngineSpeed(
+        engine="binary",
+        cpu_s=cpu_s,
+        wall_s=wall_s,
+        stages={},
+        share_passing=None,
+        answers=tuple((one.alignment, tuple(one.table.split())) for one in found),
+    )
+
+
+def _measure_fast(database: str, queries: Sequence[str]) -> EngineSpeed:
+    tool = FastJackhmmer.find(database=database, cpus=1, timeout_s=TIMEOUT_S)
+    opened = open_database(database)
+    _, read_s, _ = _timed(lambda: sum(1 for _ in opened.chunks()))
+    found, cpu_s, wall_s = _timed(lambda: [tool.search(query) for query in queries])
+    profiles, profile_s, _ = _timed(lambda: [scan.profile_of(query) for query in queries])
+
+    def passing() -> Iterator[int]:
+        for profile in profiles:
+            for chunk in opened.chunks():
+                through = scan.survivors([profile], chunk, f1=F1, kernel=opened.kernel)[0]
+                yield len(through.records)
+
+    count, scan_s, _ = _timed(lambda: sum(passing()))
+    return EngineSpeed(
+        engine="fast",
+        cpu_s=cpu_s,
+        wall_s=wall_s,
+        stages={
+            "reading the database once": read_s,
+            "profiles": profile_s,
+            "first filter": scan_s,
+            "jackhmmer on what passes": max(0.0, cpu_s - profile_s - scan_s),
+        },
+        share_passing=count / len(queries) / max(1, opened.num_records),
+        answers=tuple((one.alignment, tuple(one.table.split())) for one in found),
+    )
+
+
+def _timed(function: Callable[[], T]) -> tuple[T, float, float]:
+    """Returns the answer, CPU seconds (children included) and wall seconds of a call."""
+    started, started_cpu = time.monotonic(), _cpu_seconds()
+    answer = function()
+    return answer, _cpu_seconds() - started_cpu, time.monotonic() - started
+
+
+def _cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
