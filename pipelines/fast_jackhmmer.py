@@ -183,3 +183,8 @@ def _write_passing(
 def _profile_of(sequence: str) -> scan.FilterProfile:
     """Returns a query's profile, made once for all files of a database that are scanned here."""
     return scan.profile_of(sequence)
+
+
+def forget_profiles() -> None:
+    """Makes the next search of any query build its profile, for measurements."""
+    _profile_of.cache_clear()

@@ -1,7 +1,8 @@
 """What a JackHMMER search costs on this machine, engine by engine, and would in databases of other sizes.
 
-Owns the measurement and the projection; `foldfeed.pipelines.search_speed_cli` owns their words. The cost of a
-search grows with query residues times database residues (cells); a projection multiplies, and says so.
+Owns the measurement and the projection; `foldfeed.pipelines.search_speed_cli` owns their words. A search
+costs something for its query (a process, a calibrated profile), measured on a database of one target, and the
+rest grows with query residues times database residues (cells).
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from foldfeed.pipelines import scan
 from foldfeed.pipelines.errors import ConfigError
-from foldfeed.pipelines.fast_jackhmmer import F1, FastJackhmmer
+from foldfeed.pipelines.fast_jackhmmer import F1, FastJackhmmer, forget_profiles
 from foldfeed.pipelines.fasta import read_fasta
 from foldfeed.pipelines.jackhmmer import Jackhmmer
 from foldfeed.pipelines.scan_database import open_database
@@ -35,6 +38,7 @@ class EngineSpeed:
     Attributes:
       engine: ``binary`` or ``fast``.
       cpu_s: user plus system seconds of all queries, child processes included.
+      fixed_s: of the CPU seconds, what the queries cost in a database of one target.
       wall_s: seconds of all queries, one after another.
       stages: CPU seconds by stage, where there are several.
       share_passing: targets that the first filter lets through, as a share; None where nobody counts.
@@ -43,6 +47,7 @@ class EngineSpeed:
 
     engine: str
     cpu_s: float
+    fixed_s: float
     wall_s: float
     stages: dict[str, float]
     share_passing: float | None
@@ -78,7 +83,8 @@ class SearchSpeed:
     def cpu_s_in(self, engine: EngineSpeed, num_targets: int, query_residues: int) -> float:
         """Returns CPU seconds of one query in a database of so many sequences, as long as those measured."""
         cells = query_residues * num_targets * (self.target_residues / self.num_targets)
-        return engine.cpu_s * cells / self.num_cells
+        growing_s = max(0.0, engine.cpu_s - engine.fixed_s)
+        return engine.fixed_s / len(self.query_residues) + growing_s * cells / self.num_cells
 
 
 def read_queries(url: str, number: int) -> list[str]:
@@ -111,15 +117,24 @@ def measure_search(
       DatabaseError: HMMER would refuse the database.
     """
     measured = {"binary": _measure_binary, "fast": _measure_fast}
-    return SearchSpeed(
-        num_targets=counts[0],
-        target_residues=counts[1],
-        query_residues=tuple(map(len, queries)),
-        engines=tuple(measured[engine](database, queries) for engine in engines),
-    )
+    with tempfile.TemporaryDirectory(prefix="foldfeed-bench-") as name:
+        tiny = Path(name) / "tiny.fasta"
+        tiny.write_text(">one\nACDEFGHIKLMNPQRSTVWY\n", encoding="ascii")
+        return SearchSpeed(
+            num_targets=counts[0],
+            target_residues=counts[1],
+            query_residues=tuple(map(len, queries)),
+            engines=tuple(measured[engine](database, str(tiny), queries) for engine in engines),
+        )
 
 
-def _measure_binary(database: str, queries: Sequence[str]) -> EngineSpeed:
+def _fixed_s(tool: Jackhmmer | FastJackhmmer, tiny: str, queries: Sequence[str]) -> float:
+    small = dataclasses.replace(tool, database=tiny)
+    small.search(queries[0][:1])
+    return _timed(lambda: [small.search(query) for query in queries])[1]
+
+
+def _measure_binary(database: str, tiny: str, queries: Sequence[str]) -> EngineSpeed:
     tool = Jackhmmer.find(database=database, cpus=1, timeout_s=TIMEOUT_S)
     # Once before, so that the file is in the page cache for both engines.
     tool.search(queries[0][:1])
@@ -127,6 +142,7 @@ def _measure_binary(database: str, queries: Sequence[str]) -> EngineSpeed:
     return EngineSpeed(
         engine="binary",
         cpu_s=cpu_s,
+        fixed_s=_fixed_s(tool, tiny, queries),
         wall_s=wall_s,
         stages={},
         share_passing=None,
@@ -134,11 +150,15 @@ def _measure_binary(database: str, queries: Sequence[str]) -> EngineSpeed:
     )
 
 
-def _measure_fast(database: str, queries: Sequence[str]) -> EngineSpeed:
+def _measure_fast(database: str, tiny: str, queries: Sequence[str]) -> EngineSpeed:
     tool = FastJackhmmer.find(database=database, cpus=1, timeout_s=TIMEOUT_S)
     opened = open_database(database)
     _, read_s, _ = _timed(lambda: sum(1 for _ in opened.chunks()))
+    forget_profiles()
     found, cpu_s, wall_s = _timed(lambda: [tool.search(query) for query in queries])
+    # Profiles are kept for a while, so both are measured with fresh ones.
+    forget_profiles()
+    fixed_s = _fixed_s(tool, tiny, queries)
     profiles, profile_s, _ = _timed(lambda: [scan.profile_of(query) for query in queries])
 
     def passing() -> Iterator[int]:
@@ -151,6 +171,7 @@ def _measure_fast(database: str, queries: Sequence[str]) -> EngineSpeed:
     return EngineSpeed(
         engine="fast",
         cpu_s=cpu_s,
+        fixed_s=fixed_s,
         wall_s=wall_s,
         stages={
             "reading the database once": read_s,

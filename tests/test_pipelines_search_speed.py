@@ -44,6 +44,7 @@ def test_both_engines_are_measured_and_agree(queries):
     assert binary.share_passing is None
     assert sum(fast.stages.values()) > 0
     assert min(binary.cpu_s, fast.cpu_s, binary.wall_s, fast.wall_s) > 0
+    assert min(binary.fixed_s, fast.fixed_s) > 0
     answers = ((b"other", ()), *fast.answers[1:])
     assert not dataclasses.replace(
         speed, engines=(binary, dataclasses.replace(fast, answers=answers))
@@ -51,10 +52,13 @@ def test_both_engines_are_measured_and_agree(queries):
 
 
 def test_a_projection_multiplies_cells():
-    engine = EngineSpeed(engine="binary", cpu_s=2.0, wall_s=2.0, stages={}, share_passing=None, answers=())
+    engine = EngineSpeed(
+        engine="binary", cpu_s=2.4, fixed_s=0.4, wall_s=2.4, stages={}, share_passing=None, answers=()
+    )
     speed = SearchSpeed(num_targets=10, target_residues=1000, query_residues=(50, 150), engines=(engine,))
-    # 200 x 1,000 cells took 2 s; 300 residues against 40 targets of 100 are 1,200,000 cells.
-    assert speed.cpu_s_in(engine, 40, 300) == pytest.approx(12.0)
+    # 200 x 1,000 cells took 2 s, beside 0.2 s for each query; 300 residues against 40 targets of 100 are
+    # 1,200,000 cells.
+    assert speed.cpu_s_in(engine, 40, 300) == pytest.approx(12.2)
 
 
 def test_the_command(queries, tmp_path):
@@ -64,7 +68,11 @@ def test_the_command(queries, tmp_path):
     assert re.search(
         r"^45 targets of \d+ residues on average, 2 queries, the median of \d+ residues$", said, re.M
     )
-    assert re.search(r"^binary: \d+\.\d+ CPU seconds a query, \d+\.\d+ Gcells/s$", said, re.M)
+    assert re.search(
+        r"^binary: \d+\.\d+ CPU seconds a query, \d+\.\d+ of them whatever the database, \d+\.\d+ Gcells/s$",
+        said,
+        re.M,
+    )
     assert re.search(r"^fast: .* % of the targets pass$", said, re.M)
     assert "alignments and tables: equal; " in said
     assert re.search(r"mgnify, 623,796,864 sequences: binary \S+ CPU hours \(price \S+\), fast ", said)
