@@ -5,10 +5,12 @@
 #   make check    format, lint, types, wheel, tests: what CI runs
 #   make bench    benchmarks; one JSON row each
 #   make s3-server  build the server that the tests of object stores need (Go, two minutes); without it they skip
+#   make test-spark builds on a real Spark with two workers (Java 17 and Maven; 700 MB the first time)
 #   make clean    remove the demo's output and the environment
 
 VENV ?= .venv
 DEMO ?= demo-output
+SPARK ?= .spark
 BIN := $(VENV)/bin
 PY_FILES := $(shell find feature_store loader pipelines trainer -name '*.py' | LC_ALL=C sort)
 # The environment is made again when a file comes or goes, or a dependency or C changes; other edits need nothing.
@@ -17,7 +19,7 @@ STAMP := $(VENV)/.ready-$(shell (echo "$(PY_FILES)"; cat pyproject.toml constrai
 # Where HMMER's tutorial lies: unpacked beside the environment where the system leaves documentation out.
 EXAMPLES = $$([ -d "$(VENV)/examples/tutorial" ] && echo "$(abspath $(VENV))/examples" || echo "$${FOLDFEED_EXAMPLES:-/usr/share/doc/hmmer/examples}")
 
-.PHONY: demo test check lint format types wheel bench clean setup s3-server
+.PHONY: demo test test-spark check lint format types wheel bench clean setup s3-server
 
 setup: $(STAMP)
 
@@ -30,6 +32,11 @@ demo: setup
 
 test: setup
 	FOLDFEED_EXAMPLES="$(EXAMPLES)" $(BIN)/python -m pytest
+
+test-spark: setup
+	@bash deploy/spark/local_cluster.sh up "$(SPARK)" "$(abspath $(BIN))/python"
+	@FOLDFEED_EXAMPLES="$(EXAMPLES)" FOLDFEED_SPARK="$(abspath $(SPARK))" $(BIN)/python -m pytest tests/test_pipelines_spark.py; \
+	    status=$$?; bash deploy/spark/local_cluster.sh down "$(SPARK)"; exit $$status
 
 check: lint types wheel test
 
