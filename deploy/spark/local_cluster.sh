@@ -89,9 +89,9 @@ alive() {
 
 for _ in $(seq 90); do
     if alive; then
-        printf 'spark: ready; foldfeed build ... --runner PortableRunner -- %s\n' \
+        printf 'spark: ready; foldfeed build ... --runner PortableRunner -- %s %s %s\n' \
             "--job_endpoint=127.0.0.1:8099 --environment_type=PROCESS" \
-            "'--environment_config={\"command\":\"$folder/boot.sh\"}' --sdk_worker_parallelism=1"
+            "'--environment_config={\"command\":\"$folder/boot.sh\"}'" "--sdk_worker_parallelism=1"
         exit 0
     fi
     sleep 1
