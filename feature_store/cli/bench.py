@@ -5,24 +5,20 @@ They come as entry points of the group ``foldfeed.bench``; nothing of theirs is 
 
 from __future__ import annotations
 
-import importlib.metadata
-
 import click
+
+from foldfeed.feature_store.cli.entry_points import entry_points_of
 
 BENCH_GROUP = "foldfeed.bench"
 
 
 class _BenchGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_entry_points())
+        return sorted(entry_points_of(BENCH_GROUP))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        found = _entry_points().get(cmd_name)
+        found = entry_points_of(BENCH_GROUP).get(cmd_name)
         return None if found is None else found.load()
-
-
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    return {point.name: point for point in importlib.metadata.entry_points(group=BENCH_GROUP)}
 
 
 @click.group(cls=_BenchGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -10,11 +10,11 @@ Exit codes: 0 done, 1 the run failed (any `FoldfeedError`), 2 bad usage. A trace
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import Any
 
 import click
 
+from foldfeed.feature_store.cli.entry_points import entry_points_of
 from foldfeed.feature_store.cli.terminal import printable
 from foldfeed.feature_store.errors import FoldfeedError
 
@@ -68,7 +68,7 @@ class RootGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Returns own commands and those of installed rooms."""
-        return sorted({*OWN_COMMANDS, *_entry_points()})
+        return sorted({*OWN_COMMANDS, *entry_points_of(COMMANDS_GROUP)})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Returns a command; loads another room only for its own command."""
@@ -78,7 +78,7 @@ class RootGroup(click.Group):
                 importlib.import_module(f"foldfeed.feature_store.cli.{module}"), name
             )
             return command
-        found = _entry_points().get(cmd_name)
+        found = entry_points_of(COMMANDS_GROUP).get(cmd_name)
         return None if found is None else found.load()
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -106,10 +106,6 @@ class RootGroup(click.Group):
                 raise
             click.echo(f"error: {printable(str(error))}", err=True)
             ctx.exit(1)
-
-
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    return {point.name: point for point in importlib.metadata.entry_points(group=COMMANDS_GROUP)}
 
 
 @click.group(cls=RootGroup, context_settings={"help_option_names": ["-h", "--help"]})
