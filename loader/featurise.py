@@ -54,7 +54,6 @@ def featurise(raw: RawSample, recipe: Recipe) -> dict[str, torch.Tensor]:
       float32 ().
     """
     per_residue = target_features(raw)
-    per_row: dict[str, torch.Tensor] = {}
     per_extra: dict[str, torch.Tensor] = {}
     if recipe.name == AF3:
         per_row = row_features(raw)

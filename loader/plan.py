@@ -196,8 +196,7 @@ def draw_rows(
     hits = hits[stream(seed, sample, Purpose.ROWS).order(len(hits))]
     hits = hits[: draw_num_hits(recipe, seed, sample, len(hits))]
     centres = np.concatenate([survivors[:1], hits[: recipe.num_clusters - 1]])
-    extras = hits[recipe.num_clusters - 1 :][: recipe.num_extra]
-    return survivors, centres, extras
+    return survivors, centres, hits[recipe.num_clusters - 1 :]
 
 
 def draw_num_hits(recipe: Recipe, seed: int, sample: int, available: int) -> int:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from foldfeed.loader.batch import StepBatch
 from foldfeed.loader.loader import CropLoader
 
-# The first steps start threads and processes and fill the read-ahead.
+# The first steps start threads and processes and fill the read-ahead; they are the batches in memory, too.
 WARM_UP_STEPS = 3
-CACHED_BATCHES = 4
 # Below this nobody would look for the loss: noise of two short loops is as large.
 TOLERATED_LOSS = 0.02
 
@@ -64,25 +63,22 @@ class LoaderSpeed:
         return self.waits_s[min(len(self.waits_s) - 1, int(share * len(self.waits_s)))]
 
 
-def measure_speed(
-    loader: CropLoader, *, step_s: float, seconds: float, clock: Callable[[], float] = time.perf_counter
-) -> LoaderSpeed:
+def measure_speed(loader: CropLoader, *, step_s: float, seconds: float) -> LoaderSpeed:
     """Runs a loader for about so many seconds.
 
     Args:
       loader: at any position; it moves on.
       step_s: pause of the consumer, the time of a training step.
       seconds: of all loops together.
-      clock: seconds.
     Raises:
       SampleError: a sample could not be read.
     """
-    kept = [next(loader) for _ in range(WARM_UP_STEPS)][-CACHED_BATCHES:]
+    kept = [next(loader) for _ in range(WARM_UP_STEPS)]
     before = loader.stats
-    alone_s, _ = _loop(iter(loader), 0.0, seconds / 3, clock)
+    alone_s, _ = _loop(iter(loader), 0.0, seconds / 3)
     delta = {name: value - before[name] for name, value in loader.stats.items()}
-    streamed_s, waits = _loop(iter(loader), step_s, seconds / 3, clock)
-    cached_s, _ = _loop(_again(kept), step_s, seconds / 3, clock)
+    streamed_s, waits = _loop(iter(loader), step_s, seconds / 3)
+    cached_s, _ = _loop(_again(kept), step_s, seconds / 3)
     samples = max(1.0, delta["samples"])
     return LoaderSpeed(
         num_samples=kept[0].num_samples,
@@ -102,20 +98,18 @@ def _again(batches: list[StepBatch]) -> Iterator[StepBatch]:
         yield from batches
 
 
-def _loop(
-    batches: Iterator[StepBatch], step_s: float, seconds: float, clock: Callable[[], float]
-) -> tuple[float, list[float]]:
+def _loop(batches: Iterator[StepBatch], step_s: float, seconds: float) -> tuple[float, list[float]]:
     """Returns seconds per step, and the wait for each batch; at least one step."""
     waits: list[float] = []
-    started = now = clock()
+    started = now = time.perf_counter()
     while now - started < seconds or not waits:
-        asked = clock()
+        asked = time.perf_counter()
         batch = next(batches)
         _arrived(batch)
-        waits.append(clock() - asked)
+        waits.append(time.perf_counter() - asked)
         if step_s > 0:
             time.sleep(step_s)
-        now = clock()
+        now = time.perf_counter()
     return (now - started) / len(waits), waits
 
 

@@ -151,35 +151,30 @@ def test_real_chains_give_the_textbooks_numbers(real_file, name):
         check(chain.sequence, chain.structure)
 
 
-def test_atoms_on_one_line_are_no_frame_and_no_torsion():
+def labels_of_an_alanine(places: dict[str, list[float]]) -> dict[str, torch.Tensor]:
+    """Of one residue behind a copy of itself."""
     positions = np.zeros((2, 37, 3), "f4")
     mask = np.zeros((2, 37), "u1")
-    for step, name in enumerate(["N", "CA", "C", "O"]):
-        positions[:, SLOT[name]] = [step, step, step]
+    for name, place in places.items():
+        positions[:, SLOT[name]] = place
         mask[:, SLOT[name]] = 1
-    found = label_features(
+    return label_features(
         torch.tensor([0], dtype=torch.uint8),
         torch.from_numpy(positions),
         torch.from_numpy(mask),
         torch.zeros(1),
     )
+
+
+def test_atoms_on_one_line_are_no_frame_and_no_torsion():
+    found = labels_of_an_alanine({name: [at] * 3 for at, name in enumerate(["N", "CA", "C", "O"])})
     assert found["backbone_rigid_mask"].sum() == 0
     assert found["torsion_angles_mask"].sum() == 0
     assert all(torch.isfinite(tensor).all() for tensor in found.values())
 
 
 def test_a_torsion_whose_last_atoms_are_on_one_line_is_none():
-    positions = np.zeros((2, 37, 3), "f4")
-    mask = np.zeros((2, 37), "u1")
-    for name, place in (("N", [0.3, 1.2, -0.7]), ("CA", [0, 0, 0]), ("C", [1.1, 0, 0]), ("O", [2.2, 0, 0])):
-        positions[:, SLOT[name]] = place
-        mask[:, SLOT[name]] = 1
-    found = label_features(
-        torch.tensor([0], dtype=torch.uint8),
-        torch.from_numpy(positions),
-        torch.from_numpy(mask),
-        torch.zeros(1),
-    )
+    found = labels_of_an_alanine({"N": [0.3, 1.2, -0.7], "CA": [0, 0, 0], "C": [1.1, 0, 0], "O": [2.2, 0, 0]})
     assert found["backbone_rigid_mask"].sum() == 1
     assert found["torsion_angles_mask"][0, 2] == 0
     assert not found["torsion_angles_sin_cos"][0, 2].any()
