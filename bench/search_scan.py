@@ -14,7 +14,6 @@ import argparse
 import gzip
 import lzma
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from foldfeed.pipelines.fast_jackhmmer import F1, FastJackhmmer
 from foldfeed.pipelines.jackhmmer import Jackhmmer
 from foldfeed.pipelines.scan_database import ScanDatabase, open_database
 from foldfeed.pipelines.scan_kernels import kernels
+from foldfeed.pipelines.search_speed import cpu_seconds
 
 # Roughly Swiss-Prot's, percent.
 COMPOSITION = dict(
@@ -111,11 +111,6 @@ def real_queries() -> list[str]:
 
 def entries(text: str) -> list[str]:
     return ["".join(entry.partition("\n")[2].split()).upper() for entry in text.split(">")[1:]]
-
-
-def cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def timed(function):

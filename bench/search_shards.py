@@ -18,17 +18,16 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from rows import emit
-from search_scan import cpu_seconds, entries, prepare
+from search_scan import entries, prepare
 
 from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
 from foldfeed.pipelines.jackhmmer import Jackhmmer, run_jackhmmer
+from foldfeed.pipelines.search_speed import timed
 from foldfeed.pipelines.search_tool import SearchResult, SearchTool, Shard
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
 
@@ -93,12 +92,6 @@ def split(texts: list[str], number: int, folder: Path) -> list[Path]:
     return paths
 
 
-def timed(function: Callable[[], object]) -> tuple[object, float, float]:
-    started, started_cpu = time.monotonic(), cpu_seconds()
-    answer = function()
-    return answer, time.monotonic() - started, cpu_seconds() - started_cpu
-
-
 def two_at_a_time(tool: ShardedJackhmmer, query: str) -> SearchResult:
     with ThreadPoolExecutor(2) as threads:
         parts = list(threads.map(lambda number: tool.scan(query, number), range(len(tool.shards))))
@@ -149,11 +142,11 @@ def times(tools: dict[str, SearchTool], queries: list[str], rounds: int) -> dict
     wall_s: dict[str, list[float]] = {name: [] for name in (*tools, "sharded_wall_2")}
     for _ in range(rounds):
         for name, tool in tools.items():
-            _, wall, cpu = timed(lambda tool=tool: [tool.search(query) for query in queries])
+            _, cpu, wall = timed(lambda tool=tool: [tool.search(query) for query in queries])
             wall_s[name].append(wall / len(queries))
             cpu_s[name].append(cpu / len(queries))
         tool = tools["sharded"]
-        _, wall, _ = timed(lambda tool=tool: [two_at_a_time(tool, query) for query in queries])
+        _, _, wall = timed(lambda tool=tool: [two_at_a_time(tool, query) for query in queries])
         wall_s["sharded_wall_2"].append(wall / len(queries))
     median = {name: statistics.median(values) for name, values in cpu_s.items()}
     walls = {name: statistics.median(values) for name, values in wall_s.items()}

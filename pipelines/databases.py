@@ -7,6 +7,7 @@ data (up to the sampling described at `file_sha256`), so a stored result of one 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -73,7 +74,7 @@ class DatabaseSpec:
             raise ConfigError(f"database {self.name!r}: tool {self.tool!r} is not one of {', '.join(TOOLS)}")
         if not self.paths or not all(self.paths):
             raise ConfigError(f"database {self.name!r}: the path is empty; write NAME=PATH[:TOOL]")
-        twice = sorted({path for path in self.paths if self.paths.count(path) > 1})
+        twice = sorted(path for path, count in collections.Counter(self.paths).items() if count > 1)
         if self.tool == jackhmmer.NAME and twice:
             raise ConfigError(f"database {self.name!r}: {twice[0]!r} is given twice; its hits would be, too")
 

@@ -2,9 +2,8 @@
 
 Owns the decision what happens to a unit: reuse, search, retry, or give up with a reason. Does not own tools
 or storage. No Beam here; DoFns of `foldfeed.pipelines.graph` are shells over `scan_shard` and `search_unit`.
-Invariants: an answer is stored only after it was parsed and found to be of this query; searching a unit twice
-  is
-harmless.
+Invariants: an answer is stored only after it was parsed and found to be of this query; searching a unit
+twice is harmless.
 
 In a database of several files a unit has a part for every shard, which `scan_shard` may do anywhere and in
 any order; `search_unit` joins what they left in the result store, and does itself what is missing or damaged
@@ -155,10 +154,8 @@ def shard_ids_of(sequence: str, database: SearchedDatabase) -> tuple[str, ...]:
 
 def shard_units(unit: WorkUnit, context: JobContext) -> list[ShardUnit]:
     """Returns the parts of a unit that have to be done before it; none where its answer is there."""
-    ids = shard_ids_of(unit.sequence, context.databases[unit.database_index])
-    if not ids or ResultStore(context.results_url).shows(unit.unit_id):
-        return []
-    return [ShardUnit(unit_id=name, number=number, unit=unit) for number, name in enumerate(ids)]
+    parts = _parts_of(unit, context)
+    return [] if not parts or ResultStore(context.results_url).shows(unit.unit_id) else parts
 
 
 def scan_shard(part: ShardUnit, context: JobContext) -> Receipt:
@@ -220,10 +217,13 @@ def _search(unit: WorkUnit, context: JobContext) -> SearchResult:
     tool = context.databases[unit.database_index].tool
     if not isinstance(tool, ShardedJackhmmer):
         return _once_more_after_a_signal(lambda: tool.search(unit.sequence))
-    ids = shard_ids_of(unit.sequence, context.databases[unit.database_index])
-    parts = [ShardUnit(unit_id=name, number=number, unit=unit) for number, name in enumerate(ids)]
-    candidates = [_candidates(part, context) for part in parts]
+    candidates = [_candidates(part, context) for part in _parts_of(unit, context)]
     return _once_more_after_a_signal(lambda: tool.join(unit.sequence, candidates))
+
+
+def _parts_of(unit: WorkUnit, context: JobContext) -> list[ShardUnit]:
+    ids = shard_ids_of(unit.sequence, context.databases[unit.database_index])
+    return [ShardUnit(unit_id=name, number=number, unit=unit) for number, name in enumerate(ids)]
 
 
 def _candidates(part: ShardUnit, context: JobContext) -> SearchResult:

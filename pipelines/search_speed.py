@@ -131,14 +131,14 @@ def measure_search(
 def _fixed_s(tool: Jackhmmer | FastJackhmmer, tiny: str, queries: Sequence[str]) -> float:
     small = dataclasses.replace(tool, database=tiny)
     small.search(queries[0][:1])
-    return _timed(lambda: [small.search(query) for query in queries])[1]
+    return timed(lambda: [small.search(query) for query in queries])[1]
 
 
 def _measure_binary(database: str, tiny: str, queries: Sequence[str]) -> EngineSpeed:
     tool = Jackhmmer.find(database=database, cpus=1, timeout_s=TIMEOUT_S)
     # Once before, so that the file is in the page cache for both engines.
     tool.search(queries[0][:1])
-    found, cpu_s, wall_s = _timed(lambda: [tool.search(query) for query in queries])
+    found, cpu_s, wall_s = timed(lambda: [tool.search(query) for query in queries])
     return EngineSpeed(
         engine="binary",
         cpu_s=cpu_s,
@@ -153,13 +153,13 @@ def _measure_binary(database: str, tiny: str, queries: Sequence[str]) -> EngineS
 def _measure_fast(database: str, tiny: str, queries: Sequence[str]) -> EngineSpeed:
     tool = FastJackhmmer.find(database=database, cpus=1, timeout_s=TIMEOUT_S)
     opened = open_database(database)
-    _, read_s, _ = _timed(lambda: sum(1 for _ in opened.chunks()))
+    _, read_s, _ = timed(lambda: sum(1 for _ in opened.chunks()))
     forget_profiles()
-    found, cpu_s, wall_s = _timed(lambda: [tool.search(query) for query in queries])
+    found, cpu_s, wall_s = timed(lambda: [tool.search(query) for query in queries])
     # Profiles are kept for a while, so both are measured with fresh ones.
     forget_profiles()
     fixed_s = _fixed_s(tool, tiny, queries)
-    profiles, profile_s, _ = _timed(lambda: [scan.profile_of(query) for query in queries])
+    profiles, profile_s, _ = timed(lambda: [scan.profile_of(query) for query in queries])
 
     def passing() -> Iterator[int]:
         for profile in profiles:
@@ -167,7 +167,7 @@ def _measure_fast(database: str, tiny: str, queries: Sequence[str]) -> EngineSpe
                 through = scan.survivors([profile], chunk, f1=F1, kernel=opened.kernel)[0]
                 yield len(through.records)
 
-    count, scan_s, _ = _timed(lambda: sum(passing()))
+    count, scan_s, _ = timed(lambda: sum(passing()))
     return EngineSpeed(
         engine="fast",
         cpu_s=cpu_s,
@@ -184,13 +184,14 @@ def _measure_fast(database: str, tiny: str, queries: Sequence[str]) -> EngineSpe
     )
 
 
-def _timed(function: Callable[[], T]) -> tuple[T, float, float]:
+def timed(function: Callable[[], T]) -> tuple[T, float, float]:
     """Returns the answer, CPU seconds (children included) and wall seconds of a call."""
-    started, started_cpu = time.monotonic(), _cpu_seconds()
+    started, started_cpu = time.monotonic(), cpu_seconds()
     answer = function()
-    return answer, _cpu_seconds() - started_cpu, time.monotonic() - started
+    return answer, cpu_seconds() - started_cpu, time.monotonic() - started
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
+    """Returns user plus system seconds of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
