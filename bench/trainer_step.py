@@ -22,6 +22,7 @@ from rows import emit
 
 from foldfeed.trainer.launch import prepare_numerics
 from foldfeed.trainer.loop import Trainer
+from foldfeed.trainer.task import load_task
 from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.ranks import Ranks
 
@@ -44,7 +45,7 @@ def measure(changes: dict[str, object], rounds: int) -> dict[str, object]:
         for fill in (True, False):
             source = SyntheticSource(config.data, config.seed, ranks, {})
             metrics = Metrics(Path(folder), active=False, tensorboard=False, log_every=1)
-            sides[fill] = (Trainer(config, ranks, source, metrics), iter(source))
+            sides[fill] = (Trainer(config, ranks, source, metrics, load_task(config)), iter(source))
         seconds: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(rounds):
             for fill, (trainer, steps) in sides.items():

@@ -19,7 +19,7 @@ from trainer_ranks import free_port
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer.cli import _attribute_texts, command, main
-from foldfeed.trainer.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from foldfeed.trainer.config import DataConfig, HeldOutConfig, ModelConfig, OptimizerConfig, RunConfig
 from foldfeed.trainer.errors import TrainerConfigError
 
 TINY = [
@@ -94,9 +94,9 @@ def test_help_reads_docstrings_with_and_without_their_indentation(monkeypatch) -
 
 def test_every_setting_has_an_option_with_a_text() -> None:
     options = {option.name: option for option in command.params}
-    for config in (DataConfig, ModelConfig, OptimizerConfig, RunConfig):
+    for config in (DataConfig, HeldOutConfig, ModelConfig, OptimizerConfig, RunConfig):
         for field in config.__dataclass_fields__:
-            if field not in ("data", "model", "optimizer", "snapshots"):
+            if field not in ("data", "model", "optimizer", "snapshots", "held_out"):
                 assert field in options, field
     nameless = [name for name, option in options.items() if not getattr(option, "help", None)]
     assert nameless == []

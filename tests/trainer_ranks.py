@@ -419,11 +419,12 @@ def replica_mismatch(ranks: Any, folder: Path) -> Any:
     from foldfeed.trainer.loop import Trainer
     from foldfeed.trainer.metrics import Metrics
     from foldfeed.trainer.snapshot import SnapshotFolder
+    from foldfeed.trainer.task import load_task
 
     config = tiny_config(folder)
     source = SyntheticSource(config.data, config.seed, ranks, {})
     metrics = Metrics(folder, active=False, tensorboard=False, log_every=1)
-    trainer = Trainer(config, ranks, source, metrics)
+    trainer = Trainer(config, ranks, source, metrics, load_task(config))
     trainer.train_step(next(iter(source)), 0.0)
     snapshots = SnapshotFolder(folder / "desync", keep=1)
     if ranks.rank == 1:

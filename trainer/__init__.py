@@ -2,10 +2,11 @@
 
     torchrun --nproc-per-node 4 -m foldfeed.trainer --store URL --output runs/a
 
-Read in this order: loop.py (the step), reducer.py and dyadic.py (how gradients are summed), snapshot.py,
-tiers.py and resume.py (how a run survives), goodput.py and watch.py (how it is watched), model.py (what is
-trained); prove.py and export.py are commands of their own. Names are imported on first use, so that the
-command line can print its help without waiting for torch.
+Read in this order: loop.py (the step), commit.py (what ranks agree on), reducer.py and dyadic.py (how
+gradients are summed), snapshot.py, tiers.py and resume.py (how a run survives), goodput.py and watch.py (how
+it is watched), task.py, model.py and losses.py (what is trained), held_out.py (how well); prove.py, export.py
+and curve.py are commands of their own. Names are imported on first use, so that the command line can print
+its help without waiting for torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from typing import TYPE_CHECKING
 from foldfeed.feature_store.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from foldfeed.trainer.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SnapshotConfig
+    from foldfeed.trainer.config import (
+        DataConfig,
+        HeldOutConfig,
+        ModelConfig,
+        OptimizerConfig,
+        RunConfig,
+        SnapshotConfig,
+    )
     from foldfeed.trainer.errors import (
         CommunicationError,
         DependencyError,
@@ -36,8 +44,10 @@ if TYPE_CHECKING:
     from foldfeed.trainer.flat import FlatParameters
     from foldfeed.trainer.launch import run
     from foldfeed.trainer.loop import Outcome, Trainer
-    from foldfeed.trainer.model import CompactEvoformer, masked_msa_loss
+    from foldfeed.trainer.losses import Loss, PerSample, distogram_loss, masked_msa_loss
+    from foldfeed.trainer.model import CompactEvoformer
     from foldfeed.trainer.reducer import TreeReducer
+    from foldfeed.trainer.task import EvoformerTask, Task
 
 _HOMES = {
     "CommunicationError": "errors",
@@ -45,17 +55,21 @@ _HOMES = {
     "DataConfig": "config",
     "DependencyError": "errors",
     "DivergedError": "errors",
+    "EvoformerTask": "task",
     "FlatParameters": "flat",
     "GradientError": "errors",
+    "HeldOutConfig": "config",
     "InvalidSnapshotError": "errors",
     "LeaseHeldError": "errors",
     "LeaseLostError": "errors",
+    "Loss": "losses",
     "MeetingPointError": "errors",
     "ModelConfig": "config",
     "NoValidSnapshotError": "errors",
     "OptimizerConfig": "config",
     "Outcome": "loop",
     "PeerError": "errors",
+    "PerSample": "losses",
     "ReplicaMismatchError": "errors",
     "RunConfig": "config",
     "SnapshotConfig": "config",
@@ -65,7 +79,9 @@ _HOMES = {
     "TrainerConfigError": "errors",
     "TrainerError": "errors",
     "TreeReducer": "reducer",
-    "masked_msa_loss": "model",
+    "Task": "task",
+    "distogram_loss": "losses",
+    "masked_msa_loss": "losses",
     "run": "launch",
 }
 
@@ -75,26 +91,32 @@ __all__ = [
     "DataConfig",
     "DependencyError",
     "DivergedError",
+    "EvoformerTask",
     "FlatParameters",
     "GradientError",
+    "HeldOutConfig",
     "InvalidSnapshotError",
     "LeaseHeldError",
     "LeaseLostError",
+    "Loss",
     "MeetingPointError",
     "ModelConfig",
     "NoValidSnapshotError",
     "OptimizerConfig",
     "Outcome",
     "PeerError",
+    "PerSample",
     "ReplicaMismatchError",
     "RunConfig",
     "SnapshotConfig",
     "SnapshotError",
     "SnapshotMismatchError",
+    "Task",
     "Trainer",
     "TrainerConfigError",
     "TrainerError",
     "TreeReducer",
+    "distogram_loss",
     "masked_msa_loss",
     "run",
 ]

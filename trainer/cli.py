@@ -16,9 +16,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from foldfeed.feature_store.errors import FoldfeedError, MissingExtraError
-from foldfeed.trainer.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SnapshotConfig
+from foldfeed.trainer.config import (
+    EVOFORMER,
+    MODEL_SIZES,
+    DataConfig,
+    HeldOutConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SnapshotConfig,
+)
 from foldfeed.trainer.errors import TrainerConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -73,6 +83,7 @@ def _attribute_texts(config: type) -> dict[str, str]:
 
 MODEL = [field.name for field in dataclasses.fields(ModelConfig)]
 OPTIMIZER = [field.name for field in dataclasses.fields(OptimizerConfig)]
+HELD_OUT = [field.name for field in dataclasses.fields(HeldOutConfig)]
 DATA = [field.name for field in dataclasses.fields(DataConfig) if field.name not in ("store", "recipe")]
 SNAPSHOTS = {
     "every": "snapshot_every",
@@ -99,6 +110,12 @@ def _version() -> str:
 )
 @click.option("--store", required=True, help="Folder or URL of the feature store to train from.")
 @click.option("--output", required=True, help="Folder of this run, seen by all ranks.")
+@click.option(
+    "--task",
+    default=EVOFORMER,
+    show_default=True,
+    help="What is trained: the compact Evoformer, or your own, as FILE.py:NAME or MODULE:NAME.",
+)
 @click.option("--recipe", default="af2", show_default=True, help="Recipe of the loader: af2 or crop_first.")
 @click.option(
     "--steps", default=100, show_default=True, help="Total steps of the run, resumed ones included."
@@ -107,6 +124,7 @@ def _version() -> str:
 @_options_of(DataConfig, DATA)
 @_options_of(OptimizerConfig, OPTIMIZER)
 @_options_of(SnapshotConfig, list(SNAPSHOTS), SNAPSHOTS)
+@_options_of(HeldOutConfig, HELD_OUT)
 @click.option(
     "--reducer",
     default="tree",
@@ -123,22 +141,34 @@ def _version() -> str:
     help="Where to train; auto takes CUDA when there is one.",
 )
 @_options_of(RunConfig, RUN)
+@click.option(
+    "--size",
+    default="tiny",
+    type=click.Choice(list(MODEL_SIZES)),
+    show_default=True,
+    help="Size of the compact Evoformer; the options that follow change single values of it.",
+)
 @_options_of(ModelConfig, MODEL)
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
 @click.version_option(_version(), prog_name="foldfeed.trainer")
-def command(**options: Any) -> RunConfig:
-    """Train the compact Evoformer on random crops of a feature store.
+@click.pass_context
+def command(context: click.Context, **options: Any) -> RunConfig:
+    """Train the compact Evoformer, or a model of your own, on random crops of a feature store.
 
     Runs are exact: the same settings give the same weights, bit for bit, on 1 to V ranks, after kills and
     restarts. Start it again with the same --output to continue; SIGTERM stops every rank after the next
     step, with a snapshot and exit code 0 (torchrun itself, when it gets the signal, then exits with 1).
     """
-    return make_config(options)
+    given = [name for name in MODEL if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return make_config(options, given)
 
 
-def make_config(options: dict[str, Any]) -> RunConfig:
+def make_config(options: dict[str, Any], given: Sequence[str] = MODEL) -> RunConfig:
     """Returns the run's settings from the flat options of the command line.
 
+    Args:
+      options: by name.
+      given: names of model sizes that were given one by one; the others are those of the named size.
     Raises:
       TrainerConfigError: a value breaks a rule.
     """
@@ -148,10 +178,11 @@ def make_config(options: dict[str, Any]) -> RunConfig:
 
     return RunConfig(
         data=DataConfig(**pick(["store", "recipe", *DATA])),
-        model=ModelConfig(**pick(MODEL)),
+        model=ModelConfig.sized(options["size"], **pick(given)),
+        held_out=HeldOutConfig(**pick(HELD_OUT)),
         optimizer=OptimizerConfig(**pick(OPTIMIZER)),
         snapshots=SnapshotConfig(**pick(list(SNAPSHOTS))),
-        **pick(["output", "steps", "seed", "reducer", "bucket_mb", "device", *RUN]),
+        **pick(["output", "task", "steps", "seed", "reducer", "bucket_mb", "device", *RUN]),
     )
 
 

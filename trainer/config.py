@@ -12,11 +12,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from foldfeed.trainer.errors import TrainerConfigError
 
+# The task that is built in.
+EVOFORMER = "evoformer"
 # Steps between snapshots on disk when nothing is known about failures.
 DEFAULT_EVERY = 10
 
@@ -51,6 +53,8 @@ class ModelConfig:
       dropout_msa: row-wise dropout of the MSA row attention.
       dropout_pair: row- or column-wise dropout of the triangle updates.
       max_relative: relative positions are clipped to +- this many residues.
+      distogram_weight: of the loss of predicted distances (AlphaFold 2 uses 0.3); needs records with
+        structures; 0 for no such head.
     """
 
     c_m: int = 32
@@ -65,6 +69,7 @@ class ModelConfig:
     dropout_msa: float = 0.15
     dropout_pair: float = 0.25
     max_relative: int = 32
+    distogram_weight: float = 0.0
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -92,6 +97,34 @@ class ModelConfig:
         for name in ("dropout_msa", "dropout_pair"):
             value = getattr(self, name)
             _require(0.0 <= value < 1.0, f"{name} is {value}; it must be in [0, 1).")
+        _require(
+            self.distogram_weight >= 0,
+            f"distogram_weight is {self.distogram_weight}; it must not be negative (0: no distances).",
+        )
+
+    @classmethod
+    def sized(cls, size: str, **overrides: Any) -> ModelConfig:
+        """Returns a named size with some values replaced.
+
+        Args:
+          size: one of `MODEL_SIZES`.
+          overrides: values that differ.
+        Raises:
+          TrainerConfigError: an unknown size, or a value that breaks a rule.
+        """
+        _require(size in MODEL_SIZES, f"size is {size!r}; choose one of {', '.join(MODEL_SIZES)}.")
+        return cls(**(MODEL_SIZES[size] | overrides))
+
+
+# What a laptop's CPU trains, what a workstation's GPU does, and half of AlphaFold 2's channels.
+MODEL_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "small": {"c_m": 64, "c_z": 32, "c_e": 32, "num_blocks": 4, "c_opm": 16, "c_tri": 32},
+    "base": {
+        **{"c_m": 128, "c_z": 64, "c_e": 32, "num_blocks": 8, "num_extra_blocks": 2, "num_heads": 8},
+        **{"c_opm": 16, "c_tri": 64, "transition_factor": 4},
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,6 +218,28 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutConfig:
+    """Records that are never trained on, and how often their loss is looked at.
+
+    Attributes:
+      eval_set: name of a record set of the store; none when empty.
+      eval_every: steps between looks; the last step looks, too.
+      eval_samples: first so many samples of it; 0 for each record once.
+    """
+
+    eval_set: str = ""
+    eval_every: int = 50
+    eval_samples: int = 0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, ("eval_every",))
+        _require(
+            self.eval_samples >= 0,
+            f"eval_samples is {self.eval_samples}; it must not be negative (0: every record once).",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SnapshotConfig:
     """Where and when the state is written.
 
@@ -240,9 +295,11 @@ class RunConfig:
       steps: total steps of the run, resumed ones included.
       seed: of weights, data order, crops and dropout.
       data: samples.
-      model: sizes.
+      task: what is trained: ``evoformer``, FILE.py:NAME or MODULE:NAME, see `foldfeed.trainer.task`.
+      model: sizes of the compact Evoformer.
       optimizer: AdamW.
       snapshots: where and when the state is written.
+      held_out: whose loss is looked at now and then.
       reducer: ``tree`` (ours) or ``ddp`` (torch's, as a control).
       bucket_mb: limit of a gradient bucket; 0 chooses one from the model's size.
       device: ``auto``, ``cpu`` or ``cuda``.
@@ -259,9 +316,11 @@ class RunConfig:
     steps: int = 100
     seed: int = 0
     data: DataConfig
+    task: str = EVOFORMER
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     snapshots: SnapshotConfig = dataclasses.field(default_factory=SnapshotConfig)
+    held_out: HeldOutConfig = dataclasses.field(default_factory=HeldOutConfig)
     reducer: Literal["tree", "ddp"] = "tree"
     bucket_mb: float = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -278,6 +337,11 @@ class RunConfig:
         _require(
             "://" not in self.output,
             f"output {self.output!r} is a URL; snapshots need rename and fsync, give a mounted folder.",
+        )
+        _require(bool(self.task), f"task is empty; give {EVOFORMER}, FILE.py:NAME or MODULE:NAME.")
+        _require(
+            self.task == EVOFORMER or self.model == ModelConfig(),
+            f"sizes of the compact Evoformer are given, but the task is {self.task}; leave them out.",
         )
         _require_positive(self, ("steps", "threads", "timeout_s", "log_every", "lease_s"))
         _require(
@@ -312,6 +376,9 @@ class RunConfig:
             k: v for k, v in whole["data"].items() if k not in ("store", "loader_threads", "prefetch_steps")
         }
         data["virtual_shards"] = self.data.num_shards
+        if not self.model.distogram_weight:
+            # Came later; without it a run is the one that it was.
+            del whole["model"]["distogram_weight"]
         return {
             "seed": self.seed,
             "data": data,
@@ -322,6 +389,11 @@ class RunConfig:
         }
 
     def digest(self) -> str:
-        """Returns the digest of `identity`; the store is bound by its fingerprint, not by its URL."""
-        text = json.dumps(self.identity(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Returns the digest of `identity`."""
+        return digest_of(self.identity())
+
+
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """Returns the digest of a run's identity; the store is bound by its fingerprint, not by its URL."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

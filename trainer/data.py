@@ -1,4 +1,4 @@
-"""Opens the loader for one rank: the only place where the trainer meets store and loader.
+"""Opens the loaders for one rank: the only place where the trainer meets store and loader.
 
 Does not own: what a sample is or in which order samples come (loader).
 """
@@ -9,36 +9,35 @@ import contextlib
 from collections.abc import Iterator
 
 from foldfeed.loader import CropLoader, FeatureStore, LoaderConfigError, Recipe
-from foldfeed.loader.recipe import CLUSTERED
-from foldfeed.trainer.config import DataConfig
+from foldfeed.trainer.config import DataConfig, RunConfig
 from foldfeed.trainer.errors import TrainerConfigError
+from foldfeed.trainer.held_out import HeldOut
 from foldfeed.trainer.ranks import Ranks
+from foldfeed.trainer.task import Task
 
 
 @contextlib.contextmanager
-def open_loader(config: DataConfig, seed: int, ranks: Ranks) -> Iterator[tuple[CropLoader, str]]:
+def open_loader(
+    config: DataConfig, recipe: Recipe, seed: int, ranks: Ranks, *, record_set: str | None = None
+) -> Iterator[tuple[CropLoader, str]]:
     """Opens the store and the loader of this rank; closes the loader's threads at the end.
 
+    Args:
+      config: the store, what is drawn from it, and the batch.
+      recipe: how samples are made, from the task.
+      seed: of the order and of every draw.
+      ranks: which part of a step is this rank's.
+      record_set: instead of the one that the settings name.
     Returns: the loader and the fingerprint of the records it reads.
     Raises:
       NotAStoreError: the URL holds no store.
       NameNotFoundError: the store has no such record set.
-      TrainerConfigError: a recipe, or a value, that the loader refuses.
+      TrainerConfigError: a value that the loader refuses.
     """
-    if config.recipe not in CLUSTERED:
-        raise TrainerConfigError(
-            f"recipe {config.recipe!r} cannot be used here: the compact Evoformer learns from msa_feat, in "
-            f"sizes that have options of their own; use one of {', '.join(CLUSTERED)}"
-        )
     store = FeatureStore.open(config.store)
-    records = store.subset(config.record_set) if config.record_set else store
+    name = config.record_set if record_set is None else record_set
+    records = store.subset(name) if name else store
     try:
-        recipe = Recipe.named(
-            config.recipe,
-            crop_residues=config.crop_residues,
-            num_clusters=config.num_clusters,
-            num_extra=config.num_extra,
-        )
         loader = CropLoader(
             records,
             recipe,
@@ -56,3 +55,28 @@ def open_loader(config: DataConfig, seed: int, ranks: Ranks) -> Iterator[tuple[C
         raise TrainerConfigError(str(error)) from error
     with loader:
         yield loader, records.fingerprint
+
+
+@contextlib.contextmanager
+def open_held_out(config: RunConfig, task: Task, recipe: Recipe, ranks: Ranks) -> Iterator[HeldOut | None]:
+    """Opens the held-out records; None where the run looks at none.
+
+    Raises:
+      NameNotFoundError: the store has no such record set.
+      TrainerConfigError: it shares records with what is trained on.
+    """
+    name = config.held_out.eval_set
+    if not name:
+        yield None
+        return
+    store = FeatureStore.open(config.data.store)
+    trained = store.subset(config.data.record_set) if config.data.record_set else store
+    held_out = store.subset(name)
+    if shared := sorted(set(held_out.ids) & set(trained.ids)):
+        raise TrainerConfigError(
+            f"record set {name!r} shares {len(shared)} records with what is trained on (the first is "
+            f"{shared[0]!r}); a held-out loss needs others: give --record-set, a set without them."
+        )
+    num_samples = config.held_out.eval_samples or len(held_out)
+    with open_loader(config.data, recipe, config.seed, ranks, record_set=name) as (loader, _):
+        yield HeldOut(loader, num_samples, task, ranks)

@@ -15,22 +15,45 @@ import click
 import torch
 
 from foldfeed.feature_store.errors import FoldfeedError, MissingExtraError
-from foldfeed.trainer.config import ModelConfig
-from foldfeed.trainer.errors import NoValidSnapshotError, SnapshotMismatchError
+from foldfeed.trainer.config import EVOFORMER, DataConfig, ModelConfig, RunConfig
+from foldfeed.trainer.errors import NoValidSnapshotError, SnapshotMismatchError, TrainerConfigError
 from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.model import CompactEvoformer
 from foldfeed.trainer.snapshot import MANIFEST, Generation, SnapshotFolder, read_generation
+from foldfeed.trainer.task import EvoformerTask, Task, load_task
 
 
-def named_weights(generation: Generation) -> dict[str, torch.Tensor]:
+def task_of(generation: Generation, task: str) -> Task:
+    """Returns the task that a snapshot was trained with.
+
+    Args:
+      generation: a validated snapshot.
+      task: as ``--task`` of the training; a snapshot never names code that is loaded.
+    Raises:
+      TrainerConfigError: the snapshot is of another task.
+    """
+    known = generation.manifest["identity"]
+    if task != EVOFORMER:
+        return load_task(RunConfig(output="none", data=DataConfig(store="none"), task=task))
+    if "model" not in known:
+        raise TrainerConfigError(
+            f"{generation.path} was trained with the task {known['task']['class']!r}, not with the compact "
+            "Evoformer; give the --task of its training."
+        )
+    return EvoformerTask(ModelConfig(**known["model"]))
+
+
+def named_weights(generation: Generation, task: str = EVOFORMER) -> dict[str, torch.Tensor]:
     """Returns the parameters of a validated snapshot, fp32 on the CPU, by their names in the model.
 
+    Args:
+      generation: a validated snapshot.
+      task: what it was trained with.
     Raises:
       SnapshotMismatchError: this release's model has another layout than the one that was trained.
     """
     manifest = generation.manifest
-    flat = FlatParameters(CompactEvoformer(ModelConfig(**manifest["identity"]["model"])))
+    flat = FlatParameters(task_of(generation, task).build())
     if flat.layout_hash != manifest["layout_hash"]:
         raise SnapshotMismatchError(
             str(generation.path),
@@ -44,12 +67,13 @@ def named_weights(generation: Generation) -> dict[str, torch.Tensor]:
     }
 
 
-def export_safetensors(path: Path, target: Path) -> Generation:
+def export_safetensors(path: Path, target: Path, task: str = EVOFORMER) -> Generation:
     """Writes the weights of a snapshot, or of the newest snapshot on a run's disk, to a safetensors file.
 
     Args:
       path: a snapshot's folder, or a run's (``--output``).
       target: the file; appears whole or not at all.
+      task: what the snapshot was trained with.
     Returns: the generation.
     Raises:
       InvalidSnapshotError: it does not validate.
@@ -68,7 +92,7 @@ def export_safetensors(path: Path, target: Path) -> Generation:
             raise NoValidSnapshotError(str(folder.path), ["there is none"])
         path = folder.generation_path(folder.steps()[-1])
     generation = read_generation(path)
-    weights = named_weights(generation)
+    weights = named_weights(generation, task)
     digest = hashlib.sha256(generation.buffers["params"].numpy().data.cast("B")).hexdigest()
     metadata = {
         "format": "pt",
@@ -88,9 +112,10 @@ def export_safetensors(path: Path, target: Path) -> Generation:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-def command(source: Path, target: Path) -> None:
+@click.option("--task", default=EVOFORMER, show_default=True, help="As in the training.")
+def command(source: Path, target: Path, task: str) -> None:
     """Write the weights of SOURCE (a snapshot, or a run's --output) to the safetensors file TARGET."""
-    generation = export_safetensors(source, target)
+    generation = export_safetensors(source, target, task)
     click.echo(f"{target}: weights of step {generation.step} from {generation.path}")
 
 

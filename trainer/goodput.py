@@ -40,6 +40,7 @@ INITIALIZATION = "accelerator_initialization"
 PREPARATION = "training_prep"
 WASTED = "wasted_progress_from_disruption"
 RECOVERY = "infrastructure_recovery_from_disruption"
+EVALUATION = "evaluation"
 IDLE = "idle"
 OTHER = "other"
 
@@ -54,6 +55,7 @@ MEANINGS = {
     PREPARATION: "store, model, the run's folder",
     WASTED: "steps done again after a failure",
     RECOVERY: "from the last step before a failure to the next start",
+    EVALUATION: "looking at held-out records",
     IDLE: "between a stop that was asked for and the next start",
     OTHER: "the rest: metrics, the result",
 }

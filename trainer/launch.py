@@ -30,16 +30,18 @@ from typing import Any
 
 import torch
 
-from foldfeed.trainer.config import RunConfig
-from foldfeed.trainer.data import open_loader
+from foldfeed.trainer.config import RunConfig, digest_of
+from foldfeed.trainer.data import open_held_out, open_loader
 from foldfeed.trainer.errors import SnapshotMismatchError, TrainerConfigError, TrainerError
 from foldfeed.trainer.goodput import INITIALIZATION, PREPARATION, RESTORE, STARTUP, Ledger, process_start
+from foldfeed.trainer.held_out import HeldOut
 from foldfeed.trainer.lease import Lease
 from foldfeed.trainer.loop import BatchSource, Outcome, Trainer
 from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.ranks import Ranks, joined, pick_device, world_from_environment
 from foldfeed.trainer.resume import check_belongs, environment, named_generation, newest_valid
 from foldfeed.trainer.snapshot import SnapshotFolder
+from foldfeed.trainer.task import Task, identity, load_task
 from foldfeed.trainer.tiers import Saver, memory_folder
 from foldfeed.trainer.watch import StackWatch
 
@@ -54,9 +56,12 @@ _REPAIR = (
 )
 
 
-def run(config: RunConfig) -> Outcome:
+def run(config: RunConfig, task: Task | None = None) -> Outcome:
     """Trains on this rank; call it once per process that torchrun started (or once, without torchrun).
 
+    Args:
+      config: settings.
+      task: what is trained; the one that the settings name when None.
     Raises:
       TrainerConfigError: the settings and the world do not fit.
       TrainerError: the run failed; the other ranks fail too.
@@ -66,6 +71,8 @@ def run(config: RunConfig) -> Outcome:
     ledger.mark(STARTUP)
     config.check_world(world)
     prepare_numerics(config)
+    task = task or load_task(config)
+    recipe = task.recipe(config.data)
     device = pick_device(config.device, local_rank)
     with (
         joined(
@@ -76,9 +83,10 @@ def run(config: RunConfig) -> Outcome:
             always=config.reducer == "ddp",
         ) as ranks,
         _marked(ledger, INITIALIZATION),
-        open_loader(config.data, config.seed, ranks) as (loader, fingerprint),
+        open_loader(config.data, recipe, config.seed, ranks) as (loader, fingerprint),
+        open_held_out(config, task, recipe, ranks) as held_out,
     ):
-        return train(config, ranks, loader, fingerprint, ledger)
+        return train(config, ranks, loader, fingerprint, ledger, task=task, held_out=held_out)
 
 
 @contextlib.contextmanager
@@ -101,7 +109,14 @@ def prepare_numerics(config: RunConfig) -> None:
 
 
 def train(
-    config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str, ledger: Ledger | None = None
+    config: RunConfig,
+    ranks: Ranks,
+    source: BatchSource,
+    fingerprint: str,
+    ledger: Ledger | None = None,
+    *,
+    task: Task | None = None,
+    held_out: HeldOut | None = None,
 ) -> Outcome:
     """Runs (or continues) the run in ``config.output`` over any source of batches.
 
@@ -111,9 +126,14 @@ def train(
       source: a loader, or anything that yields the same steps.
       fingerprint: identity of the data behind the source.
       ledger: that has counted the time since the process started; a new one when None.
+      task: what is trained; the one that the settings name when None.
+      held_out: whose loss is looked at now and then.
     """
+    task = task or load_task(config)
+    settings = identity(config, task)
+    config_digest = digest_of(settings)
     numerics = environment(ranks.device, torch.get_num_threads(), config.deterministic)
-    ranks.require_equal(json.dumps([config.digest(), fingerprint]).encode(), "settings and store")
+    ranks.require_equal(json.dumps([config_digest, fingerprint]).encode(), "settings and store")
     if config.deterministic:
         _require_one_environment(numerics, ranks)
     output = Path(config.output)
@@ -121,14 +141,14 @@ def train(
     metrics = Metrics(
         output, active=ranks.is_first, tensorboard=config.tensorboard, log_every=config.log_every
     )
-    trainer = Trainer(config, ranks, source, metrics)
+    trainer = Trainer(config, ranks, source, metrics, task, held_out)
     lease = Lease(output, config.lease_s, metrics.say)
     saver: Saver | None = None
     try:
         header = {
             "run_id": "",
-            "config_digest": config.digest(),
-            "identity": config.identity(),
+            "config_digest": config_digest,
+            "identity": settings,
             "layout_hash": trainer.flat.layout_hash,
             "store_fingerprint": fingerprint,
             "environment": numerics,
@@ -202,7 +222,7 @@ def _claim(output: Path, config: RunConfig, header: dict[str, Any], lease: Lease
         if differences:
             raise SnapshotMismatchError(
                 str(output),
-                differences + _changed_settings(found["identity"], config.identity()),
+                differences + _changed_settings(found["identity"], header["identity"]),
                 "Use the settings of the run that lives there, or another --output.",
             )
     elif (output / SNAPSHOTS).exists():

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -24,19 +23,22 @@ import torch
 from torch import nn
 
 from foldfeed.trainer.buckets import auto_bucket_bytes, plan_buckets
+from foldfeed.trainer.commit import Commit, combine, shard_scalars
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.ddp import DdpReducer
 from foldfeed.trainer.dyadic import owned_shards
 from foldfeed.trainer.errors import DivergedError
 from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.goodput import DATA, OTHER, PRODUCTIVE, SAVE, SKIPPED, Ledger
+from foldfeed.trainer.goodput import DATA, EVALUATION, OTHER, PRODUCTIVE, SAVE, SKIPPED, Ledger
+from foldfeed.trainer.held_out import HeldOut
+from foldfeed.trainer.losses import Loss
 from foldfeed.trainer.metrics import Metrics, memory_scalars
-from foldfeed.trainer.model import CompactEvoformer, Loss, masked_msa_loss
 from foldfeed.trainer.optimizer import FlatAdamW, Update
 from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.reducer import Reducer, TreeReducer
 from foldfeed.trainer.rng import seed_initial_weights, seed_shard
 from foldfeed.trainer.snapshot import BUFFERS, Generation, SnapshotFolder, checksum
+from foldfeed.trainer.task import Task
 from foldfeed.trainer.tiers import Capture, Saver
 from foldfeed.trainer.watch import StackWatch, Stragglers
 
@@ -91,33 +93,6 @@ class BatchSource(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Commit:
-    """What all ranks agree on at the commit point.
-
-    Attributes:
-      mean_loss: over the counted samples, summed in shard order (equal bits for every world size).
-      max_loss: of a sample.
-      num_samples: counted samples.
-      stop: some rank was asked to stop.
-      save_failed: a snapshot could not be written; the run ends.
-      data_s: the wait for data of each rank.
-      compute_s: forward and backward of each rank.
-      num_residues: that exist in the step's crops, padding left out.
-      bad_shards: virtual shards whose loss is not finite.
-    """
-
-    mean_loss: float
-    max_loss: float
-    num_samples: float
-    stop: bool
-    save_failed: bool
-    data_s: list[float]
-    compute_s: list[float]
-    num_residues: int
-    bad_shards: list[int]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
     """How a run ended.
 
@@ -139,15 +114,31 @@ class Trainer:
 
     Attributes:
       model: the plain model (also inside DDP's wrapper).
+      task: what is trained.
       flat: its buffers.
       step: completed steps.
       num_skipped: steps skipped so far.
       stop_requested: set it (from a signal handler) to stop at the next commit point.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, source: BatchSource, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        source: BatchSource,
+        metrics: Metrics,
+        task: Task,
+        held_out: HeldOut | None = None,
+    ) -> None:
         """Builds the model with weights that depend on the seed alone.
 
+        Args:
+          config: settings.
+          ranks: the joined groups.
+          source: of batches.
+          metrics: where numbers go.
+          task: gives model and loss.
+          held_out: whose loss is looked at now and then.
         Raises:
           TrainerConfigError: more ranks than virtual shards.
           ReplicaMismatchError: the ranks built different layouts or weights.
@@ -157,12 +148,14 @@ class Trainer:
         self.ranks = ranks
         self.source = source
         self.metrics = metrics
+        self.task = task
+        self.held_out = held_out
         self.step = 0
         self.num_skipped = 0
         self.stop_requested = False
         self._not_finite_since = 0
         seed_initial_weights(config.seed)
-        self.model = CompactEvoformer(config.model)
+        self.model = task.build()
         self.flat = FlatParameters(self.model, ranks.device)
         total = 4 * self.flat.numel
         bucket_bytes = int(config.bucket_mb * 2**20) or auto_bucket_bytes(total)
@@ -209,7 +202,9 @@ class Trainer:
             ledger.mark(kind)
             # While another rank still waited for its batch, this one waited for that rank.
             ledger.move(kind, DATA, min(max(commit.data_s) - data_s, self.reducer.times["exposed"]))
-            self._log(commit, update, seconds, stall_ms)
+            looked = self._look()
+            ledger.mark(EVALUATION)
+            self._log(commit, update, seconds, stall_ms, looked)
             if line := stragglers.feed(commit.data_s, commit.compute_s, seconds):
                 self.metrics.say(line)
             if commit.save_failed:
@@ -258,12 +253,13 @@ class Trainer:
         for shard in batch.shards:
             with self.reducer.shard(shard.v):
                 seed_shard(self.config.seed, batch.step, shard.v)
-                loss = masked_msa_loss(self._forward(shard.features), shard.features)
+                loss = self.task.loss(self._forward, shard.features)
                 loss.total.backward()
             losses[shard.v] = loss
 
         # After the last backward was issued, like the losses: on a GPU each `item` waits for the device.
-        residues = sum(int(shard.features["seq_mask"].sum().item()) for shard in batch.shards)
+        masks = [shard.features["seq_mask"] for shard in batch.shards if "seq_mask" in shard.features]
+        residues = sum(int(mask.sum().item()) for mask in masks)
         rows = self.reducer.finish(
             [
                 float(self.stop_requested),
@@ -271,10 +267,10 @@ class Trainer:
                 data_s,
                 residues,
                 time.perf_counter() - started,
-                *_scalars(losses, num_shards),
+                *shard_scalars(losses, num_shards, self.task.parts),
             ]
         )
-        commit = combine(rows, num_shards)
+        commit = combine(rows, num_shards, self.task.parts)
 
         update = self.optimizer.step(self.reducer.gradient, commit.num_samples, batch.step)
         self.step += 1
@@ -282,6 +278,18 @@ class Trainer:
         if update.skipped:
             self._explain_skip(commit, batch, losses)
         return commit, update
+
+    def _look(self) -> dict[str, float]:
+        """Returns the losses of held-out records where this step looks at them. All ranks decide alike."""
+        every = self.config.held_out.eval_every
+        if self.held_out is None or (self.step % every and self.step != self.config.steps):
+            return {}
+        found = self.held_out.look(self.model)
+        self.metrics.say(
+            f"held out: step {self.step}  "
+            + "  ".join(f"{name}: {value:.4f}" for name, value in found.items())
+        )
+        return {f"eval/{name}": value for name, value in found.items()}
 
     def _watch_divergence(self, commit: Commit, update: Update, saver: Saver) -> None:
         """Ends a run whose steps are all skipped. All ranks decide alike, from what they agreed on."""
@@ -300,7 +308,7 @@ class Trainer:
     def _explain_skip(self, commit: Commit, batch: StepLike, losses: Mapping[int, Loss]) -> None:
         """Says why a step was skipped, and who brought what was not finite. All ranks call it."""
         if commit.num_samples == 0:
-            self.metrics.say(f"step {self.step} skipped on all ranks: no sample has a masked position")
+            self.metrics.say(f"step {self.step} skipped on all ranks: no sample of it counts for the loss")
             return
         samples = [
             shard.samples[position]
@@ -321,7 +329,9 @@ class Trainer:
             f"step {self.step} skipped on all ranks: {why}" + (f" ({'; '.join(who)})" if who else "")
         )
 
-    def _log(self, commit: Commit, update: Update, seconds: float, stall_ms: float) -> None:
+    def _log(
+        self, commit: Commit, update: Update, seconds: float, stall_ms: float, looked: Mapping[str, float]
+    ) -> None:
         samples = self.config.data.global_batch
         exposed, total = self.reducer.times["exposed"], self.reducer.times["total"]
         scalars = {
@@ -342,6 +352,8 @@ class Trainer:
             "train/skipped": float(update.skipped),
             "train/num_skipped": float(self.num_skipped),
             **memory_scalars(self.ranks.device),
+            **{f"loss_metrics/{name}": value for name, value in commit.parts.items()},
+            **looked,
         }
         self.metrics.log(self.step, scalars)
 
@@ -407,48 +419,3 @@ def _checksums(buffers: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], byt
     checksums = {name: checksum(buffer) for name, buffer in buffers.items()}
     params, *moments = (checksums[name].to_bytes(4, "little") for name in BUFFERS)
     return checksums, params + google_crc32c.value(b"".join(moments)).to_bytes(4, "little")
-
-
-def _scalars(losses: Mapping[int, Loss], num_shards: int) -> list[float]:
-    """Returns V sums of losses, V counts and V largest losses; zeros for other ranks' shards.
-
-    Read only after the last backward was issued: on a GPU each ``item`` waits for the device.
-    """
-    columns = [[0.0] * num_shards for _ in range(3)]
-    for shard, loss in losses.items():
-        for column, value in zip(columns, (loss.total, loss.num_samples, loss.per_sample.max()), strict=True):
-            column[shard] = float(value.item())
-    return [value for column in columns for value in column]
-
-
-# Of a rank's row at the commit point: stop, save_failed, data_s, residues, compute_s; then 3 * V.
-NUM_PLAIN_SCALARS = 5
-
-
-def combine(rows: Sequence[Sequence[float]], num_shards: int) -> Commit:
-    """Returns what the ranks' scalars say together; each shard's entries are zero except on its owner.
-
-    Args:
-      rows: per rank [stop, save_failed, data_s, residues, compute_s, V losses, V counts, V largest losses].
-      num_shards: V.
-    """
-
-    def shards(part: int) -> list[float]:
-        start = NUM_PLAIN_SCALARS + part * num_shards
-        return [sum(row[start + shard] for row in rows) for shard in range(num_shards)]
-
-    losses, counts, worst = shards(0), shards(1), shards(2)
-    num_samples = sum(counts)
-    # NaN must win: max() of a list with NaN depends on the order.
-    finite = all(math.isfinite(value) for value in worst)
-    return Commit(
-        mean_loss=sum(losses) / num_samples if num_samples else 0.0,
-        max_loss=max(worst) if finite else math.nan,
-        num_samples=num_samples,
-        stop=any(row[0] for row in rows),
-        save_failed=any(row[1] for row in rows),
-        data_s=[row[2] for row in rows],
-        compute_s=[row[4] for row in rows],
-        num_residues=int(sum(row[3] for row in rows)),
-        bad_shards=[shard for shard, loss in enumerate(losses) if not math.isfinite(loss)],
-    )

@@ -1,14 +1,19 @@
-"""The reference model: a compact Evoformer with a masked-MSA head.
+"""The reference model: a compact Evoformer with a masked-MSA head and, by choice, a distogram head.
 
 It learns to fill in the MSA positions that the loader masked (BERT's task over alignments), which exercises
-every feature of a batch: the clustered MSA, the extra MSA, the target sequence and all masks.
+every feature of a batch: the clustered MSA, the extra MSA, the target sequence and all masks. Where the store
+has structures it can learn the distances between residues, too.
 
 Shape suffixes
     b  samples          s  clustered rows   e  extra rows        r, i, j  residues
     m  MSA channels     z  pair channels    t  the 23 MSA tokens (20 residues, X, gap, mask)
+    d  bins of distances
+
+Does not own: what is learned (losses.py, task.py).
 
 Source: AlphaFold 2 supplementary information, algorithms 3 (input embedder), 4 (relative positions), 6 and 18
-(stacks), section 1.9.9 (masked MSA). Left out: templates, recycling, triangle attention, structure.
+(stacks), sections 1.9.8 (distogram) and 1.9.9 (masked MSA). Left out: templates, recycling, triangle
+attention, structure.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from torch import nn
 
 from foldfeed.trainer.config import ModelConfig
 from foldfeed.trainer.evoformer import EvoformerBlock
+from foldfeed.trainer.losses import NUM_DISTANCE_BINS
 
 NUM_TOKENS = 23
 TARGET_CHANNELS = 22
@@ -29,18 +35,16 @@ MSA_CHANNELS = 49
 EXTRA_CHANNELS = NUM_TOKENS + 2
 
 
-class Loss(NamedTuple):
-    """What one virtual shard adds to the step.
+class Predictions(NamedTuple):
+    """What the model says of a batch.
 
     Attributes:
-      total: scalar, the sum over counted samples of each sample's mean cross-entropy; call backward on it.
-      num_samples: scalar, how many samples were counted (those with a masked position).
-      per_sample: (b,), detached, 0 where a sample was not counted.
+      msa: logits (b, s, r, t) of the clustered MSA.
+      distogram: logits (b, i, j, d) of the distances between residues, symmetric; None without that head.
     """
 
-    total: torch.Tensor
-    num_samples: torch.Tensor
-    per_sample: torch.Tensor
+    msa: torch.Tensor
+    distogram: torch.Tensor | None
 
 
 class InputEmbedder(nn.Module):
@@ -67,7 +71,7 @@ class InputEmbedder(nn.Module):
 
 
 class CompactEvoformer(nn.Module):
-    """Input embedder, extra MSA stack, Evoformer stack, masked-MSA head."""
+    """Input embedder, extra MSA stack, Evoformer stack, heads."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -79,9 +83,11 @@ class CompactEvoformer(nn.Module):
         self.blocks = nn.ModuleList(EvoformerBlock(config, extra=False) for _ in range(config.num_blocks))
         self.head_norm = nn.LayerNorm(config.c_m)
         self.head = nn.Linear(config.c_m, NUM_TOKENS)
+        # Last, so that the weights before it are drawn alike with and without it.
+        self.distogram = nn.Linear(config.c_z, NUM_DISTANCE_BINS) if config.distogram_weight else None
 
-    def forward(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Returns logits (b, s, r, t) of the clustered MSA.
+    def forward(self, features: Mapping[str, torch.Tensor]) -> Predictions:
+        """Returns the logits of the clustered MSA and of distances.
 
         Args:
           features: one batch of the loader; leading axis b, fixed shapes, zero padded, with masks.
@@ -94,30 +100,16 @@ class CompactEvoformer(nn.Module):
             extra, pair = block(extra, pair, features["extra_msa_mask"], mask_bij)
         for block in self.blocks:
             msa, pair = block(msa, pair, features["msa_mask"], mask_bij)
-        logits: torch.Tensor = self.head(self.head_norm(msa))
-        return logits
+        return Predictions(self.head(self.head_norm(msa)), self._distances(pair))
+
+    def _distances(self, pair_bijz: torch.Tensor) -> torch.Tensor | None:
+        if self.distogram is None:
+            return None
+        logits_bijd: torch.Tensor = self.distogram(pair_bijz)
+        return logits_bijd + logits_bijd.transpose(1, 2)
 
     def _embed_extra(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         one_hot = nn.functional.one_hot(features["extra_msa"], NUM_TOKENS).to(torch.float32)
         deletions = torch.stack((features["extra_has_deletion"], features["extra_deletion_value"]), dim=-1)
         embedded: torch.Tensor = self.extra_msa(torch.cat((one_hot, deletions), dim=-1))
         return embedded
-
-
-def masked_msa_loss(logits_bsrt: torch.Tensor, features: Mapping[str, torch.Tensor]) -> Loss:
-    """Returns the cross-entropy of the masked positions: a mean per sample, summed over samples.
-
-    A sample without a masked position is not counted, so that a step's mean does not move with padding.
-
-    Args:
-      logits_bsrt: (b, s, r, 23).
-      features: ``true_msa`` int64 (b, s, r) and ``bert_mask`` float (b, s, r).
-    """
-    counted_bsr = features["bert_mask"] * features["msa_mask"]
-    flat = logits_bsrt.flatten(0, 2)
-    cross_entropy = nn.functional.cross_entropy(flat, features["true_msa"].flatten(), reduction="none")
-    # `where`, not a product: a position outside the mask may hold an infinity.
-    kept = torch.where(counted_bsr > 0, cross_entropy.view(counted_bsr.shape), torch.zeros_like(counted_bsr))
-    positions = counted_bsr.sum((1, 2))
-    per_sample = kept.sum((1, 2)) / positions.clamp(min=1.0)
-    return Loss(per_sample.sum(), (positions > 0).sum(), per_sample.detach())
