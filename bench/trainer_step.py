@@ -22,9 +22,9 @@ from rows import emit
 
 from foldfeed.trainer.launch import prepare_numerics
 from foldfeed.trainer.loop import Trainer
-from foldfeed.trainer.task import load_task
 from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.ranks import Ranks
+from foldfeed.trainer.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from trainer_ranks import SyntheticSource, tiny_config
