@@ -22,6 +22,7 @@ from foldfeed.feature_store.errors import FoldfeedError, MissingExtraError
 from foldfeed.trainer.config import (
     EVOFORMER,
     MODEL_SIZES,
+    REDUCERS,
     DataConfig,
     HeldOutConfig,
     ModelConfig,
@@ -128,9 +129,10 @@ def _version() -> str:
 @click.option(
     "--reducer",
     default="tree",
-    type=click.Choice(["tree", "ddp"]),
+    type=click.Choice(REDUCERS),
     show_default=True,
-    help="Gradient reducer.",
+    help="How gradients travel: tree, hierarchical (inside nodes first) and auto (measures both) give equal "
+    "bits on any ranks; ring and ddp are controls.",
 )
 @click.option("--bucket-mb", default=0.0, show_default=True, help="Limit of a gradient bucket; 0: automatic.")
 @click.option(

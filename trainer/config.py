@@ -19,6 +19,7 @@ from foldfeed.trainer.errors import TrainerConfigError
 
 # The task that is built in.
 EVOFORMER = "evoformer"
+REDUCERS = ("tree", "hierarchical", "auto", "ring", "ddp")
 # Steps between snapshots on disk when nothing is known about failures.
 DEFAULT_EVERY = 10
 
@@ -300,7 +301,8 @@ class RunConfig:
       optimizer: AdamW.
       snapshots: where and when the state is written.
       held_out: whose loss is looked at now and then.
-      reducer: ``tree`` (ours) or ``ddp`` (torch's, as a control).
+      reducer: how gradients travel: ``tree``, ``hierarchical`` (inside nodes first) or ``auto`` (measures
+        both), all with equal bits on any ranks; ``ring`` (all-reduce) or ``ddp`` (torch's), as controls.
       bucket_mb: limit of a gradient bucket; 0 chooses one from the model's size.
       device: ``auto``, ``cpu`` or ``cuda``.
       threads: torch's threads per rank; more than one may change the order of sums inside a kernel.
@@ -321,7 +323,7 @@ class RunConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     snapshots: SnapshotConfig = dataclasses.field(default_factory=SnapshotConfig)
     held_out: HeldOutConfig = dataclasses.field(default_factory=HeldOutConfig)
-    reducer: Literal["tree", "ddp"] = "tree"
+    reducer: Literal["tree", "hierarchical", "auto", "ring", "ddp"] = "tree"
     bucket_mb: float = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1
@@ -351,7 +353,9 @@ class RunConfig:
         _require(
             self.bucket_mb >= 0, f"bucket_mb is {self.bucket_mb}; it must not be negative (0: automatic)."
         )
-        _require(self.reducer in ("tree", "ddp"), f"reducer is {self.reducer!r}; choose tree or ddp.")
+        _require(
+            self.reducer in REDUCERS, f"reducer is {self.reducer!r}; choose one of {', '.join(REDUCERS)}."
+        )
         _require(
             self.device in ("auto", "cpu", "cuda"), f"device is {self.device!r}; choose auto, cpu or cuda."
         )
@@ -384,7 +388,8 @@ class RunConfig:
             "data": data,
             "model": whole["model"],
             "optimizer": whole["optimizer"],
-            "reducer": self.reducer,
+            # These sum in the same tree, so a run may change between them.
+            "reducer": "tree" if self.reducer in ("hierarchical", "auto") else self.reducer,
             "bucket_mb": self.bucket_mb,
         }
 

@@ -89,6 +89,20 @@ def tree_sum(blocks: Mapping[Block, T], num_shards: int, add: Callable[[T, T], T
     size = 1
     while size < num_shards:
         size *= 2
+    return subtree_sum(blocks, Block(0, size), num_shards, add)
+
+
+def subtree_sum(blocks: Mapping[Block, T], root: Block, num_shards: int, add: Callable[[T, T], T]) -> T:
+    """Returns the sum of the shards under one node of the tree, in the tree's order.
+
+    Args:
+      blocks: finished blocks; those under the root cover its shards exactly once.
+      root: an aligned block; what is beyond the last shard counts as absent.
+      num_shards: V, at least 1.
+      add: sums a left and a right subtree; it may reuse the left operand.
+    Raises:
+      ValueError: the blocks leave a shard out.
+    """
 
     def node(block: Block) -> T | None:
         if block in blocks:
@@ -107,6 +121,6 @@ def tree_sum(blocks: Mapping[Block, T], num_shards: int, add: Callable[[T, T], T
         assert left is not None, "a right subtree without its left one"
         return add(left, right)
 
-    total = node(Block(0, size))
-    assert total is not None
+    total = node(root)
+    assert total is not None, f"no shard under {root}"
     return total

@@ -1,6 +1,7 @@
 """Moves one bucket between ranks and sums it in the fixed tree: the transport under the reducer.
 
-Per bucket, two phases on two process groups:
+`Exchange` is what the reducer needs of a transport; `TreeExchange` is the usual one (others: two_level.py,
+for nodes with several ranks, and ring.py). Per bucket, two phases on two process groups:
   1. all-to-all: every rank sends chunk c of each block it finished (dyadic.py) to rank c, which then holds
      all blocks of its chunk and adds them in the tree's order, in fp32;
   2. all-gather: the finished chunks go to everyone.
@@ -16,7 +17,7 @@ Owns: the message buffers, sized for the largest bucket and reused. Does not own
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,26 @@ from foldfeed.trainer.dyadic import Block, blocks_of_ranks, tree_sum
 from foldfeed.trainer.ranks import Ranks
 
 
-class Exchange:
+class Exchange(Protocol):
+    """A transport: sums buckets over the ranks, in order, from one thread."""
+
+    def reduce(self, bucket: Bucket, blocks: Sequence[torch.Tensor]) -> None:
+        """Starts one bucket; its sum is in the output after `drain`, or after the next `reduce`.
+
+        Args:
+          bucket: which elements.
+          blocks: fp32 (bucket.numel,) each, this rank's finished blocks in order.
+        Raises:
+          CommunicationError: a peer died or stalled.
+        """
+        ...
+
+    def drain(self) -> None:
+        """Finishes what is under way, if anything is."""
+        ...
+
+
+class TreeExchange:
     """Two-phase exchange of buckets, in order, from one thread."""
 
     def __init__(self, ranks: Ranks, num_shards: int, max_numel: int, output: torch.Tensor) -> None:
@@ -54,21 +74,14 @@ class Exchange:
         self._in_flight: tuple[Any, Bucket] | None = None
 
     def reduce(self, bucket: Bucket, blocks: Sequence[torch.Tensor]) -> None:
-        """Exchanges one bucket; its sum is in the output after `drain` or the next `reduce`.
-
-        Args:
-          bucket: which elements.
-          blocks: fp32 (bucket.numel,) each, this rank's finished blocks in order.
-        Raises:
-          CommunicationError: a peer died or stalled.
-        """
+        """Exchanges one bucket, see `Exchange.reduce`."""
         world = self._ranks.world
         chunk = -(-bucket.numel // world)
-        rows = self._pack(blocks, chunk)
+        rows: Sequence[torch.Tensor] = pack(self._send, blocks, world, chunk)[0].unbind(0)
         if world > 1:
             rows = self._scatter(bucket, chunk)
         self.drain()
-        summed = tree_sum(dict(zip(self._all_blocks, rows, strict=True)), self._num_shards, _add)
+        summed = tree_sum(dict(zip(self._all_blocks, rows, strict=True)), self._num_shards, add_in_place)
         if world == 1:
             self._output[bucket.start : bucket.stop].copy_(summed)
             return
@@ -90,18 +103,6 @@ class Exchange:
         # The last chunks may be padding: world * chunk >= numel.
         self._output[bucket.start : bucket.stop].copy_(self._gathered[: bucket.numel])
 
-    def _pack(self, blocks: Sequence[torch.Tensor], chunk: int) -> Sequence[torch.Tensor]:
-        """Lays blocks out as (destination, block, chunk), zero padded; returns the first destination's."""
-        world = self._ranks.world
-        packed = self._send[: world * len(blocks) * chunk].view(world, len(blocks), chunk)
-        for position, block in enumerate(blocks):
-            full, rest = divmod(block.numel(), chunk)
-            packed[:full, position].copy_(block[: full * chunk].view(full, chunk))
-            if full < world:
-                packed[full:, position].zero_()
-                packed[full, position, :rest].copy_(block[full * chunk :])
-        return packed[0].unbind(0)
-
     def _scatter(self, bucket: Bucket, chunk: int) -> Sequence[torch.Tensor]:
         """Runs the all-to-all; returns every rank's blocks of this rank's chunk, in shard order."""
         world, counts = self._ranks.world, [len(blocks) for blocks in self._blocks]
@@ -121,8 +122,28 @@ class Exchange:
         return received.view(sum(counts), chunk).unbind(0)
 
 
-def _add(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    # In place: a row is an operand once. IEEE addition of two values does not depend on where they lie.
+def pack(buffer: torch.Tensor, blocks: Sequence[torch.Tensor], parts: int, chunk: int) -> torch.Tensor:
+    """Lays blocks out by destination, zero padded; returns (parts, number of blocks, chunk), a view.
+
+    Args:
+      buffer: fp32, at least that long.
+      blocks: of at most ``parts * chunk`` elements.
+      parts: destinations; the first gets the first chunk of every block.
+      chunk: elements of a block for one destination.
+    """
+    packed = buffer[: parts * len(blocks) * chunk].view(parts, len(blocks), chunk)
+    for position, block in enumerate(blocks):
+        full, rest = divmod(block.numel(), chunk)
+        packed[:full, position].copy_(block[: full * chunk].view(full, chunk))
+        if full < parts:
+            packed[full:, position].zero_()
+            packed[full, position, :rest].copy_(block[full * chunk :])
+    return packed
+
+
+def add_in_place(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Returns ``left``, to which ``right`` was added."""
+    # A row is an operand once. IEEE addition of two values does not depend on where they lie.
     return left.add_(right)
 
 

@@ -40,6 +40,7 @@ from foldfeed.trainer.rng import seed_initial_weights, seed_shard
 from foldfeed.trainer.snapshot import BUFFERS, Generation, SnapshotFolder, checksum
 from foldfeed.trainer.task import Task
 from foldfeed.trainer.tiers import Capture, Saver
+from foldfeed.trainer.transports import choose, ranks_per_node
 from foldfeed.trainer.watch import StackWatch, Stragglers
 
 
@@ -165,6 +166,7 @@ class Trainer:
         self.optimizer = FlatAdamW(self.flat.params, self.buckets, config.optimizer)
         ranks.require_equal(self.flat.layout_hash.encode(), "the parameter layout at the start")
         ranks.require_equal(self._digests()[1], "the initial weights")
+        self.transport = "ddp"
         self.reducer = self._make_reducer(bucket_bytes)
         self._forward: nn.Module = self.reducer.wrap(self.model)
 
@@ -172,7 +174,11 @@ class Trainer:
         num_shards = self.config.data.num_shards
         if self.config.reducer == "ddp":
             return DdpReducer(self.flat, self.ranks, num_shards, bucket_bytes)
-        return TreeReducer(self.flat, self.buckets, self.ranks, num_shards)
+        found = choose(self.config, self.ranks, self.flat.segments, ranks_per_node())
+        self.transport = f"{found.name} ({len(found.buckets)} buckets)"
+        if found.why:
+            self.metrics.say(f"gradients travel by {self.transport}: {found.why}")
+        return TreeReducer(self.flat, found.buckets, self.ranks, num_shards, make_exchange=found.make)
 
     def run(self, saver: Saver, header: Mapping[str, Any], ledger: Ledger, watch: StackWatch) -> Outcome:
         """Trains up to the configured number of steps, or until asked to stop.

@@ -30,7 +30,7 @@ from torch import nn
 
 from foldfeed.trainer.buckets import Bucket
 from foldfeed.trainer.dyadic import Block, merge_chain, owned_shards
-from foldfeed.trainer.exchange import Exchange, finish_blocks
+from foldfeed.trainer.exchange import Exchange, TreeExchange, finish_blocks
 from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.ranks import Ranks
 
@@ -81,6 +81,7 @@ class TreeReducer:
         ranks: Ranks,
         num_shards: int,
         on_event: Callable[[str, int], None] | None = None,
+        make_exchange: Callable[[torch.Tensor, int], Exchange] | None = None,
     ) -> None:
         """Registers the hooks and starts the communication thread.
 
@@ -91,6 +92,8 @@ class TreeReducer:
           num_shards: V, at least the world size.
           on_event: called with ``launch``, ``exchange``, ``arrived`` or ``backward_end`` and the bucket (or
             -1), from the thread where it happens; for tests and tracing.
+          make_exchange: the transport, made from the output and the elements of the largest bucket; the
+            usual tree when None.
         """
         self.gradient = torch.zeros_like(flat.params)
         self.times: dict[str, float] = {"exposed": 0.0, "total": 0.0}
@@ -100,7 +103,11 @@ class TreeReducer:
         self._owned = owned_shards(num_shards, ranks.world, ranks.rank)
         self._event = on_event or (lambda name, bucket: None)
         largest = max(bucket.numel for bucket in buckets)
-        self._exchange = Exchange(ranks, num_shards, largest, self.gradient)
+        self._exchange: Exchange = (
+            make_exchange(self.gradient, largest)
+            if make_exchange is not None
+            else TreeExchange(ranks, num_shards, largest, self.gradient)
+        )
         self._scratch = torch.zeros(largest, dtype=torch.float32, device=flat.params.device)
         self._bucket_of = [bucket.index for bucket in buckets for _ in bucket.segments]
         self._deferred: set[int] = set()

@@ -1,0 +1,93 @@
+"""What the link between the ranks gives, measured at the start, and the bucket plan that follows from it.
+
+A bucket costs one latency a plus its bytes over the bandwidth b. Small buckets pay the latency often; large
+ones leave much to do when backward has ended, because the last bucket's exchange has nothing to hide behind.
+With K equal buckets of S bytes in all and a last one of 1/`TAIL_SHARE` of a bucket, what cannot be hidden is
+about K a + S / (b K TAIL_SHARE); it is least at K = sqrt(S / (a b TAIL_SHARE)).
+
+The plan changes no bits: sums are made element by element. All ranks agree on the slowest rank's numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from foldfeed.trainer.buckets import MAX_AUTO_BYTES, MIN_AUTO_BYTES, TAIL_SHARE, Bucket
+from foldfeed.trainer.exchange import Exchange
+from foldfeed.trainer.ranks import Ranks
+
+# Small enough for latency alone to count, large enough for the bandwidth to show through it.
+SMALL_BYTES, LARGE_BYTES = 4 * 1024, 1024 * 1024
+REPEATS = 5
+MIN_BUCKETS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """What an exchange of a bucket between all ranks costs.
+
+    Attributes:
+      latency_s: of a bucket without bytes.
+      bytes_per_s: bucket bytes per second beyond that (not those on the wire, which are up to twice as many).
+    """
+
+    latency_s: float
+    bytes_per_s: float
+
+    def seconds(self, num_bytes: float) -> float:
+        """Returns how long a bucket takes."""
+        return self.latency_s + num_bytes / self.bytes_per_s
+
+    def bucket_bytes(self, total_bytes: int) -> int:
+        """Returns the limit of a bucket that leaves least to be waited for, see the module."""
+        wanted = math.sqrt(total_bytes / (self.latency_s * self.bytes_per_s * TAIL_SHARE))
+        even = total_bytes / max(MIN_BUCKETS, wanted)
+        return int(min(MAX_AUTO_BYTES, max(MIN_AUTO_BYTES, even)))
+
+    def __str__(self) -> str:
+        return f"{1e6 * self.latency_s:.0f} us + {8e-9 * self.bytes_per_s:.2f} Gbit/s of gradients"
+
+
+def measure(ranks: Ranks, make_exchange: Callable[[torch.Tensor, int], Exchange], num_blocks: int) -> Link:
+    """Measures exchanges of a small and of a large bucket. A collective.
+
+    Args:
+      ranks: the run.
+      make_exchange: from (output, elements of the largest bucket), as the reducer's.
+      num_blocks: of this rank.
+    Raises:
+      CommunicationError: a peer died or stalled.
+    """
+    numel = LARGE_BYTES // 4
+    output = torch.zeros(numel, dtype=torch.float32, device=ranks.device)
+    exchange = make_exchange(output, numel)
+    # The first one also opens connections.
+    _seconds(exchange, output, SMALL_BYTES // 4, num_blocks)
+    small = [_seconds(exchange, output, SMALL_BYTES // 4, num_blocks) for _ in range(REPEATS)]
+    large = [_seconds(exchange, output, numel, num_blocks) for _ in range(REPEATS)]
+    mine = [statistics.median(small), statistics.median(large)]
+    rows = ranks.gather_floats(mine, "the measurement of the link")
+    small_s, large_s = (max(row[column] for row in rows) for column in range(2))
+    # On a busy machine a large one may have been as quick; then the bandwidth does not count.
+    bytes_per_s = (LARGE_BYTES - SMALL_BYTES) / max(large_s - small_s, 1e-6)
+    return Link(latency_s=max(small_s - SMALL_BYTES / bytes_per_s, 1e-6), bytes_per_s=bytes_per_s)
+
+
+def _seconds(exchange: Exchange, output: torch.Tensor, numel: int, num_blocks: int) -> float:
+    """Times one exchange of the first elements."""
+    bucket = Bucket(index=0, start=0, stop=numel, segments=range(1))
+    blocks = [output[:numel].clone() for _ in range(num_blocks)]
+    if output.is_cuda:
+        torch.cuda.synchronize(output.device)
+    started = time.perf_counter()
+    exchange.reduce(bucket, blocks)
+    exchange.drain()
+    if output.is_cuda:
+        torch.cuda.synchronize(output.device)
+    return time.perf_counter() - started

@@ -1,0 +1,53 @@
+"""The plain transport: every rank sums its own shards, and the backend's all-reduce sums the ranks.
+
+What every other trainer does, kept to compare with: the order of the additions over ranks is the backend's,
+so bits depend on the number of ranks and on the bucket plan. Use `exchange.TreeExchange` for equal bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from foldfeed.trainer.buckets import Bucket
+from foldfeed.trainer.ranks import Ranks
+
+
+class RingExchange:
+    """One all-reduce per bucket, in place in the output."""
+
+    def __init__(self, ranks: Ranks, num_shards: int, max_numel: int, output: torch.Tensor) -> None:
+        """Keeps the output; there are no message buffers of its own.
+
+        Args:
+          ranks: the groups.
+          num_shards: V; not needed here.
+          max_numel: elements of the largest bucket; not needed here.
+          output: fp32 (flat numel,), receives the summed buckets.
+        """
+        self._ranks = ranks
+        self._output = output
+        self._in_flight: list[tuple[Any, Bucket]] = []
+
+    def reduce(self, bucket: Bucket, blocks: Sequence[torch.Tensor]) -> None:
+        """Exchanges one bucket, see `exchange.Exchange.reduce`."""
+        first, *others = blocks
+        mine = self._output[bucket.start : bucket.stop]
+        mine.copy_(first)
+        for block in others:
+            mine.add_(block)
+        if self._ranks.world == 1:
+            return
+        with self._ranks.guard(f"the all-reduce of gradient bucket {bucket.index}"):
+            work = dist.all_reduce(mine, group=self._ranks.gather, async_op=True)
+        self._in_flight.append((work, bucket))
+
+    def drain(self) -> None:
+        """Finishes the all-reduces that are under way."""
+        under_way, self._in_flight = self._in_flight, []
+        for work, bucket in under_way:
+            with self._ranks.guard(f"the all-reduce of gradient bucket {bucket.index}"):
+                work.wait()
