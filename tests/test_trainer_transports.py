@@ -21,6 +21,7 @@ from foldfeed.trainer.cli import main
 from foldfeed.trainer.config import DataConfig, RunConfig
 from foldfeed.trainer.dyadic import Block, aligned_blocks, blocks_of_ranks, subtree_sum, tree_sum
 from foldfeed.trainer.errors import TrainerConfigError
+from foldfeed.trainer.exchange import TreeExchange, elements_sent
 from foldfeed.trainer.probe import Link
 from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.transports import _candidates
@@ -109,6 +110,28 @@ def test_slow_links_get_large_buckets_and_long_latencies_few() -> None:
     sizes = [4096] * 4096
     plans = [plan_buckets(sizes, bucket_bytes=link.bucket_bytes(total)) for link in (near, far)]
     assert len(plans[0]) > len(plans[1])
+
+
+@pytest.mark.parametrize("num_shards", [4096, 8192, 5000])
+def test_thousands_of_ranks_send_and_hold_what_the_formulae_say(num_shards: int) -> None:
+    world, numel = 4096, 1_000_003
+    sent = elements_sent(num_shards, world, numel)
+    blocks = [len(found) for found in blocks_of_ranks(num_shards, world)]
+    chunk = -(-numel // world)
+    assert sent == [(world - 1) * chunk * (count + 1) for count in blocks]
+    if num_shards % world == 0:
+        # One aligned block a rank: the bytes of a ring, but for the rounding of the chunk.
+        assert set(sent) == {2 * (world - 1) * chunk}
+        assert sent[0] == pytest.approx(2 * (world - 1) / world * numel, rel=0.01)
+    # At most two blocks of one or two shards.
+    assert max(blocks) <= 2
+    rank = 1234
+    ranks = Ranks(rank=rank, world=world, device=torch.device("cpu"))
+    exchange = TreeExchange(ranks, num_shards, numel, torch.zeros(numel))
+    held = sum(value.numel() for value in vars(exchange).values() if isinstance(value, torch.Tensor)) - numel
+    assert held == world * blocks[rank] * chunk + sum(blocks) * chunk + chunk + world * chunk
+    # What is sent is kept once, what is received once: never more than a few buckets.
+    assert held <= 6 * world * chunk
 
 
 def test_transports_of_the_same_tree_are_one_run() -> None:

@@ -122,6 +122,15 @@ class TreeExchange:
         return received.view(sum(counts), chunk).unbind(0)
 
 
+def elements_sent(num_shards: int, world: int, numel: int) -> list[int]:
+    """Returns how many elements each rank sends for one bucket of a `TreeExchange`.
+
+    ``elements_sent(8, 4, 1000)`` is ``[1500] * 4``: 2 (W - 1) / W of the bucket, as a ring's.
+    """
+    chunk = -(-numel // world)
+    return [(world - 1) * chunk * (len(blocks) + 1) for blocks in blocks_of_ranks(num_shards, world)]
+
+
 def pack(buffer: torch.Tensor, blocks: Sequence[torch.Tensor], parts: int, chunk: int) -> torch.Tensor:
     """Lays blocks out by destination, zero padded; returns (parts, number of blocks, chunk), a view.
 
