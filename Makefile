@@ -1,7 +1,7 @@
 # The commands of foldfeed. `make demo` and `make test` set up everything they need by themselves.
 #
 #   make demo     search real proteins, build a store, ask it, draw it, train on it (10 minutes at most)
-#   make test     all tests
+#   make test     all tests, in two processes (TEST_PROCESSES=1 for one)
 #   make check    format, lint, types, wheel, tests: what CI runs
 #   make bench    benchmarks; one JSON row each
 #   make s3-server  build the server that the tests of object stores need (Go, two minutes); without it they skip
@@ -11,6 +11,7 @@
 VENV ?= .venv
 DEMO ?= demo-output
 SPARK ?= .spark
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 PY_FILES := $(shell find feature_store loader pipelines trainer -name '*.py' | LC_ALL=C sort)
 # The environment is made again when a file comes or goes, or a dependency or C changes; other edits need nothing.
@@ -31,7 +32,7 @@ demo: setup
 	@FOLDFEED_EXAMPLES="$(EXAMPLES)" $(BIN)/python deploy/demo/run_demo.py --output "$(DEMO)"
 
 test: setup
-	FOLDFEED_EXAMPLES="$(EXAMPLES)" $(BIN)/python -m pytest
+	FOLDFEED_EXAMPLES="$(EXAMPLES)" $(BIN)/python -m pytest -p xdist -n $(TEST_PROCESSES) --dist loadfile
 
 test-spark: setup
 	@bash deploy/spark/local_cluster.sh up "$(SPARK)" "$(abspath $(BIN))/python"

@@ -3,9 +3,12 @@
 import faulthandler
 import os
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from records import make_record
@@ -15,6 +18,39 @@ from foldfeed.feature_store import FeatureStore, write_part
 
 ROOT = Path(__file__).parents[1]
 END_LIMIT_S = 60
+
+
+# Threads that outlived the tests, of all processes of `make test`.
+LEFT_THREADS: list[str] = []
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a session that leaves threads which would keep its process alive, and names them.
+
+    A process of `make test` is ended by the one that started it, which would hide such threads; so it tells.
+    """
+    LEFT_THREADS.extend(_threads_that_stay())
+    if LEFT_THREADS and hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_threads"] = LEFT_THREADS
+    elif LEFT_THREADS:
+        print(f"\nthreads are still there after the last test: {LEFT_THREADS}", file=sys.__stderr__)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes what a process of `make test` has to tell at its end (a hook of pytest-xdist)."""
+    LEFT_THREADS.extend(getattr(node, "workeroutput", {}).get("left_threads", []))
+
+
+def _threads_that_stay() -> list[str]:
+    deadline = time.monotonic() + END_LIMIT_S
+    while left := [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]:
+        if time.monotonic() > deadline:
+            faulthandler.dump_traceback(file=sys.__stderr__)
+            break
+        time.sleep(0.1)
+    return [thread.name for thread in left]
 
 
 def pytest_unconfigure() -> None:
