@@ -4,8 +4,9 @@ The data's way, one file each: sampling (which records, how often, as data) -> s
 -> order (which record is sample g, by a permutation or an alias_table) -> plan (its rows, window and draws,
 before any read) -> fetch (the tiles of the plan; reader does these for a number) -> reading (in threads
 here, or in a reading_process, over wire, into slots of a ring of shared memory) -> featurise (AlphaFold 2's
-features from a raw sample, with clusters) -> prefetch (ahead of the consumer, in order) -> device (to the
-accelerator). samples gives single ones by number, loader a stream of steps, state says where that stands.
+features from a raw sample, with clusters, structure_labels and slots for templates) -> draws (the alignments
+of a sample's recycling iterations, put together) -> prefetch (ahead of the consumer, in order) -> device (to
+the accelerator). samples gives single ones by number, loader a stream of steps, state says where that stands.
 
 Imports `foldfeed.feature_store` and torch; knows nothing of search tools or training.
 """

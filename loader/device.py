@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from foldfeed.loader.batch import ShardBatch, StepBatch
+from foldfeed.loader.draws import joined_draws
 from foldfeed.loader.errors import LoaderConfigError
 from foldfeed.loader.featurise import featurise
 from foldfeed.loader.raw import RawSample
@@ -70,7 +71,7 @@ class CpuFeatures:
 
     def assemble(self, step: int, layout: Layout, prepared: list[Features]) -> ReadyStep:
         """Stacks the samples of each shard."""
-        return ReadyStep(batch=stack(step, layout, prepared))
+        return ReadyStep(batch=stack(step, layout, joined_draws(self._recipe, layout, prepared)))
 
     def hand_over(self, ready: ReadyStep) -> StepBatch:
         """Returns the step."""
@@ -93,7 +94,7 @@ class CudaFeatures:
         """Returns a step that will be there when its event has happened."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             features = [featurise(raw.to(self._device), self._recipe) for raw in prepared]
-            batch = stack(step, layout, features)
+            batch = stack(step, layout, joined_draws(self._recipe, layout, features))
             event = torch.cuda.Event()
             event.record(self._stream)
         return ReadyStep(batch=batch, event=event)

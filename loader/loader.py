@@ -11,6 +11,7 @@ would be missing in the child) and cannot be pickled: make it in the process tha
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import threading
@@ -22,10 +23,10 @@ import torch
 
 from foldfeed.loader.batch import StepBatch
 from foldfeed.loader.device import ReadyStep, feature_maker, resolve_device
+from foldfeed.loader.draws import draw_numbers, whole_sample
 from foldfeed.loader.errors import LoaderConfigError, LoaderUseError
-from foldfeed.loader.featurise import featurise
 from foldfeed.loader.order import rank_shards
-from foldfeed.loader.plan import SamplePlan
+from foldfeed.loader.plan import SamplePlan, draw_num_recycles
 from foldfeed.loader.prefetch import StepPrefetcher
 from foldfeed.loader.raw import RawSample
 from foldfeed.loader.reader import SampleReader
@@ -136,24 +137,36 @@ class CropLoader:
         self._counters = {"steps": 0, "samples": 0, "bytes": 0, "fetch_s": 0.0, "prepare_s": 0.0}
         self._waited_s = 0.0
 
-    def plan(self, sample: int) -> SamplePlan:
+    def plan(self, sample: int, draw: int = 0) -> SamplePlan:
         """Returns what a sample reads, without reading it.
 
+        Args:
+          sample: global number.
+          draw: which of its alignments, where the recipe draws one for every recycling iteration.
         Raises:
-          LoaderConfigError: a negative number.
+          LoaderConfigError: a negative number, or a draw that the recipe has not.
           SampleError: the store cannot find the record's part.
         """
-        return self._reader.planned(sample).plan
+        if not 0 <= draw < self.recipe.num_draws:
+            raise LoaderConfigError("draw", draw, f"must be in 0..{self.recipe.num_draws - 1} of this recipe")
+        return self._reader.planned(sample * self.recipe.num_draws + draw).plan
 
     def sample(self, sample: int) -> dict[str, torch.Tensor]:
         """Returns one sample, a pure function of its global number: no leading axis, on this loader's device.
+
+        With ``resample_msa_in_recycling`` it holds the alignments of all ``max_recycles + 1`` iterations; a
+        step holds the first ``num_recycles + 1`` of them.
 
         Raises:
           LoaderConfigError: a negative number.
           SampleError: it could not be read.
         """
         self._check_usable()
-        return featurise(RawSample.of(self._reader.read(sample)).to(self.device), self.recipe)
+        return whole_sample(self._reader, sample, self.device)
+
+    def num_recycles(self, step: int) -> int:
+        """Returns the recycling iterations of a step, on every rank, see `StepBatch`."""
+        return draw_num_recycles(self.recipe, self.order.seed, step)
 
     def __iter__(self) -> CropLoader:
         return self
@@ -184,7 +197,7 @@ class CropLoader:
         assert batch.step == self._step, (batch.step, self._step)
         self._step += 1
         self._add(steps=1, samples=batch.num_samples)
-        return batch
+        return dataclasses.replace(batch, num_recycles=self.num_recycles(batch.step))
 
     def epoch(self) -> Iterator[StepBatch]:
         """Yields the steps from the position to the end of its epoch (those that begin in it).
@@ -266,26 +279,33 @@ class CropLoader:
         """Lets processes read some `READ_AHEAD_SAMPLES` behind a step, as far as their memory goes."""
         num_samples = max(1, sum(len(numbers) for _, numbers in self._layout(step)))
         stop = step + -(-READ_AHEAD_SAMPLES // num_samples)
-        steps = range(max(step, self._asked_step), stop)
-        wanted = [sample for later in steps for _, numbers in self._layout(later) for sample in numbers]
+        wanted = [
+            number for later in range(max(step, self._asked_step), stop) for number in self._numbers(later)
+        ]
         self._asked_step = stop
         supply.ask(wanted)
 
     def _tasks(self, step: int) -> Sequence[Callable[[], Any]]:
         assert self._supply is not None
         self._ask(self._supply, step)
+        return [functools.partial(self._prepared, self._supply, number) for number in self._numbers(step)]
+
+    def _numbers(self, step: int) -> list[int]:
+        """Returns what is read for a step: its samples, or their alignments one after the other."""
+        recycles = self.num_recycles(step)
         return [
-            functools.partial(self._prepared, self._supply, sample)
+            number
             for _, samples in self._layout(step)
             for sample in samples
+            for number in draw_numbers(self.recipe, sample, recycles)
         ]
 
     def _layout(self, step: int) -> list[tuple[int, range]]:
         samples = ((shard, self.order.shard_samples(step, shard)) for shard in self.shards)
         return [(shard, numbers) for shard, numbers in samples if numbers]
 
-    def _prepared(self, supply: SampleSupply, sample: int) -> Any:
-        read = supply.get(sample)
+    def _prepared(self, supply: SampleSupply, number: int) -> Any:
+        read = supply.get(number)
         num_bytes = read.arrays.num_bytes
         started = time.perf_counter()
         try:

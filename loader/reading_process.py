@@ -134,7 +134,7 @@ class _ReadingProcess:
         except BrokenPipeError:
             return
         except Exception as error:  # noqa: BLE001  passed on whole, see above
-            self._failed(planned.sample, error)
+            self._failed(planned.number, error)
 
     def _read(self, planned: PlannedSample, start: int, plan_s: float) -> None:
         started = time.perf_counter()
@@ -144,7 +144,7 @@ class _ReadingProcess:
             self._space.give_back(start)
             raise
         note = note_of(arrays, start, read_s=plan_s + time.perf_counter() - started)
-        self._send(wire.Frame(wire.READY, planned.sample, note))
+        self._send(wire.Frame(wire.READY, planned.number, note))
 
     def _read_alone(self, planned: PlannedSample, size: int, plan_s: float) -> None:
         started = time.perf_counter()
@@ -158,14 +158,15 @@ class _ReadingProcess:
                 self._alone_free.release()
                 raise
             note = note_of(arrays, 0, read_s=plan_s + time.perf_counter() - started)
-            self._send(wire.Frame(wire.READY_ALONE, planned.sample, note), descriptor)
+            self._send(wire.Frame(wire.READY_ALONE, planned.number, note), descriptor)
         finally:
             os.close(descriptor)
 
-    def _failed(self, sample: int, error: Exception) -> None:
+    def _failed(self, number: int, error: Exception) -> None:
         if not isinstance(error, SampleError):
+            sample = number // self._reader.recipe.num_draws
             error = SampleError(sample, "", f"{type(error).__name__}: {error}")
-        self._send(wire.Frame(wire.FAILED, sample, pickle.dumps(error)))
+        self._send(wire.Frame(wire.FAILED, number, pickle.dumps(error)))
 
     def _send(self, frame: wire.Frame, descriptor: int | None = None) -> None:
         with self._sending:

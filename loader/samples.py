@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from foldfeed.loader.draws import whole_sample
 from foldfeed.loader.errors import LoaderConfigError
-from foldfeed.loader.featurise import featurise
-from foldfeed.loader.raw import RawSample
 from foldfeed.loader.reader import SampleReader
 from foldfeed.loader.recipe import Recipe
 from foldfeed.loader.sampling import Sampling
@@ -73,6 +72,9 @@ class SampleSource:
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Returns the features of a sample on the CPU, see `foldfeed.loader.featurise.featurise`.
 
+        Where the recipe draws an alignment for every recycling iteration, it holds those of all iterations
+        that a step may have; `foldfeed.loader.plan.draw_num_recycles` says how many a step takes.
+
         Raises:
           IndexError: outside 0..len-1.
           SampleError: it could not be read.
@@ -80,7 +82,7 @@ class SampleSource:
         place = operator.index(index)
         if not 0 <= place < self._length:
             raise IndexError(f"index {place} is outside 0..{self._length - 1} of this source")
-        return featurise(RawSample.of(self._reader.read(self.first_sample + place)), self._reader.recipe)
+        return whole_sample(self._reader, self.first_sample + place, torch.device("cpu"))
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         """Returns several samples, as PyTorch's loader asks for a batch."""
