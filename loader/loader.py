@@ -15,8 +15,8 @@ import dataclasses
 import functools
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from foldfeed.loader.batch import StepBatch
 from foldfeed.loader.device import ReadyStep, feature_maker, resolve_device
 from foldfeed.loader.draws import draw_numbers, whole_sample
 from foldfeed.loader.errors import LoaderConfigError, LoaderUseError
+from foldfeed.loader.meters import ASSEMBLE, PREPARE, TRAIN, WAIT, Meters
 from foldfeed.loader.order import rank_shards
 from foldfeed.loader.plan import SamplePlan, draw_num_recycles
 from foldfeed.loader.prefetch import StepPrefetcher
@@ -34,11 +35,14 @@ from foldfeed.loader.reading import OwnThreads, ReadingProcesses, SampleSupply
 from foldfeed.loader.recipe import Recipe
 from foldfeed.loader.sampling import Sampling
 from foldfeed.loader.selection import Store
+from foldfeed.loader.stall import DeviceStall
 from foldfeed.loader.state import LoaderState
 
 # A sample of AlphaFold 2's sizes takes 0.4 to 0.7 MB as read.
 READ_AHEAD_BYTES = 256 << 20
 READ_AHEAD_SAMPLES = 256
+# Of the names in `CropLoader.stats` that count what caches did.
+CACHE_PREFIX = "cache_"
 
 
 class CropLoader:
@@ -76,6 +80,7 @@ class CropLoader:
         prefetch_steps: int = 2,
         num_processes: int = 0,
         read_ahead_bytes: int = READ_AHEAD_BYTES,
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
         """Checks everything and reads nothing; threads start with the first batch.
 
@@ -96,8 +101,10 @@ class CropLoader:
             that reading leaves this interpreter alone (Linux); 0 reads in the threads here. No effect on the
             numbers.
           read_ahead_bytes: shared memory of those processes together: samples read and not yet prepared.
+          trace: a file to write what every thread did when, see `tracing`, until `close`.
         Raises:
           LoaderConfigError: a value that cannot work.
+          OSError: the trace cannot be written.
         """
         for field, value in (("num_threads", num_threads), ("prefetch_steps", prefetch_steps)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -136,6 +143,10 @@ class CropLoader:
         self._lock = threading.Lock()
         self._counters = {"steps": 0, "samples": 0, "bytes": 0, "fetch_s": 0.0, "prepare_s": 0.0}
         self._waited_s = 0.0
+        self._meters = Meters()
+        self._stall = DeviceStall(self.device) if self.device.type == "cuda" else None
+        if trace is not None:
+            self._meters.begin_trace(trace)
 
     def plan(self, sample: int, draw: int = 0) -> SamplePlan:
         """Returns what a sample reads, without reading it.
@@ -179,24 +190,24 @@ class CropLoader:
           LoaderUseError: the loader is closed or was inherited over a fork.
         """
         self._check_usable()
-        if self._steps is None:
-            self._supply = self._new_supply()
-            self._asked_step = self._step
-            self._steps = StepPrefetcher(
-                self._tasks,
-                lambda step, parts: self._maker.assemble(step, self._layout(step), parts),
-                first_step=self._step,
-                depth=self._prefetch_steps,
-                num_threads=self._num_threads,
-            )
+        consumer = self._meters.stage(TRAIN).worker()
+        started = consumer.mark("")
+        if self._stall is not None:
+            self._stall.asked()
         try:
-            batch = self._maker.hand_over(self._steps.next())
+            batch = self._maker.hand_over(self._started().next())
         except BaseException:
             self._stop()
             raise
+        if self._stall is not None:
+            self._stall.arrived()
         assert batch.step == self._step, (batch.step, self._step)
         self._step += 1
         self._add(steps=1, samples=batch.num_samples)
+        self._meters.count(steps=1, samples=batch.num_samples)
+        waited_s = consumer.mark(TRAIN) - started
+        self._meters.took("step_wait", waited_s)
+        self._meters.event(WAIT, started, waited_s, {"step": batch.step})
         return dataclasses.replace(batch, num_recycles=self.num_recycles(batch.step))
 
     def epoch(self) -> Iterator[StepBatch]:
@@ -252,10 +263,44 @@ class CropLoader:
         with self._lock:
             return {**self._counters, "wait_s": self._waited_s + running}
 
+    def meters(self) -> dict[str, Any]:
+        """Returns what was counted since the loader was made, as plain data (JSON-able).
+
+        What `foldfeed.loader.meters.Meters.report` says, and: ``bytes`` of raw samples; ``wait_s`` inside of
+        ``next()`` and ``stall_s`` that the consumer's work stood still (`foldfeed.loader.stall`); ``queues``
+        now; ``cache``, the counters of tiers. `foldfeed.loader.meter_reports` makes tables and text of it.
+        """
+        steps, supply, stats = self._steps, self._supply, self.stats
+        queues = {"steps_ready": steps.num_ready(), "steps_ahead": self._prefetch_steps} if steps else {}
+        wait_s = stats["wait_s"]
+        return {
+            **self._meters.report(),
+            "bytes": stats["bytes"],
+            "wait_s": wait_s,
+            "stall_s": wait_s if self._stall is None else self._stall.seconds,
+            "queues": queues | (supply.queued() if supply else {}),
+            "cache": {
+                name.removeprefix(CACHE_PREFIX): value
+                for name, value in stats.items()
+                if name.startswith(CACHE_PREFIX)
+            },
+        }
+
+    def tracing(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+        """Returns a context in which what every thread and reading process does is written, see `Tracer`.
+
+        Raises:
+          LoaderUseError: a trace is written already, or the loader is closed.
+          OSError: the file cannot be written.
+        """
+        self._check_usable()
+        return self._meters.tracing(path)
+
     def close(self) -> None:
-        """Ends all threads. Idempotent; the loader cannot be used afterwards."""
+        """Ends all threads and the trace. Idempotent; the loader cannot be used afterwards."""
         if self._pid == os.getpid():
             self._stop()
+            self._meters.end_trace()
         self._closed = True
 
     def __enter__(self) -> CropLoader:
@@ -270,10 +315,31 @@ class CropLoader:
             "process and make the loader there"
         )
 
+    def _started(self) -> StepPrefetcher[Any, ReadyStep]:
+        """Returns the steps to come; their threads and processes are started if there are none."""
+        if self._steps is None:
+            self._supply = self._new_supply()
+            self._asked_step = self._step
+            self._steps = StepPrefetcher(
+                self._tasks,
+                self._assembled,
+                first_step=self._step,
+                depth=self._prefetch_steps,
+                num_threads=self._num_threads,
+                begin_worker=self._meters.stage(PREPARE).join,
+                begin_assembler=self._meters.stage(ASSEMBLE).join,
+            )
+        return self._steps
+
     def _new_supply(self) -> SampleSupply:
         if not self._num_processes:
-            return OwnThreads(self._reader, time.perf_counter)
-        return ReadingProcesses(self._reader, self._num_processes, self._num_threads, self._read_ahead_bytes)
+            return OwnThreads(self._reader, self._meters)
+        sizes = (self._num_processes, self._num_threads, self._read_ahead_bytes)
+        return ReadingProcesses(self._reader, *sizes, self._meters)
+
+    def _assembled(self, step: int, parts: list[Any]) -> ReadyStep:
+        with self._meters.stage(ASSEMBLE).doing(ASSEMBLE, step=step):
+            return self._maker.assemble(step, self._layout(step), parts)
 
     def _ask(self, supply: SampleSupply, step: int) -> None:
         """Lets processes read some `READ_AHEAD_SAMPLES` behind a step, as far as their memory goes."""
@@ -307,12 +373,14 @@ class CropLoader:
     def _prepared(self, supply: SampleSupply, number: int) -> Any:
         read = supply.get(number)
         num_bytes = read.arrays.num_bytes
-        started = time.perf_counter()
+        stage = self._meters.stage(PREPARE)
         try:
-            prepared = self._maker.prepare(RawSample.of(read.arrays))
+            with stage.doing(PREPARE, sample=number // self.recipe.num_draws) as doing:
+                prepared = self._maker.prepare(RawSample.of(read.arrays))
         finally:
             read.release()
-        self._add(bytes=num_bytes, fetch_s=read.read_s, prepare_s=time.perf_counter() - started)
+        self._add(bytes=num_bytes, fetch_s=read.read_s, prepare_s=doing.seconds)
+        self._meters.took("sample_prepare", doing.seconds)
         return prepared
 
     def _state(self, step: int) -> LoaderState:
@@ -340,6 +408,7 @@ class CropLoader:
             self._steps.close()
             self._waited_s += self._steps.wait_s
             self._steps = None
+        self._meters.leave()
 
     def _check_usable(self) -> None:
         if self._closed:

@@ -129,6 +129,25 @@ class SampleReader:
         except (FoldfeedError, OSError) as error:
             raise SampleError(planned.sample, planned.record.record_id, str(error)) from error
 
+    def sizes(self, planned: PlannedSample) -> dict[str, int]:
+        """Returns how much a planned sample reads of its alignment, by name.
+
+        ``stored_bytes`` that the tiles of its crop take in the store; ``decoded_bytes`` of all their cells (a
+        byte for each token and each deletion count); ``used_bytes`` of the cells among them that the sample
+        is made of. Costs about 0.1 ms: which tiles, and the shards' indices, which are kept.
+
+        Raises:
+          SampleError: a shard index is damaged.
+        """
+        plan = planned.plan
+        try:
+            tiles = planned.record.plan(slice(*plan.columns), plan.selection)
+        except (FoldfeedError, OSError) as error:
+            raise SampleError(planned.sample, planned.record.record_id, str(error)) from error
+        width = plan.columns[1] - plan.columns[0] + plan.crop[1] - plan.crop[0]
+        used = len(plan.rows) * width
+        return {"stored_bytes": tiles.num_bytes, "decoded_bytes": tiles.num_cells, "used_bytes": used}
+
     def read(self, number: int) -> SampleArrays:
         """Returns a sample as read.
 
