@@ -54,7 +54,7 @@ class Tracer:
         process: int | None = None,
         thread: int | None = None,
     ) -> None:
-        """Writes that something took so long; nothing after `close`.
+        """Writes that something took so long; of what began before the trace the rest, nothing after `close`.
 
         Args:
           name: of what was done.
@@ -65,7 +65,8 @@ class Tracer:
           thread: its native id, the calling one when None.
         """
         with self._lock:
-            if self._closed:
+            ended, started = started + seconds, max(started, self._began)
+            if self._closed or ended < started:
                 return
             if self._num_events >= self._max_events:
                 self._left_out += 1
@@ -79,7 +80,7 @@ class Tracer:
                     self._name("process_name", pid, 0, f"reading process {pid}")
                 label = name if process is not None else threading.current_thread().name
                 self._name("thread_name", pid, tid, label)
-            micro = {"ts": round(1e6 * (started - self._began), 3), "dur": round(1e6 * seconds, 3)}
+            micro = {"ts": round(1e6 * (started - self._began), 3), "dur": round(1e6 * (ended - started), 3)}
             where = {"ph": "X", "pid": pid, "tid": tid}
             self._line({"name": name, "cat": "loader", **where, **micro, "args": dict(facts)})
 

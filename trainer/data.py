@@ -9,6 +9,8 @@ import contextlib
 from collections.abc import Iterator
 
 from foldfeed.loader import CropLoader, FeatureStore, LoaderConfigError, Recipe
+from foldfeed.loader.meter_reports import prometheus_text, scalars, table
+from foldfeed.loader.metrics_server import MetricsServer
 from foldfeed.loader.recipe import CLUSTERED
 from foldfeed.trainer.config import DataConfig
 from foldfeed.trainer.errors import TrainerConfigError
@@ -16,14 +18,22 @@ from foldfeed.trainer.ranks import Ranks
 
 
 @contextlib.contextmanager
-def open_loader(config: DataConfig, seed: int, ranks: Ranks) -> Iterator[tuple[CropLoader, str]]:
+def open_loader(
+    config: DataConfig, seed: int, ranks: Ranks, trace: str = ""
+) -> Iterator[tuple[CropLoader, str]]:
     """Opens the store and the loader of this rank; closes the loader's threads at the end.
 
+    Args:
+      config: which samples.
+      seed: of the run.
+      ranks: the joined groups.
+      trace: file for the loader's trace; of the first rank, others add their number.
     Returns: the loader and the fingerprint of the records it reads.
     Raises:
       NotAStoreError: the URL holds no store.
       NameNotFoundError: the store has no such record set.
       TrainerConfigError: a recipe, or a value, that the loader refuses.
+      OSError: the trace cannot be written.
     """
     if config.recipe not in CLUSTERED:
         raise TrainerConfigError(
@@ -50,9 +60,44 @@ def open_loader(config: DataConfig, seed: int, ranks: Ranks) -> Iterator[tuple[C
             device=ranks.device,
             num_threads=config.loader_threads,
             prefetch_steps=config.prefetch_steps,
+            trace=(trace if ranks.is_first else f"{trace}.rank{ranks.rank}") if trace else None,
         )
     except LoaderConfigError as error:
         # The values come from our command line, so it is wrong usage of ours.
         raise TrainerConfigError(str(error)) from error
     with loader:
         yield loader, records.fingerprint
+
+
+class LoaderMeters:
+    """What a loader counted, in the trainer's words, see `foldfeed.trainer.loop.SourceMeters`."""
+
+    def __init__(self, loader: CropLoader) -> None:
+        self._loader = loader
+
+    def scalars(self) -> dict[str, float]:
+        """Returns the few numbers that are worth a curve."""
+        return scalars(self._loader.meters())
+
+    def lines(self) -> list[str]:
+        """Returns the table of a run's end."""
+        return table(self._loader.meters())
+
+
+@contextlib.contextmanager
+def serving(loader: CropLoader, port: int, ranks: Ranks, local_rank: int) -> Iterator[None]:
+    """Answers Prometheus with the loader's meters while the context lasts; does nothing when ``port`` is 0.
+
+    Raises:
+      TrainerConfigError: the port is taken.
+    """
+    if not port:
+        yield
+        return
+    labels = {"rank": str(ranks.rank)}
+    try:
+        server = MetricsServer(lambda: prometheus_text(loader.meters(), labels), port + local_rank)
+    except LoaderConfigError as error:
+        raise TrainerConfigError(f"--metrics-port {port}: {error}") from error
+    with server:
+        yield

@@ -31,11 +31,11 @@ from typing import Any
 import torch
 
 from foldfeed.trainer.config import RunConfig
-from foldfeed.trainer.data import open_loader
+from foldfeed.trainer.data import LoaderMeters, open_loader, serving
 from foldfeed.trainer.errors import SnapshotMismatchError, TrainerConfigError, TrainerError
 from foldfeed.trainer.goodput import INITIALIZATION, PREPARATION, RESTORE, STARTUP, Ledger, process_start
 from foldfeed.trainer.lease import Lease
-from foldfeed.trainer.loop import BatchSource, Outcome, Trainer
+from foldfeed.trainer.loop import BatchSource, Outcome, SourceMeters, Trainer
 from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.ranks import Ranks, joined, pick_device, world_from_environment
 from foldfeed.trainer.resume import check_belongs, environment, named_generation, newest_valid
@@ -76,9 +76,10 @@ def run(config: RunConfig) -> Outcome:
             always=config.reducer == "ddp",
         ) as ranks,
         _marked(ledger, INITIALIZATION),
-        open_loader(config.data, config.seed, ranks) as (loader, fingerprint),
+        open_loader(config.data, config.seed, ranks, config.loader_trace) as (loader, fingerprint),
+        serving(loader, config.metrics_port, ranks, local_rank),
     ):
-        return train(config, ranks, loader, fingerprint, ledger)
+        return train(config, ranks, loader, fingerprint, ledger, LoaderMeters(loader))
 
 
 @contextlib.contextmanager
@@ -101,7 +102,12 @@ def prepare_numerics(config: RunConfig) -> None:
 
 
 def train(
-    config: RunConfig, ranks: Ranks, source: BatchSource, fingerprint: str, ledger: Ledger | None = None
+    config: RunConfig,
+    ranks: Ranks,
+    source: BatchSource,
+    fingerprint: str,
+    ledger: Ledger | None = None,
+    meters: SourceMeters | None = None,
 ) -> Outcome:
     """Runs (or continues) the run in ``config.output`` over any source of batches.
 
@@ -111,6 +117,7 @@ def train(
       source: a loader, or anything that yields the same steps.
       fingerprint: identity of the data behind the source.
       ledger: that has counted the time since the process started; a new one when None.
+      meters: of the source, for metrics and the table at the end.
     """
     numerics = environment(ranks.device, torch.get_num_threads(), config.deterministic)
     ranks.require_equal(json.dumps([config.digest(), fingerprint]).encode(), "settings and store")
@@ -121,7 +128,7 @@ def train(
     metrics = Metrics(
         output, active=ranks.is_first, tensorboard=config.tensorboard, log_every=config.log_every
     )
-    trainer = Trainer(config, ranks, source, metrics)
+    trainer = Trainer(config, ranks, source, metrics, meters)
     lease = Lease(output, config.lease_s, metrics.say)
     saver: Saver | None = None
     try:
@@ -151,7 +158,7 @@ def train(
         with _stop_on_sigterm(trainer), _watching(watch):
             outcome = trainer.run(saver, header, ledger, watch)
         ranks.first_does(lambda: _conclude(output, header, outcome), "writing the result")
-        _report(metrics, outcome, ledger)
+        _report(metrics, outcome, ledger, meters)
     except BaseException:
         trainer.reducer.close(wait=False)
         if saver is not None:
@@ -301,8 +308,10 @@ def _report_goodput(metrics: Metrics, ledger: Ledger, reason: str) -> None:
         metrics.say(line)
 
 
-def _report(metrics: Metrics, outcome: Outcome, ledger: Ledger) -> None:
+def _report(metrics: Metrics, outcome: Outcome, ledger: Ledger, meters: SourceMeters | None) -> None:
     _report_goodput(metrics, ledger, "stopped" if outcome.stopped else "finished")
+    for line in meters.lines() if meters is not None else []:
+        metrics.say(line)
     if outcome.stopped:
         metrics.say(f"stopped by SIGTERM after step {outcome.step}; the same command continues")
     metrics.say(f"weights_digest: {outcome.weights_digest}  step: {outcome.step}")

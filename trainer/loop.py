@@ -90,6 +90,18 @@ class BatchSource(Protocol):
         ...
 
 
+class SourceMeters(Protocol):
+    """What a source of batches says about itself."""
+
+    def scalars(self) -> dict[str, float]:
+        """Returns numbers for a step's metrics, by name."""
+        ...
+
+    def lines(self) -> list[str]:
+        """Returns a table for the end of a run."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Commit:
     """What all ranks agree on at the commit point.
@@ -145,7 +157,14 @@ class Trainer:
       stop_requested: set it (from a signal handler) to stop at the next commit point.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, source: BatchSource, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        source: BatchSource,
+        metrics: Metrics,
+        meters: SourceMeters | None = None,
+    ) -> None:
         """Builds the model with weights that depend on the seed alone.
 
         Raises:
@@ -157,6 +176,8 @@ class Trainer:
         self.ranks = ranks
         self.source = source
         self.metrics = metrics
+        # Only the first rank reports; the others need not add up.
+        self._meters = meters if ranks.is_first else None
         self.step = 0
         self.num_skipped = 0
         self.stop_requested = False
@@ -342,6 +363,7 @@ class Trainer:
             "train/skipped": float(update.skipped),
             "train/num_skipped": float(self.num_skipped),
             **memory_scalars(self.ranks.device),
+            **({} if self._meters is None else self._meters.scalars()),
         }
         self.metrics.log(self.step, scalars)
 
