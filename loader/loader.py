@@ -259,7 +259,8 @@ class CropLoader:
         ``prepare_s`` spent in worker threads on reading and on features, made-ahead samples included;
         ``wait_s`` that the consumer waited.
         """
-        running = self._steps.wait_s if self._steps is not None else 0.0
+        steps = self._steps
+        running = steps.wait_s if steps is not None else 0.0
         with self._lock:
             return {**self._counters, "wait_s": self._waited_s + running}
 

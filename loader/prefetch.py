@@ -103,7 +103,8 @@ class StepPrefetcher(Generic[Part, Step]):
 
     def num_ready(self) -> int:
         """Returns how many of the steps ahead are finished."""
-        return sum(step.done() for step in self._ahead)
+        # A copy, because the consumer's thread may take one while another asks.
+        return sum(step.done() for step in tuple(self._ahead))
 
     def close(self) -> None:
         """Stops: drops what has not begun, waits for what has, ends all threads. Idempotent."""

@@ -6,12 +6,13 @@ events on the consumer's stream frame the wait: one when the consumer asks, whic
 all earlier work is done, and one behind the point where the batch may be used. What lies between them is time
 in which the consumer's stream had nothing to do. Events are read when they have happened; nothing here waits.
 
-Not thread safe: for the one thread that consumes.
+One thread consumes; any thread may ask for the sum.
 """
 
 from __future__ import annotations
 
 import collections
+import threading
 
 import torch
 
@@ -27,6 +28,7 @@ class DeviceStall:
         self._asked: torch.cuda.Event | None = None
         self._pending: collections.deque[tuple[torch.cuda.Event, torch.cuda.Event]] = collections.deque()
         self._seconds = 0.0
+        self._lock = threading.Lock()
 
     def asked(self) -> None:
         """Says that the consumer has given all work that it has and asks for a batch."""
@@ -35,17 +37,19 @@ class DeviceStall:
     def arrived(self) -> None:
         """Says that the consumer's stream has been told to wait for the batch."""
         assert self._asked is not None
-        self._pending.append((self._asked, self._event()))
-        self._asked = None
-        if len(self._pending) > MAX_PENDING:
-            self._pending[0][1].synchronize()
-        self._collect()
+        with self._lock:
+            self._pending.append((self._asked, self._event()))
+            self._asked = None
+            if len(self._pending) > MAX_PENDING:
+                self._pending[0][1].synchronize()
+            self._collect()
 
     @property
     def seconds(self) -> float:
         """Seconds so far, of those waits that are over on the device."""
-        self._collect()
-        return self._seconds
+        with self._lock:
+            self._collect()
+            return self._seconds
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
