@@ -28,22 +28,25 @@ def draw_numbers(recipe: Recipe, sample: int, num_recycles: int) -> range:
     return range(first, first + min(num_recycles + 1, recipe.num_draws))
 
 
-def joined_draws(
-    recipe: Recipe, layout: Sequence[tuple[int, Sequence[int]]], features: Sequence[Features]
-) -> list[Features]:
-    """Returns one entry per sample.
+def stacked_draws(recipe: Recipe, features: Sequence[Features], num_samples: int) -> Features:
+    """Returns features with a leading sample axis, and behind it one for the draws where they differ.
 
     Args:
       recipe: that made the features.
-      layout: (shard, its samples) of a step.
       features: the alignments of the first sample, of the second, and so on, equally many of each.
+      num_samples: at least 1.
     """
-    if not recipe.resample_msa_in_recycling:
-        return list(features)
-    num_samples = sum(len(samples) for _, samples in layout)
-    num_draws, rest = divmod(len(features), max(num_samples, 1))
+    num_draws, rest = divmod(len(features), num_samples)
+    assert num_draws >= 1, (len(features), num_samples)
     assert rest == 0, (len(features), num_samples)
-    return [_joined(features[at : at + num_draws]) for at in range(0, len(features), num_draws)]
+    stacked = {}
+    for name in features[0]:
+        if recipe.resample_msa_in_recycling and name in RESAMPLED:
+            whole = torch.stack([draw[name] for draw in features])
+            stacked[name] = whole.unflatten(0, (num_samples, num_draws))
+        else:
+            stacked[name] = torch.stack([draw[name] for draw in features[::num_draws]])
+    return stacked
 
 
 def whole_sample(reader: SampleReader, sample: int, device: torch.device) -> Features:
@@ -58,12 +61,4 @@ def whole_sample(reader: SampleReader, sample: int, device: torch.device) -> Fea
         featurise(RawSample.of(reader.read(number)).to(device), recipe)
         for number in draw_numbers(recipe, sample, recipe.max_recycles)
     ]
-    return joined_draws(recipe, [(0, [sample])], features)[0]
-
-
-def _joined(draws: Sequence[Features]) -> Features:
-    first = draws[0]
-    return {
-        name: torch.stack([draw[name] for draw in draws]) if name in RESAMPLED else value
-        for name, value in first.items()
-    }
+    return {name: tensor[0] for name, tensor in stacked_draws(recipe, features, 1).items()}

@@ -188,6 +188,8 @@ def draw_num_recycles(recipe: Recipe, seed: int, step: int) -> int:
     Source: Jumper et al. 2021, supplementary section 1.10 and algorithm 31 (N_cycle uniform in 1..4 at
     training time, shared by the batch); OpenFold ``OpenFoldDataLoader._add_batch_properties``.
     """
+    if not recipe.max_recycles:
+        return 0
     return int(stream(seed, step, Purpose.RECYCLES).integers(recipe.max_recycles + 1, 1)[0])
 
 
