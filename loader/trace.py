@@ -5,6 +5,8 @@ Events are written as they come, one a line, as a JSON array of Chrome's trace e
 processes and threads. The format allows the closing bracket to be missing, so what a killed run leaves can be
 opened as well. After so many events no more are written, and the last line says how many were left out.
 
+A disk that is full does not stop what is traced: nothing more is written then, and `Tracer.close` raises.
+
 Thread safe. Owns the file; knows nothing of loaders.
 
 Source: "Trace Event Format" (Google, 2016), JSON Array Format; Perfetto reads it at ui.perfetto.dev.
@@ -12,6 +14,7 @@ Source: "Trace Event Format" (Google, 2016), JSON Array Format; Perfetto reads i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -41,8 +44,8 @@ class Tracer:
         self._named: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self._file.write("[")
-        self._first = True
+        self._error: OSError | None = None
+        self._before = "[\n"
         self._name("process_name", os.getpid(), 0, "loader")
 
     def event(
@@ -66,7 +69,7 @@ class Tracer:
         """
         with self._lock:
             ended, started = started + seconds, max(started, self._began)
-            if self._closed or ended < started:
+            if self._closed or self._error is not None or ended < started:
                 return
             if self._num_events >= self._max_events:
                 self._left_out += 1
@@ -85,7 +88,11 @@ class Tracer:
             self._line({"name": name, "cat": "loader", **where, **micro, "args": dict(facts)})
 
     def close(self) -> None:
-        """Completes the file. Idempotent."""
+        """Completes the file. Idempotent.
+
+        Raises:
+          OSError: an event could not be written; the file holds those before it.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -95,14 +102,27 @@ class Tracer:
             self._line(
                 {"name": "end", "cat": "loader", **end, **moment, "args": {"left_out": self._left_out}}
             )
-            self._file.write("\n]\n")
-            self._file.close()
+            self._write("\n]\n")
+            with contextlib.suppress(OSError):
+                # What could not be written is tried once more here.
+                self._file.close()
+            if self._error is not None:
+                raise OSError(
+                    self._error.errno, f"the trace is cut short ({self._error.strerror})", str(self.path)
+                ) from self._error
 
     def _name(self, what: str, process: int, thread: int, name: str) -> None:
         self._line({"name": what, "ph": "M", "pid": process, "tid": thread, "ts": 0, "args": {"name": name}})
 
     def _line(self, event: Mapping[str, Any]) -> None:
-        self._file.write(("\n" if self._first else ",\n") + json.dumps(event, separators=(",", ":")))
-        self._first = False
-        # So that a killed run leaves what it did, and a forked child does not write it a second time.
-        self._file.flush()
+        self._write(self._before + json.dumps(event, separators=(",", ":")))
+        self._before = ",\n"
+
+    def _write(self, text: str) -> None:
+        if self._error is None:
+            try:
+                self._file.write(text)
+                # So that a killed run leaves what it did, and a forked child does not write it again.
+                self._file.flush()
+            except OSError as error:
+                self._error = error

@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -260,6 +262,44 @@ def test_a_trace_is_bounded_and_says_what_it_left_out(tmp_path):
     tracer.event("fetch", 0.0, 1.0, {})
     assert [event["args"]["sample"] for event in check_trace(tmp_path / "t.json")] == [0, 1, 2]
     assert json.loads((tmp_path / "t.json").read_text())[-1]["args"] == {"left_out": 5}
+
+
+FULL_DISK = """
+import resource, sys
+from foldfeed.loader import CropLoader, FeatureStore, Recipe
+
+recipe = Recipe.named("crop_first", crop_residues=8, num_clusters=4, num_extra=4)
+store = FeatureStore.open(sys.argv[1])
+loader = CropLoader(store, recipe, seed=1, global_batch=8, num_processes=1, trace=sys.argv[2])
+next(loader)
+# As if the disk had no more room: no file of this process may grow beyond 20 kB.
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+for _ in range(40):
+    batch = next(loader)
+pids = loader._supply.pids
+try:
+    loader.close()
+except OSError as error:
+    print(batch.step, loader.meters()["samples_read"] >= 328, error)
+loader.close()
+"""
+
+
+def test_a_full_disk_ends_the_trace_and_nothing_else(store, tmp_path):
+    path = tmp_path / "trace.json"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, store.url, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert done.stdout == f"40 True [Errno 27] the trace is cut short (File too large): '{path}'\n"
+    assert done.stderr == ""
+    text = path.read_text()
+    assert 15_000 < len(text) <= 20_000
+    # All whole lines are events.
+    assert len(json.loads(text.rpartition(",\n")[0] + "]")) > 100
 
 
 def test_a_consumer_that_computes_is_busy_and_one_that_starves_waits(store, monkeypatch):
