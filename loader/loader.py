@@ -271,11 +271,11 @@ class CropLoader:
         ``next()`` and ``stall_s`` that the consumer's work stood still (`foldfeed.loader.stall`); ``queues``
         now; ``cache``, the counters of tiers. `foldfeed.loader.meter_reports` makes tables and text of it.
         """
-        steps, supply, stats = self._steps, self._supply, self.stats
+        steps, supply, stats, report = self._steps, self._supply, self.stats, self._meters.report()
         queues = {"steps_ready": steps.num_ready(), "steps_ahead": self._prefetch_steps} if steps else {}
-        wait_s = stats["wait_s"]
+        wait_s = report["latencies"]["step_wait"]["sum_s"]
         return {
-            **self._meters.report(),
+            **report,
             "bytes": stats["bytes"],
             "wait_s": wait_s,
             "stall_s": wait_s if self._stall is None else self._stall.seconds,
@@ -298,9 +298,14 @@ class CropLoader:
         return self._meters.tracing(path)
 
     def close(self) -> None:
-        """Ends all threads and the trace. Idempotent; the loader cannot be used afterwards."""
+        """Ends all threads and the trace. Idempotent; the loader cannot be used afterwards.
+
+        Raises:
+          OSError: the trace was cut short; all else has ended.
+        """
         if self._pid == os.getpid():
             self._stop()
+            self._closed = True
             self._meters.end_trace()
         self._closed = True
 

@@ -188,12 +188,12 @@ class Stage:
 
     def leave(self) -> None:
         """Ends the clocks of all its threads; they may come again."""
+        # In one go, so that nobody who asks meanwhile misses or counts them twice.
         with self._lock:
             workers, self._workers = self._workers, {}
-        for worker in workers.values():
-            time = worker.time()
-            time.num_workers = 0
-            with self._lock:
+            for worker in workers.values():
+                time = worker.time()
+                time.num_workers = 0
                 self._ended.add(time)
 
     def time(self) -> StageTime:
@@ -223,7 +223,10 @@ class Meters:
     def stage(self, name: str) -> Stage:
         """Returns a stage of this process."""
         with self._lock:
-            return self._stages.setdefault(name, Stage(name, self))
+            found = self._stages.get(name)
+            if found is None:
+                found = self._stages[name] = Stage(name, self)
+            return found
 
     def count(self, **amounts: int) -> None:
         """Adds to counters, see `report`."""

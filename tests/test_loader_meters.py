@@ -100,7 +100,7 @@ def test_busy_and_waiting_of_a_stage_are_its_threads_lives():
     found = meters.report()["stages"]["prepare"]
     assert found["num_workers"] == 4
     assert math.isclose(found["busy_s"] + found["waiting_s"], found["lifetime_s"], rel_tol=1e-9)
-    assert sum(busy) <= found["busy_s"] <= sum(busy) + 0.05
+    assert found["busy_s"] >= sum(busy)
     assert found["waiting_s"] >= sum(idle)
     assert found["lifetime_s"] >= sum(lives)
     assert {name: spent["count"] for name, spent in found["activities"].items()} == {"fetch": 4, "prepare": 8}
@@ -280,6 +280,7 @@ pids = loader._supply.pids
 try:
     loader.close()
 except OSError as error:
+    assert loader._closed
     print(batch.step, loader.meters()["samples_read"] >= 328, error)
 loader.close()
 """
@@ -315,7 +316,8 @@ def test_a_consumer_that_computes_is_busy_and_one_that_starves_waits(store, monk
         assert train["busy_s"] >= 0.15
         assert train["lifetime_s"] >= passed
         assert math.isclose(found["wait_s"], found["stall_s"])
-        assert found["wait_s"] <= train["waiting_s"] <= found["latencies"]["step_wait"]["sum_s"] + 0.01
+        assert found["wait_s"] == found["latencies"]["step_wait"]["sum_s"]
+        assert loader.stats["wait_s"] <= found["wait_s"] <= train["waiting_s"] * (1 + 1e-9)
     read = SampleReader.fetch
 
     def slow(self, planned, room=None):
