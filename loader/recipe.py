@@ -64,6 +64,8 @@ RESAMPLED = frozenset(
     {
         *("msa_feat", "msa_mask", "true_msa", "bert_mask", "msa", "has_deletion", "deletion_value"),
         *("extra_msa", "extra_msa_mask", "extra_has_deletion", "extra_deletion_value"),
+        # What msa_feat is made of, where a form of the features gives that instead.
+        *("cluster_profile", "cluster_deletion_value"),
     }
 )
 # Raised whenever equal recipes would give other samples than before, so that old positions are refused.
