@@ -3,8 +3,8 @@
 A duration falls into one of `NUM_BUCKETS` buckets whose upper bounds are powers of `GROWTH`, from 1 us to
 about 2,700 s. A quantile is given as the middle of its bucket, so it is at most `RELATIVE_ERROR` of itself
 off the exact one; durations outside that range count in the first or the last bucket. Number, sum, smallest
-and largest are exact. Two histograms add up without further error, so those of several processes may be
-merged.
+and largest are exact. What reading processes took is told to one histogram, beside every sample, so there is
+nothing to merge and no further error.
 
 Thread safe for one writer at a time; `foldfeed.loader.meters` holds the lock.
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 RELATIVE_ERROR = 0.02
 GROWTH = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
@@ -53,15 +52,6 @@ class LatencyHistogram:
         self.min_s = min(self.min_s, seconds)
         self.max_s = max(self.max_s, seconds)
 
-    def merge(self, other: LatencyHistogram) -> None:
-        """Adds the durations of another histogram."""
-        for at, number in enumerate(other._buckets):
-            self._buckets[at] += number
-        self.count += other.count
-        self.sum_s += other.sum_s
-        self.min_s = min(self.min_s, other.min_s)
-        self.max_s = max(self.max_s, other.max_s)
-
     def quantile(self, share: float) -> float:
         """Returns the duration that ``share`` of the durations do not exceed, 0 when there is none.
 
@@ -87,23 +77,6 @@ class LatencyHistogram:
             "max_s": self.max_s,
             **{name: self.quantile(share) for name, share in QUANTILES.items()},
         }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-able values that say everything, see `from_dict`; empty buckets are left out."""
-        filled = {str(at): number for at, number in enumerate(self._buckets) if number}
-        return {"count": self.count, "sum_s": self.sum_s, "max_s": self.max_s, "buckets": filled} | (
-            {"min_s": self.min_s} if self.count else {}
-        )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LatencyHistogram:
-        """Returns the histogram that `to_dict` described."""
-        made = cls()
-        for at, number in values["buckets"].items():
-            made._buckets[int(at)] = number
-        made.count, made.sum_s, made.max_s = values["count"], values["sum_s"], values["max_s"]
-        made.min_s = values.get("min_s", math.inf)
-        return made
 
 
 QUANTILES: Mapping[str, float] = {"p50_s": 0.5, "p99_s": 0.99, "p999_s": 0.999}
