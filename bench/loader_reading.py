@@ -22,6 +22,7 @@ from pathlib import Path
 import loader_store
 from rows import emit
 
+from foldfeed.loader.meters import Meters
 from foldfeed.loader.reader import SampleReader
 from foldfeed.loader.reading import OwnThreads, ReadingProcesses, SampleSupply
 from foldfeed.loader.recipe import Recipe
@@ -137,8 +138,8 @@ def main() -> None:
 
                 def supply_of(processes: int = processes, threads: int = threads) -> SampleSupply:
                     if not processes:
-                        return OwnThreads(reader, time.perf_counter)
-                    return ReadingProcesses(reader, processes, threads, READ_AHEAD_BYTES)
+                        return OwnThreads(reader, Meters())
+                    return ReadingProcesses(reader, processes, threads, READ_AHEAD_BYTES, Meters())
 
                 one = measure(supply_of, max(1, processes) * threads, arguments.seconds, arguments.rate)
                 found.setdefault(name, []).append(one)

@@ -4,8 +4,11 @@ The data's way, one file each: sampling (which records, how often, as data) -> s
 -> order (which record is sample g, by a permutation or an alias_table) -> plan (its rows, window and draws,
 before any read) -> fetch (the tiles of the plan; reader does these for a number) -> reading (in threads
 here, or in a reading_process, over wire, into slots of a ring of shared memory) -> featurise (AlphaFold 2's
-features from a raw sample, with clusters) -> prefetch (ahead of the consumer, in order) -> device (to the
-accelerator). samples gives single ones by number, loader a stream of steps, state says where that stands.
+features from a raw sample, with clusters, structure_labels and slots for templates) -> draws (the alignments
+of a sample's recycling iterations, put together) -> prefetch (ahead of the consumer, in order) -> device (to
+the accelerator). samples gives single ones by number, loader a stream of steps, state says where that stands.
+What all of them do with their time is counted in meters (durations in histogram, the wait of a GPU by stall),
+told by meter_reports and metrics_server, and written event by event by trace.
 
 Imports `foldfeed.feature_store` and torch; knows nothing of search tools or training.
 """
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
         StateMismatchError,
     )
     from foldfeed.loader.loader import CropLoader
+    from foldfeed.loader.meter_reports import prometheus_text
+    from foldfeed.loader.metrics_server import MetricsServer
     from foldfeed.loader.plan import SamplePlan
     from foldfeed.loader.recipe import Recipe
     from foldfeed.loader.samples import SampleSource
@@ -44,6 +49,7 @@ _HOMES = {
     "LoaderError": "errors",
     "LoaderStateError": "errors",
     "LoaderUseError": "errors",
+    "MetricsServer": "metrics_server",
     "ReadingProcessError": "errors",
     "Recipe": "recipe",
     "SampleError": "errors",
@@ -53,6 +59,7 @@ _HOMES = {
     "ShardBatch": "batch",
     "StateMismatchError": "errors",
     "StepBatch": "batch",
+    "prometheus_text": "meter_reports",
 }
 
 __all__ = [
@@ -64,6 +71,7 @@ __all__ = [
     "LoaderError",
     "LoaderStateError",
     "LoaderUseError",
+    "MetricsServer",
     "ReadingProcessError",
     "Recipe",
     "SampleError",
@@ -73,6 +81,7 @@ __all__ = [
     "ShardBatch",
     "StateMismatchError",
     "StepBatch",
+    "prometheus_text",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -32,10 +32,14 @@ class StepBatch:
     Attributes:
       step: its number, from 0.
       shards: this rank's virtual shards, ascending.
+      num_recycles: recycling iterations of the step, 0..``Recipe.max_recycles``, equal on all ranks: the
+        model runs once more than that. Where the recipe draws alignments for them, the features of
+        `foldfeed.loader.recipe.RESAMPLED` have an axis of ``num_recycles + 1`` behind the sample axis.
     """
 
     step: int
     shards: list[ShardBatch]
+    num_recycles: int = 0
 
     @property
     def num_samples(self) -> int:

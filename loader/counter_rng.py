@@ -43,6 +43,8 @@ class Purpose(enum.StrEnum):
     SLAB = "slab"
     RECORD = "record"
     DEPTH = "depth"
+    DISTILLATION = "distillation"
+    RECYCLES = "recycles"
 
 
 class Stream:
@@ -81,19 +83,21 @@ class Stream:
         return np.argsort(self.words(count), kind="stable").astype(np.int64)
 
 
-def stream(seed: int, sample: int, purpose: Purpose) -> Stream:
+def stream(seed: int, sample: int, purpose: Purpose, draw: int = 0) -> Stream:
     """Returns the stream of one choice of one sample.
 
-    The three are hashed as a tuple: ``(seed, sample + 1)`` and ``(seed + 1, sample)`` share nothing.
+    They are hashed as a tuple: ``(seed, sample + 1)`` and ``(seed + 1, sample)`` share nothing.
 
     Args:
       seed: of the run, any integer.
-      sample: global sample number.
+      sample: global sample number; or of a step, for what its samples share.
       purpose: what is drawn.
+      draw: how often it was drawn for this sample before; 0 gives what there was before there were others.
     Raises:
-      TypeError: seed or sample is no integer.
+      TypeError: seed, sample or draw is no integer.
     """
-    key = _digest([operator.index(seed), operator.index(sample), purpose.value], 16)
+    again = [operator.index(draw)] if draw else []
+    key = _digest([operator.index(seed), operator.index(sample), purpose.value, *again], 16)
     return Stream(int.from_bytes(key, "little"))
 
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from foldfeed.loader.batch import ShardBatch, StepBatch
+from foldfeed.loader.draws import stacked_draws
 from foldfeed.loader.errors import LoaderConfigError
 from foldfeed.loader.featurise import featurise
 from foldfeed.loader.raw import RawSample
@@ -70,7 +71,7 @@ class CpuFeatures:
 
     def assemble(self, step: int, layout: Layout, prepared: list[Features]) -> ReadyStep:
         """Stacks the samples of each shard."""
-        return ReadyStep(batch=stack(step, layout, prepared))
+        return ReadyStep(batch=stack(step, layout, prepared, self._recipe))
 
     def hand_over(self, ready: ReadyStep) -> StepBatch:
         """Returns the step."""
@@ -93,7 +94,7 @@ class CudaFeatures:
         """Returns a step that will be there when its event has happened."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             features = [featurise(raw.to(self._device), self._recipe) for raw in prepared]
-            batch = stack(step, layout, features)
+            batch = stack(step, layout, features, self._recipe)
             event = torch.cuda.Event()
             event.record(self._stream)
         return ReadyStep(batch=batch, event=event)
@@ -135,20 +136,23 @@ def feature_maker(recipe: Recipe, device: torch.device) -> FeatureMaker:
     return CudaFeatures(recipe, device) if device.type == "cuda" else CpuFeatures(recipe)
 
 
-def stack(step: int, layout: Layout, features: list[Features]) -> StepBatch:
+def stack(step: int, layout: Layout, features: list[Features], recipe: Recipe) -> StepBatch:
     """Returns a step of shards, each with its samples stacked on a leading axis.
 
     Args:
       step: its number.
       layout: which samples each shard holds.
-      features: one entry per sample, in the order of the layout.
+      features: one entry per sample, in the order of the layout; or equally many for each, see
+        `stacked_draws`.
+      recipe: that made them.
     """
+    num_draws = len(features) // max(1, sum(len(samples) for _, samples in layout))
     shards = []
     first = 0
     for shard, samples in layout:
-        mine = features[first : first + len(samples)]
-        first += len(samples)
-        stacked = {name: torch.stack([sample[name] for sample in mine]) for name in mine[0]}
+        mine = features[first : first + num_draws * len(samples)]
+        first += len(mine)
+        stacked = stacked_draws(recipe, mine, len(samples))
         shards.append(ShardBatch(v=shard, samples=list(samples), features=stacked))
     assert first == len(features), (first, len(features))
     return StepBatch(step=step, shards=shards)

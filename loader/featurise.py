@@ -28,6 +28,7 @@ from foldfeed.loader.plan import FROM_PROFILE, NOT_MASKED, SAME
 from foldfeed.loader.raw import RawSample
 from foldfeed.loader.recipe import AF3, MASKED_LM, Recipe
 from foldfeed.loader.structure_labels import label_features
+from foldfeed.loader.templates import template_slots
 
 NUM_MSA_CHANNELS = 49
 NUM_TARGET_CHANNELS = 22
@@ -51,7 +52,7 @@ def featurise(raw: RawSample, recipe: Recipe) -> dict[str, torch.Tensor]:
       (R, 22) and deletion_mean float32 (R,) of the full MSA;
       of ``masked_lm``: msa int64 (C, R), masked, true_msa int64 (C, R), bert_mask and msa_mask float32 (C,
       R); and with labels what `foldfeed.loader.structure_labels.label_features` gives, and use_clamped_fape
-      float32 ().
+      float32 (); and what `foldfeed.loader.templates.template_slots` gives.
     """
     per_residue = target_features(raw)
     per_extra: dict[str, torch.Tensor] = {}
@@ -63,7 +64,8 @@ def featurise(raw: RawSample, recipe: Recipe) -> dict[str, torch.Tensor]:
     else:
         per_row, per_extra = clustered_features(raw)
     single: dict[str, torch.Tensor] = {}
-    if recipe.labels:
+    # Only the first of several alignments of a sample was read with labels.
+    if recipe.labels and len(raw.resolution):
         labels = label_features(raw.aatype, raw.atom_positions, raw.atom_mask, raw.resolution)
         single = {"resolution": labels.pop("resolution"), "use_clamped_fape": raw.clamped[0].clone()}
         per_residue |= labels
@@ -72,6 +74,7 @@ def featurise(raw: RawSample, recipe: Recipe) -> dict[str, torch.Tensor]:
         **{name: _pad(value, (residues,)) for name, value in per_residue.items()},
         **{name: _pad(value, (recipe.num_clusters, residues)) for name, value in per_row.items()},
         **{name: _pad(value, (recipe.num_extra, residues)) for name, value in per_extra.items()},
+        **template_slots(recipe, raw.msa.device),
         **single,
     }
 

@@ -170,7 +170,7 @@ def fetch(record: Record, plan: SamplePlan, room: Room | None = None) -> SampleA
 
 def _fetch_atoms(record: Record, plan: SamplePlan, room: Room) -> None:
     room["clamped"][:] = plan.clamped
-    found = record.atoms(slice(*plan.atoms))
+    found = _confident_atoms(record, plan) if plan.min_plddt else record.atoms(slice(*plan.atoms))
     if found is None:
         for name in ("atom_positions", "atom_mask", "resolution"):
             room[name][:] = 0
@@ -186,3 +186,18 @@ def _fetch_atoms(record: Record, plan: SamplePlan, room: Room) -> None:
     # have it.
     text = source.get("resolution_angstrom", "")
     room["resolution"][:] = float(text) if is_plain_number(text) else 0.0
+
+
+def _confident_atoms(
+    record: Record, plan: SamplePlan
+) -> tuple[NDArray[np.float32], NDArray[np.uint8], Mapping[str, str]] | None:
+    """Returns what `Record.atoms` does, without the atoms of residues that were predicted with less.
+
+    Source: OpenFold ``data_pipeline.make_pdb_features``.
+    """
+    structure = record.structure(slice(*plan.atoms))
+    if structure is None:
+        return None
+    kept = np.asarray((structure.b_factor > plan.min_plddt).any(axis=1))
+    positions = np.where(kept[:, None, None], structure.atom_positions, np.float32(0))
+    return positions, structure.atom_mask * kept[:, None], structure.source

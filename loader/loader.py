@@ -11,21 +11,23 @@ would be missing in the child) and cannot be pickled: make it in the process tha
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from foldfeed.loader.batch import StepBatch
 from foldfeed.loader.device import ReadyStep, feature_maker, resolve_device
+from foldfeed.loader.draws import draw_numbers, whole_sample
 from foldfeed.loader.errors import LoaderConfigError, LoaderUseError
-from foldfeed.loader.featurise import featurise
+from foldfeed.loader.meters import ASSEMBLE, PREPARE, TRAIN, WAIT, Meters
 from foldfeed.loader.order import rank_shards
-from foldfeed.loader.plan import SamplePlan
+from foldfeed.loader.plan import SamplePlan, draw_num_recycles
 from foldfeed.loader.prefetch import StepPrefetcher
 from foldfeed.loader.raw import RawSample
 from foldfeed.loader.reader import SampleReader
@@ -33,11 +35,14 @@ from foldfeed.loader.reading import OwnThreads, ReadingProcesses, SampleSupply
 from foldfeed.loader.recipe import Recipe
 from foldfeed.loader.sampling import Sampling
 from foldfeed.loader.selection import Store
+from foldfeed.loader.stall import DeviceStall
 from foldfeed.loader.state import LoaderState
 
 # A sample of AlphaFold 2's sizes takes 0.4 to 0.7 MB as read.
 READ_AHEAD_BYTES = 256 << 20
 READ_AHEAD_SAMPLES = 256
+# Of the names in `CropLoader.stats` that count what caches did.
+CACHE_PREFIX = "cache_"
 
 
 class CropLoader:
@@ -75,6 +80,7 @@ class CropLoader:
         prefetch_steps: int = 2,
         num_processes: int = 0,
         read_ahead_bytes: int = READ_AHEAD_BYTES,
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
         """Checks everything and reads nothing; threads start with the first batch.
 
@@ -95,8 +101,10 @@ class CropLoader:
             that reading leaves this interpreter alone (Linux); 0 reads in the threads here. No effect on the
             numbers.
           read_ahead_bytes: shared memory of those processes together: samples read and not yet prepared.
+          trace: a file to write what every thread did when, see `tracing`, until `close`.
         Raises:
           LoaderConfigError: a value that cannot work.
+          OSError: the trace cannot be written.
         """
         for field, value in (("num_threads", num_threads), ("prefetch_steps", prefetch_steps)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -135,25 +143,41 @@ class CropLoader:
         self._lock = threading.Lock()
         self._counters = {"steps": 0, "samples": 0, "bytes": 0, "fetch_s": 0.0, "prepare_s": 0.0}
         self._waited_s = 0.0
+        self._meters = Meters()
+        self._stall = DeviceStall(self.device) if self.device.type == "cuda" else None
+        if trace is not None:
+            self._meters.begin_trace(trace)
 
-    def plan(self, sample: int) -> SamplePlan:
+    def plan(self, sample: int, draw: int = 0) -> SamplePlan:
         """Returns what a sample reads, without reading it.
 
+        Args:
+          sample: global number.
+          draw: which of its alignments, where the recipe draws one for every recycling iteration.
         Raises:
-          LoaderConfigError: a negative number.
+          LoaderConfigError: a negative number, or a draw that the recipe has not.
           SampleError: the store cannot find the record's part.
         """
-        return self._reader.planned(sample).plan
+        if not 0 <= draw < self.recipe.num_draws:
+            raise LoaderConfigError("draw", draw, f"must be in 0..{self.recipe.num_draws - 1} of this recipe")
+        return self._reader.planned(sample * self.recipe.num_draws + draw).plan
 
     def sample(self, sample: int) -> dict[str, torch.Tensor]:
         """Returns one sample, a pure function of its global number: no leading axis, on this loader's device.
+
+        With ``resample_msa_in_recycling`` it holds the alignments of all ``max_recycles + 1`` iterations; a
+        step holds the first ``num_recycles + 1`` of them.
 
         Raises:
           LoaderConfigError: a negative number.
           SampleError: it could not be read.
         """
         self._check_usable()
-        return featurise(RawSample.of(self._reader.read(sample)).to(self.device), self.recipe)
+        return whole_sample(self._reader, sample, self.device)
+
+    def num_recycles(self, step: int) -> int:
+        """Returns the recycling iterations of a step, on every rank, see `StepBatch`."""
+        return draw_num_recycles(self.recipe, self.order.seed, step)
 
     def __iter__(self) -> CropLoader:
         return self
@@ -166,25 +190,25 @@ class CropLoader:
           LoaderUseError: the loader is closed or was inherited over a fork.
         """
         self._check_usable()
-        if self._steps is None:
-            self._supply = self._new_supply()
-            self._asked_step = self._step
-            self._steps = StepPrefetcher(
-                self._tasks,
-                lambda step, parts: self._maker.assemble(step, self._layout(step), parts),
-                first_step=self._step,
-                depth=self._prefetch_steps,
-                num_threads=self._num_threads,
-            )
+        consumer = self._meters.stage(TRAIN).worker()
+        started = consumer.mark("")
+        if self._stall is not None:
+            self._stall.asked()
         try:
-            batch = self._maker.hand_over(self._steps.next())
+            batch = self._maker.hand_over(self._started().next())
         except BaseException:
             self._stop()
             raise
+        if self._stall is not None:
+            self._stall.arrived()
         assert batch.step == self._step, (batch.step, self._step)
         self._step += 1
         self._add(steps=1, samples=batch.num_samples)
-        return batch
+        self._meters.count(steps=1, samples=batch.num_samples)
+        waited_s = consumer.mark(TRAIN) - started
+        self._meters.took("step_wait", waited_s)
+        self._meters.event(WAIT, started, waited_s, {"step": batch.step})
+        return dataclasses.replace(batch, num_recycles=self.num_recycles(batch.step))
 
     def epoch(self) -> Iterator[StepBatch]:
         """Yields the steps from the position to the end of its epoch (those that begin in it).
@@ -235,14 +259,54 @@ class CropLoader:
         ``prepare_s`` spent in worker threads on reading and on features, made-ahead samples included;
         ``wait_s`` that the consumer waited.
         """
-        running = self._steps.wait_s if self._steps is not None else 0.0
+        steps = self._steps
+        running = steps.wait_s if steps is not None else 0.0
         with self._lock:
             return {**self._counters, "wait_s": self._waited_s + running}
 
+    def meters(self) -> dict[str, Any]:
+        """Returns what was counted since the loader was made, as plain data (JSON-able).
+
+        What `foldfeed.loader.meters.Meters.report` says, and: ``bytes`` of raw samples; ``wait_s`` inside of
+        ``next()`` and ``stall_s`` that the consumer's work stood still (`foldfeed.loader.stall`); ``queues``
+        now; ``cache``, the counters of tiers. `foldfeed.loader.meter_reports` makes tables and text of it.
+        """
+        steps, supply, stats, report = self._steps, self._supply, self.stats, self._meters.report()
+        queues = {"steps_ready": steps.num_ready(), "steps_ahead": self._prefetch_steps} if steps else {}
+        wait_s = report["latencies"]["step_wait"]["sum_s"]
+        return {
+            **report,
+            "bytes": stats["bytes"],
+            "wait_s": wait_s,
+            "stall_s": wait_s if self._stall is None else self._stall.seconds,
+            "queues": queues | (supply.queued() if supply else {}),
+            "cache": {
+                name.removeprefix(CACHE_PREFIX): value
+                for name, value in stats.items()
+                if name.startswith(CACHE_PREFIX)
+            },
+        }
+
+    def tracing(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+        """Returns a context in which what every thread and reading process does is written, see `Tracer`.
+
+        Raises:
+          LoaderUseError: a trace is written already, or the loader is closed.
+          OSError: the file cannot be written.
+        """
+        self._check_usable()
+        return self._meters.tracing(path)
+
     def close(self) -> None:
-        """Ends all threads. Idempotent; the loader cannot be used afterwards."""
+        """Ends all threads and the trace. Idempotent; the loader cannot be used afterwards.
+
+        Raises:
+          OSError: the trace was cut short; all else has ended.
+        """
         if self._pid == os.getpid():
             self._stop()
+            self._closed = True
+            self._meters.end_trace()
         self._closed = True
 
     def __enter__(self) -> CropLoader:
@@ -257,42 +321,72 @@ class CropLoader:
             "process and make the loader there"
         )
 
+    def _started(self) -> StepPrefetcher[Any, ReadyStep]:
+        """Returns the steps to come; their threads and processes are started if there are none."""
+        if self._steps is None:
+            self._supply = self._new_supply()
+            self._asked_step = self._step
+            self._steps = StepPrefetcher(
+                self._tasks,
+                self._assembled,
+                first_step=self._step,
+                depth=self._prefetch_steps,
+                num_threads=self._num_threads,
+                begin_worker=self._meters.stage(PREPARE).join,
+                begin_assembler=self._meters.stage(ASSEMBLE).join,
+            )
+        return self._steps
+
     def _new_supply(self) -> SampleSupply:
         if not self._num_processes:
-            return OwnThreads(self._reader, time.perf_counter)
-        return ReadingProcesses(self._reader, self._num_processes, self._num_threads, self._read_ahead_bytes)
+            return OwnThreads(self._reader, self._meters)
+        sizes = (self._num_processes, self._num_threads, self._read_ahead_bytes)
+        return ReadingProcesses(self._reader, *sizes, self._meters)
+
+    def _assembled(self, step: int, parts: list[Any]) -> ReadyStep:
+        with self._meters.stage(ASSEMBLE).doing(ASSEMBLE, step=step):
+            return self._maker.assemble(step, self._layout(step), parts)
 
     def _ask(self, supply: SampleSupply, step: int) -> None:
         """Lets processes read some `READ_AHEAD_SAMPLES` behind a step, as far as their memory goes."""
         num_samples = max(1, sum(len(numbers) for _, numbers in self._layout(step)))
         stop = step + -(-READ_AHEAD_SAMPLES // num_samples)
-        steps = range(max(step, self._asked_step), stop)
-        wanted = [sample for later in steps for _, numbers in self._layout(later) for sample in numbers]
+        wanted = [
+            number for later in range(max(step, self._asked_step), stop) for number in self._numbers(later)
+        ]
         self._asked_step = stop
         supply.ask(wanted)
 
     def _tasks(self, step: int) -> Sequence[Callable[[], Any]]:
         assert self._supply is not None
         self._ask(self._supply, step)
+        return [functools.partial(self._prepared, self._supply, number) for number in self._numbers(step)]
+
+    def _numbers(self, step: int) -> list[int]:
+        """Returns what is read for a step: its samples, or their alignments one after the other."""
+        recycles = self.num_recycles(step)
         return [
-            functools.partial(self._prepared, self._supply, sample)
+            number
             for _, samples in self._layout(step)
             for sample in samples
+            for number in draw_numbers(self.recipe, sample, recycles)
         ]
 
     def _layout(self, step: int) -> list[tuple[int, range]]:
         samples = ((shard, self.order.shard_samples(step, shard)) for shard in self.shards)
         return [(shard, numbers) for shard, numbers in samples if numbers]
 
-    def _prepared(self, supply: SampleSupply, sample: int) -> Any:
-        read = supply.get(sample)
+    def _prepared(self, supply: SampleSupply, number: int) -> Any:
+        read = supply.get(number)
         num_bytes = read.arrays.num_bytes
-        started = time.perf_counter()
+        stage = self._meters.stage(PREPARE)
         try:
-            prepared = self._maker.prepare(RawSample.of(read.arrays))
+            with stage.doing(PREPARE, sample=number // self.recipe.num_draws) as doing:
+                prepared = self._maker.prepare(RawSample.of(read.arrays))
         finally:
             read.release()
-        self._add(bytes=num_bytes, fetch_s=read.read_s, prepare_s=time.perf_counter() - started)
+        self._add(bytes=num_bytes, fetch_s=read.read_s, prepare_s=doing.seconds)
+        self._meters.took("sample_prepare", doing.seconds)
         return prepared
 
     def _state(self, step: int) -> LoaderState:
@@ -320,6 +414,7 @@ class CropLoader:
             self._steps.close()
             self._waited_s += self._steps.wait_s
             self._steps = None
+        self._meters.leave()
 
     def _check_usable(self) -> None:
         if self._closed:

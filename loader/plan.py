@@ -8,8 +8,12 @@ positions of the centres something is masked. What a recipe draws, and where rec
 From a store of row order ``permuted``, all recipes but `af2` read a slab: the query and a run of rows that
 lie side by side in the store, which is a uniform sample of the hits (see `draw_slab`).
 
+Where a recipe draws an alignment for every recycling iteration, each of them is a plan of its own (``draw``):
+crop, labels and address are the same, rows and masked positions are drawn anew.
+
 Does not own reading (fetch) or arithmetic on residues (featurise). Pure functions: a plan is f(recipe, seed,
-address, length, depth, row order), equal in any thread and on any machine.
+address, length, depth, row order, draw, the rules of the record's component), equal in any thread and on any
+machine.
 
 Shape legend: N rows of the record, S rows that survive block deletion, C centres, E extra rows, L residues of
 the record, W residues read.
@@ -71,6 +75,8 @@ class SamplePlan:
       labels: whether the structure's atoms are read, too.
       clamped: whether the structure loss of this sample is to be clamped (by the rule that drew the crop).
       full_deletion_mean: whether the deletion mean of the whole alignment is.
+      draw: which of the sample's alignments, 0 .. ``Recipe.num_draws`` - 1; only the first has labels.
+      min_plddt: residues without an atom whose B factor is above have no labels; 0 for no such rule.
     """
 
     address: SampleAddress
@@ -86,6 +92,8 @@ class SamplePlan:
     labels: bool
     clamped: bool
     full_deletion_mean: bool
+    draw: int
+    min_plddt: float
 
     @property
     def num_cells(self) -> int:
@@ -113,7 +121,16 @@ class SamplePlan:
 
 
 def make_plan(
-    recipe: Recipe, seed: int, address: SampleAddress, length: int, depth: int, row_order: str = RANK
+    recipe: Recipe,
+    seed: int,
+    address: SampleAddress,
+    length: int,
+    depth: int,
+    row_order: str = RANK,
+    *,
+    draw: int = 0,
+    max_msa_rows: int = 0,
+    min_plddt: float = 0.0,
 ) -> SamplePlan:
     """Returns the plan of a sample.
 
@@ -124,20 +141,24 @@ def make_plan(
       length: residues of its record, at least 1.
       depth: rows of its record, at least 1.
       row_order: of the store.
+      draw: which of its alignments, see `SamplePlan`.
+      max_msa_rows: of the record's component, see `foldfeed.loader.sampling.Component`.
+      min_plddt: of the record's component.
     """
+    assert 0 <= draw < recipe.num_draws, (draw, recipe)
     crop, clamped = draw_crop(recipe, stream(seed, address.sample, Purpose.CROP), length)
     slab = None
     if recipe.name != AF2 and row_order == PERMUTED:
-        slab, centres, extras = draw_slab(recipe, seed, address.sample, depth)
+        slab, centres, extras = draw_slab(recipe, seed, address.sample, depth, draw, max_msa_rows)
         columns, rows = crop, np.arange(slab.num_rows, dtype=np.int64)
     else:
-        survivors, centres, extras = draw_rows(recipe, seed, address.sample, depth)
+        survivors, centres, extras = draw_rows(recipe, seed, address.sample, depth, draw, max_msa_rows)
         if recipe.name == AF2:
             columns, rows = (0, length), survivors
         else:
             columns, rows = crop, np.sort(np.concatenate([centres, extras]))
     masking = draw_masking(
-        recipe, stream(seed, address.sample, Purpose.MASKING), len(centres), length, columns
+        recipe, stream(seed, address.sample, Purpose.MASKING, draw), len(centres), length, columns
     )
     return SamplePlan(
         address=address,
@@ -150,14 +171,30 @@ def make_plan(
         centres=centres,
         extras=extras,
         masking=masking,
-        labels=recipe.labels,
+        labels=recipe.labels and draw == 0,
         clamped=clamped,
         full_deletion_mean=recipe.name == AF3,
+        draw=draw,
+        min_plddt=min_plddt,
     )
 
 
+def draw_num_recycles(recipe: Recipe, seed: int, step: int) -> int:
+    """Returns the number of recycling iterations of a step, uniform in 0..max_recycles.
+
+    The model runs once more than that. A function of (recipe, seed, step) alone, so all ranks know it, before
+    anything is done for the step.
+
+    Source: Jumper et al. 2021, supplementary section 1.10 and algorithm 31 (N_cycle uniform in 1..4 at
+    training time, shared by the batch); OpenFold ``OpenFoldDataLoader._add_batch_properties``.
+    """
+    if not recipe.max_recycles:
+        return 0
+    return int(stream(seed, step, Purpose.RECYCLES).integers(recipe.max_recycles + 1, 1)[0])
+
+
 def draw_slab(
-    recipe: Recipe, seed: int, sample: int, depth: int
+    recipe: Recipe, seed: int, sample: int, depth: int, draw: int = 0, max_msa_rows: int = 0
 ) -> tuple[StoredRun, NDArray[np.int64], NDArray[np.int64]]:
     """Returns a run of stored rows of a permuted store, and which of them are centres and extra rows.
 
@@ -170,18 +207,24 @@ def draw_slab(
     """
     num_hits = depth - 1
     if recipe.block_delete:
-        num_hits = len(delete_blocks(recipe, stream(seed, sample, Purpose.BLOCK_DELETE), depth)) - 1
-    num_hits = draw_num_hits(recipe, seed, sample, num_hits)
-    start = int(stream(seed, sample, Purpose.SLAB).integers(max(depth - 1, 1), 1)[0])
-    hits = 1 + stream(seed, sample, Purpose.ROWS).order(num_hits)
+        num_hits = len(delete_blocks(recipe, stream(seed, sample, Purpose.BLOCK_DELETE, draw), depth)) - 1
+    if max_msa_rows:
+        # A uniform sample of a uniform sample is one, so only its size is to be kept.
+        num_hits = min(num_hits, max_msa_rows - 1)
+    num_hits = draw_num_hits(recipe, seed, sample, num_hits, draw)
+    start = int(stream(seed, sample, Purpose.SLAB, draw).integers(max(depth - 1, 1), 1)[0])
+    hits = 1 + stream(seed, sample, Purpose.ROWS, draw).order(num_hits)
     centres = np.concatenate([np.zeros(1, dtype=np.int64), hits[: recipe.num_clusters - 1]])
     return StoredRun(start, 1 + num_hits), centres, hits[recipe.num_clusters - 1 :]
 
 
 def draw_rows(
-    recipe: Recipe, seed: int, sample: int, depth: int
+    recipe: Recipe, seed: int, sample: int, depth: int, draw: int = 0, max_msa_rows: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Returns (surviving rows, cluster centres, extra rows), as ranks.
+
+    Of the rows that block deletion leaves, ``max_msa_rows`` (0: all) survive, the query and a uniform sample
+    of the hits: for the self-distillation set, see `foldfeed.loader.sampling.Component`.
 
     The query is always the first centre; the other centres and the extra rows are the head of one random
     order of the surviving rows. AlphaFold 2 shuffles the rows that are left a second time before it takes the
@@ -191,22 +234,25 @@ def draw_rows(
     """
     survivors = np.arange(depth, dtype=np.int64)
     if recipe.block_delete:
-        survivors = delete_blocks(recipe, stream(seed, sample, Purpose.BLOCK_DELETE), depth)
+        survivors = delete_blocks(recipe, stream(seed, sample, Purpose.BLOCK_DELETE, draw), depth)
+    if 0 < max_msa_rows < len(survivors):
+        order = stream(seed, sample, Purpose.DISTILLATION, draw).order(len(survivors) - 1)
+        survivors = np.concatenate([survivors[:1], survivors[1:][np.sort(order[: max_msa_rows - 1])]])
     hits = survivors[1:]
-    hits = hits[stream(seed, sample, Purpose.ROWS).order(len(hits))]
-    hits = hits[: draw_num_hits(recipe, seed, sample, len(hits))]
+    hits = hits[stream(seed, sample, Purpose.ROWS, draw).order(len(hits))]
+    hits = hits[: draw_num_hits(recipe, seed, sample, len(hits), draw)]
     centres = np.concatenate([survivors[:1], hits[: recipe.num_clusters - 1]])
     return survivors, centres, hits[recipe.num_clusters - 1 :]
 
 
-def draw_num_hits(recipe: Recipe, seed: int, sample: int, available: int) -> int:
+def draw_num_hits(recipe: Recipe, seed: int, sample: int, available: int, draw: int = 0) -> int:
     """Returns how many hits a sample takes: what fits, of all or of a uniformly drawn number of them.
 
     With ``subsample_rows`` the number of rows, the query among them, is uniform in 1..available + 1 before
     the recipe's own limit cuts it (AlphaFold 3, supplementary section 2.2).
     """
     if recipe.subsample_rows:
-        available = int(stream(seed, sample, Purpose.DEPTH).integers(available + 1, 1)[0])
+        available = int(stream(seed, sample, Purpose.DEPTH, draw).integers(available + 1, 1)[0])
     return min(available, recipe.num_clusters - 1 + recipe.num_extra)
 
 

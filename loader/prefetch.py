@@ -51,6 +51,8 @@ class StepPrefetcher(Generic[Part, Step]):
         first_step: int,
         depth: int,
         num_threads: int,
+        begin_worker: Callable[[], None] | None = None,
+        begin_assembler: Callable[[], None] | None = None,
     ) -> None:
         """Starts working at once.
 
@@ -60,6 +62,8 @@ class StepPrefetcher(Generic[Part, Step]):
           first_step: the first one that `next` returns.
           depth: steps to keep ahead, at least 1.
           num_threads: threads for tasks, at least 1.
+          begin_worker: called first by every thread for tasks.
+          begin_assembler: called first by the thread that assembles.
         Raises:
           LoaderConfigError: depth or num_threads is below 1.
         """
@@ -70,8 +74,8 @@ class StepPrefetcher(Generic[Part, Step]):
         self._tasks = tasks
         self._assemble = assemble
         self._next_step = first_step
-        self._workers = ThreadPoolExecutor(num_threads, thread_name_prefix="foldfeed-sample")
-        self._assembler = ThreadPoolExecutor(1, thread_name_prefix="foldfeed-step")
+        self._workers = ThreadPoolExecutor(num_threads, "foldfeed-sample", initializer=begin_worker)
+        self._assembler = ThreadPoolExecutor(1, "foldfeed-step", initializer=begin_assembler)
         self._ahead: collections.deque[Future[Step]] = collections.deque()
         self._closed = False
         for _ in range(depth):
@@ -96,6 +100,11 @@ class StepPrefetcher(Generic[Part, Step]):
             self.wait_s += time.perf_counter() - started
         self._start_one()
         return step
+
+    def num_ready(self) -> int:
+        """Returns how many of the steps ahead are finished."""
+        # A copy, because the consumer's thread may take one while another asks.
+        return sum(step.done() for step in tuple(self._ahead))
 
     def close(self) -> None:
         """Stops: drops what has not begun, waits for what has, ends all threads. Idempotent."""

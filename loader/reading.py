@@ -32,6 +32,7 @@ import numpy as np
 from foldfeed.loader import wire
 from foldfeed.loader.errors import LoaderConfigError, ReadingProcessError
 from foldfeed.loader.fetch import SampleArrays
+from foldfeed.loader.meters import FETCH, PLAN, PREPARE, Meters
 from foldfeed.loader.reader import SampleReader
 from foldfeed.loader.reading_process import ALONE
 from foldfeed.loader.slots import open_note
@@ -74,6 +75,10 @@ class SampleSupply(Protocol):
         """
         ...
 
+    def queued(self) -> dict[str, int]:
+        """Returns how many samples wait where, by a name for people."""
+        ...
+
     def close(self) -> None:
         """Ends everything that was started. Idempotent."""
         ...
@@ -82,18 +87,28 @@ class SampleSupply(Protocol):
 class OwnThreads:
     """Reads a sample in the thread that asks for it."""
 
-    def __init__(self, reader: SampleReader, clock: Callable[[], float]) -> None:
+    def __init__(self, reader: SampleReader, meters: Meters) -> None:
         self._reader = reader
-        self._clock = clock
+        self._meters = meters
 
     def ask(self, samples: Sequence[int]) -> None:
         """Does nothing."""
 
     def get(self, sample: int) -> ReadSample:
         """Reads it."""
-        started = self._clock()
-        arrays = self._reader.read(sample)
-        return ReadSample(arrays=arrays, read_s=self._clock() - started, release=lambda: None)
+        stage, number = self._meters.stage(PREPARE), sample // self._reader.recipe.num_draws
+        with stage.doing(PLAN, sample=number) as planning:
+            planned = self._reader.planned(sample)
+        with stage.doing(FETCH, sample=number) as fetching:
+            arrays = self._reader.fetch(planned)
+            sizes = self._reader.sizes(planned)
+        read_s = planning.seconds + fetching.seconds
+        self._meters.read(read_s, sizes)
+        return ReadSample(arrays=arrays, read_s=read_s, release=lambda: None)
+
+    def queued(self) -> dict[str, int]:
+        """Returns nothing: no sample waits here."""
+        return {}
 
     def close(self) -> None:
         """Does nothing."""
@@ -102,7 +117,9 @@ class OwnThreads:
 class ReadingProcesses:
     """Some processes that take turns: the n-th sample asked for goes to process n modulo their number."""
 
-    def __init__(self, reader: SampleReader, num_processes: int, num_threads: int, num_bytes: int) -> None:
+    def __init__(
+        self, reader: SampleReader, num_processes: int, num_threads: int, num_bytes: int, meters: Meters
+    ) -> None:
         """Starts the processes.
 
         Args:
@@ -110,6 +127,7 @@ class ReadingProcesses:
           num_processes: how many.
           num_threads: of each, for reading.
           num_bytes: shared memory of all of them together.
+          meters: that hear what they did.
         Raises:
           LoaderConfigError: this system cannot share memory in that way.
         """
@@ -119,7 +137,7 @@ class ReadingProcesses:
             )
         content = pickle.dumps(reader)
         share = max(mmap.PAGESIZE, num_bytes // num_processes)
-        self._processes = [_Process(content, num_threads, share) for _ in range(num_processes)]
+        self._processes = [_Process(content, num_threads, share, meters) for _ in range(num_processes)]
         self._owner: dict[int, _Process] = {}
         self._turn = 0
         self._lock = threading.Lock()
@@ -148,6 +166,11 @@ class ReadingProcesses:
             process = self._owner.pop(sample)
         return process.get(sample)
 
+    def queued(self) -> dict[str, int]:
+        """Returns samples that were asked for and not taken, and how many of them have been read."""
+        found = [process.queued() for process in self._processes]
+        return {"samples_asked": sum(a for a, _ in found), "samples_read_ahead": sum(b for _, b in found)}
+
     def close(self) -> None:
         """Ends the processes. Idempotent."""
         for process in self._processes:
@@ -157,7 +180,8 @@ class ReadingProcesses:
 class _Process:
     """One process and what it owes; started again when it dies."""
 
-    def __init__(self, content: bytes, num_threads: int, capacity: int) -> None:
+    def __init__(self, content: bytes, num_threads: int, capacity: int, meters: Meters) -> None:
+        self.meters = meters
         self._content = content
         self._num_threads = num_threads
         self._capacity = capacity
@@ -189,6 +213,10 @@ class _Process:
         finally:
             with self._lock:
                 self._owed.pop(sample, None)
+
+    def queued(self) -> tuple[int, int]:
+        with self._lock:
+            return len(self._owed), sum(future.done() for future in self._owed.values())
 
     def close(self) -> None:
         with self._lock:
@@ -292,6 +320,7 @@ class _Life:
             self.child.kill()
             status = self.child.wait()
         self._connection.close()
+        self._owner.meters.process_ended(self.child.pid)
         self._owner.died(self, _how(status))
 
     def _open(self, frame: wire.Frame, receiver: wire.Receiver) -> ReadSample | Exception:
@@ -305,6 +334,7 @@ class _Life:
             memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
             os.close(descriptor)
         arrays, note = open_note(frame.payload, memory)
+        self._owner.meters.heard(self.child.pid, note)
         slot = ALONE if frame.kind == wire.READY_ALONE else note["start"]
         return ReadSample(
             arrays=arrays,

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from foldfeed.feature_store import FoldfeedError
 from foldfeed.loader import wire
 from foldfeed.loader.errors import SampleError
 from foldfeed.loader.fetch import shapes_of
+from foldfeed.loader.meters import FETCH, PLAN, Doing, Meters, clock
 from foldfeed.loader.reader import PlannedSample, SampleReader
 from foldfeed.loader.ring import RingClosedError, RingSpace
 from foldfeed.loader.slots import note_of, place, slot_bytes
@@ -34,6 +36,8 @@ from foldfeed.loader.slots import note_of, place, slot_bytes
 # A sample that is larger than the ring gets memory of its own under this number; only one at a time does.
 ALONE = 2**64 - 1
 PARENT_CHECK_S = 1.0
+# What was done, by which thread, when and for how many seconds.
+Span: TypeAlias = "tuple[str, int, float, float]"
 
 
 def main(arguments: list[str]) -> None:
@@ -85,6 +89,7 @@ class _ReadingProcess:
         self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self._alone_free = threading.Semaphore(1)
+        self._meters = Meters()
 
     def run(self) -> None:
         dispatcher = threading.Thread(target=self._dispatch, name="foldfeed-dispatch", daemon=True)
@@ -105,71 +110,92 @@ class _ReadingProcess:
 
     def _dispatch(self) -> None:
         """Plans and finds room in the order asked for, so that no sample waits for a later one."""
-        with ThreadPoolExecutor(self._num_threads, thread_name_prefix="foldfeed-read") as threads:
+        join = self._meters.stage(FETCH).join
+        with ThreadPoolExecutor(self._num_threads, "foldfeed-read", initializer=join) as threads:
+            stage = self._meters.stage(PLAN)
+            stage.join()
             while True:
-                sample = self._wanted.get()
-                started = time.perf_counter()
+                number = self._wanted.get()
                 try:
-                    planned = self._reader.planned(sample)
+                    with stage.doing(PLAN) as doing:
+                        planned = self._reader.planned(number)
                 except FoldfeedError as error:
-                    self._failed(sample, error)
+                    self._failed(number, error)
                     continue
-                plan_s = time.perf_counter() - started
+                span = _span(PLAN, doing)
                 size = slot_bytes(shapes_of(planned.plan))
                 if size > self._space.capacity:
                     self._alone_free.acquire()
-                    threads.submit(self._guarded, self._read_alone, planned, size, plan_s)
+                    threads.submit(self._guarded, self._read_alone, planned, size, span)
                     continue
                 try:
                     start = self._space.take(size)
                 except RingClosedError:
                     return
-                threads.submit(self._guarded, self._read, planned, start, plan_s)
+                threads.submit(self._guarded, self._read, planned, start, span)
 
-    def _guarded(self, read: object, planned: PlannedSample, at: int, plan_s: float) -> None:
+    def _guarded(self, read: object, planned: PlannedSample, at: int, span: Span) -> None:
         """Runs one reading and tells the loader what goes wrong: it would wait for ever otherwise."""
         assert callable(read)
         try:
-            read(planned, at, plan_s)
+            read(planned, at, span)
         except BrokenPipeError:
             return
         except Exception as error:  # noqa: BLE001  passed on whole, see above
-            self._failed(planned.sample, error)
+            self._failed(planned.number, error)
 
-    def _read(self, planned: PlannedSample, start: int, plan_s: float) -> None:
-        started = time.perf_counter()
+    def _read(self, planned: PlannedSample, start: int, span: Span) -> None:
         try:
-            arrays = self._reader.fetch(planned, place(self._memory, start, shapes_of(planned.plan)))
+            with self._meters.stage(FETCH).doing(FETCH) as doing:
+                arrays = self._reader.fetch(planned, place(self._memory, start, shapes_of(planned.plan)))
+                sizes = self._reader.sizes(planned)
         except Exception:
             self._space.give_back(start)
             raise
-        note = note_of(arrays, start, read_s=plan_s + time.perf_counter() - started)
-        self._send(wire.Frame(wire.READY, planned.sample, note))
+        note = note_of(arrays, start, **self._facts(planned, sizes, span, _span(FETCH, doing)))
+        self._send(wire.Frame(wire.READY, planned.number, note))
 
-    def _read_alone(self, planned: PlannedSample, size: int, plan_s: float) -> None:
-        started = time.perf_counter()
+    def _facts(self, planned: PlannedSample, sizes: dict[str, int], *spans: Span) -> dict[str, Any]:
+        """Returns what `Meters.heard` takes on the other side."""
+        return {
+            "of_sample": planned.sample,
+            "read_s": sum(seconds for *_, seconds in spans),
+            "sizes": sizes,
+            "spans": spans,
+            "times": self._meters.times(),
+            "now": clock(),
+        }
+
+    def _read_alone(self, planned: PlannedSample, size: int, span: Span) -> None:
         descriptor = os.memfd_create("foldfeed-sample", os.MFD_CLOEXEC)
         try:
             os.ftruncate(descriptor, size)
             memory = mmap.mmap(descriptor, size)
             try:
-                arrays = self._reader.fetch(planned, place(memory, 0, shapes_of(planned.plan)))
+                with self._meters.stage(FETCH).doing(FETCH) as doing:
+                    arrays = self._reader.fetch(planned, place(memory, 0, shapes_of(planned.plan)))
+                    sizes = self._reader.sizes(planned)
             except Exception:
                 self._alone_free.release()
                 raise
-            note = note_of(arrays, 0, read_s=plan_s + time.perf_counter() - started)
-            self._send(wire.Frame(wire.READY_ALONE, planned.sample, note), descriptor)
+            note = note_of(arrays, 0, **self._facts(planned, sizes, span, _span(FETCH, doing)))
+            self._send(wire.Frame(wire.READY_ALONE, planned.number, note), descriptor)
         finally:
             os.close(descriptor)
 
-    def _failed(self, sample: int, error: Exception) -> None:
+    def _failed(self, number: int, error: Exception) -> None:
         if not isinstance(error, SampleError):
+            sample = number // self._reader.recipe.num_draws
             error = SampleError(sample, "", f"{type(error).__name__}: {error}")
-        self._send(wire.Frame(wire.FAILED, sample, pickle.dumps(error)))
+        self._send(wire.Frame(wire.FAILED, number, pickle.dumps(error)))
 
     def _send(self, frame: wire.Frame, descriptor: int | None = None) -> None:
         with self._sending:
             wire.send(self._connection, frame, descriptor)
+
+
+def _span(activity: str, doing: Doing) -> Span:
+    return activity, threading.get_native_id(), doing.started, doing.seconds
 
 
 if __name__ == "__main__":

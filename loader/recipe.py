@@ -30,7 +30,15 @@ only:
   ``masked_lm``   rows for MSA transformers: codes of which some are masked, and what they were.
 
 `Recipe.named` knows their usual values and, as ``af2_initial`` and ``af2_finetune``, those of AlphaFold 2's
-two stages with labels.
+two stages with labels. ``af2_initial_recycled`` and ``af2_finetune_recycled`` add what its model takes
+besides: recycling with an alignment of its own for every iteration, and (empty) slots for templates.
+
+With ``max_recycles`` every step has a number of recycling iterations, uniform in 0..max_recycles, which is
+known before any work is done for it (`foldfeed.loader.plan.draw_num_recycles`) and equal on all ranks.
+AlphaFold 2 samples a new alignment for every iteration of the model, the first one included. With
+``resample_msa_in_recycling`` the features of the alignment (`RESAMPLED`) have an axis in front of their own,
+one entry an iteration, and only the iterations that were drawn are read and made. Crop, labels and what
+describes the query are the same in all of them. Entry 0 is what the recipe without recycling gives.
 
 Owns validity and the digest that binds a saved position to a recipe; knows nothing of stores or tensors.
 """
@@ -51,6 +59,15 @@ MASKED_LM = "masked_lm"
 NAMES = (AF2, CROP_FIRST, AF3, MASKED_LM)
 # Those whose features are of a clustered MSA (``msa_feat``); the others give rows.
 CLUSTERED = (AF2, CROP_FIRST)
+# Features that are drawn anew for every recycling iteration; all others are equal in all of them.
+RESAMPLED = frozenset(
+    {
+        *("msa_feat", "msa_mask", "true_msa", "bert_mask", "msa", "has_deletion", "deletion_value"),
+        *("extra_msa", "extra_msa_mask", "extra_has_deletion", "extra_deletion_value"),
+        # What msa_feat is made of, where a form of the features gives that instead.
+        *("cluster_profile", "cluster_deletion_value"),
+    }
+)
 # Raised whenever equal recipes would give other samples than before, so that old positions are refused.
 TRANSFORMS_VERSION = 1
 
@@ -79,6 +96,11 @@ class Recipe:
         `foldfeed.loader.structure_labels.label_features`.
       subsample_rows: draw the number of rows uniformly from 1 to all, before C of them are taken at most
         (AlphaFold 3's training); ``af3`` and ``masked_lm`` only.
+      max_recycles: a step has a number of recycling iterations, uniform in 0..max_recycles and equal for all
+        of its samples and ranks, see `foldfeed.loader.batch.StepBatch`; AlphaFold 2 has 3.
+      resample_msa_in_recycling: draw rows and masked positions anew for every iteration that was drawn.
+      num_templates: empty slots for templates, T, see `foldfeed.loader.templates.template_slots`; AlphaFold 2
+        has 4; ``af2`` and ``crop_first`` only.
     """
 
     name: str = AF2
@@ -95,6 +117,9 @@ class Recipe:
     unclamped_fraction: float = 0.0
     labels: bool = False
     subsample_rows: bool = False
+    max_recycles: int = 0
+    resample_msa_in_recycling: bool = False
+    num_templates: int = 0
 
     def __post_init__(self) -> None:
         if self.name in PRESETS and self.name not in NAMES:
@@ -108,13 +133,28 @@ class Recipe:
             ("num_clusters", 1),
             ("num_extra", 0),
             ("num_blocks", 0),
+            ("max_recycles", 0),
+            ("num_templates", 0),
         ):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise LoaderConfigError(field, value, f"must be an integer of at least {minimum}")
-        for field in ("block_delete", "labels", "subsample_rows"):
+        for field in ("block_delete", "labels", "subsample_rows", "resample_msa_in_recycling"):
             if not isinstance(getattr(self, field), bool):
                 raise LoaderConfigError(field, getattr(self, field), "must be True or False")
+        self._check_together()
+        for field in _FRACTIONS:
+            value = getattr(self, field)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value <= 1.0:
+                raise LoaderConfigError(field, value, "must be a number from 0 to 1")
+        if self.mask_prob < -1e-9:
+            raise LoaderConfigError(
+                "uniform_prob + profile_prob + same_prob",
+                self.uniform_prob + self.profile_prob + self.same_prob,
+                "must not exceed 1; what remains becomes the mask token",
+            )
+
+    def _check_together(self) -> None:
         if self.name in CLUSTERED and self.subsample_rows:
             raise LoaderConfigError(
                 "subsample_rows", True, f"is of {AF3} and {MASKED_LM}, not of {self.name}"
@@ -127,15 +167,15 @@ class Recipe:
             raise LoaderConfigError(
                 "masked_fraction", self.masked_fraction, f"must be 0: {AF3} masks nothing"
             )
-        for field in _FRACTIONS:
-            value = getattr(self, field)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value <= 1.0:
-                raise LoaderConfigError(field, value, "must be a number from 0 to 1")
-        if self.mask_prob < -1e-9:
+        if self.resample_msa_in_recycling and not self.max_recycles:
             raise LoaderConfigError(
-                "uniform_prob + profile_prob + same_prob",
-                self.uniform_prob + self.profile_prob + self.same_prob,
-                "must not exceed 1; what remains becomes the mask token",
+                "resample_msa_in_recycling", True, "has no effect without recycling; give max_recycles, too"
+            )
+        if self.num_templates and self.name not in CLUSTERED:
+            raise LoaderConfigError(
+                "num_templates",
+                self.num_templates,
+                f"must be 0: the slots are AlphaFold 2's, not {self.name}'s",
             )
 
     @classmethod
@@ -161,6 +201,11 @@ class Recipe:
         return 1.0 - self.uniform_prob - self.profile_prob - self.same_prob
 
     @property
+    def num_draws(self) -> int:
+        """Alignments drawn for a sample: one for every recycling iteration, or one for all of them."""
+        return self.max_recycles + 1 if self.resample_msa_in_recycling else 1
+
+    @property
     def digest(self) -> str:
         """sha256 (hex) of all values and of the version of the transforms; equal recipes, equal digests."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -179,17 +224,24 @@ _FRACTIONS = (
     "block_fraction",
     "unclamped_fraction",
 )
-_LATER = ("labels", "subsample_rows")
+_LATER = ("labels", "subsample_rows", "max_recycles", "resample_msa_in_recycling", "num_templates")
 
 # Name -> (what it is, its usual values). Sources: Jumper et al. 2021, supplementary table 4, where the
-# structure loss of 10 % of the samples is not clamped (section 1.11.5); Abramson et al. 2024, supplementary
+# structure loss of 10 % of the samples is not clamped (section 1.11.5), up to 3 recycling iterations with an
+# alignment drawn for each (sections 1.10, 1.11.2; OpenFold's config: max_recycling_iters 3, uniform_recycling
+# and resample_msa_in_recycling True) and 4 templates (1.2.2); Abramson et al. 2024, supplementary
 # section 2.2, and the 1,024 rows of AlphaFold 3's MSA module; Rao et al. 2021 (MSA Transformer): 15 % masked,
 # of which 80 % become the mask token, 10 % another residue and 10 % stay.
 _AF2_TRAINING = {"labels": True, "unclamped_fraction": 0.1}
+_RECYCLED = {"max_recycles": 3, "resample_msa_in_recycling": True, "num_templates": 4}
+_INITIAL = _AF2_TRAINING | {"crop_residues": 256, "num_clusters": 128, "num_extra": 1024}
+_FINETUNE = _AF2_TRAINING | {"crop_residues": 384, "num_clusters": 512, "num_extra": 5120}
 _ROWS = {"num_extra": 0, "block_delete": False}
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "af2_initial": (AF2, _AF2_TRAINING | {"crop_residues": 256, "num_clusters": 128, "num_extra": 1024}),
-    "af2_finetune": (AF2, _AF2_TRAINING | {"crop_residues": 384, "num_clusters": 512, "num_extra": 5120}),
+    "af2_initial": (AF2, _INITIAL),
+    "af2_finetune": (AF2, _FINETUNE),
+    "af2_initial_recycled": (AF2, _INITIAL | _RECYCLED),
+    "af2_finetune_recycled": (AF2, _FINETUNE | _RECYCLED),
     AF3: (
         AF3,
         _ROWS | {"crop_residues": 384, "num_clusters": 1024, "masked_fraction": 0.0, "subsample_rows": True},

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from foldfeed.loader.draws import whole_sample
 from foldfeed.loader.errors import LoaderConfigError
-from foldfeed.loader.featurise import featurise
-from foldfeed.loader.raw import RawSample
+from foldfeed.loader.plan import draw_num_recycles
 from foldfeed.loader.reader import SampleReader
 from foldfeed.loader.recipe import Recipe
 from foldfeed.loader.sampling import Sampling
@@ -73,6 +73,9 @@ class SampleSource:
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Returns the features of a sample on the CPU, see `foldfeed.loader.featurise.featurise`.
 
+        Where the recipe draws an alignment for every recycling iteration, it holds those of all iterations
+        that a step may have; `num_recycles` says how many a step takes.
+
         Raises:
           IndexError: outside 0..len-1.
           SampleError: it could not be read.
@@ -80,7 +83,14 @@ class SampleSource:
         place = operator.index(index)
         if not 0 <= place < self._length:
             raise IndexError(f"index {place} is outside 0..{self._length - 1} of this source")
-        return featurise(RawSample.of(self._reader.read(self.first_sample + place)), self._reader.recipe)
+        return whole_sample(self._reader, self.first_sample + place, torch.device("cpu"))
+
+    def num_recycles(self, step: int) -> int:
+        """Returns the recycling iterations of a step of whatever batches are made of these samples.
+
+        The number that a `CropLoader` of this recipe and seed gives its step.
+        """
+        return draw_num_recycles(self._reader.recipe, self.order.seed, step)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         """Returns several samples, as PyTorch's loader asks for a batch."""

@@ -10,7 +10,8 @@ text and numbers, so a sampling can be kept as JSON beside a run and its digest 
 
 Owns validity and the digest; reads no store (`foldfeed.loader.selection` does).
 
-Source: Jumper et al. 2021, supplementary sections 1.2.4 (75 % distillation) and 1.2.5 (filters, weights).
+Source: Jumper et al. 2021, supplementary sections 1.2.4 (75 % distillation) and 1.2.5 (filters, weights);
+OpenFold ce0029e, ``config.py`` and ``data_transforms.py`` (the rows of the distillation set).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ JOIN = "join"
 SHORT = "short"
 EPOCH_ENDS = (JOIN, SHORT)
 SPLIT_PREFIX = "splits/"
+MAX_PLDDT = 100.0
 
 # AlphaFold 2's filters over the table `records`. Like its parser, an entry without a resolution counts as 0
 # (NMR), and so does a record without a structure.
@@ -58,6 +60,10 @@ class Component:
       clusters: weight 1 / (records of this component in the record's cluster). ``splits/NAME`` takes the
         cluster ids of a saved split, other names are a text column of the index or ``extra.KEY``.
       column: weight by a column of numbers of the index, or ``extra.KEY``.
+      max_msa_rows: rows of an alignment that a sample starts from, the query among them: a uniform sample of
+        those that block deletion leaves; 0 for all. See `af2_distillation`.
+      min_plddt: labels of a residue count only where the B factor of one of its atoms, which is the pLDDT in
+        predicted structures, is above this; 0 for all.
     """
 
     store: str = ""
@@ -67,6 +73,8 @@ class Component:
     length_term: bool = False
     clusters: str = ""
     column: str = ""
+    max_msa_rows: int = 0
+    min_plddt: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("store", "record_set", "clusters", "column"):
@@ -80,6 +88,13 @@ class Component:
             raise LoaderConfigError("length_term", self.length_term, "must be True or False")
         if self.share is not None and not _is_positive(self.share):
             raise LoaderConfigError("share", self.share, "must be a finite number above 0; leave others out")
+        rows, plddt = self.max_msa_rows, self.min_plddt
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
+            raise LoaderConfigError(
+                "max_msa_rows", rows, "must be an integer of at least 1 (the query), or 0: all"
+            )
+        if plddt != 0 and not (_is_positive(plddt) and plddt < MAX_PLDDT):
+            raise LoaderConfigError("min_plddt", plddt, f"must be at least 0 and below {MAX_PLDDT}")
 
     @classmethod
     def af2(cls, *, clusters: str, where: tuple[str, ...] = AF2_FILTERS, **values: Any) -> Component:
@@ -91,6 +106,21 @@ class Component:
           values: the other attributes.
         """
         return cls(clusters=clusters, where=where, length_term=True, **values)
+
+    @classmethod
+    def af2_distillation(cls, **values: Any) -> Component:
+        """Returns records of a self-distillation set as OpenFold treats them.
+
+        Alignments of more than 1,000 rows are cut to a uniform sample of 1,000 after block deletion
+        (``max_distillation_msa_clusters``, ``sample_msa_distillation``), and residues of which no atom's
+        B factor exceeds 50 have no labels (``make_pdb_features``, ``confidence_threshold``). AlphaFold 2
+        masked residues by a confidence of its own (a Kullback-Leibler divergence below 0.5, supplementary
+        section 1.3), which files of structures do not hold.
+
+        Args:
+          values: the other attributes, or others instead of these two.
+        """
+        return cls(**({"max_msa_rows": 1000, "min_plddt": 50.0} | values))
 
     @property
     def has_weights(self) -> bool:
@@ -180,8 +210,15 @@ class Sampling:
         values = self.to_dict()
         for component in values["components"]:
             component["share"] = None if component["share"] is None else float(component["share"])
+            component["min_plddt"] = float(component["min_plddt"])
+            # Came later; without them a sampling is the one that it was.
+            for field in [field for field in _LATER if not component[field]]:
+                del component[field]
         document = json.dumps([SAMPLING_VERSION, values], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(document.encode()).hexdigest()
+
+
+_LATER = ("max_msa_rows", "min_plddt")
 
 
 def _known(kind: type, values: Any) -> dict[str, Any]:

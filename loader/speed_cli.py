@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda[:N].")
 @click.option("--seconds", type=float, default=20.0, show_default=True, help="Of the measurement.")
 @click.option("--record-set", metavar="NAME", help="Of the store; all records unless given.")
+@click.option("--trace", metavar="FILE", help="Write what every thread did when, for Perfetto.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
 def bench_loader(
     store: str,
@@ -47,6 +48,7 @@ def bench_loader(
     device: str,
     seconds: float,
     record_set: str | None,
+    trace: str | None,
     as_json: bool,
 ) -> None:
     """Say how fast samples of STORE come here, and whether loader or accelerator is the bottleneck.
@@ -61,6 +63,7 @@ def bench_loader(
     """
     try:
         from foldfeed.loader import CropLoader, FeatureStore, LoaderConfigError, Recipe
+        from foldfeed.loader.meter_reports import table
         from foldfeed.loader.speed import measure_speed
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train") from error
@@ -86,17 +89,19 @@ def bench_loader(
             num_threads=threads,
             num_processes=processes,
             device=device,
+            trace=trace,
         )
     except LoaderConfigError as error:
         raise click.UsageError(str(error)) from error
     with loader:
         speed = measure_speed(loader, step_s=step_ms / 1000, seconds=seconds)
+        meters = loader.meters()
     if as_json:
         facts = {"recipe": dataclasses.asdict(recipe), "device": device, "threads": threads}
         facts |= {"processes": processes, "loss": speed.loss, "bottleneck": speed.bottleneck}
-        click.echo(json.dumps(facts | dataclasses.asdict(speed)))
+        click.echo(json.dumps(facts | dataclasses.asdict(speed) | {"meters": meters}))
         return
-    for line in lines_of(recipe, speed):
+    for line in [*lines_of(recipe, speed), *table(meters)]:
         click.echo(line)
 
 

@@ -82,23 +82,27 @@ def test_a_sample_that_cannot_be_read_ends_it(tmp_path):
     assert said.startswith("error: sample ")
 
 
-def test_the_command(store):
+def test_the_command(store, tmp_path):
     code, said = run(store.url, *TINY, "--step-ms", 20, "--batch", 4)
     assert code == 0, said
     assert said.startswith("crop_first, 12 residues x 5 rows and 7 extra, 4 samples a step\nloader alone: ")
     assert "beside steps of 20.0 ms: " in said
     assert "the bottleneck is the " in said
+    assert "the consumer stood still for " in said
     code, said = run(
         store.url, "--recipe", "masked_lm", "--labels", "--crop-residues", 12, "--num-clusters", 5
     )
     assert code == 0, said
     assert said.startswith("masked_lm, 12 residues x 5 rows, 8 samples a step\n")
-    code, said = run(store.url, *TINY, "--processes", 1, "--json")
+    trace = tmp_path / "trace.json"
+    code, said = run(store.url, *TINY, "--processes", 1, "--json", "--trace", trace)
     assert code == 0, said
     found = json.loads(said)
     assert found["recipe"]["name"] == "crop_first"
     assert found["bottleneck"] in ("loader", "accelerator")
     assert found["processes"] == 1
+    assert found["meters"]["samples"] >= found["num_samples"]
+    assert {event["ph"] for event in json.loads(trace.read_text())} == {"X", "M", "i"}
     assert len(found["waits_s"]) >= 1
 
 

@@ -94,7 +94,10 @@ SNAPSHOTS = {
     "memory_every": "memory_every",
     "mtbf_s": "mtbf",
 }
-RUN = ["threads", "deterministic", "timeout_s", "log_every", "tensorboard", "max_skipped", "lease_s"]
+RUN = [
+    *("threads", "deterministic", "timeout_s", "log_every", "tensorboard", "max_skipped"),
+    *("metrics_port", "loader_trace", "lease_s"),
+]
 
 
 def _version() -> str:

@@ -311,6 +311,10 @@ class RunConfig:
       log_every: steps between console lines.
       tensorboard: write TensorBoard scalars.
       max_skipped: steps in a row that may be skipped as not finite before the run ends with an error; 0: any.
+      metrics_port: where Prometheus may ask for the loader's meters, on this machine only
+        (http://127.0.0.1:PORT/metrics); every rank of a node adds its local rank; 0 for nowhere.
+      loader_trace: a file for what every thread of the loader did when, to be opened with Perfetto; other
+        ranks than the first add their number to its name; none when empty.
       lease_s: a run that did not renew its hold on the output folder for so many seconds counts as dead.
     """
 
@@ -332,6 +336,8 @@ class RunConfig:
     log_every: int = 1
     tensorboard: bool = True
     max_skipped: int = 20
+    metrics_port: int = 0
+    loader_trace: str = ""
     lease_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -349,6 +355,10 @@ class RunConfig:
         _require(
             self.max_skipped >= 0,
             f"max_skipped is {self.max_skipped}; it must not be negative (0: any number).",
+        )
+        _require(
+            0 <= self.metrics_port <= 65535,
+            f"metrics_port is {self.metrics_port}; it must be a port, 1 to 65535, or 0 for none.",
         )
         _require(
             self.bucket_mb >= 0, f"bucket_mb is {self.bucket_mb}; it must not be negative (0: automatic)."

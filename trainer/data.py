@@ -9,6 +9,8 @@ import contextlib
 from collections.abc import Iterator
 
 from foldfeed.loader import CropLoader, FeatureStore, LoaderConfigError, Recipe
+from foldfeed.loader.meter_reports import prometheus_text, scalars, table
+from foldfeed.loader.metrics_server import MetricsServer
 from foldfeed.trainer.config import DataConfig, RunConfig
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.held_out import HeldOut
@@ -18,7 +20,13 @@ from foldfeed.trainer.task import Task
 
 @contextlib.contextmanager
 def open_loader(
-    config: DataConfig, recipe: Recipe, seed: int, ranks: Ranks, *, record_set: str | None = None
+    config: DataConfig,
+    recipe: Recipe,
+    seed: int,
+    ranks: Ranks,
+    *,
+    record_set: str | None = None,
+    trace: str = "",
 ) -> Iterator[tuple[CropLoader, str]]:
     """Opens the store and the loader of this rank; closes the loader's threads at the end.
 
@@ -28,11 +36,13 @@ def open_loader(
       seed: of the order and of every draw.
       ranks: which part of a step is this rank's.
       record_set: instead of the one that the settings name.
+      trace: file for the loader's trace; of the first rank, others add their number.
     Returns: the loader and the fingerprint of the records it reads.
     Raises:
       NotAStoreError: the URL holds no store.
       NameNotFoundError: the store has no such record set.
       TrainerConfigError: a value that the loader refuses.
+      OSError: the trace cannot be written.
     """
     store = FeatureStore.open(config.store)
     name = config.record_set if record_set is None else record_set
@@ -49,6 +59,7 @@ def open_loader(
             device=ranks.device,
             num_threads=config.loader_threads,
             prefetch_steps=config.prefetch_steps,
+            trace=(trace if ranks.is_first else f"{trace}.rank{ranks.rank}") if trace else None,
         )
     except LoaderConfigError as error:
         # The values come from our command line, so it is wrong usage of ours.
@@ -80,3 +91,37 @@ def open_held_out(config: RunConfig, task: Task, recipe: Recipe, ranks: Ranks) -
     num_samples = config.held_out.eval_samples or len(held_out)
     with open_loader(config.data, recipe, config.seed, ranks, record_set=name) as (loader, _):
         yield HeldOut(loader, num_samples, task, ranks)
+
+
+class LoaderMeters:
+    """What a loader counted, in the trainer's words, see `foldfeed.trainer.loop.SourceMeters`."""
+
+    def __init__(self, loader: CropLoader) -> None:
+        self._loader = loader
+
+    def scalars(self) -> dict[str, float]:
+        """Returns the few numbers that are worth a curve."""
+        return scalars(self._loader.meters())
+
+    def lines(self) -> list[str]:
+        """Returns the table of a run's end."""
+        return table(self._loader.meters())
+
+
+@contextlib.contextmanager
+def serving(loader: CropLoader, port: int, ranks: Ranks, local_rank: int) -> Iterator[None]:
+    """Answers Prometheus with the loader's meters while the context lasts; does nothing when ``port`` is 0.
+
+    Raises:
+      TrainerConfigError: the port is taken.
+    """
+    if not port:
+        yield
+        return
+    labels = {"rank": str(ranks.rank)}
+    try:
+        server = MetricsServer(lambda: prometheus_text(loader.meters(), labels), port + local_rank)
+    except LoaderConfigError as error:
+        raise TrainerConfigError(f"--metrics-port {port}: {error}") from error
+    with server:
+        yield

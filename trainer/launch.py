@@ -31,12 +31,12 @@ from typing import Any
 import torch
 
 from foldfeed.trainer.config import RunConfig, digest_of
-from foldfeed.trainer.data import open_held_out, open_loader
+from foldfeed.trainer.data import LoaderMeters, open_held_out, open_loader, serving
 from foldfeed.trainer.errors import SnapshotMismatchError, TrainerConfigError, TrainerError
 from foldfeed.trainer.goodput import INITIALIZATION, PREPARATION, RESTORE, STARTUP, Ledger, process_start
 from foldfeed.trainer.held_out import HeldOut
 from foldfeed.trainer.lease import Lease
-from foldfeed.trainer.loop import BatchSource, Outcome, Trainer
+from foldfeed.trainer.loop import BatchSource, Outcome, SourceMeters, Trainer
 from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.ranks import Ranks, joined, pick_device, world_from_environment
 from foldfeed.trainer.resume import check_belongs, environment, named_generation, newest_valid
@@ -83,10 +83,15 @@ def run(config: RunConfig, task: Task | None = None) -> Outcome:
             always=config.reducer == "ddp",
         ) as ranks,
         _marked(ledger, INITIALIZATION),
-        open_loader(config.data, recipe, config.seed, ranks) as (loader, fingerprint),
+        open_loader(config.data, recipe, config.seed, ranks, trace=config.loader_trace) as (
+            loader,
+            fingerprint,
+        ),
         open_held_out(config, task, recipe, ranks) as held_out,
+        serving(loader, config.metrics_port, ranks, local_rank),
     ):
-        return train(config, ranks, loader, fingerprint, ledger, task=task, held_out=held_out)
+        meters = LoaderMeters(loader)
+        return train(config, ranks, loader, fingerprint, ledger, meters, task=task, held_out=held_out)
 
 
 @contextlib.contextmanager
@@ -114,6 +119,7 @@ def train(
     source: BatchSource,
     fingerprint: str,
     ledger: Ledger | None = None,
+    meters: SourceMeters | None = None,
     *,
     task: Task | None = None,
     held_out: HeldOut | None = None,
@@ -126,6 +132,7 @@ def train(
       source: a loader, or anything that yields the same steps.
       fingerprint: identity of the data behind the source.
       ledger: that has counted the time since the process started; a new one when None.
+      meters: of the source, for metrics and the table at the end.
       task: what is trained; the one that the settings name when None.
       held_out: whose loss is looked at now and then.
     """
@@ -141,7 +148,7 @@ def train(
     metrics = Metrics(
         output, active=ranks.is_first, tensorboard=config.tensorboard, log_every=config.log_every
     )
-    trainer = Trainer(config, ranks, source, metrics, task, held_out)
+    trainer = Trainer(config, ranks, source, metrics, task, held_out, meters)
     lease = Lease(output, config.lease_s, metrics.say)
     saver: Saver | None = None
     try:
@@ -171,7 +178,7 @@ def train(
         with _stop_on_sigterm(trainer), _watching(watch):
             outcome = trainer.run(saver, header, ledger, watch)
         ranks.first_does(lambda: _conclude(output, header, outcome), "writing the result")
-        _report(metrics, outcome, ledger)
+        _report(metrics, outcome, ledger, meters)
     except BaseException:
         trainer.reducer.close(wait=False)
         if saver is not None:
@@ -321,8 +328,10 @@ def _report_goodput(metrics: Metrics, ledger: Ledger, reason: str) -> None:
         metrics.say(line)
 
 
-def _report(metrics: Metrics, outcome: Outcome, ledger: Ledger) -> None:
+def _report(metrics: Metrics, outcome: Outcome, ledger: Ledger, meters: SourceMeters | None) -> None:
     _report_goodput(metrics, ledger, "stopped" if outcome.stopped else "finished")
+    for line in meters.lines() if meters is not None else []:
+        metrics.say(line)
     if outcome.stopped:
         metrics.say(f"stopped by SIGTERM after step {outcome.step}; the same command continues")
     metrics.say(f"weights_digest: {outcome.weights_digest}  step: {outcome.step}")

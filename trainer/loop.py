@@ -93,6 +93,18 @@ class BatchSource(Protocol):
         ...
 
 
+class SourceMeters(Protocol):
+    """What a source of batches says about itself."""
+
+    def scalars(self) -> dict[str, float]:
+        """Returns numbers for a step's metrics, by name."""
+        ...
+
+    def lines(self) -> list[str]:
+        """Returns a table for the end of a run."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
     """How a run ended.
@@ -130,6 +142,7 @@ class Trainer:
         metrics: Metrics,
         task: Task,
         held_out: HeldOut | None = None,
+        meters: SourceMeters | None = None,
     ) -> None:
         """Builds the model with weights that depend on the seed alone.
 
@@ -140,6 +153,7 @@ class Trainer:
           metrics: where numbers go.
           task: gives model and loss.
           held_out: whose loss is looked at now and then.
+          meters: of the source; the first rank reports them.
         Raises:
           TrainerConfigError: more ranks than virtual shards.
           ReplicaMismatchError: the ranks built different layouts or weights.
@@ -151,6 +165,8 @@ class Trainer:
         self.metrics = metrics
         self.task = task
         self.held_out = held_out
+        # Only the first rank reports; the others need not add up.
+        self._meters = meters if ranks.is_first else None
         self.step = 0
         self.num_skipped = 0
         self.stop_requested = False
@@ -360,6 +376,7 @@ class Trainer:
             **memory_scalars(self.ranks.device),
             **{f"loss_metrics/{name}": value for name, value in commit.parts.items()},
             **looked,
+            **({} if self._meters is None else self._meters.scalars()),
         }
         self.metrics.log(self.step, scalars)
 

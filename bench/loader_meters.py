@@ -1,0 +1,109 @@
+"""What a loader's meters cost: their work for one sample against the time of a sample.
+
+    python bench/loader_meters.py [--samples N] [--min-depth D]
+
+For each recipe the same samples are planned, read and made into features, one at a time on one thread; then
+only what the meters do for them is done: the clocks of three activities, two histograms, the counters and the
+sizes of what is read; with reading processes also the note that travels beside a sample and its way into the
+meters here; and a trace's three events. Medians over samples. A row is written to results/.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import loader_store
+import torch
+from rows import emit
+
+from foldfeed.loader.featurise import featurise
+from foldfeed.loader.meters import FETCH, PLAN, PREPARE, Meters
+from foldfeed.loader.raw import RawSample
+from foldfeed.loader.reader import PlannedSample, SampleReader
+from foldfeed.loader.recipe import Recipe
+
+NAME = "loader_meters"
+RESULTS = Path(__file__).parent / "results"
+RECIPES = ("crop_first", "af2")
+
+
+def median_s(work: Callable[[PlannedSample], object], planned: Sequence[PlannedSample]) -> float:
+    times = []
+    for one in planned:
+        started = time.perf_counter()
+        work(one)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def measure(reader: SampleReader, num_samples: int, trace: Path) -> dict[str, float]:
+    planned = [reader.planned(sample) for sample in range(num_samples)]
+
+    def sample(one: PlannedSample) -> None:
+        featurise(RawSample.of(reader.fetch(reader.planned(one.number))), reader.recipe)
+
+    def reading(one: PlannedSample) -> None:
+        reader.fetch(reader.planned(one.number))
+
+    def threads(one: PlannedSample) -> None:
+        for activity in (PLAN, FETCH, PREPARE):
+            with stage.doing(activity, sample=one.sample):
+                pass
+        meters.read(1e-3, reader.sizes(one))
+        meters.took("sample_prepare", 1e-3)
+
+    def note(one: PlannedSample) -> None:
+        spans = [(PLAN, 1, 1.0, 1.0), (FETCH, 1, 1.0, 1.0)]
+        sizes = dict.fromkeys(("stored_bytes", "decoded_bytes", "used_bytes"), 1)
+        facts = {"of_sample": one.sample, "read_s": 1e-3, "sizes": sizes, "spans": spans}
+        facts |= {"now": time.perf_counter(), "times": meters.times()}
+        meters.heard(1, json.loads(json.dumps(facts)))
+
+    for one in planned[:3]:
+        sample(one)
+    sample_s, reading_s = median_s(sample, planned), median_s(reading, planned)
+    meters = Meters()
+    stage = meters.stage(PREPARE)
+    found = {
+        "sample_ms": 1e3 * sample_s,
+        "reading_ms": 1e3 * reading_s,
+        "meters_us": 1e6 * median_s(threads, planned),
+        "sizes_us": 1e6 * median_s(reader.sizes, planned),
+        "note_us": 1e6 * median_s(note, planned),
+    }
+    with meters.tracing(trace):
+        found["meters_and_trace_us"] = 1e6 * median_s(threads, planned)
+    found["report_us"] = 1e6 * median_s(lambda _: meters.report(), planned[:20])
+    return found | {
+        "share_of_sample": found["meters_us"] * 1e-6 / sample_s,
+        "share_of_sample_with_processes": (found["meters_us"] + found["note_us"]) * 1e-6 / sample_s,
+        "share_of_reading": found["meters_us"] * 1e-6 / reading_s,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{NAME}.jsonl")
+    parser.add_argument("--samples", type=int, default=60)
+    parser.add_argument("--min-depth", type=int, default=200)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store, about = loader_store.build(f"{folder}/store", arguments.min_depth)
+        for name in RECIPES:
+            recipe = Recipe.named(name)
+            reader = SampleReader(store, recipe, None, seed=0, global_batch=8, virtual_shards=8)
+            results[name] = measure(reader, arguments.samples, Path(folder) / "trace.json")
+            print(name, {key: round(value, 4) for key, value in results[name].items()}, flush=True)
+    emit(NAME, {"samples": arguments.samples} | about, results, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The alignments of a sample, where a recipe draws one for every recycling iteration, put together.
+
+Each is planned, read and made into features by itself, as a sample of its own would be, under the number
+``sample * num_draws + draw``. Here the features that differ get an axis for the iterations; the others are
+those of the first. So a step reads and makes only the iterations that it was drawn, and what a sample has for
+an iteration does not depend on how many there are.
+
+Pure functions of tensors; knows nothing of order or reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from foldfeed.loader.featurise import featurise
+from foldfeed.loader.raw import RawSample
+from foldfeed.loader.reader import SampleReader
+from foldfeed.loader.recipe import RESAMPLED, Recipe
+
+Features = dict[str, torch.Tensor]
+
+
+def draw_numbers(recipe: Recipe, sample: int, num_recycles: int) -> range:
+    """Returns the numbers under which the alignments of a sample are read, see `SampleReader.planned`."""
+    first = sample * recipe.num_draws
+    return range(first, first + min(num_recycles + 1, recipe.num_draws))
+
+
+def stacked_draws(recipe: Recipe, features: Sequence[Features], num_samples: int) -> Features:
+    """Returns features with a leading sample axis, and behind it one for the draws where they differ.
+
+    Args:
+      recipe: that made the features.
+      features: the alignments of the first sample, of the second, and so on, equally many of each.
+      num_samples: at least 1.
+    """
+    num_draws, rest = divmod(len(features), num_samples)
+    assert num_draws >= 1, (len(features), num_samples)
+    assert rest == 0, (len(features), num_samples)
+    stacked = {}
+    for name in features[0]:
+        if recipe.resample_msa_in_recycling and name in RESAMPLED:
+            whole = torch.stack([draw[name] for draw in features])
+            stacked[name] = whole.unflatten(0, (num_samples, num_draws))
+        else:
+            stacked[name] = torch.stack([draw[name] for draw in features[::num_draws]])
+    return stacked
+
+
+def whole_sample(reader: SampleReader, sample: int, device: torch.device) -> Features:
+    """Reads a sample with the alignments of all iterations that a step may have.
+
+    Raises:
+      LoaderConfigError: a negative number.
+      SampleError: it could not be read.
+    """
+    recipe = reader.recipe
+    features = [
+        featurise(RawSample.of(reader.read(number)).to(device), recipe)
+        for number in draw_numbers(recipe, sample, recipe.max_recycles)
+    ]
+    return {name: tensor[0] for name, tensor in stacked_draws(recipe, features, 1).items()}
