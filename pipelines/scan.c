@@ -14,10 +14,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define TILE 8         /* rows that a query is taken through at a time */
+#define TILE 16        /* blocks have a multiple of so many rows; a kernel takes them ROWS at a time */
 #define MAX_LETTERS 32 /* different columns among the profiles of a batch */
 #define PAD 31         /* code after the end of a sequence; costs most in every table */
 #define MAX_LANES 64
+#define UNROLL _Pragma("GCC unroll 16")
 #define ALIGNED __attribute__((aligned(64)))
 #define EXPORT __attribute__((visibility("default")))
 
@@ -79,6 +80,7 @@ static inline vec_plain plain_look_up(table_plain t, const uint8_t *index) {
 #define NAME(x) plain_##x
 #define TARGET
 #define LANES 16
+#define ROWS 8
 #define VEC vec_plain
 #define TABLE32 table_plain
 #define LOAD(p) plain_load(p)
@@ -117,6 +119,7 @@ PAIR(512, __m512i)
 #define NAME(x) sse41_##x
 #define TARGET __attribute__((target("sse4.1")))
 #define LANES 16
+#define ROWS 8
 #define VEC __m128i
 #define TABLE32 table_128
 #define LOAD(p) _mm_loadu_si128((const __m128i *)(p))
@@ -138,6 +141,7 @@ PAIR(512, __m512i)
 #define NAME(x) avx2_##x
 #define TARGET __attribute__((target("avx2")))
 #define LANES 32
+#define ROWS 8
 #define VEC __m256i
 #define TABLE32 table_256
 #define LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
@@ -159,6 +163,7 @@ PAIR(512, __m512i)
 #define NAME(x) avx512_##x
 #define TARGET __attribute__((target("avx512f,avx512bw")))
 #define LANES 64
+#define ROWS 16
 #define VEC __m512i
 #define TABLE32 table_512
 #define LOAD(p) _mm512_loadu_si512((const void *)(p))
@@ -191,6 +196,7 @@ static inline uint8x16_t neon_max_i8(uint8x16_t a, uint8x16_t b) {
 #define NAME(x) neon_##x
 #define TARGET
 #define LANES 16
+#define ROWS 8
 #define VEC uint8x16_t
 #define TABLE32 uint8x16x2_t
 #define LOAD(p) vld1q_u8(p)

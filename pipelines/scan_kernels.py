@@ -27,7 +27,7 @@ NUM_CODES = 32
 PAD = 31
 MAX_LETTERS = 32
 # Blocks have a multiple of so many rows.
-TILE = 8
+TILE = 16
 
 # What the text of a sequence becomes besides codes: skipped, refused.
 SKIPPED, REFUSED = 64, 128
