@@ -12,13 +12,16 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines import scan
 from foldfeed.pipelines.errors import ToolNotFoundError, ToolTimeoutError
-from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, run_jackhmmer
+from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, JackhmmerRun, run_jackhmmer
 from foldfeed.pipelines.scan_database import ScanDatabase, open_database
 from foldfeed.pipelines.scan_kernels import best_kernel
 from foldfeed.pipelines.search_tool import SearchResult, ToolIdentity
@@ -90,25 +93,16 @@ class FastJackhmmer:
         started, started_cpu = time.monotonic(), time.thread_time()
         with tempfile.TemporaryDirectory(prefix="foldfeed-jackhmmer-") as name:
             folder = Path(name)
-            targets = folder / "targets"
-            with disk_full_is_typed(folder):
-                database = open_database(self.database)
-                write_survivors(
-                    sequence, database, targets, threads=self.cpus, check=lambda: self._check(started)
-                )
+            num_targets = self.write_candidates(sequence, folder / "targets", started)
             scanned_s, scanned_cpu_s = time.monotonic() - started, time.thread_time() - started_cpu
             self._check(started)
-            result = run_jackhmmer(
-                dataclasses.replace(self, timeout_s=self.timeout_s - scanned_s),
-                sequence,
-                folder=folder,
-                database=str(targets),
-                extra_flags=("-Z", str(database.num_records)),
+            found = run_on_candidates(
+                dataclasses.replace(self, timeout_s=self.timeout_s - scanned_s), sequence, folder, num_targets
             )
         usage = dataclasses.replace(
-            result.usage, wall_s=result.usage.wall_s + scanned_s, cpu_s=result.usage.cpu_s + scanned_cpu_s
+            found.usage, wall_s=found.usage.wall_s + scanned_s, cpu_s=found.usage.cpu_s + scanned_cpu_s
         )
-        return dataclasses.replace(result, usage=usage)
+        return dataclasses.replace(found, usage=usage)
 
     def write_candidates(self, sequence: str, path: Path, started: float) -> int:
         """Writes the targets that the first filter lets through, none where it lets none through.
@@ -123,10 +117,13 @@ class FastJackhmmer:
         Raises:
           SearchError, StorageFullError: as of `search`.
         """
-        with disk_full_is_typed(path.parent):
-            database = open_database(self.database)
-            _write_passing(sequence, database, path, threads=self.cpus, check=lambda: self._check(started))
-            return database.num_records
+        database = open_database(self.database)
+        (passing,) = passing_extents(
+            [_profile_of(sequence)], database, threads=self.cpus, check=lambda: self._check(started)
+        )
+        with disk_full_is_typed(path.parent), path.open("wb") as out:
+            database.copy_extents(passing, out)
+        return database.num_records
 
     def _check(self, started: float) -> None:
         raise_if_cancelled("the fast scan")
@@ -134,49 +131,58 @@ class FastJackhmmer:
             raise ToolTimeoutError(self.identity.name, self.timeout_s)
 
 
-def write_survivors(
-    sequence: str,
+def passing_extents(
+    profiles: Sequence[scan.FilterProfile],
     database: ScanDatabase,
-    path: Path,
     *,
     threads: int,
     check: Callable[[], None] = lambda: None,
-) -> int:
-    """Writes the targets that a query's first filter lets through, as they stand in the database.
+) -> list[NDArray[np.int64]]:
+    """Returns, for each query, where the records stand that its first filter lets through.
+
+    The database is read once for all of them, a chunk at a time.
 
     Args:
-      sequence: the query.
+      profiles: of the queries.
       database: to scan.
-      path: of the file to write.
       threads: of the scan.
       check: called before each chunk; raises to stop.
-    Returns:
-      How many. One target is written where none passes, because HMMER refuses an empty file; its filter
-      drops it.
+    Returns: for each query int64 (passing, 2), starts and ends of records in the file, in its order.
 
     Raises:
-      DatabaseError: the database is no FASTA file that HMMER reads.
+      UnreadableDatabaseError: the database is no FASTA file that HMMER reads, or not the same any more.
     """
-    number = _write_passing(sequence, database, path, threads=threads, check=check)
-    if number == 0:
-        chunk = next(iter(database.chunks()))
-        with path.open("wb") as out:
-            database.copy_records(chunk, chunk.order[-1:], out)
-    return number
+    found: list[list[NDArray[np.int64]]] = [[np.empty((0, 2), dtype=np.int64)] for _ in profiles]
+    for chunk in database.chunks():
+        check()
+        passing = scan.survivors(profiles, chunk, f1=F1, kernel=database.kernel, threads=threads)
+        for extents, one in zip(found, passing, strict=True):
+            extents.append(chunk.extents(one.records))
+    whole = [np.concatenate(extents) for extents in found]
+    # Chunks come in the order in which searches that run together read them.
+    return [extents[np.argsort(extents[:, 0])] for extents in whole]
 
 
-def _write_passing(
-    sequence: str, database: ScanDatabase, path: Path, *, threads: int, check: Callable[[], None]
-) -> int:
-    profile = _profile_of(sequence)
-    number = 0
-    with path.open("wb") as out:
-        for chunk in database.chunks():
-            check()
-            found = scan.survivors([profile], chunk, f1=F1, kernel=database.kernel, threads=threads)[0]
-            database.copy_records(chunk, found.records, out)
-            number += len(found.records)
-    return number
+def run_on_candidates(tool: JackhmmerRun, sequence: str, folder: Path, num_targets: int) -> SearchResult:
+    """Runs jackhmmer on the file ``targets`` of a folder as if it were the whole database.
+
+    Args:
+      tool: whose program, settings and identity.
+      sequence: the query.
+      folder: of the file, and for jackhmmer's own.
+      num_targets: of the whole database.
+    Raises:
+      SearchError: no usable result for this query.
+      StorageFullError: no space for the tool's files.
+    """
+    targets = folder / "targets"
+    if not targets.stat().st_size:
+        # HMMER refuses an empty file, and never reports a target without residues.
+        with disk_full_is_typed(folder):
+            targets.write_bytes(b">none\n")
+    return run_jackhmmer(
+        tool, sequence, folder=folder, database=str(targets), extra_flags=("-Z", str(num_targets))
+    )
 
 
 @functools.lru_cache(maxsize=32)

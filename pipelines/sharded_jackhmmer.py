@@ -35,13 +35,12 @@ from typing import BinaryIO
 
 from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines.errors import ToolOutputError
-from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
+from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, run_on_candidates
 from foldfeed.pipelines.jackhmmer import (
     FLAGS,
     NAME,
     Jackhmmer,
     read_table,
-    run_jackhmmer,
 )
 from foldfeed.pipelines.search_tool import QUERY_NAME, SearchResult, Shard, ToolIdentity
 from foldfeed.pipelines.subprocess_runner import (
@@ -165,16 +164,7 @@ class ShardedJackhmmer:
             with disk_full_is_typed(folder), (folder / "targets").open("wb") as out:
                 for one in candidates:
                     out.write(one.alignment)
-                if not any(one.alignment for one in candidates):
-                    # HMMER refuses an empty file, and never reports a target without residues.
-                    out.write(b">none\n")
-            found = run_jackhmmer(
-                self._as_plain(),
-                sequence,
-                folder=folder,
-                database=str(folder / "targets"),
-                extra_flags=("-Z", str(num_targets)),
-            )
+            found = run_on_candidates(self._as_plain(), sequence, folder, num_targets)
         return dataclasses.replace(found, usage=_total([*costs, found.usage]))
 
     def _as_plain(self) -> Jackhmmer:
