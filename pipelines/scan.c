@@ -5,8 +5,11 @@
    fail return a negative number. Every pointer is to memory of the caller, who keeps the sizes that scan_kernels.py
    states. */
 
+/* Without Python for a test on another processor (tests/kernels_agree.c). */
+#ifndef FOLDFEED_WITHOUT_PYTHON
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#endif
 
 #include <math.h>
 #include <stddef.h>
@@ -385,6 +388,8 @@ EXPORT void foldfeed_gather(const uint8_t *from, const int64_t *from_offsets, co
     }
 }
 
+#ifndef FOLDFEED_WITHOUT_PYTHON
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_scan", NULL, -1, NULL, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__scan(void) { return PyModule_Create(&definition); }
+#endif

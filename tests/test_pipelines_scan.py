@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,6 +202,26 @@ def test_a_target_that_hmmer_refuses_is_left_to_hmmer(tmp_path):
 @pytest.mark.parametrize("kernel", USABLE, ids=lambda kernel: kernel.name)
 def test_kernels_agree_with_plain_c(kernel):
     check_kernel(kernel)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+def test_kernels_stay_within_their_memory(tmp_path):
+    """The same comparison in C, where every access outside a buffer and every undefined step is an error."""
+    program = tmp_path / "kernels_agree"
+    source = Path(__file__).parent / "kernels_agree.c"
+    flags = (
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    )
+    subprocess.run(["gcc", *flags, str(source), "-o", str(program), "-lm"], check=True, timeout=120)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    words = [kernel.name for kernel in USABLE if kernel.name != "plain"]
+    assert done.stdout.startswith(" ".join([*words, "against plain C: 0 of"]))
 
 
 def test_a_kernel_with_other_scores_is_refused(monkeypatch):

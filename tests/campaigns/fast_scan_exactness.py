@@ -1,4 +1,4 @@
-"""Real queries against 200,000 targets: is the fast engine's answer jackhmmer's, byte for byte, in any shards?
+"""Real queries in 200,000 targets: is the fast engine's answer jackhmmer's, byte for byte, in any shards?
 
 Targets are all real sequences of the test data in a drawn order, filled up with shuffled ones, and some of 5
 to 35,000 residues; queries are drawn from the real ones, odd ones follow (titin, one letter, X runs, repeats,
