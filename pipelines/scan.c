@@ -315,6 +315,8 @@ EXPORT void foldfeed_length_costs(const int64_t *lengths, int64_t number, float 
     }
 }
 
+#define IS_SPACE(c) ((c) == ' ' || ((c) >= '\t' && (c) <= '\r'))
+
 enum { FAULT_START = -1, FAULT_NAME = -2, FAULT_RESIDUE = -3 };
 
 /* Residue codes of FASTA text, read as HMMER reads it.
@@ -325,7 +327,6 @@ enum { FAULT_START = -1, FAULT_NAME = -2, FAULT_RESIDUE = -3 };
 EXPORT int64_t foldfeed_digitise(const uint8_t *text, int64_t size, const uint8_t *map, uint8_t *codes,
                                  int64_t *record_starts, int64_t *code_starts, int64_t *fault) {
     int64_t at = 0, num_codes = 0, records = 0;
-#define IS_SPACE(c) ((c) == ' ' || ((c) >= '\t' && (c) <= '\r'))
     while (at < size && IS_SPACE(text[at])) at++;
     while (at < size) {
         *fault = at;
@@ -345,7 +346,6 @@ EXPORT int64_t foldfeed_digitise(const uint8_t *text, int64_t size, const uint8_
             }
         }
     }
-#undef IS_SPACE
     record_starts[records] = size;
     code_starts[records] = num_codes;
     return records;
@@ -354,6 +354,60 @@ EXPORT int64_t foldfeed_digitise(const uint8_t *text, int64_t size, const uint8_
 EXPORT int64_t foldfeed_count_byte(const uint8_t *text, int64_t size, int byte) {
     int64_t number = 0;
     for (int64_t i = 0; i < size; i++) number += text[i] == byte;
+    return number;
+}
+
+/* Compares a name with one of the sorted list: as Python compares bytes. */
+static int compare_names(const uint8_t *a, int64_t a_size, const uint8_t *b, int64_t b_size) {
+    int order = memcmp(a, b, (size_t)(a_size < b_size ? a_size : b_size));
+    return order ? order : (a_size > b_size) - (a_size < b_size);
+}
+
+/* Place of a name in a sorted list, -1 where it is not in it. */
+static int64_t place_of(const uint8_t *name, int64_t size, const uint8_t *names, const int64_t *starts,
+                        int64_t number) {
+    int64_t low = 0, high = number;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        int order = compare_names(names + starts[middle], starts[middle + 1] - starts[middle], name, size);
+        if (order == 0) return middle;
+        if (order < 0) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return -1;
+}
+
+static int64_t find_byte(const uint8_t *text, int64_t from, int64_t to, int byte) {
+    const uint8_t *found = from < to ? memchr(text + from, byte, (size_t)(to - from)) : NULL;
+    return found == NULL ? to : found - text;
+}
+
+/* Records of FASTA text that have one of some sorted names: start, end and place of the name of each to `found`,
+   which has room for max_found. Text that is not the `ended` file's last may end within a record, which is left
+   out. Returns how many; *resume is where the first record starts that was not looked at, or the end. */
+EXPORT int64_t foldfeed_find_named(const uint8_t *text, int64_t size, int ended, const uint8_t *names,
+                                   const int64_t *name_starts, int64_t num_names, int64_t *found,
+                                   int64_t max_found, int64_t *resume) {
+    int64_t number = 0, at = find_byte(text, 0, size, '>');
+    while (at < size && number < max_found) {
+        int64_t header_end = find_byte(text, at, size, '\n');
+        header_end = find_byte(text, at, header_end, '\r');
+        int64_t following = find_byte(text, header_end, size, '>');
+        if (following == size && !ended) break;
+        int64_t name = at + 1, name_end;
+        while (name < header_end && IS_SPACE(text[name])) name++;
+        for (name_end = name; name_end < header_end && !IS_SPACE(text[name_end]);) name_end++;
+        int64_t place = name < name_end ? place_of(text + name, name_end - name, names, name_starts, num_names) : -1;
+        if (place >= 0) {
+            int64_t *one = found + 3 * number++;
+            one[0] = at, one[1] = following, one[2] = place;
+        }
+        at = following;
+    }
+    *resume = at;
     return number;
 }
 

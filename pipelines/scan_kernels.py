@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ def _library() -> ctypes.CDLL:
         )
     library = ctypes.CDLL(path)
     library.foldfeed_kernel.restype = ctypes.c_char_p
-    for name in ("digitise", "count_byte"):
+    for name in ("digitise", "count_byte", "find_named"):
         getattr(library, f"foldfeed_{name}").restype = ctypes.c_int64
     return library
 
@@ -191,6 +192,43 @@ def digitise(
         raise ValueError(FAULTS[records], fault.value)
     code_starts = code_starts[: records + 1].copy()
     return codes[: code_starts[-1]], record_starts[: records + 1].copy(), code_starts
+
+
+# Records that one call gives back at most; a call more finds the others.
+_FOUND_AT_ONCE = 65_536
+
+
+def find_named(text: bytes, wanted: Sequence[bytes], ended: bool) -> tuple[list[tuple[int, int, int]], int]:
+    """Returns the records of FASTA text that have one of some names.
+
+    Args:
+      text: from the start of a record, or what stands before the first.
+      wanted: names, sorted.
+      ended: whether the file ends here; else the last record may be cut and is left out.
+    Returns: start, end and place in `wanted` of each record; where the first starts that was left out.
+    """
+    names = np.frombuffer(b"".join(wanted) or b"\0", dtype=np.uint8)
+    starts = np.concatenate([[0], np.cumsum([len(name) for name in wanted])]).astype(np.int64)
+    data = np.frombuffer(text or b"\0", dtype=np.uint8)
+    room = np.empty((min(_FOUND_AT_ONCE, text.count(b">") + 1), 3), dtype=np.int64)
+    found: list[tuple[int, int, int]] = []
+    at, resume = 0, ctypes.c_int64()
+    while True:
+        number = _library().foldfeed_find_named(
+            _pointer(data[at:], np.uint8),
+            ctypes.c_int64(len(text) - at),
+            ctypes.c_int(ended),
+            _pointer(names, np.uint8),
+            _pointer(starts, np.int64),
+            ctypes.c_int64(len(wanted)),
+            _pointer(room, np.int64),
+            ctypes.c_int64(len(room)),
+            ctypes.byref(resume),
+        )
+        found += [(at + start, at + end, place) for start, end, place in room[:number].tolist()]
+        at += resume.value
+        if number < len(room):
+            return found, at
 
 
 def pack(codes: NDArray[np.uint8], starts: NDArray[np.int64], order: NDArray[np.int64], lanes: int) -> Blocks:

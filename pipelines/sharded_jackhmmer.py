@@ -25,13 +25,11 @@ It holds for one iteration (``-N 1``) only: with more, the profile depends on al
 from __future__ import annotations
 
 import dataclasses
-import mmap
 import re
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines.errors import ToolOutputError
@@ -42,13 +40,9 @@ from foldfeed.pipelines.jackhmmer import (
     Jackhmmer,
     read_table,
 )
+from foldfeed.pipelines.scan_names import copy_named
 from foldfeed.pipelines.search_tool import QUERY_NAME, SearchResult, Shard, ToolIdentity
-from foldfeed.pipelines.subprocess_runner import (
-    Usage,
-    raise_if_cancelled,
-    require_success,
-    run_program,
-)
+from foldfeed.pipelines.subprocess_runner import Usage, require_success, run_program
 
 # Part of the identity of answers and of candidates; raise it when either may become others.
 JOIN_VERSION = 1
@@ -60,7 +54,6 @@ SCAN_FLAGS = tuple(
 _TARGETS = re.compile(rb"^Target sequences?:\s+(\d+)\s", re.MULTILINE)
 # The line stands at the report's end; what is before grows with the hits.
 _REPORT_END_BYTES = 8192
-_RECORDS_BETWEEN_CHECKS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,47 +215,6 @@ class ShardedJackhmmer:
             wall_s=done.usage.wall_s + time.monotonic() - started,
             cpu_s=done.usage.cpu_s + time.thread_time() - started_cpu,
         )
-
-
-def copy_named(path: str, names: Collection[bytes], out: BinaryIO) -> set[bytes]:
-    """Writes the records of a FASTA file that have one of some names, in the file's order.
-
-    Records are HMMER's: one begins at any '>' that stands behind the end of a header, which is the first line
-    feed or carriage return. Of records that share a name all are written: more candidates than needed change
-    nothing.
-
-    Args:
-      path: of the file.
-      names: first words of headers.
-      out: open for writing.
-    Returns: the names that were found.
-
-    Raises:
-      CancelledError: the run was stopped.
-    """
-    found: set[bytes] = set()
-    if not names:
-        return found
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        start = text.find(b">")
-        number = 0
-        while start >= 0:
-            number += 1
-            if number % _RECORDS_BETWEEN_CHECKS == 0:
-                raise_if_cancelled("the copy of candidates")
-            line_end = text.find(b"\n", start)
-            header_end = line_end if line_end >= 0 else len(text)
-            # Looked for in the header alone: in a file without carriage returns it would be far.
-            carriage = text.find(b"\r", start, header_end)
-            header_end = carriage if carriage >= 0 else header_end
-            following = text.find(b">", header_end)
-            header = text[start + 1 : header_end].split(maxsplit=1)
-            if header and header[0] in names:
-                found.add(header[0])
-                record = text[start : following if following >= 0 else len(text)]
-                out.write(record if record.endswith((b"\n", b"\r")) else record + b"\n")
-            start = following
-    return found
 
 
 def _num_targets(report: Path) -> int:
