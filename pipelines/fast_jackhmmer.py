@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,45 +91,70 @@ class FastJackhmmer:
 
     def search(self, sequence: str) -> SearchResult:
         """Searches one sequence; see `foldfeed.pipelines.search_tool.SearchTool`."""
-        started, started_cpu = time.monotonic(), time.thread_time()
+        started, started_cpu = time.monotonic(), scan.thread_seconds()
         with tempfile.TemporaryDirectory(prefix="foldfeed-jackhmmer-") as name:
             folder = Path(name)
-            num_targets = self.write_candidates(sequence, folder / "targets", started)
-            scanned_s, scanned_cpu_s = time.monotonic() - started, time.thread_time() - started_cpu
-            self._check(started)
+            candidates = self.candidates([sequence])
+            with disk_full_is_typed(folder), (folder / "targets").open("wb") as out:
+                candidates.copy(0, out)
+            scanned_s, scanned_cpu_s = time.monotonic() - started, scan.thread_seconds() - started_cpu
+            self._check(started, self.timeout_s)
             found = run_on_candidates(
-                dataclasses.replace(self, timeout_s=self.timeout_s - scanned_s), sequence, folder, num_targets
+                dataclasses.replace(self, timeout_s=self.timeout_s - scanned_s),
+                sequence,
+                folder,
+                candidates.num_targets,
             )
         usage = dataclasses.replace(
             found.usage, wall_s=found.usage.wall_s + scanned_s, cpu_s=found.usage.cpu_s + scanned_cpu_s
         )
         return dataclasses.replace(found, usage=usage)
 
-    def write_candidates(self, sequence: str, path: Path, started: float) -> int:
-        """Writes the targets that the first filter lets through, none where it lets none through.
+    def candidates(self, sequences: Sequence[str]) -> Candidates:
+        """Returns which targets the first filter lets through for some queries; the database is read once.
 
-        Args:
-          sequence: the query.
-          path: of the file to write.
-          started: when the time limit began, `time.monotonic`.
-        Returns:
-          How many targets the database has.
+        The time limit is that of one search times the number of queries.
 
         Raises:
-          SearchError, StorageFullError: as of `search`.
+          UnreadableDatabaseError: the database is no FASTA file that HMMER reads, or changed meanwhile.
+          ToolTimeoutError: it took too long.
+          CancelledError: the run was stopped.
         """
+        started, limit_s = time.monotonic(), self.timeout_s * len(sequences)
         database = open_database(self.database)
-        (passing,) = passing_extents(
-            [_profile_of(sequence)], database, threads=self.cpus, check=lambda: self._check(started)
+        profiles = [_profile_of(sequence) for sequence in sequences]
+        extents = passing_extents(
+            profiles, database, threads=self.cpus, check=lambda: self._check(started, limit_s)
         )
-        with disk_full_is_typed(path.parent), path.open("wb") as out:
-            database.copy_extents(passing, out)
-        return database.num_records
+        return Candidates(database=database, num_targets=database.num_records, extents=tuple(extents))
 
-    def _check(self, started: float) -> None:
+    def _check(self, started: float, limit_s: float) -> None:
         raise_if_cancelled("the fast scan")
-        if time.monotonic() - started >= self.timeout_s:
-            raise ToolTimeoutError(self.identity.name, self.timeout_s)
+        if time.monotonic() - started >= limit_s:
+            raise ToolTimeoutError(self.identity.name, limit_s)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """Targets of one database that the first filter lets through for some queries.
+
+    Attributes:
+      database: where they are.
+      num_targets: of the whole database, HMMER's Z.
+      extents: of each query, int64 (passing, 2), where they start and end, in the file's order.
+    """
+
+    database: ScanDatabase
+    num_targets: int
+    extents: tuple[NDArray[np.int64], ...]
+
+    def copy(self, query: int, out: BinaryIO) -> None:
+        """Writes the records that are one query's candidates, as they stand in the database.
+
+        Raises:
+          UnreadableDatabaseError: the file is not what it was when it was scanned.
+        """
+        self.database.copy_extents(self.extents[query], out)
 
 
 def passing_extents(

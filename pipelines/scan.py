@@ -48,6 +48,7 @@ import dataclasses
 import functools
 import math
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -242,15 +243,22 @@ def best_cells(
     cuts = np.searchsorted(rows, np.linspace(0, rows[-1] if len(rows) else 0, threads + 1)[1:-1])
     ends = [0, *(int(cut) for cut in cuts), len(blocks)]
 
-    def scan(part: int) -> None:
+    def scan(part: int) -> float:
+        started = time.thread_time()
         scan_kernels.ssv(kernel, blocks, table, codes, starts, first=ends[part], last=ends[part + 1], out=out)
+        return time.thread_time() - started
 
     if threads == 1:
         scan(0)
     else:
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            list(pool.map(scan, range(threads)))
+            _local.helped_s = getattr(_local, "helped_s", 0.0) + sum(pool.map(scan, range(threads)))
     return out
+
+
+def thread_seconds() -> float:
+    """Returns CPU seconds of this thread and of those that scanned for it."""
+    return time.thread_time() + getattr(_local, "helped_s", 0.0)
 
 
 def _passing(

@@ -2,8 +2,8 @@
 
 Owns how the candidates of a shard get out of it. Does not own which names are candidates
 (`sharded_jackhmmer`). The file is read in blocks; a compiled function finds the records, or, where foldfeed
-was installed without a C compiler, the same in Python, with the lock held. Invariant: records are HMMER's: one begins
-at any '>' that stands behind the end of a header, which is the first line feed or carriage return.
+was installed without a C compiler, the same in Python, with the lock held. Invariant: records are HMMER's:
+one begins at any '>' that stands behind the end of a header, which is the first line feed or carriage return.
 """
 
 from __future__ import annotations

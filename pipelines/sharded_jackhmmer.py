@@ -25,10 +25,11 @@ It holds for one iteration (``-N 1``) only: with more, the profile depends on al
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from foldfeed.feature_store.storage import disk_full_is_typed
@@ -40,6 +41,7 @@ from foldfeed.pipelines.jackhmmer import (
     Jackhmmer,
     read_table,
 )
+from foldfeed.pipelines.scan import thread_seconds
 from foldfeed.pipelines.scan_names import copy_named
 from foldfeed.pipelines.search_tool import QUERY_NAME, SearchResult, Shard, ToolIdentity
 from foldfeed.pipelines.subprocess_runner import Usage, require_success, run_program
@@ -116,28 +118,40 @@ class ShardedJackhmmer:
         return self.join(sequence, [self.scan(sequence, number) for number in range(len(self.shards))])
 
     def scan(self, sequence: str, number: int) -> SearchResult:
-        """Returns the candidates of one shard.
+        """Returns the candidates of one shard; see `scan_many`."""
+        (found,) = self.scan_many([sequence], number)
+        return found
 
-        Returns: the text of their FASTA records as the alignment; the shard's number of targets as the table.
+    def scan_many(self, sequences: Sequence[str], number: int) -> Iterator[SearchResult]:
+        """Yields the candidates of some queries in one shard, in their order.
+
+        Behind the fast scan the shard is read once for all of them, and the text of one query's candidates
+        is in memory at a time.
+
+        Returns: the text of FASTA records as the alignment; the shard's number of targets as the table.
 
         Raises:
-          SearchError: no usable result for this query.
+          SearchError: no usable result; of a fast scan, for all that are still to come.
           StorageFullError: no space for the tool's files.
         """
         path = self.shards[number].path
-        with tempfile.TemporaryDirectory(prefix="foldfeed-jackhmmer-") as name:
-            folder = Path(name)
-            if self.fast:
-                num_targets, usage = self._scan_fast(sequence, path, folder)
-            else:
-                num_targets, usage = self._scan_binary(sequence, path, folder)
-            return SearchResult(
-                tool=self.scan_identity,
-                format="fasta",
-                alignment=(folder / "candidates").read_bytes(),
-                table=f"{num_targets}\n".encode(),
-                usage=usage,
-            )
+        if self.fast:
+            yield from self._scan_fast(sequences, path)
+            return
+        for sequence in sequences:
+            with tempfile.TemporaryDirectory(prefix="foldfeed-jackhmmer-") as name:
+                num_targets, usage = self._scan_binary(sequence, path, Path(name))
+                found = (Path(name) / "candidates").read_bytes()
+            yield self._found(found, num_targets, usage)
+
+    def _found(self, candidates: bytes, num_targets: int, usage: Usage) -> SearchResult:
+        return SearchResult(
+            tool=self.scan_identity,
+            format="fasta",
+            alignment=candidates,
+            table=f"{num_targets}\n".encode(),
+            usage=usage,
+        )
 
     def join(self, sequence: str, candidates: Sequence[SearchResult]) -> SearchResult:
         """Returns the answer of the whole database.
@@ -179,13 +193,19 @@ class ShardedJackhmmer:
             timeout_s=self.timeout_s,
         )
 
-    def _scan_fast(self, sequence: str, path: str, folder: Path) -> tuple[int, Usage]:
-        started, started_cpu = time.monotonic(), time.thread_time()
-        num_targets = self._as_fast(path).write_candidates(sequence, folder / "candidates", started)
+    def _scan_fast(self, sequences: Sequence[str], path: str) -> Iterator[SearchResult]:
+        started, started_cpu = time.monotonic(), thread_seconds()
+        candidates = self._as_fast(path).candidates(sequences)
+        # Of a scan for several queries each has its share.
         cost = Usage(
-            wall_s=time.monotonic() - started, cpu_s=time.thread_time() - started_cpu, max_rss_bytes=0
+            wall_s=(time.monotonic() - started) / len(sequences),
+            cpu_s=(thread_seconds() - started_cpu) / len(sequences),
+            max_rss_bytes=0,
         )
-        return num_targets, cost
+        for query in range(len(sequences)):
+            text = io.BytesIO()
+            candidates.copy(query, text)
+            yield self._found(text.getvalue(), candidates.num_targets, cost)
 
     def _scan_binary(self, sequence: str, path: str, folder: Path) -> tuple[int, Usage]:
         paths = {key: folder / key for key in ("query", "report", "table")}

@@ -340,12 +340,13 @@ def test_damaged_and_missing_candidates_are_searched_again(tmp_path, shards):
 
 @pytest.mark.external_tool
 @needs_hmmer
-def test_a_shard_that_cannot_be_searched_fails_its_records_and_names_itself(tmp_path, shards):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_shard_that_cannot_be_searched_fails_its_records_and_names_itself(tmp_path, shards, engine):
     queries = write_fasta(tmp_path / "q.fasta", globins(2))
     text = shards[1].read_text()
     shards[1].write_text(text + ">broken\nAC7\n")
     small = write_fasta(tmp_path / "small.fasta", globins(4))
-    config = config_of(tmp_path, queries, [names_of(shards), f"mgnify={small}"])
+    config = config_of(tmp_path, queries, [names_of(shards), f"mgnify={small}"], engine=engine)
     with pytest.raises(Exception, match="no record could be built") as caught:
         run_build(config)
     assert "uniref90" in str(caught.value)
