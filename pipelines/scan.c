@@ -411,17 +411,56 @@ EXPORT int64_t foldfeed_find_named(const uint8_t *text, int64_t size, int ended,
     return number;
 }
 
+/* Swaps the bits of `a` above `shift` that `mask` names with those of `b`. */
+#define SWAP_BITS(a, b, shift, mask)                     \
+    do {                                                 \
+        uint64_t change = (((a) >> (shift)) ^ (b)) & (mask); \
+        (b) ^= change;                                   \
+        (a) ^= change << (shift);                        \
+    } while (0)
+
+/* Eight residues of eight targets: residue `row` of target `lane` becomes to[row * lanes + lane]. */
+static inline void transpose_8x8(const uint8_t *const from[8], int64_t at, uint8_t *to, int lanes) {
+    uint64_t x[8];
+    for (int lane = 0; lane < 8; lane++) memcpy(&x[lane], from[lane] + at, 8);
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    for (int i = 0; i < 4; i++) SWAP_BITS(x[i], x[i + 4], 32, 0x00000000ffffffffu);
+    for (int i = 0; i < 6; i += i == 1 ? 3 : 1) SWAP_BITS(x[i], x[i + 2], 16, 0x0000ffff0000ffffu);
+    for (int i = 0; i < 8; i += 2) SWAP_BITS(x[i], x[i + 1], 8, 0x00ff00ff00ff00ffu);
+    for (int row = 0; row < 8; row++) memcpy(to + (at + row) * lanes, &x[row], 8);
+#else
+    for (int row = 0; row < 8; row++) {
+        for (int lane = 0; lane < 8; lane++) to[(at + row) * lanes + lane] = from[lane][at + row];
+    }
+#endif
+}
+
+/* Puts eight sequences side by side, from the given lane on. */
+static void pack_eight(const uint8_t *const from[8], const int64_t length[8], int lanes, uint8_t *to) {
+    int64_t common = length[0];
+    for (int lane = 1; lane < 8; lane++) common = length[lane] < common ? length[lane] : common;
+    common -= common % 8;
+    for (int64_t at = 0; at < common; at += 8) transpose_8x8(from, at, to, lanes);
+    for (int lane = 0; lane < 8; lane++) {
+        for (int64_t row = common; row < length[lane]; row++) to[row * lanes + lane] = from[lane][row];
+    }
+}
+
 /* Puts sequences side by side: target order[i] becomes lane i % lanes of block i / lanes. */
 EXPORT void foldfeed_pack(const uint8_t *codes, const int64_t *code_starts, const int64_t *order, int64_t number,
                           int lanes, const int64_t *offsets, const int32_t *rows, uint8_t *out) {
     for (int64_t block = 0; block * lanes < number; block++) {
         uint8_t *to = out + offsets[block];
         memset(to, PAD, (size_t)rows[block] * lanes);
-        for (int lane = 0; lane < lanes && block * lanes + lane < number; lane++) {
-            int64_t target = order[block * lanes + lane];
-            const uint8_t *from = codes + code_starts[target];
-            int64_t length = code_starts[target + 1] - code_starts[target];
-            for (int64_t row = 0; row < length; row++) to[row * lanes + lane] = from[row];
+        for (int lane = 0; lane < lanes; lane += 8) {
+            const uint8_t *from[8];
+            int64_t length[8];
+            for (int i = 0; i < 8; i++) {
+                int64_t place = block * lanes + lane + i, target = place < number ? order[place] : order[0];
+                from[i] = codes + code_starts[target];
+                length[i] = place < number ? code_starts[target + 1] - code_starts[target] : 0;
+            }
+            pack_eight(from, length, lanes, to + lane);
         }
     }
 }

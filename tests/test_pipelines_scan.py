@@ -237,6 +237,18 @@ def test_a_kernel_with_other_scores_is_refused(monkeypatch):
         check_kernel(USABLE[-1])
 
 
+def test_the_fastest_kernel_is_taken_whatever_its_width(monkeypatch):
+    assert all(scan_kernels.seconds_per_cell(kernel) > 0 for kernel in USABLE)
+    for slow in USABLE[-2:]:
+        monkeypatch.setattr(scan_kernels, "seconds_per_cell", lambda kernel, slow=slow: kernel == slow)
+        scan_kernels.best_kernel.cache_clear()
+        chosen = best_kernel()
+        assert chosen.name != "plain"
+        assert chosen in USABLE[-2:]
+        assert chosen != slow or len(USABLE) < 3
+    scan_kernels.best_kernel.cache_clear()
+
+
 def test_a_score_may_not_cross_the_end_of_a_sequence(tmp_path):
     write_targets(tmp_path / "t.fasta", ["MKTAYIAK"])
     (chunk,) = ScanDatabase(str(tmp_path / "t.fasta"), best_kernel()).chunks()
