@@ -122,6 +122,10 @@ class ScanDatabase:
         """
         return self._passes.chunks()
 
+    def forget(self) -> None:
+        """Lets go of what is in memory; the next search reads the file again."""
+        self._passes.forget()
+
     def copy_extents(self, extents: NDArray[np.int64], out: BinaryIO) -> None:
         """Writes the text of records, byte for byte; a line end is added to the last where it has none.
 
