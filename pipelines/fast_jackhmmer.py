@@ -25,6 +25,7 @@ from foldfeed.pipelines.errors import ToolNotFoundError, ToolTimeoutError
 from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, JackhmmerRun, run_jackhmmer
 from foldfeed.pipelines.scan_database import ScanDatabase, open_database
 from foldfeed.pipelines.scan_kernels import best_kernel
+from foldfeed.pipelines.scan_memory import describe_room
 from foldfeed.pipelines.search_tool import SearchResult, ToolIdentity
 from foldfeed.pipelines.subprocess_runner import raise_if_cancelled
 
@@ -86,8 +87,8 @@ class FastJackhmmer:
         return None
 
     def describe_scan(self) -> str:
-        """Returns kernel and libraries of the scan in words."""
-        return f"the fast scan ({best_kernel().name} kernel, profiles by pyhmmer {scan.pyhmmer_version()})"
+        """Returns kernel and libraries of the scan in words, and where the database has no room in memory."""
+        return describe_scan([self.database])
 
     def search(self, sequence: str) -> SearchResult:
         """Searches one sequence; see `foldfeed.pipelines.search_tool.SearchTool`."""
@@ -155,6 +156,12 @@ class Candidates:
           UnreadableDatabaseError: the file is not what it was when it was scanned.
         """
         self.database.copy_extents(self.extents[query], out)
+
+
+def describe_scan(paths: Sequence[str]) -> str:
+    """Returns `FastJackhmmer.describe_scan` of a database of several files."""
+    libraries = f"{best_kernel().name} kernel, profiles by pyhmmer {scan.pyhmmer_version()}"
+    return f"the fast scan ({libraries}{describe_room(paths)})"
 
 
 def passing_extents(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -145,6 +145,17 @@ _RESIDENT = _Resident()
 def limit_bytes() -> float:
     """Returns how much of this machine's memory databases may take together."""
     return RESIDENT_SHARE * _memory_bytes()
+
+
+def describe_room(paths: Sequence[str]) -> str:
+    """Returns what a person should know of databases that do not stay in memory; "" where they do."""
+    size, limit = sum(map(os.path.getsize, paths)), limit_bytes()
+    if size <= limit:
+        return ""
+    return (
+        f"; its {size / 1e9:.3g} GB do not stay in memory here ({limit / 1e9:.3g} GB of this machine's may "
+        "be used), so its files are read again, once for the searches that run together"
+    )
 
 
 def _memory_bytes() -> int:

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines.errors import ToolOutputError
-from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, run_on_candidates
+from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, describe_scan, run_on_candidates
 from foldfeed.pipelines.jackhmmer import (
     FLAGS,
     NAME,
@@ -182,7 +182,7 @@ class ShardedJackhmmer:
 
     def describe_scan(self) -> str | None:
         """Returns kernel and libraries of the fast scan in words; None without it."""
-        return self._as_fast(self.shards[0].path).describe_scan() if self.fast else None
+        return describe_scan([shard.path for shard in self.shards]) if self.fast else None
 
     def _as_fast(self, path: str) -> FastJackhmmer:
         return FastJackhmmer(

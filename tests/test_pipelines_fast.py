@@ -303,6 +303,18 @@ def test_a_build_with_the_fast_engine_makes_the_same_store(tmp_path):
     assert sum("{scan 1:database}" in text for text in receipts) == 4
 
 
+def test_a_database_without_room_in_memory_is_searched_all_the_same_and_said(tmp_path, monkeypatch):
+    database = write_fasta(tmp_path / "t.fasta", globins(9))
+    query = next(iter(globins(1).values()))
+    plain, fast = both(database)
+    assert "memory" not in fast.describe_scan()
+    monkeypatch.setattr(scan_memory, "RESIDENT_SHARE", 0.0)
+    assert re.search(r"its [\d.e-]+ GB do not stay in memory here \(0 GB of", fast.describe_scan())
+    found = fast.search(query)
+    assert found.alignment == plain.search(query).alignment
+    assert open_database(str(database))._passes.num_kept == 0
+
+
 def test_an_unknown_engine_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="auto, binary, fast"):
         config_of(tmp_path, tmp_path / "q.fasta", ["a=b"], engine="quick")
