@@ -20,7 +20,9 @@ Why the result is JackHMMER's own
    passed already (MSV can only be higher). A cell of 0 or more in signed bytes means HMMER's overflow, a
    pass, or MSV decides.
 3. Profile, bias, costs, mu and lambda come from HMMER's own code (pyhmmer's builder with jackhmmer's
-   defaults: BLOSUM62, popen 0.02, pextend 0.4, seed 42), unpacked from its vectors. Null model, P-value and
+   defaults: BLOSUM62, popen 0.02, pextend 0.4, seed 42), unpacked from its vectors. Only the simulations for
+   the later filters are shorter than jackhmmer's: they come after that for MSV, from the same generator, and
+   nothing here rests on them (jackhmmer makes its own on what passes). Null model, P-value and
    length cost follow HMMER's formulas in its precisions; because libraries' logarithms may differ in the
    last bit, a target passes already `SAFETY_BITS` below the threshold. Scores are multiples of 1/3 bit, so
    this lets hardly any more through, and more is harmless by 1.
@@ -32,10 +34,11 @@ longest name (of 20 letters or more) in a list that also holds targets it will n
 E-value was good enough against the targets read so far. The result is that of jackhmmer with ``-Z``, byte
 for byte, and that of jackhmmer without ``-Z`` word for word.
 
-Where it is no faster: few targets (starting jackhmmer and calibrating a profile, twice, takes 0.05 s and
-more); queries whose homologs are a large part of the database, or low-complexity queries that pass
-thousands by chance (the survivors cost what they cost); more than one iteration, which it does not do;
-databases larger than memory with one query at a time, where reading the file takes as long as scanning it.
+Where it is no faster: few targets (starting jackhmmer and calibrating a profile takes 0.03 s and more, with
+nothing to search too); queries whose homologs are a large part of the database, or low-complexity queries
+that pass thousands by chance (the survivors cost what they cost); more than one iteration, which it does not
+do. A database without room in memory is read again for every batch of queries, which costs about as much as
+scanning it for one or two of them (`scan_memory`; bench/README.md has the numbers).
 
 Source: Eddy 2011, PLoS Comput Biol 7:e1002195 (MSV, P-values); comments of HMMER 3.3.2
 ``impl_sse/ssvfilter.c`` (Knudsen) and ``msvfilter.c``; user guide of HMMER 3.
