@@ -3,10 +3,9 @@
 Targets are all real sequences of the test data in a drawn order, filled up with shuffled ones, and some of 5
 to 35,000 residues; queries are drawn from the real ones, odd ones follow (of titin's length, one letter, X
 runs, repeats, 10 residues). Each is searched by stock jackhmmer and by the fast engine in the whole file and
-in 7 and 64 files. Alignments must be equal byte for byte, tables word for word; the fast scan must let pass as
-many targets as HMMER says that its own first filter did, and at most 10 % more. Every answer is noted as it
-comes (WORK/*.jsonl), so the command can be stopped and run again: it goes on, and jackhmmer's part is kept
-over commits.
+in 7 and 64 files. Alignments must be equal byte for byte, tables word for word; as many targets must pass as
+HMMER says of its own first filter, and at most 10 % more. Every answer is noted as it comes (WORK/*.jsonl):
+the command can be stopped and run again, and goes on; jackhmmer's part is kept over commits.
 
     nice -n 19 python tests/campaigns/fast_scan_exactness.py --data DATA --work WORK --seconds 3600
 """
