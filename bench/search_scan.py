@@ -27,8 +27,9 @@ from rows import emit
 from foldfeed.pipelines import scan, scan_database, scan_memory
 from foldfeed.pipelines.fast_jackhmmer import F1, FastJackhmmer, forget_profiles, passing_extents
 from foldfeed.pipelines.jackhmmer import Jackhmmer
+from foldfeed.pipelines.scan_choice import best_kernel
 from foldfeed.pipelines.scan_database import ScanDatabase, open_database
-from foldfeed.pipelines.scan_kernels import Kernel, best_kernel, kernels
+from foldfeed.pipelines.scan_kernels import Kernel, kernels
 from foldfeed.pipelines.search_speed import cpu_seconds
 
 # Roughly Swiss-Prot's, percent.

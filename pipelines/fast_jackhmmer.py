@@ -23,8 +23,8 @@ from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines import scan
 from foldfeed.pipelines.errors import ToolNotFoundError, ToolTimeoutError
 from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, JackhmmerRun, run_jackhmmer
+from foldfeed.pipelines.scan_choice import best_kernel
 from foldfeed.pipelines.scan_database import ScanDatabase, open_database
-from foldfeed.pipelines.scan_kernels import best_kernel
 from foldfeed.pipelines.scan_memory import describe_room
 from foldfeed.pipelines.search_tool import SearchResult, ToolIdentity
 from foldfeed.pipelines.subprocess_runner import raise_if_cancelled

@@ -256,6 +256,9 @@ static int runs_here(int number) {
     return 1;
 }
 
+/* Raised with every change of what is exported here or of the sizes that a caller keeps; compared by its caller. */
+EXPORT int foldfeed_interface(void) { return 2; }
+
 /* Name and lanes of kernel `number`; NULL past the last one. `*usable` says whether this processor runs it. */
 EXPORT const char *foldfeed_kernel(int number, int *lanes, int *usable) {
     if (number < 0 || number >= NUM_KERNELS) return NULL;

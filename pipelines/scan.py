@@ -60,8 +60,8 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store.errors import MissingExtraError
 from foldfeed.pipelines import scan_kernels
-from foldfeed.pipelines.scan_database import SYMBOLS, Chunk
-from foldfeed.pipelines.scan_kernels import MAX_LETTERS, NUM_CODES, Kernel
+from foldfeed.pipelines.scan_database import SYMBOLS
+from foldfeed.pipelines.scan_kernels import MAX_LETTERS, NUM_CODES, Chunk, Kernel
 
 if TYPE_CHECKING:
     from pyhmmer.plan7 import OptimizedProfile

@@ -12,7 +12,6 @@ Source: how Easel reads FASTA (``esl_sqio_ascii.c``) and its amino alphabet (``e
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -23,7 +22,8 @@ from numpy.typing import NDArray
 
 from foldfeed.pipelines import scan_memory
 from foldfeed.pipelines.errors import UnreadableDatabaseError
-from foldfeed.pipelines.scan_kernels import REFUSED, SKIPPED, Blocks, Kernel, best_kernel, digitise, pack
+from foldfeed.pipelines.scan_choice import best_kernel
+from foldfeed.pipelines.scan_kernels import REFUSED, SKIPPED, Chunk, Kernel, digitise, pack
 
 # HMMER's order of residues; a letter's code is its place. Gaps may not be in a FASTA file.
 SYMBOLS = "ACDEFGHIKLMNPQRSTVWY-BJZOUX*~"
@@ -39,39 +39,6 @@ _FAULT_TEXTS = {
 }
 
 FileState = tuple[int, int, int]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive records of a database, packed for one kernel.
-
-    Attributes:
-      starts: int64 (records + 1,), where the records start in the file; the last is where the chunk ends.
-      order: int64 (records,), record of each lane, by length.
-      lengths: int64 (records,), residues of each lane.
-      distinct_lengths: int64 (different,) twice: the lengths that occur, ascending, and how often.
-      blocks: the lanes.
-    """
-
-    starts: NDArray[np.int64]
-    order: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    distinct_lengths: tuple[NDArray[np.int64], NDArray[np.int64]]
-    blocks: Blocks
-
-    @property
-    def num_records(self) -> int:
-        """Records, those without residues counted."""
-        return len(self.order)
-
-    @property
-    def num_residues(self) -> int:
-        """Residues of all records."""
-        return int(self.lengths.sum())
-
-    def extents(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns int64 (records, 2): where records start and end in the file."""
-        return np.stack([self.starts[records], self.starts[records + 1]], axis=1)
 
 
 def codes_of_bytes() -> NDArray[np.uint8]:

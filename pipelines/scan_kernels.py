@@ -1,9 +1,8 @@
 """The compiled kernels of the fast scan, called on arrays.
 
-Owns the binding to ``scan.c``, the choice of an instruction set and the check of sizes. Does not own what the
-scores mean (`foldfeed.pipelines.scan`). The kernels are an optional part of an installation: they are there
-where a C compiler was. Invariant: a kernel is used only after it gave the plain C kernel's scores on drawn
-input, in this process; so a build for an instruction set that nobody has tried yet cannot give wrong ones.
+Owns the binding to ``scan.c``, how targets lie in memory and the check of sizes. Does not own which kernel is
+used (`scan_choice`) nor what the scores mean (`foldfeed.pipelines.scan`). The kernels are an optional part of
+an installation: they are there where a C compiler was.
 
 Safe from any thread; the calls release the interpreter's lock.
 """
@@ -14,14 +13,13 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foldfeed.pipelines.errors import KernelError, ToolNotFoundError
+from foldfeed.pipelines.errors import ToolNotFoundError
 
 # Codes below it are residues; the kernels' tables have as many columns.
 NUM_CODES = 32
@@ -30,6 +28,9 @@ PAD = 31
 MAX_LETTERS = 32
 # Blocks have a multiple of so many rows.
 TILE = 16
+
+# Of the C, see `foldfeed_interface` there.
+_INTERFACE = 2
 
 # What the text of a sequence becomes besides codes: skipped, refused.
 SKIPPED, REFUSED = 64, 128
@@ -73,10 +74,57 @@ class Blocks:
         return len(self.rows)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive records of a database, packed for one kernel.
+
+    Attributes:
+      starts: int64 (records + 1,), where the records start in the file; the last is where the chunk ends.
+      order: int64 (records,), record of each lane, by length.
+      lengths: int64 (records,), residues of each lane.
+      distinct_lengths: int64 (different,) twice: the lengths that occur, ascending, and how often.
+      blocks: the lanes.
+    """
+
+    starts: NDArray[np.int64]
+    order: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    distinct_lengths: tuple[NDArray[np.int64], NDArray[np.int64]]
+    blocks: Blocks
+
+    @property
+    def num_records(self) -> int:
+        """Records, those without residues counted."""
+        return len(self.order)
+
+    @property
+    def num_residues(self) -> int:
+        """Residues of all records."""
+        return int(self.lengths.sum())
+
+    def extents(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns int64 (records, 2): where records start and end in the file."""
+        return np.stack([self.starts[records], self.starts[records + 1]], axis=1)
+
+
 def library_path() -> str | None:
     """Returns the path of the compiled kernels; None where they were not built."""
     spec = importlib.util.find_spec("foldfeed.pipelines._scan")
     return spec.origin if spec is not None else None
+
+
+def is_current(library: ctypes.CDLL) -> bool:
+    """Returns whether kernels were compiled from the C that belongs to this file."""
+    try:
+        return library.foldfeed_interface() == _INTERFACE
+    except AttributeError:
+        return False
+
+
+def is_usable() -> bool:
+    """Returns whether there are compiled kernels, of this version."""
+    path = library_path()
+    return path is not None and is_current(ctypes.CDLL(path))
 
 
 @functools.cache
@@ -90,6 +138,13 @@ def _library() -> ctypes.CDLL:
             "'--engine binary'",
         )
     library = ctypes.CDLL(path)
+    if not is_current(library):
+        raise ToolNotFoundError(
+            "fast scan",
+            f"its compiled kernels ({path}) are of another version than the Python beside them; install "
+            "foldfeed again ('pip install --force-reinstall --no-deps foldfeed', in a clone "
+            "'pip install -e .'), or use '--engine binary'",
+        )
     library.foldfeed_kernel.restype = ctypes.c_char_p
     for name in ("digitise", "count_byte", "find_named"):
         getattr(library, f"foldfeed_{name}").restype = ctypes.c_int64
@@ -110,76 +165,6 @@ def kernels() -> tuple[Kernel, ...]:
     ) is not None:
         found.append(Kernel(name.decode(), len(found), lanes.value, bool(usable.value)))
     return tuple(found)
-
-
-@functools.cache
-def best_kernel() -> Kernel:
-    """Returns the fastest kernel that this processor runs, after comparing its scores with plain C.
-
-    Which is fastest is measured, some milliseconds, once per process: processors that lower their clock for
-    512-bit instructions, or take them in halves, need not gain by them. The scores are the same whichever.
-
-    Raises:
-      ToolNotFoundError: none were compiled.
-      KernelError: it gives other scores.
-    """
-    usable = [kernel for kernel in kernels() if kernel.usable]
-    # The widest two; narrower ones are slower wherever these are there.
-    kernel = min(usable[-2:], key=seconds_per_cell) if len(usable) > 2 else usable[-1]
-    check_kernel(kernel)
-    return kernel
-
-
-# Runs of one measurement, of which the quickest counts.
-_TIMED_RUNS = 9
-
-
-def seconds_per_cell(kernel: Kernel) -> float:
-    """Returns CPU seconds that a kernel takes for a residue of a query and one of a target."""
-    length, num_targets = 320, 4 * kernel.lanes
-    random = np.random.default_rng(0)
-    codes = random.integers(0, 20, size=length * num_targets, dtype=np.uint8)
-    starts = np.arange(num_targets + 1, dtype=np.int64) * length
-    blocks = pack(codes, starts, np.arange(num_targets), kernel.lanes)
-    table = random.integers(-20, 10, size=(20, NUM_CODES)).astype(np.int8)
-    table[:, PAD] = 127
-    letters = random.integers(0, 20, size=300, dtype=np.uint8)
-    query = np.array([0, len(letters)], dtype=np.int64)
-
-    def run() -> float:
-        started = time.thread_time()
-        ssv(kernel, blocks, table, letters, query)
-        return time.thread_time() - started
-
-    return min(run() for _ in range(_TIMED_RUNS)) / (len(codes) * len(letters))
-
-
-def check_kernel(kernel: Kernel) -> None:
-    """Compares a kernel with the plain one on drawn targets, profiles and costs.
-
-    Raises:
-      KernelError: their scores differ.
-    """
-    random = np.random.default_rng(0)
-    lengths = random.integers(0, 150, size=2 * kernel.lanes + 1)
-    codes = random.integers(0, PAD, size=int(lengths.sum()), dtype=np.uint8)
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    letters = random.integers(0, MAX_LETTERS, size=180, dtype=np.uint8)
-    query_starts = np.array([0, 1, 70, 180], dtype=np.int64)
-    signed = random.integers(-30, 20, size=(MAX_LETTERS, NUM_CODES)).astype(np.int8)
-    biased = (signed.astype(np.int64) + 30).astype(np.uint8)
-    signed[:, PAD], biased[:, PAD] = 127, 255
-    order = np.argsort(lengths, kind="stable")
-    answers = []
-    for each in (kernels()[0], kernel):
-        blocks = pack(codes, starts, order, each.lanes)
-        begin = np.full(len(blocks) * each.lanes, 60, dtype=np.uint8)
-        scores = ssv(each, blocks, signed, letters, query_starts)[:, : len(order)]
-        full = msv(each, blocks, biased, letters, base=190, bias=30, tec=3, begin_costs=begin)
-        answers.append(np.concatenate([scores.view(np.uint8).ravel(), full[: len(order)]]))
-    wrong = int((answers[0] != answers[1]).sum())
-    if wrong:
-        raise KernelError(kernel.name, wrong, len(answers[0]))
 
 
 def _pointer(array: NDArray[Any], dtype: type) -> ctypes.c_void_p:

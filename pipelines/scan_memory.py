@@ -14,19 +14,31 @@ import collections
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from foldfeed.pipelines.scan_database import Chunk, ScanDatabase
+from foldfeed.pipelines.scan_kernels import Chunk
 
 # All that stay in memory together. Codes and padding are about the file's size.
 RESIDENT_SHARE = 0.25
 
 
+class ChunkedFile(Protocol):
+    """A file that is read in chunks; hashable, equal to itself alone."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        ...
+
+    def read_chunk(self, start: int) -> Chunk:
+        """Returns the chunk that starts at a byte."""
+        ...
+
+
 class Passes:
     """The readings of one database; safe from any thread."""
 
-    def __init__(self, database: ScanDatabase) -> None:
+    def __init__(self, database: ChunkedFile) -> None:
         self._database = database
         self._lock = threading.Lock()
         # Where the chunks start, as far as they are known; the last is the file's end once it was reached.
@@ -48,7 +60,7 @@ class Passes:
         return len(self._kept)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yields every chunk once; see `ScanDatabase.chunks`."""
+        """Yields every chunk once; see `foldfeed.pipelines.scan_database`."""
         stays = _RESIDENT.admit(self._database, self)
         with self._lock:
             self._readers += 1
@@ -106,11 +118,11 @@ class _Resident:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._bytes: dict[ScanDatabase, int] = {}
-        self._passes: dict[ScanDatabase, Passes] = {}
-        self._readers: collections.Counter[ScanDatabase] = collections.Counter()
+        self._bytes: dict[ChunkedFile, int] = {}
+        self._passes: dict[ChunkedFile, Passes] = {}
+        self._readers: collections.Counter[ChunkedFile] = collections.Counter()
 
-    def admit(self, database: ScanDatabase, passes: Passes) -> bool:
+    def admit(self, database: ChunkedFile, passes: Passes) -> bool:
         """Makes room for a database before it is read, and counts a reader; False where there is none.
 
         Databases that nobody reads just now go first. Room is taken before the file is read, so that threads
@@ -131,7 +143,7 @@ class _Resident:
             self._readers[database] += 1
             return True
 
-    def release(self, database: ScanDatabase) -> None:
+    def release(self, database: ChunkedFile) -> None:
         """Counts a reader less."""
         with self._lock:
             self._readers[database] -= 1

@@ -36,7 +36,7 @@ def copy_named(
       CancelledError: the run was stopped.
     """
     wanted = sorted(names)
-    find = find_named_in_python if scan_kernels.library_path() is None else scan_kernels.find_named
+    find = scan_kernels.find_named if scan_kernels.is_usable() else find_named_in_python
     found: set[bytes] = set()
     rest, ended = b"", not wanted
     with open(path, "rb") as file:

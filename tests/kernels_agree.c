@@ -7,7 +7,11 @@
 
 #include <stdio.h>
 
-enum { TARGETS = 203, LONGEST = 300, QUERIES = 3, LETTERS = 29, QUERY_RESIDUES = 420, ROUNDS = 12 };
+#ifndef ROUNDS
+#define ROUNDS 12
+#endif
+
+enum { TARGETS = 203, LONGEST = 300, QUERIES = 3, LETTERS = 29, QUERY_RESIDUES = 420 };
 
 static uint64_t state = 1;
 
@@ -36,7 +40,7 @@ static void draw(drawn_input *in, int round) {
     memcpy(in->query_starts, starts, sizeof starts);
     in->bias = 5 + drawn(60), in->base = 150 + drawn(60), in->tec = drawn(10);
     for (int i = 0; i < LETTERS * 32; i++) {
-        int cost = drawn(in->bias + 30 + 15 * round) - in->bias;
+        int cost = drawn(in->bias + 30 + 180 * round / ROUNDS) - in->bias;
         in->cheap[i] = i % 32 == PAD ? 127 : (uint8_t)(cost > 127 ? 127 : cost);
         in->biased[i] = i % 32 == PAD || cost + in->bias > 255 ? 255 : (uint8_t)(cost + in->bias);
     }

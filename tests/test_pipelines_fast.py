@@ -17,7 +17,7 @@ from pipelines_data import GLOBINS, config_of, globins, make_databases, needs_hm
 from scan_data import RESIDUES, drawn
 
 from foldfeed.feature_store.errors import MissingExtraError
-from foldfeed.pipelines import fast_jackhmmer, run_build, scan, scan_kernels, scan_memory
+from foldfeed.pipelines import fast_jackhmmer, run_build, scan, scan_choice, scan_kernels, scan_memory
 from foldfeed.pipelines.errors import (
     CancelledError,
     ConfigError,
@@ -273,7 +273,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
         patch.setattr(fast_jackhmmer, "best_kernel", lambda: scan_kernels.kernels()[0])
         with pytest.raises(ToolNotFoundError, match="slower than jackhmmer"):
             FastJackhmmer.find(**words)
-    scan_kernels.best_kernel.cache_clear()
+    scan_choice.best_kernel.cache_clear()
     scan_kernels.kernels.cache_clear()
     scan_kernels._library.cache_clear()
     monkeypatch.setattr(scan_kernels, "library_path", lambda: None)

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from pyhmmer import easel
 from scan_data import digital, drawn, drawn_query, drawn_targets, hmmer_profile, write_targets
 
-from foldfeed.pipelines import scan, scan_kernels, scan_memory
+from foldfeed.pipelines import scan, scan_choice, scan_kernels, scan_memory
 from foldfeed.pipelines.errors import KernelError, ToolNotFoundError, UnreadableDatabaseError
+from foldfeed.pipelines.scan_choice import best_kernel, check_kernel, seconds_per_cell
 from foldfeed.pipelines.scan_database import SYMBOLS, ScanDatabase, codes_of_bytes
-from foldfeed.pipelines.scan_kernels import PAD, best_kernel, check_kernel, digitise, kernels
+from foldfeed.pipelines.scan_kernels import PAD, digitise, kernels
 
 if scan_kernels.library_path() is None:
     pytest.skip("installed without the scan's kernels (no C compiler)", allow_module_level=True)
@@ -211,6 +212,7 @@ def test_kernels_stay_within_their_memory(tmp_path):
     source = Path(__file__).parent / "kernels_agree.c"
     flags = (
         "-O1",
+        "-DROUNDS=3",
         "-Wall",
         "-Wextra",
         "-Werror",
@@ -238,15 +240,15 @@ def test_a_kernel_with_other_scores_is_refused(monkeypatch):
 
 
 def test_the_fastest_kernel_is_taken_whatever_its_width(monkeypatch):
-    assert all(scan_kernels.seconds_per_cell(kernel) > 0 for kernel in USABLE)
+    assert all(seconds_per_cell(kernel) > 0 for kernel in USABLE)
     for slow in USABLE[-2:]:
-        monkeypatch.setattr(scan_kernels, "seconds_per_cell", lambda kernel, slow=slow: kernel == slow)
-        scan_kernels.best_kernel.cache_clear()
+        monkeypatch.setattr(scan_choice, "seconds_per_cell", lambda kernel, slow=slow: kernel == slow)
+        best_kernel.cache_clear()
         chosen = best_kernel()
         assert chosen.name != "plain"
         assert chosen in USABLE[-2:]
         assert chosen != slow or len(USABLE) < 3
-    scan_kernels.best_kernel.cache_clear()
+    best_kernel.cache_clear()
 
 
 def test_a_score_may_not_cross_the_end_of_a_sequence(tmp_path):
@@ -262,6 +264,17 @@ def test_missing_kernels_are_named(monkeypatch):
     monkeypatch.setattr(scan_kernels, "library_path", lambda: None)
     with pytest.raises(ToolNotFoundError, match="C compiler"):
         scan_kernels.length_costs(np.array([1]), 1.0)
+
+
+def test_kernels_of_another_version_are_named_and_not_used(monkeypatch):
+    monkeypatch.setattr(scan_kernels, "_INTERFACE", -1)
+    scan_kernels._library.cache_clear()
+    try:
+        with pytest.raises(ToolNotFoundError, match="another version than the Python beside them"):
+            scan_kernels.length_costs(np.array([1]), 1.0)
+        assert not scan_kernels.is_usable()
+    finally:
+        scan_kernels._library.cache_clear()
 
 
 LINES = st.text(alphabet=scan_data.RESIDUES + "acxXBZJUO* \t\r", max_size=30)
@@ -302,7 +315,7 @@ def test_text_that_hmmer_refuses_is_refused_with_its_place(tmp_path, text, kind,
 def test_databases_in_memory_stay_below_their_share(tmp_path, monkeypatch):
     """Those that are read keep their place, idle ones go, and what has no room is streamed."""
     monkeypatch.setattr(scan_memory, "_memory_bytes", lambda: 4 * 2500)
-    kernel = scan_kernels.best_kernel()
+    kernel = best_kernel()
     found = []
     for name in "abcd":
         path = tmp_path / name

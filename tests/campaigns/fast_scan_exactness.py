@@ -32,8 +32,8 @@ import pyhmmer
 from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, passing_extents
 from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, read_table
 from foldfeed.pipelines.scan import profile_of
+from foldfeed.pipelines.scan_choice import best_kernel
 from foldfeed.pipelines.scan_database import open_database
-from foldfeed.pipelines.scan_kernels import best_kernel
 from foldfeed.pipelines.search_speed import timed
 from foldfeed.pipelines.search_tool import Shard
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
