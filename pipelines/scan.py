@@ -91,7 +91,9 @@ class FilterProfile:
     """What HMMER's first filter knows of a query.
 
     Attributes:
-      biased: uint8 (residues, `NUM_CODES`), rbv: cost of a code at a position, plus `bias`.
+      columns: uint8 (different, `NUM_CODES`), cost of every code at positions that are alike, plus `bias`; a
+        single sequence has at most 27 different ones.
+      letters: uint8 (residues,), which of them a position has.
       base: score of the begin state.
       bias: added to every cost.
       tbm: cost of B to a match state.
@@ -101,7 +103,8 @@ class FilterProfile:
       slope: its lambda.
     """
 
-    biased: NDArray[np.uint8]
+    columns: NDArray[np.uint8]
+    letters: NDArray[np.uint8]
     base: int
     bias: int
     tbm: int
@@ -111,12 +114,22 @@ class FilterProfile:
     slope: float
 
     def __len__(self) -> int:
-        return len(self.biased)
+        return len(self.letters)
+
+    @property
+    def biased(self) -> NDArray[np.uint8]:
+        """HMMER's rbv: uint8 (residues, `NUM_CODES`), cost of a code at a position, plus `bias`."""
+        return self.columns[self.letters]
+
+    @property
+    def signed_columns(self) -> NDArray[np.int8]:
+        """int8 (different, `NUM_CODES`), `columns` without bias, at most 127."""
+        return np.minimum(self.columns.astype(np.int16) - self.bias, 127).astype(np.int8)
 
     @property
     def signed(self) -> NDArray[np.int8]:
-        """sbv: int8 (residues, `NUM_CODES`), the costs without bias, at most 127."""
-        return np.minimum(self.biased.astype(np.int16) - self.bias, 127).astype(np.int8)
+        """HMMER's sbv: int8 (residues, `NUM_CODES`), the costs without bias."""
+        return self.signed_columns[self.letters]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,10 +194,12 @@ def unpack_profile(profile: OptimizedProfile) -> FilterProfile:
     position = np.arange(profile.M)
     biased = np.full((profile.M, NUM_CODES), 255, dtype=np.uint8)
     biased[:, : len(SYMBOLS)] = striped[:, position % vectors, position // vectors].T
+    columns, letters = np.unique(biased, axis=0, return_inverse=True)
     # The order is HMMER's: mu and lambda of MSV, then of Viterbi, then of Forward.
     parameters = profile.evalue_parameters.as_vector()
     return FilterProfile(
-        biased=biased,
+        columns=columns,
+        letters=np.ascontiguousarray(letters.ravel(), dtype=np.uint8),
         base=profile.base_b,
         bias=profile.bias_b,
         tbm=profile.tbm,
@@ -233,12 +248,8 @@ def best_cells(
     Raises:
       ValueError: the profiles have more than 32 different columns; those of single sequences have at most 27.
     """
-    columns = np.concatenate([profile.signed for profile in profiles])
-    table, letters = np.unique(columns, axis=0, return_inverse=True)
-    if len(table) > MAX_LETTERS:
-        raise ValueError(f"{len(table)} different columns; profiles of single sequences have at most 27")
+    table, codes = _joined(profiles)
     starts = np.concatenate([[0], np.cumsum([len(profile) for profile in profiles])]).astype(np.int64)
-    codes = np.ascontiguousarray(letters.ravel(), dtype=np.uint8)
     blocks = chunk.blocks
     out = np.empty((len(profiles), len(blocks) * kernel.lanes), dtype=np.int8)
     # Blocks of equal numbers of rows take equal times.
@@ -257,6 +268,20 @@ def best_cells(
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             _local.helped_s = getattr(_local, "helped_s", 0.0) + sum(pool.map(scan, range(threads)))
     return out
+
+
+def _joined(profiles: Sequence[FilterProfile]) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
+    """Returns the different signed columns of some profiles, and which of them each position has."""
+    if len(profiles) == 1:
+        return profiles[0].signed_columns, profiles[0].letters
+    columns = np.concatenate([profile.signed_columns for profile in profiles])
+    table, places = np.unique(columns, axis=0, return_inverse=True)
+    if len(table) > MAX_LETTERS:
+        raise ValueError(f"{len(table)} different columns; profiles of single sequences have at most 27")
+    places = places.ravel().astype(np.uint8)
+    before = np.cumsum([0, *(len(profile.columns) for profile in profiles)])
+    letters = [places[first + profile.letters] for first, profile in zip(before, profiles, strict=False)]
+    return table, np.concatenate(letters)
 
 
 def thread_seconds() -> float:
@@ -301,7 +326,6 @@ def msv_scores(
     profile: FilterProfile, chunk: Chunk, lanes: NDArray[np.int64], *, kernel: Kernel
 ) -> NDArray[np.uint8]:
     """Returns uint8 (chosen,): xJ at the end of HMMER's MSV recurrence for chosen lanes; 255 on overflow."""
-    table, letters = np.unique(profile.biased, axis=0, return_inverse=True)
     lengths = chunk.lengths[lanes]
     blocks = scan_kernels.gather(chunk.blocks, lanes, lengths)
     begin_costs = np.zeros(len(blocks) * kernel.lanes, dtype=np.uint8)
@@ -310,8 +334,8 @@ def msv_scores(
     return scan_kernels.msv(
         kernel,
         blocks,
-        table,
-        np.ascontiguousarray(letters.ravel(), dtype=np.uint8),
+        profile.columns,
+        profile.letters,
         base=profile.base,
         bias=profile.bias,
         tec=profile.tec,
@@ -325,8 +349,14 @@ def _least_j(
     """Returns, for target lengths, the smallest xJ that passes (256: none does) and tjb."""
     costs = scan_kernels.length_costs(lengths, profile.scale)
     least_bits = least_score(f1, profile.mu, profile.slope) - safety_bits
-    bits = filter_bits(np.arange(_SCORES), costs[:, None], lengths[:, None], profile.base, profile.scale)
-    return np.count_nonzero(bits < least_bits, axis=1).astype(np.int64), costs
+    # The score grows with xJ, in its rounded form too, so where it reaches the threshold is found by halving.
+    low, high = np.zeros(len(lengths), dtype=np.int64), np.full(len(lengths), _SCORES)
+    for _ in range(_SCORES.bit_length()):
+        middle = (low + high) // 2
+        bits = filter_bits(middle, costs, lengths, profile.base, profile.scale)
+        below = (middle < high) & (bits < least_bits)
+        low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
+    return low, costs
 
 
 def filter_bits(

@@ -34,7 +34,7 @@ from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
 ATTEMPTS_AFTER_SIGNAL = 2
 
 # Queries that the fast scan takes through a file together. Reading a file that does not stay in memory costs
-# as much as scanning it for several queries of 300 residues; beyond 16 little is left to gain.
+# as much as scanning it for one or two of 300 residues (bench/search_scan.py); 16 leave a sixteenth to each.
 SCAN_BATCH = 16
 # Into so many groups the queries of a file are divided before: few queries still keep several workers busy.
 SCAN_GROUPS = 8

@@ -152,6 +152,19 @@ def test_chunks_batches_and_threads_change_nothing(tmp_path):
         assert found(path.stat().st_size // parts, 3, parts == 7) == whole
 
 
+def test_the_least_score_that_passes_is_that_of_a_list_of_all():
+    lengths = np.unique(np.geomspace(1, 100_000, 400).astype(np.int64))
+    for query in ("M", "W" * 60, drawn(np.random.default_rng(4), 700)):
+        profile = scan.profile_of(query)
+        for f1 in (1.0, 0.9, 0.02, 0.0005, 1e-12, 1e-300):
+            found, costs = scan._least_j(profile, lengths, f1, scan.SAFETY_BITS)
+            scores = scan.filter_bits(
+                np.arange(256), costs[:, None], lengths[:, None], profile.base, profile.scale
+            )
+            least = scan.least_score(f1, profile.mu, profile.slope) - scan.SAFETY_BITS
+            assert (found == (scores < least).sum(axis=1)).all(), (query, f1)
+
+
 def test_length_costs_are_hmmers():
     profile = hmmer_profile("MKTAYIAKQR")
     lengths = np.unique(np.concatenate([np.arange(1, 3000), np.geomspace(3000, 100_000, 200).astype(int)]))
