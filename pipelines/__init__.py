@@ -10,6 +10,7 @@ The data's way, by what a file is about:
     search       plan (units) -> search (one of them) -> results (kept by content); hits (what one found)
     records      msa (merge) -> features (a record) -> parts (into the store)
     a build      build_config -> job -> run -> outcome; forecast, costs, ledger, progress, interrupt
+    an array     share (who searches what) -> array_task (one task of an array of jobs)
     on Beam      graph, engine, engine_errors, runners
     commands     cli, database_cli, ledger_cli, search_speed_cli (what a search costs here: search_speed)
 
