@@ -91,6 +91,8 @@ def forecast_build(config: BuildConfig) -> Forecast:
         plan,
         ResultStore(config.results_url),
         is_finished=find_finished(config, job_id, plan) is not None,
+        num_workers=config.num_workers,
+        cpus_per_search=config.cpus_per_search,
     )
 
 

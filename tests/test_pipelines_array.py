@@ -1,5 +1,6 @@
 """A build as an array of jobs: disjoint shares, real processes that die, and the store of one plain build."""
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,8 @@ from pipelines_data import ROOT, config_of, globins, needs_hmmer, tree_bytes, wr
 from foldfeed.feature_store import FeatureStore
 from foldfeed.pipelines import run_build
 from foldfeed.pipelines.array_task import search_share
+from foldfeed.pipelines.forecast import lines_of
+from foldfeed.pipelines.job import forecast_build
 from foldfeed.pipelines.search_tool import find_binary
 from foldfeed.pipelines.share import RESIDUES_OF_A_SCAN, Share, deal, items_of
 from foldfeed.pipelines.tools import prepare_databases
@@ -252,3 +255,38 @@ def test_the_batch_script_in_a_loop_without_slurm(place):
     part["FOLDFEED_TASKS"] = "3"
     done = subprocess.run(line, cwd=place, env=part, capture_output=True, text=True, timeout=100)
     assert re.search(r"task 2 of 3: (\d) searches in its share, 0 done, \1 reused", done.stdout)
+
+
+def test_a_dry_run_between_tasks_takes_off_what_they_did(place):
+    """The forecast of a build that is half done: searches, and files of searches that are not joined yet."""
+    config = config_in(place)
+    run_build(config_of(place, place / "q.fasta", [f"uniref90={place / 'u.fasta'}"], store=config.store))
+    before = forecast_build(config)
+    assert [(one.num_missing, one.num_files, one.num_files_done) for one in before.databases] == [
+        (0, 0, 0),
+        (7, 21, 0),
+    ]
+    (line,) = [line for line in lines_of(before, 0.05) if "mgnify" in line and "to do" in line]
+    assert "cost unknown: no receipt" in line
+    assert not [line for line in lines_of(before, 0.05) if "together" in line]
+    reports = [search_share(config, Share(task=task, tasks=2)) for task in range(2)]
+    unit = next(path for path in (place / "store.results" / "units").rglob("*.json") if is_joined(path))
+    unit.unlink()
+    last = forecast_build(config)
+    assert [(one.num_missing, one.num_files, one.num_files_done) for one in last.databases] == [
+        (0, 0, 0),
+        (1, 3, 3),
+    ]
+    assert last.databases[1].cpu_s == 0.0
+    said = lines_of(last, 0.05)
+    assert "6 searches reused, 1 to do, 3 of their 3 files searched already" in said[2]
+    assert said[3].startswith(
+        "  together: 1 searches to do, 0 CPU hours expected, 0 hours here with 2 searches"
+    )
+    assert said[3].endswith("price 0")
+    assert sum(report.num_joined for report in reports) == 7
+
+
+def is_joined(path: Path) -> bool:
+    receipt = json.loads(path.read_text())
+    return receipt["search"]["database"] == "mgnify"
