@@ -54,14 +54,14 @@ def test_the_metadata_are_those_of_the_launcher():
 
 
 def test_a_launch_becomes_a_build():
-    config = config_of([*words(), "--workers=2", "--max_hits=uniref90=50;mgnify=7", "--search_engine=fast"])
+    config = config_of([*words(), "--workers=2", "--max_hits=uniref90=50;uniref30=7", "--search_engine=fast"])
     assert config.queries == ("gs://bucket/a.fasta", "gs://bucket/b.fasta.gz")
     assert [(one.name, one.tool, one.paths) for one in config.databases] == [
         ("uniref90", "jackhmmer", ("/databases/u.fasta",)),
         ("uniref30", "hhblits", ("/databases/hh/db",)),
     ]
     assert (config.store, config.results) == ("gs://bucket/store", "gs://bucket/store.results")
-    assert (config.workers, config.engine, config.max_hits) == (2, "fast", {"uniref90": 50, "mgnify": 7})
+    assert (config.workers, config.engine, config.max_hits) == (2, "fast", {"uniref90": 50, "uniref30": 7})
     assert config.runner == "DataflowRunner"
     assert "--runner=DataflowRunner" not in config.beam_options
     assert "--databases_folder=/databases" in config.beam_options
@@ -114,10 +114,10 @@ def staged(monkeypatch) -> dict[str, bytes]:
     return files
 
 
-def config_on(s3: str, folder, count: int, **options) -> BuildConfig:
-    """A build of so many sequences, each another one; queries and store lie on a real S3 server."""
+def config_of_many(folder, count: int) -> BuildConfig:
+    """A build of so many sequences, each another one; queries and store lie where no worker's disk is."""
     letters = "ACDEFGHIKLMNPQRSTVWY"
-    url = f"{s3}/q-{count:07}.fasta"
+    url = f"memory://{folder.name}/q-{count:07}.fasta"
     with fsspec.open(url, "w") as file:
         for number in range(count):
             digits = (letters[number // 20**place % 20] for place in range(6))
@@ -129,20 +129,19 @@ def config_on(s3: str, folder, count: int, **options) -> BuildConfig:
             DatabaseSpec(name="uniref90", paths=(str(database),), tool="jackhmmer"),
             DatabaseSpec(name="other", paths=(str(database), str(folder / "v.fasta")), tool="jackhmmer"),
         ),
-        store=f"{s3}/store-{count:07}",
+        store=f"memory://{folder.name}/store-{count:07}",
         parts=3,
         runner="dataflow",
         beam_options=(
             *(word for word in BEAMS if not word.startswith("--runner")),
             *("--no_auth", f"--databases_folder={folder}"),
         ),
-        **options,
     )
 
 
 @pytest.mark.external_tool
 @needs_hmmer
-def test_the_job_has_two_environments_stable_names_and_the_size_of_any_other(s3, tmp_path, staged):
+def test_the_job_has_two_environments_stable_names_and_the_size_of_any_other(tmp_path, staged):
     from apache_beam.portability.api import beam_runner_api_pb2 as api
 
     from foldfeed.pipelines.submit import submit_build
@@ -150,7 +149,7 @@ def test_the_job_has_two_environments_stable_names_and_the_size_of_any_other(s3,
     write_fasta(tmp_path / "v.fasta", {"more": "MKTAYIAKQRQISFVK"})
     jobs = []
     for count in (10, 3000):
-        submitted = submit_build(config_on(s3, tmp_path, count))
+        submitted = submit_build(config_of_many(tmp_path, count))
         assert (submitted.num_queries, submitted.num_planned) == (count, 2 * count)
         jobs.append((json.loads(staged["job_object"]), staged["pipeline.pb"], len(staged["job_object"])))
     (job, graph, size), (_, larger_graph, larger_size) = jobs
@@ -200,11 +199,11 @@ def test_the_job_has_two_environments_stable_names_and_the_size_of_any_other(s3,
 
 @pytest.mark.external_tool
 @needs_hmmer
-def test_a_launch_that_cannot_work_submits_nothing(s3, tmp_path, staged):
+def test_a_launch_that_cannot_work_submits_nothing(tmp_path, staged):
     from foldfeed.pipelines.submit import submit_build
 
     write_fasta(tmp_path / "v.fasta", {"more": "MKTAYIAKQRQISFVK"})
-    config = config_on(s3, tmp_path, 3)
+    config = config_of_many(tmp_path, 3)
     rest = tuple(word for word in config.beam_options if "sdk_container_image" not in word)
     with pytest.raises(EngineError, match="the worker image"):
         submit_build(dataclasses.replace(config, beam_options=rest))

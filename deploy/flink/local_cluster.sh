@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A real Flink 1.19 on this machine: a JobManager, two TaskManagers of one slot each, and Beam's job server, all on
-# loopback and without containers. For trying a build on Flink. Needs Java 17 and Maven; the first start downloads
-# Beam's runner with Flink, about 150 MB.
+# A real Flink 1.19 on this machine: a JobManager and two TaskManagers of one slot each, on loopback and without
+# containers. For trying a build on Flink. Needs Java 17 and Maven; the first start downloads Beam's runner with Flink
+# itself, 152 MB.
 #
 #   deploy/flink/local_cluster.sh up FOLDER PYTHON    PYTHON: of an environment with foldfeed[pipelines]
 #   deploy/flink/local_cluster.sh down FOLDER
 #
-# Logs and process ids lie in FOLDER; FOLDER/boot.sh is what the TaskManagers start. Ports: 6193, 8191, 8197 to 8199.
+# Logs and process ids lie in FOLDER; FOLDER/boot.sh is what the TaskManagers start. Ports: 6193, 8191.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 usage="usage: local_cluster.sh up|down FOLDER [PYTHON]"
@@ -34,7 +34,7 @@ fi
 python=${3:?$usage}
 command -v java >/dev/null || stop "Java is not installed; Flink 1.19 needs Java 11 or 17"
 [ -f "$folder/pids" ] && stop "$folder already has a cluster; local_cluster.sh down $folder ends it"
-for port in 6193 8191 8199; do
+for port in 6193 8191; do
     (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && stop "port $port is in use; is there a Flink already?"
 done
 if [ ! -e "$folder/jars/.complete" ]; then
@@ -44,6 +44,26 @@ if [ ! -e "$folder/jars/.complete" ]; then
         stop "Beam's runner for Flink could not be fetched"
     touch "$folder/jars/.complete"
 fi
+# What Flink's own scripts open of Java 17.
+opens=()
+for package in java.lang java.lang.reflect java.net java.io java.nio java.text java.time java.util \
+    java.util.concurrent java.util.concurrent.atomic java.util.concurrent.locks sun.nio.ch sun.net.util; do
+    opens+=("--add-opens=java.base/$package=ALL-UNNAMED")
+done
+# Beam starts its job server as `java -jar ONE_JAR`; Maven gives many. This one names them, and what it opens of Java.
+"$python" - "$folder" "${opens[@]}" <<'PY'
+import pathlib, sys, zipfile
+
+folder = pathlib.Path(sys.argv[1])
+jars = sorted((folder / "jars").glob("*.jar"))
+lines = ["Manifest-Version: 1.0", "Main-Class: org.apache.beam.runners.flink.FlinkJobServerDriver"]
+lines += ["Class-Path: " + " ".join(f"jars/{jar.name}" for jar in jars)]
+lines += ["Add-Opens: " + " ".join(word.removeprefix("--add-opens=").removesuffix("=ALL-UNNAMED") for word in sys.argv[2:])]
+# Lines of a manifest have 72 bytes at most; what goes on begins with a space.
+wrapped = [line[:70] + "".join(f"\r\n {line[at : at + 69]}" for at in range(70, len(line), 69)) for line in lines]
+with zipfile.ZipFile(folder / "job-server.jar", "w") as jar:
+    jar.writestr("META-INF/MANIFEST.MF", "\r\n".join(wrapped) + "\r\n\r\n")
+PY
 printf '#!/bin/sh\nexec "%s" "%s/../spark/boot.py" "$@"\n' "$python" "$here" >"$folder/boot.sh"
 chmod +x "$folder/boot.sh"
 mkdir -p "$folder/conf"
@@ -72,12 +92,6 @@ io:
     dirs: $folder/tmp
 CONF
 mkdir -p "$folder/tmp"
-# What Flink's own scripts open of Java 17.
-opens=()
-for package in java.lang java.lang.reflect java.net java.io java.nio java.text java.time java.util \
-    java.util.concurrent java.util.concurrent.atomic java.util.concurrent.locks sun.nio.ch sun.net.util; do
-    opens+=("--add-opens=java.base/$package=ALL-UNNAMED")
-done
 
 start() {
     log=$1
@@ -99,20 +113,16 @@ for number in 1 2; do
         -D taskmanager.memory.jvm-metaspace.size=256m -D taskmanager.memory.jvm-overhead.min=128m \
         -D taskmanager.memory.jvm-overhead.max=128m
 done
-start jobserver.log -Xmx512m org.apache.beam.runners.flink.FlinkJobServerDriver --flink-master=127.0.0.1:8191 \
-    --flink-conf-dir="$folder/conf" --job-host=127.0.0.1 --job-port=8199 --artifact-port=8198 \
-    --expansion-port=8197 --artifacts-dir="$folder/artifacts"
-
 workers() {
     "$python" -c 'import json, sys, urllib.request as r; print(json.load(r.urlopen(sys.argv[1]))["taskmanagers"])' \
         http://127.0.0.1:8191/overview 2>/dev/null || echo 0
 }
 
 for _ in $(seq 90); do
-    if [ "$(workers)" = 2 ] && (exec 3<>/dev/tcp/127.0.0.1/8199) 2>/dev/null; then
-        printf 'flink: ready; foldfeed build ... --runner PortableRunner -- %s %s %s\n' \
-            "--job_endpoint=127.0.0.1:8199 --environment_type=PROCESS" \
-            "'--environment_config={\"command\":\"$folder/boot.sh\"}'" "--parallelism=2"
+    if [ "$(workers)" = 2 ]; then
+        printf 'flink: ready; foldfeed build ... --workers 2 --runner flink -- %s %s\n' \
+            "--flink_master=127.0.0.1:8191 --flink_job_server_jar=$folder/job-server.jar --environment_type=PROCESS" \
+            "'--environment_config={\"command\":\"$folder/boot.sh\"}'"
         exit 0
     fi
     sleep 1
