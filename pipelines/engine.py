@@ -138,6 +138,8 @@ def quiet_beam() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL + 1)
     logging.root.addFilter(_is_not_beams)
     vars(sdk_worker)["print"] = _print_nothing
+    # Beam ends a job server that it started when Python ends, long after this block, and warns of it.
+    logging.getLogger("apache_beam.utils.subprocess_server").setLevel(logging.ERROR)
     try:
         yield
     finally:

@@ -20,16 +20,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from dockerfile import Instruction, Stage, parse  # noqa: E402
 
-# What a container gets from its host: names, and certificates where a proxy stands before the registries.
-FROM_HOST = ("/etc/resolv.conf", "/etc/ssl/certs/ca-certificates.crt")
-HOST_VARIABLES = (
-    "PIP_CERT",
-    "SSL_CERT_FILE",
-    "PIP_INDEX_URL",
-    "PIP_DEFAULT_TIMEOUT",
-    "https_proxy",
-    "http_proxy",
-)
+# What a container gets from its host: how names are resolved, and certificates, which a proxy before the
+# registries may need.
+RESOLVER = "/etc/resolv.conf"
+CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+HOST_VARIABLES = ("PIP_INDEX_URL", "PIP_DEFAULT_TIMEOUT", "https_proxy", "http_proxy")
 
 
 class Container:
@@ -40,7 +35,7 @@ class Container:
 
     def run(self, command: str) -> None:
         # /proc in a mount namespace of its own, which ends with the command.
-        line = ["unshare", "--mount", "sh", "-c", 'mount --bind /proc "$0/proc" && shift 0 && exec "$@"']
+        line = ["unshare", "--mount", "sh", "-c", 'mount --bind /proc "$0/proc" && exec "$@"']
         line += [
             str(self.folder),
             "chroot",
@@ -49,6 +44,7 @@ class Container:
         ]
         line += ["/bin/sh", "-c", f"cd {self.workdir} && {command}"]
         host = {name: os.environ[name] for name in HOST_VARIABLES if name in os.environ}
+        host |= dict.fromkeys(("PIP_CERT", "SSL_CERT_FILE"), "/tmp/host-certificates.crt")
         started = time.monotonic()
         subprocess.run(line, env={**host, **self.variables, "DEBIAN_FRONTEND": "noninteractive"}, check=True)
         print(f"  {time.monotonic() - started:.1f} s", flush=True)
@@ -63,22 +59,27 @@ def build(name: str, stages: dict[str, Stage], given: dict[str, Path], work: Pat
     folder = work / name
     if stage.base in stages:
         before = build(stage.base, stages, given, work, base)
-        shutil.copytree(before.folder, folder, symlinks=True)
+        if not folder.exists():
+            subprocess.run(["cp", "-a", str(before.folder), str(folder)], check=True)
         container = Container(folder, before.variables, before.workdir, before.user)
     else:
         assert stage.base.startswith("debian:"), f"{stage.base} is no folder; give --stage {name}=FOLDER"
-        subprocess.run(["cp", "-a", str(base), str(folder)], check=True)
+        if not folder.exists():
+            subprocess.run(["cp", "-a", str(base), str(folder)], check=True)
         container = Container(
             folder, {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, "/", "root"
         )
-    for path in FROM_HOST:
-        target = folder / path.lstrip("/")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if Path(path).exists() and not target.exists():
-            shutil.copy(path, target)
-    for one in stage.instructions:
-        print(f"{name}: {one.name} {one.text}", flush=True)
-        step(one, container, stages, given, work, base)
+    shutil.copy(RESOLVER, folder / "etc" / "resolv.conf")
+    shutil.copy(CERTIFICATES, folder / "tmp" / "host-certificates.crt")
+    # A run that was ended goes on behind the last instruction that was finished.
+    mark = work / f"{name}.done"
+    done = int(mark.read_text()) if mark.exists() else 0
+    for number, one in enumerate(stage.instructions, 1):
+        if number > done or one.name not in ("RUN", "COPY"):
+            print(f"{name}: {one.name} {one.text}", flush=True)
+            step(one, container, stages, given, work, base)
+            mark.write_text(str(max(number, done)))
+    (folder / "tmp" / "host-certificates.crt").unlink()
     return container
 
 
@@ -107,9 +108,7 @@ def step(
         elif stage in given:
             origin = given[stage]
         else:
-            origin = (
-                work / stage if (work / stage).exists() else build(stage, stages, given, work, base).folder
-            )
+            origin = build(stage, stages, given, work, base).folder
         for source in sources:
             take(origin / source.lstrip("/"), container.path(destination), destination.endswith("/"))
 
@@ -133,7 +132,7 @@ def main() -> None:
     parser.add_argument("--target", default="worker")
     parser.add_argument("--stage", action="append", default=[], metavar="NAME=FOLDER")
     arguments = parser.parse_args()
-    arguments.work.mkdir()
+    arguments.work.mkdir(exist_ok=True)
     given = {name: Path(folder) for name, _, folder in (text.partition("=") for text in arguments.stage)}
     stages = parse((ROOT / "deploy" / "images" / "Dockerfile").read_text())
     container = build(arguments.target, stages, given, arguments.work, arguments.base)
