@@ -12,6 +12,8 @@ import click
 
 from foldfeed.feature_store.cli.tools import row_order_options
 from foldfeed.feature_store.index.transactions import ON_EXISTING
+from foldfeed.pipelines.array_task import lines_of as share_lines
+from foldfeed.pipelines.array_task import search_share
 from foldfeed.pipelines.build_config import (
     DEFAULT_MAX_RESIDUES,
     DEFAULT_TIMEOUT_S,
@@ -27,6 +29,7 @@ from foldfeed.pipelines.forecast import lines_of as forecast_lines
 from foldfeed.pipelines.interrupt import StoppedBySignal
 from foldfeed.pipelines.job import forecast_build, run_build
 from foldfeed.pipelines.registry import Registry, database_of
+from foldfeed.pipelines.share import Share
 
 # Dead letters printed on the terminal; the file holds all of them.
 MAX_SHOWN_LETTERS = 20
@@ -101,6 +104,13 @@ MAX_SHOWN_LETTERS = 20
 )
 @click.option("--runner", default="FnApiRunner", show_default=True, help="Beam runner.")
 @click.option(
+    "--task",
+    type=int,
+    metavar="I",
+    help="Search only the share of task I of an array of jobs, 0 to N - 1, and commit nothing.",
+)
+@click.option("--tasks", type=int, metavar="N", help="Tasks of the array.")
+@click.option(
     "--dry-run", is_flag=True, help="Say what would be searched and what that costs; search nothing."
 )
 @click.option(
@@ -128,6 +138,8 @@ def build(
     on_existing: str,
     check_databases: bool,
     runner: str,
+    task: int | None,
+    tasks: int | None,
     dry_run: bool,
     price_per_cpu_hour: float | None,
     fail_on_dead_letters: bool,
@@ -168,10 +180,15 @@ def build(
             runner=runner,
             beam_options=beam_options,
         )
+        share = _share_of(task, tasks)
+        if dry_run and share is not None:
+            raise ConfigError("--dry-run speaks of the whole build; leave --task and --tasks out")
         if dry_run:
             for line in forecast_lines(forecast_build(config), price_per_cpu_hour):
                 click.echo(line)
             return
+        if share is not None:
+            ctx.exit(_search_share(config, share, fail_on_dead_letters))
         report = run_build(config, say=_say)
     except (ConfigError, EngineError) as error:
         raise click.UsageError(str(error), ctx) from error
@@ -186,6 +203,22 @@ def build(
     _print_report(report, price_per_cpu_hour)
     if report.dead_letters and fail_on_dead_letters:
         ctx.exit(1)
+
+
+def _share_of(task: int | None, tasks: int | None) -> Share | None:
+    if task is None and tasks is None:
+        return None
+    if task is None or tasks is None:
+        raise ConfigError("--task and --tasks belong together, e.g. --task 3 --tasks 16")
+    return Share(task=task, tasks=tasks)
+
+
+def _search_share(config: BuildConfig, share: Share, fail_on_dead_letters: bool) -> int:
+    """Searches and reports; returns the exit code."""
+    report = search_share(config, share)
+    for line in share_lines(report):
+        click.echo(line)
+    return int(bool(report.failures) and fail_on_dead_letters)
 
 
 def _say(line: str) -> None:

@@ -22,7 +22,7 @@ arrive; alignments never travel through Beam.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import apache_beam as beam
@@ -250,10 +250,11 @@ class ReadQueries(beam.PTransform):
 class SearchAll(beam.PTransform):
     """Queries -> queries that every database answered, and dead letters for the others."""
 
-    def __init__(self, context: JobContext, stop_together: bool) -> None:
+    def __init__(self, context: JobContext, stop_together: bool, hints: Mapping[str, str]) -> None:
         super().__init__()
         self._context = context
         self._stop_together = stop_together
+        self._hints = hints
 
     def expand(self, queries: beam.PCollection) -> beam.PCollection:
         """Returns complete queries and dead letters in one collection."""
@@ -267,9 +268,9 @@ class SearchAll(beam.PTransform):
         receipts = (
             self._with_scans(units)
             | "Search"
-            >> beam.ParDo(SearchUnit(self._context, self._stop_together)).with_output_types(
-                tuple[str, Receipt]
-            )
+            >> beam.ParDo(SearchUnit(self._context, self._stop_together))
+            .with_output_types(tuple[str, Receipt])
+            .with_resource_hints(**self._hints)
             | "Receipts" >> beam.Reshuffle()
             | "ReceiptsByRecord" >> beam.FlatMap(_receipts_by_record).with_output_types(tuple[str, Receipt])
         )
@@ -292,9 +293,9 @@ class SearchAll(beam.PTransform):
             | "ScanBatches" >> beam.FlatMap(_batches, self._context)
             | "SpreadScans" >> beam.Reshuffle()
             | "ScanShards"
-            >> beam.ParDo(ScanShard(self._context, self._stop_together)).with_output_types(
-                tuple[str, Receipt]
-            )
+            >> beam.ParDo(ScanShard(self._context, self._stop_together))
+            .with_output_types(tuple[str, Receipt])
+            .with_resource_hints(**self._hints)
         )
         return (
             {"unit": units, "scans": scans}
@@ -334,10 +335,24 @@ def _part_numbers(_: int, num_parts: int) -> range:
 
 
 def build_graph(
-    pipeline: beam.Pipeline, urls: Sequence[str], context: JobContext, *, stop_together: bool
+    pipeline: beam.Pipeline,
+    urls: Sequence[str],
+    context: JobContext,
+    *,
+    stop_together: bool,
+    hints: Mapping[str, str],
 ) -> None:
-    """Adds the whole build to a pipeline; for ``stop_together`` see `SearchUnit`."""
+    """Adds the whole build to a pipeline.
+
+    Args:
+      pipeline: an empty one.
+      urls: FASTA files.
+      context: of the build.
+      stop_together: see `SearchUnit`.
+      hints: Beam's resource hints of the steps that search. An engine gives these steps workers of their own
+        then, also one that uses no hints, so only engines that use them get any.
+    """
     queries, dead = pipeline | "ReadQueries" >> ReadQueries(urls, context.max_residues)
-    searched = queries | "SearchAll" >> SearchAll(context, stop_together)
+    searched = queries | "SearchAll" >> SearchAll(context, stop_together, hints)
     entries = (searched, dead) | "AllEntries" >> beam.Flatten()
     _ = entries | "WriteParts" >> WriteParts(context)
