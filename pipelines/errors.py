@@ -12,7 +12,8 @@
         │   ├── ToolFailedError           non-zero exit or killed by a signal
         │   ├── ToolTimeoutError          ran longer than allowed; its process group was killed
         │   ├── ToolOutputError           exit 0, but the output is missing, cut or not of this query
-        │   └── QueryTooLongError         longer than the tool can take without cutting it silently
+        │   ├── QueryTooLongError         longer than the tool can take without cutting it silently
+        │   └── UnreadableDatabaseError   the fast scan cannot read the database (any more)
         ├── CancelledError                the run was stopped: by the person, or because a step failed
         ├── CorruptResultError            a stored search result does not match its checksum
         ├── EngineError                   a Beam runner or option that is refused, with the reason
@@ -195,6 +196,25 @@ class QueryTooLongError(SearchError):
         return (
             f"{self.num_residues} residues; {self.tool} takes at most {self.limit} and cuts longer queries "
             "silently, so it was not run. Split the sequence or search it without that database."
+        )
+
+
+class UnreadableDatabaseError(SearchError):
+    """The fast scan cannot read a database, or not any more: gone, changed, cut, or no FASTA.
+
+    Attributes:
+      path: of the file.
+      reason: what is wrong.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(path, reason)
+
+    def __str__(self) -> str:
+        return (
+            f"the fast scan cannot read {self.path!r}: {self.reason}. Put the file back as it was and run "
+            "the build again"
         )
 
 

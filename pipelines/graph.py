@@ -4,7 +4,8 @@
                                   +-> first of each id -+-> losers as dead letters --+
                                                         +-> units -> SEARCH -> receipts
                                                         |   (in a database of several files, before:
-                                                        |    shard units -> SCAN -> receipts, by unit)
+                                                        |    shard units -> by shard -> batches of
+                                                        |    queries -> SCAN -> receipts, by unit)
                                                         +------------------------+
                                        complete? <- group by record <------------+
                                            |                                     |
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import apache_beam as beam
 
@@ -37,7 +38,9 @@ from foldfeed.pipelines.search import (
     ShardUnit,
     WorkUnit,
     join_units,
-    scan_shard,
+    scan_batches,
+    scan_group,
+    scan_shards,
     search_unit,
     shard_ids_of,
     shard_units,
@@ -46,6 +49,8 @@ from foldfeed.pipelines.search import (
 from foldfeed.pipelines.search_tool import require_same_binary
 from foldfeed.pipelines.sequences import DeadLetter, QuerySequence
 from foldfeed.pipelines.subprocess_runner import cancel_all, follow_parent
+
+T = TypeVar("T")
 
 
 def _as_text(error: FoldfeedError, what: str = "") -> WorkerError:
@@ -95,7 +100,7 @@ class _Searching(beam.DoFn):
         except FoldfeedError as error:
             raise _as_text(error) from error
 
-    def _guarded(self, unit: WorkUnit, search: Callable[[], Receipt]) -> Receipt:
+    def _guarded(self, unit: WorkUnit, search: Callable[[], T]) -> T:
         try:
             return search()
         except Exception as error:
@@ -108,14 +113,12 @@ class _Searching(beam.DoFn):
 
 
 class ScanShard(_Searching):
-    """A shard unit -> (id of the whole unit, a receipt)."""
+    """Shard units of one shard -> (id of the whole unit, a receipt) of each."""
 
-    def process(self, element: ShardUnit) -> Iterator[tuple[str, Receipt]]:
-        """Searches one shard, or finds its candidates in the result store."""
-        yield (
-            element.unit.unit_id,
-            self._guarded(element.unit, lambda: scan_shard(element, self._context)),
-        )
+    def process(self, element: list[ShardUnit]) -> Iterator[tuple[str, Receipt]]:
+        """Searches one shard for some queries, or finds their candidates in the result store."""
+        for receipt in self._guarded(element[0].unit, lambda: scan_shards(element, self._context)):
+            yield receipt.unit_id, receipt
 
 
 class SearchUnit(_Searching):
@@ -178,6 +181,16 @@ def _without_scans(element: tuple[str, WorkUnit]) -> tuple[str, tuple[WorkUnit, 
 
 def _shard_units(element: tuple[str, WorkUnit], context: JobContext) -> list[ShardUnit]:
     return shard_units(element[1], context)
+
+
+def _by_group(part: ShardUnit) -> tuple[tuple[int, int, int], ShardUnit]:
+    return scan_group(part), part
+
+
+def _batches(
+    element: tuple[tuple[int, int, int], Iterable[ShardUnit]], context: JobContext
+) -> Iterator[list[ShardUnit]]:
+    return scan_batches(element[1], context)
 
 
 def _with_scans(
@@ -275,7 +288,10 @@ class SearchAll(beam.PTransform):
         scans = (
             units
             | "ShardUnits" >> beam.FlatMap(_shard_units, self._context)
-            | "SpreadShards" >> beam.Reshuffle()
+            | "ByGroup" >> beam.Map(_by_group).with_output_types(tuple[tuple[int, int, int], ShardUnit])
+            | "GroupScans" >> beam.GroupByKey()
+            | "ScanBatches" >> beam.FlatMap(_batches, self._context)
+            | "SpreadScans" >> beam.Reshuffle()
             | "ScanShards"
             >> beam.ParDo(ScanShard(self._context, self._stop_together))
             .with_output_types(tuple[str, Receipt])

@@ -48,6 +48,7 @@ import dataclasses
 import functools
 import math
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,10 @@ BATCH = 32
 # HMMER's vectors of a profile: 16 lanes, at least two vectors, position k in vector k % Q.
 _PROFILE_LANES = 16
 _SCORES = 256
+
+# Mu and lambda of Viterbi and Forward are simulated after MSV's, with the same generator, and are not used
+# here: nine tenths of a profile's time. The builder has no way to leave them out.
+_SHORT_SIMULATIONS = {"EvL": 2, "EvN": 2, "EfL": 10, "EfN": 10}
 
 _local = threading.local()
 
@@ -133,10 +138,17 @@ def profile_of(sequence: str) -> FilterProfile:
     plan7, easel = _pyhmmer()
     if not hasattr(_local, "builder"):
         alphabet = easel.Alphabet.amino()
-        _local.builder = plan7.Builder(alphabet, seed=42, popen=0.02, pextend=0.4, score_matrix="BLOSUM62")
+        words = {"seed": 42, "popen": 0.02, "pextend": 0.4, "score_matrix": "BLOSUM62"}
+        _local.builder = plan7.Builder(alphabet, **words)
+        _local.quick = plan7.Builder(alphabet, **words, **_SHORT_SIMULATIONS)
         _local.background = plan7.Background(alphabet)
     query = easel.TextSequence(sequence=sequence).digitize(_local.builder.alphabet)
-    return unpack_profile(_local.builder.build(query, _local.background)[2])
+    try:
+        built = _local.quick.build(query, _local.background)
+    except ValueError:
+        # So few scores of the later filters, all equal perhaps, may fit no distribution.
+        built = _local.builder.build(query, _local.background)
+    return unpack_profile(built[2])
 
 
 def pyhmmer_version() -> str:
@@ -231,15 +243,22 @@ def best_cells(
     cuts = np.searchsorted(rows, np.linspace(0, rows[-1] if len(rows) else 0, threads + 1)[1:-1])
     ends = [0, *(int(cut) for cut in cuts), len(blocks)]
 
-    def scan(part: int) -> None:
+    def scan(part: int) -> float:
+        started = time.thread_time()
         scan_kernels.ssv(kernel, blocks, table, codes, starts, first=ends[part], last=ends[part + 1], out=out)
+        return time.thread_time() - started
 
     if threads == 1:
         scan(0)
     else:
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            list(pool.map(scan, range(threads)))
+            _local.helped_s = getattr(_local, "helped_s", 0.0) + sum(pool.map(scan, range(threads)))
     return out
+
+
+def thread_seconds() -> float:
+    """Returns CPU seconds of this thread and of those that scanned for it."""
+    return time.thread_time() + getattr(_local, "helped_s", 0.0)
 
 
 def _passing(
@@ -250,24 +269,29 @@ def _passing(
     kernel: Kernel,
     safety_bits: float,
 ) -> Survivors:
-    lengths, of_lane = np.unique(chunk.lengths, return_inverse=True)
+    lengths, counts = chunk.distinct_lengths
     least_j, length_costs = _least_j(profile, lengths, f1, safety_bits)
     begin_costs = length_costs.astype(np.int64) + profile.tbm
     # In steps above the begin score: what passes or overflows, and from where J may have been used.
     least = np.minimum(least_j + profile.tec, 255 - profile.bias) - (profile.base - begin_costs)
     j_used = begin_costs + profile.tec
-    steps = best[: len(of_lane)].astype(np.int16) + 128
+    steps = best[: chunk.num_records].astype(np.int16) + np.int16(128)
     # From 128 on a cell may have wrapped past what it stands for, but came from one of at least 128 - bias.
     exact = steps < 128
-    certain = np.where(exact, steps, 128 - profile.bias)
-    passes = certain >= least[of_lane]
-    doubtful = np.flatnonzero(~passes & (~exact | (steps > j_used[of_lane])))
+    certain = np.where(exact, steps, np.int16(128 - profile.bias))
+    passes = certain >= _of_lanes(least, counts)
+    doubtful = np.flatnonzero(~passes & (~exact | (steps > _of_lanes(j_used, counts))))
     if len(doubtful):
         ends = msv_scores(profile, chunk, doubtful, kernel=kernel)
-        passes[doubtful] = (ends >= least_j[of_lane[doubtful]]) | (ends == 255)
+        passes[doubtful] = (ends >= _of_lanes(least_j, counts)[doubtful]) | (ends == 255)
     passes &= chunk.lengths > 0
     passes |= chunk.lengths > MAX_TARGET
     return Survivors(np.sort(chunk.order[passes]), len(doubtful))
+
+
+def _of_lanes(of_lengths: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int16]:
+    """Returns what each lane has of something that depends on its length alone; lanes lie by length."""
+    return np.repeat(of_lengths.astype(np.int16), counts)
 
 
 def msv_scores(
