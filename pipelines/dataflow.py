@@ -27,6 +27,7 @@ from foldfeed.pipelines.build_config import BuildConfig
 from foldfeed.pipelines.engine_words import (
     PORTABLE_OPTIONS,
     RUNNER_OPTIONS,
+    OwnParser,
     refuse,
     refuse_given,
     refuse_unknown,
@@ -135,7 +136,7 @@ class DataflowEngine:
 
 def _own_options(words: tuple[str, ...]) -> tuple[argparse.Namespace, tuple[str, ...]]:
     """Returns our options of this engine, and the words that are Beam's."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = OwnParser()
     parser.add_argument("--databases_folder")
     parser.add_argument("--search_ram", default=DEFAULT_SEARCH_RAM)
     own, rest = parser.parse_known_args(list(words))

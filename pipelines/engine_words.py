@@ -19,6 +19,9 @@ from foldfeed.pipelines.errors import EngineError
 
 _FLAG = re.compile(r"--([A-Za-z0-9_]+)(?:=(.*))?", re.DOTALL)
 
+# How argparse names an option that it cannot take.
+_ARGUMENT = re.compile(r"argument (--[^:/]+)\S*: (.*)", re.DOTALL)
+
 # Options that mean something to one runner only, by that runner.
 RUNNER_OPTIONS = {
     "FnApiRunner": ("direct_num_workers", "direct_running_mode"),
@@ -42,6 +45,26 @@ PORTABLE_OPTIONS = (
     *("environment_options", "sdk_worker_parallelism", "environment_cache_millis", "artifacts_dir"),
     "output_executable_path",
 )
+
+
+class _Parser(_BeamArgumentParser):
+    """Raises where argparse would print the usage of some hundred options and end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        found = _ARGUMENT.fullmatch(message)
+        refuse(found.group(1) if found else "Beam's options", found.group(2) if found else message)
+
+
+class OwnParser(argparse.ArgumentParser):
+    """Parses options of our own among Beam's; a fault is a typed error, too."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the refusal of an option."""
+        found = _ARGUMENT.fullmatch(message)
+        refuse(found.group(1) if found else "options", found.group(2) if found else message)
 
 
 def given(words: Sequence[str]) -> dict[str, str | None]:
@@ -69,14 +92,14 @@ def refuse_given(words: Sequence[str], reasons: Mapping[str, str]) -> None:
 
 
 def refuse_unknown(words: Sequence[str]) -> None:
-    """Raises if Beam does not know a word.
+    """Raises if Beam does not know a word, or its value is of another kind.
 
     Beam itself only logs "Discarding unparseable args", and a typing error would go unnoticed.
 
     Raises:
       EngineError: the first such word.
     """
-    parser = _BeamArgumentParser(allow_abbrev=False, add_help=False)
+    parser = _Parser(allow_abbrev=False, add_help=False)
     for options in PipelineOptions.__subclasses__():
         with contextlib.suppress(argparse.ArgumentError):
             options._add_argparse_args(parser)

@@ -107,6 +107,9 @@ MATRIX = [
     ("DataflowRunner", CLOUD, ("--save_main_session",), "not needed"),
     ("DataflowRunner", CLOUD, ("--runner=FlinkRunner",), "before '--'"),
     ("DataflowRunner", CLOUD, ("--regoin=x",), "knows no such option"),
+    ("DataflowRunner", CLOUD, ("--num_workers=many",), "--num_workers: invalid int value: 'many'"),
+    ("DataflowRunner", CLOUD, ("--search_ram",), "--search_ram: expected one argument"),
+    ("FnApiRunner", LOCAL, ("--job_name",), "--job_name: expected one argument"),
 ]
 
 

@@ -23,6 +23,7 @@ from dockerfile import Instruction, Stage, parse  # noqa: E402
 # What a container gets from its host: how names are resolved, and certificates, which a proxy before the
 # registries may need.
 RESOLVER = "/etc/resolv.conf"
+CHROOT = shutil.which("chroot") or "/usr/sbin/chroot"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 HOST_VARIABLES = ("PIP_INDEX_URL", "PIP_DEFAULT_TIMEOUT", "https_proxy", "http_proxy")
 
@@ -38,7 +39,8 @@ class Container:
         line = ["unshare", "--mount", "sh", "-c", 'mount --bind /proc "$0/proc" && exec "$@"']
         line += [
             str(self.folder),
-            "chroot",
+            # By its path: the container's own PATH may lack the folder.
+            CHROOT,
             *(["--userspec", self.user] if self.user != "root" else []),
             str(self.folder),
         ]
