@@ -32,12 +32,20 @@ from foldfeed.pipelines.plan import Plan
 from foldfeed.pipelines.progress import search_progress
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.runners import LOCAL_RUNNER, choose_runner
-from foldfeed.pipelines.search import JobContext, Receipt, WorkUnit, scan_shard, search_unit
+from foldfeed.pipelines.search import (
+    JobContext,
+    Receipt,
+    WorkUnit,
+    scan_batches,
+    scan_group,
+    scan_shards,
+    search_unit,
+)
 from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.share import Share, WorkItem, items_of, shard_units_of, sharded_units
 from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all, drive_build
 
-_Work = TypeVar("_Work", WorkItem, WorkUnit)
+_Work = TypeVar("_Work", list[WorkItem], WorkUnit)
 
 # Failed searches that are shown on the terminal; the final build tries them again and lists all.
 MAX_SHOWN_FAILURES = 20
@@ -98,9 +106,11 @@ def search_share(config: BuildConfig, share: Share) -> ShareReport:
     there = results.present({item.unit_id for item in items})
     todo = [item for item in items if item.unit_id not in there]
     with stop_searches_on_interrupt(), search_progress(plan, context):
-        receipts = _all(lambda item: _search(item, context), todo, config.num_workers)
+        receipts = _all(lambda work: _search(work, context), _batches(todo, context), config.num_workers)
         joined = _all(
-            lambda unit: search_unit(unit, context), _joinable(config, context, share), config.num_workers
+            lambda unit: [search_unit(unit, context)],
+            _joinable(config, context, share),
+            config.num_workers,
         )
     failures = tuple(receipt for receipt in [*receipts, *joined] if receipt.status != "ok")
     return ShareReport(
@@ -161,13 +171,26 @@ def _context(
     )
 
 
-def _search(item: WorkItem, context: JobContext) -> Receipt:
-    if item.part is None:
-        return search_unit(item.unit, context)
-    return scan_shard(item.part, context)
+def _batches(items: Iterable[WorkItem], context: JobContext) -> Iterator[list[WorkItem]]:
+    """Yields what is searched in one go: a search, or what one file may be scanned for at once; in order."""
+    parts: dict[tuple[int, int, int], list[WorkItem]] = {}
+    for item in items:
+        if item.part is None:
+            yield [item]
+        else:
+            parts.setdefault(scan_group(item.part), []).append(item)
+    for group in parts.values():
+        items_of_part = {item.unit_id: item for item in group}
+        for batch in scan_batches((item.part for item in group if item.part is not None), context):
+            yield [items_of_part[part.unit_id] for part in batch]
 
 
-def _all(search: Callable[[_Work], Receipt], work: Iterable[_Work], num_workers: int) -> list[Receipt]:
+def _search(items: list[WorkItem], context: JobContext) -> list[Receipt]:
+    parts = [item.part for item in items if item.part is not None]
+    return scan_shards(parts, context) if parts else [search_unit(items[0].unit, context)]
+
+
+def _all(search: Callable[[_Work], list[Receipt]], work: Iterable[_Work], num_workers: int) -> list[Receipt]:
     """Returns the receipts of some work, in its order; the first error ends all searches and is raised."""
     with ThreadPoolExecutor(num_workers, thread_name_prefix="foldfeed-search") as pool:
         futures = [pool.submit(search, one) for one in work]
@@ -179,7 +202,7 @@ def _all(search: Callable[[_Work], Receipt], work: Iterable[_Work], num_workers:
             cancel_all(f"another search failed: {error}")
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return [future.result() for future in futures]
+    return [receipt for future in futures for receipt in future.result()]
 
 
 def _joinable(config: BuildConfig, context: JobContext, share: Share) -> list[WorkUnit]:

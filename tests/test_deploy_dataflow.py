@@ -175,10 +175,8 @@ def test_the_job_has_two_environments_stable_names_and_the_size_of_any_other(tmp
     assert {name for name in names if name.count("/") == 1 and "ref_" not in name} == {
         *(f"ReadQueries/{step}" for step in ("Files", "Read", "Rejects", "Valid", "KeyById", "GroupById")),
         *(f"ReadQueries/{step}" for step in ("FirstWins", "Queries", "Losers", "DeadOnRead")),
-        *(
-            f"SearchAll/{step}"
-            for step in ("Units", "GroupByUnit", "JoinUnits", "ShardUnits", "SpreadShards")
-        ),
+        *(f"SearchAll/{step}" for step in ("Units", "GroupByUnit", "JoinUnits", "ShardUnits", "ByGroup")),
+        *(f"SearchAll/{step}" for step in ("GroupScans", "ScanBatches", "SpreadScans")),
         *(f"SearchAll/{step}" for step in ("ScanShards", "GroupShards", "WithScans", "Search", "Receipts")),
         *(f"SearchAll/{step}" for step in ("ReceiptsByRecord", "ByRecord", "GroupByRecord", "Completed")),
         *(f"WriteParts/{step}" for step in ("ByPart", "PartNumbers", "AllParts", "EmptyParts", "WithEmpty")),
