@@ -249,8 +249,8 @@ class PipelineFailedError(PipelineError):
     def __str__(self) -> str:
         where = f" in step {self.stage!r}" if self.stage else ""
         return (
-            f"the run failed{where}: {self.reason} Nothing was committed; finished searches are kept, "
-            "run the same command again to go on."
+            f"the run failed{where}: {self.reason.rstrip(' .')}. Nothing was committed; finished searches "
+            "are kept, run the same command again to go on."
         )
 
 
