@@ -15,6 +15,7 @@ import apache_beam
 import pytest
 from pipelines_data import ROOT, dead_letters_file, needs_hmmer
 from spark_builds import (
+    LONGEST_BUILD_S,
     NUM_QUERIES,
     NUM_RUNS,
     NUM_SEARCHES,
@@ -23,13 +24,13 @@ from spark_builds import (
     build,
     built,
     command,
-    environment,
     folders_of_last_job,
     kill_one,
     make_place,
     no_process_is_left,
     parts,
     revive_workers,
+    running,
     runs_of,
     searches_run,
     tool_of,
@@ -41,7 +42,7 @@ pytestmark = [
     pytest.mark.external_tool,
     needs_hmmer,
     pytest.mark.skipif(not SPARK, reason="no Spark; `make test-spark` starts one"),
-    pytest.mark.timeout(290),
+    pytest.mark.timeout(900),
 ]
 
 
@@ -93,12 +94,10 @@ def test_what_is_killed_costs_time_and_nothing_else(place, victim):
     """SIGKILL in the middle of a search: the job ends well, only what was under way is searched again."""
     store = f"without {victim}".replace(" ", "-")
     line = command(store, spark=True)
-    with subprocess.Popen(
-        line, cwd=place, env=environment(place), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as run:
+    with running(line, place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
         searches_run(place, run)
         kill_one(VICTIMS[victim])
-        said, _ = run.communicate(timeout=250)
+        said = run.communicate(timeout=LONGEST_BUILD_S)[0].decode()
     assert run.returncode == 0, said
     assert f"{NUM_QUERIES} records built" in said
     assert "error" not in said
@@ -112,10 +111,10 @@ def test_a_stopped_build_shows_progress_ends_its_job_and_goes_on_later(place):
     """A live bar and rate from receipts; after SIGTERM nothing runs on, and the same command goes on."""
     terminal, other_end = pty.openpty()
     line = command("stopped", spark=True)
-    with subprocess.Popen(line, cwd=place, env=environment(place), stdout=other_end, stderr=other_end) as run:
+    with running(line, place, stdout=other_end, stderr=other_end) as run:
         os.close(other_end)
         # The first searches are counted while others run.
-        said = read_until(terminal, rb"searching .* [1-9]\d*/\d+.* [\d.]+/min", 200)
+        said = read_until(terminal, rb"searching .* [1-9]\d*/\d+.* [\d.]+/min", 300)
         run.send_signal(signal.SIGTERM)
         said += read_until(terminal, rb"goes on from there", 60)
         assert run.wait(30) == 128 + signal.SIGTERM
