@@ -132,12 +132,14 @@ class SearchedDatabase:
       digest: sha256 (hex) of its manifest.
       tool: what searches it.
       max_hits: most rows taken from its alignment, the query counted; None for all.
+      files: whose content the digest is of; none where nothing on disk is searched.
     """
 
     name: str
     digest: str
     tool: SearchTool
     max_hits: int | None
+    files: tuple[str, ...]
 
 
 def find_binary(name: str) -> str:
