@@ -154,6 +154,7 @@ def reason_of(place: Path, script: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_worker_without_foldfeed_is_a_failed_run_that_says_so(place):
     """A Python that has Beam and all else, but not foldfeed."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place / "bare")], check=True)
@@ -173,6 +174,7 @@ in_a_namespace = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @in_a_namespace
 def test_a_worker_without_the_tool_is_named_with_step_and_host(place):
     hide = f"mount --bind /dev/null {tool_of(place)}"
@@ -182,6 +184,7 @@ def test_a_worker_without_the_tool_is_named_with_step_and_host(place):
     assert runs_of(place) == 0
 
 
+@pytest.mark.slow
 @in_a_namespace
 def test_a_full_work_disk_on_a_worker_names_step_record_and_place(place):
     small = "mount -t tmpfs -o size=16k tmpfs /mnt; TMPDIR=/mnt"

@@ -4,13 +4,14 @@
 # downloads Spark (from PyPI) and Beam's runner, about 700 MB.
 #
 #   deploy/spark/local_cluster.sh up FOLDER PYTHON    PYTHON: of an environment with foldfeed[pipelines]
+#   deploy/spark/local_cluster.sh fetch FOLDER PYTHON     downloads only; fails, with the reason, where `up` would
 #   deploy/spark/local_cluster.sh down FOLDER
 #   deploy/spark/local_cluster.sh worker FOLDER NUMBER    starts worker 1 or 2 again, which something killed
 #
 # Logs and process ids lie in FOLDER; FOLDER/boot.sh is what the workers start. Ports: 7077, 8080 to 8082, 8097 to 8099.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-usage="usage: local_cluster.sh up FOLDER PYTHON | down FOLDER | worker FOLDER NUMBER"
+usage="usage: local_cluster.sh up|fetch FOLDER PYTHON | down FOLDER | worker FOLDER NUMBER"
 what=${1:?$usage}
 mkdir -p "${2:?$usage}"
 folder=$(cd "$2" && pwd)
@@ -57,9 +58,11 @@ if [ "$what" = worker ]; then
     start_worker "${3:?$usage}"
     exit 0
 fi
-[ "$what" = up ] || stop "unknown command $what; up, down or worker"
+[ "$what" = up ] || [ "$what" = fetch ] || stop "unknown command $what; $usage"
 python=${3:?$usage}
 command -v java >/dev/null || stop "Java is not installed; Spark needs Java 17"
+version=$(java -version 2>&1 | sed -n '1s/.*version "\([0-9]*\).*/\1/p')
+[ "${version:-0}" -eq 17 ] || stop "Java is version ${version:-unknown}; Spark 3.5.0 needs Java 17"
 [ -f "$folder/pids" ] && stop "$folder already has a cluster; local_cluster.sh down $folder ends it"
 for port in 7077 8080 8099; do
     (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && stop "port $port is in use; is there a Spark already?"
@@ -77,6 +80,7 @@ if [ ! -e "$folder/spark/.complete" ]; then
     "$folder/spark/bin/pip" install -q --disable-pip-version-check pyspark==3.5.0 || stop "Spark could not be fetched"
     touch "$folder/spark/.complete"
 fi
+[ "$what" = fetch ] && exit 0
 know_spark
 printf '#!/bin/sh\nexec "%s" "%s/boot.py" "$@"\n' "$python" "$here" >"$folder/boot.sh"
 chmod +x "$folder/boot.sh"
