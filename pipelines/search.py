@@ -23,12 +23,19 @@ from typing import Literal
 from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.format.settings import StoreSettings
 from foldfeed.feature_store.storage import open_blobs
-from foldfeed.pipelines.errors import CorruptResultError, SearchError, ToolFailedError, ToolTimeoutError
+from foldfeed.pipelines.errors import (
+    CorruptResultError,
+    DatabaseChangedError,
+    SearchError,
+    ToolFailedError,
+    ToolTimeoutError,
+)
 from foldfeed.pipelines.hits import read_hits
 from foldfeed.pipelines.results import ResultStore, SearchFacts, unit_id_of
 from foldfeed.pipelines.search_tool import SearchedDatabase, SearchResult
 from foldfeed.pipelines.sequences import QuerySequence
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
+from foldfeed.pipelines.unchanged import as_planned, shard_as_planned
 
 # A signal (the kernel's out-of-memory killer, a lost node) may not come again; one more try is cheap.
 ATTEMPTS_AFTER_SIGNAL = 2
@@ -251,9 +258,11 @@ def failure_folder(context: JobContext) -> str:
 
 
 def _search(unit: WorkUnit, context: JobContext) -> SearchResult:
-    tool = context.databases[unit.database_index].tool
+    database = context.databases[unit.database_index]
+    tool = database.tool
     if not isinstance(tool, ShardedJackhmmer):
-        return _once_more_after_a_signal(lambda: tool.search(unit.sequence))
+        with as_planned(database, context.results_url):
+            return _once_more_after_a_signal(lambda: tool.search(unit.sequence))
     candidates = [_candidates(part, context) for part in _parts_of(unit, context)]
     return _once_more_after_a_signal(lambda: tool.join(unit.sequence, candidates))
 
@@ -275,18 +284,21 @@ def _candidates(part: ShardUnit, context: JobContext) -> SearchResult:
 
 
 def _scan(parts: Sequence[ShardUnit], context: JobContext) -> Iterator[SearchResult]:
-    """Yields the candidates of parts of one shard."""
+    """Yields the candidates of parts of one shard, each while the shard is still the planned one."""
     if not parts:
         return
-    tool = context.databases[parts[0].unit.database_index].tool
-    number = parts[0].number
+    database = context.databases[parts[0].unit.database_index]
+    tool, number = database.tool, parts[0].number
     assert isinstance(tool, ShardedJackhmmer), tool
-    if tool.fast:
-        yield from tool.scan_many([part.unit.sequence for part in parts], number)
-        return
-    for part in parts:
-        sequence = part.unit.sequence
-        yield _once_more_after_a_signal(functools.partial(tool.scan, sequence, number))
+    sequences = [part.unit.sequence for part in parts]
+    many = tool.scan_many(sequences, number) if tool.fast else None
+    for sequence in sequences:
+        with shard_as_planned(database, tool.shards[number], context.results_url):
+            if many is None:
+                found = _once_more_after_a_signal(functools.partial(tool.scan, sequence, number))
+            else:
+                found = next(many)
+        yield found
 
 
 def _keep_candidates(part: ShardUnit, found: SearchResult, context: JobContext) -> None:
@@ -329,7 +341,7 @@ def _failed(unit: WorkUnit, context: JobContext, error: Exception) -> Receipt:
 
 def _status(error: Exception) -> Status:
     killed = isinstance(error, ToolFailedError) and error.exit_code < 0
-    return "retryable" if killed or isinstance(error, ToolTimeoutError) else "poison"
+    return "retryable" if killed or isinstance(error, ToolTimeoutError | DatabaseChangedError) else "poison"
 
 
 def _receipt(unit: WorkUnit, status: Status, reason: str = "", kind: str = "") -> Receipt:
