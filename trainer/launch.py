@@ -134,7 +134,7 @@ def train(
             "environment": numerics,
         }
         header["run_id"] = ranks.first_does(
-            lambda: _claim(output, config, header, lease), "opening the run's folder"
+            lambda: claim(output, config, header, lease), "opening the run's folder"
         )
         folder = SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep, before_write=lease.require)
         memory = memory_folder(config.snapshots.memory, str(header["run_id"]))
@@ -142,23 +142,23 @@ def train(
             memory.before_write = lease.require
         saver = Saver(folder, memory, ranks, config.snapshots, metrics.say)
         ledger.mark(PREPARATION)
-        _continue(trainer, folder, memory, header)
+        continue_run(trainer, folder, memory, header)
         metrics.start(trainer.step)
         ledger.mark(RESTORE)
         ranks.first_does(lambda: ledger.start(trainer.step, ranks.world), "opening the ledger")
-        _describe(trainer, header)
+        describe(trainer, header)
         watch = StackWatch(output, ranks.rank, ranks.world, config.timeout_s, metrics.say)
-        with _stop_on_sigterm(trainer), _watching(watch):
+        with stop_on_sigterm(trainer), watching(watch):
             outcome = trainer.run(saver, header, ledger, watch)
-        ranks.first_does(lambda: _conclude(output, header, outcome), "writing the result")
-        _report(metrics, outcome, ledger)
+        ranks.first_does(lambda: conclude(output, header, outcome), "writing the result")
+        report(metrics, outcome, ledger)
     except BaseException:
         trainer.reducer.close(wait=False)
         if saver is not None:
             saver.close()
         # A full disk must not hide the error that ends the run.
         with contextlib.suppress(OSError):
-            _report_goodput(metrics, ledger, "failed")
+            report_goodput(metrics, ledger, "failed")
         metrics.close()
         raise
     finally:
@@ -183,7 +183,7 @@ def _require_one_environment(numerics: dict[str, Any], ranks: Ranks) -> None:
         )
 
 
-def _claim(output: Path, config: RunConfig, header: dict[str, Any], lease: Lease) -> str:
+def claim(output: Path, config: RunConfig, header: dict[str, Any], lease: Lease) -> str:
     """Makes the folder this run's, or checks that it is; returns the run id. First rank only.
 
     Raises:
@@ -243,7 +243,7 @@ def _changed_settings(found: dict[str, Any], now: dict[str, Any], prefix: str = 
     return changed
 
 
-def _continue(
+def continue_run(
     trainer: Trainer, folder: SnapshotFolder, memory: SnapshotFolder | None, header: dict[str, Any]
 ) -> None:
     """Restores the newest valid snapshot, or the named one, if there is any."""
@@ -270,7 +270,8 @@ def _continue(
     say(f"resumed: step {trainer.step}  {generation.path}  (made by {generation.manifest['world']} ranks)")
 
 
-def _describe(trainer: Trainer, header: dict[str, Any]) -> None:
+def describe(trainer: Trainer, header: dict[str, Any]) -> None:
+    """Tells the person at the terminal what is trained."""
     config, ranks = trainer.config, trainer.ranks
     sizes = [4 * bucket.numel for bucket in trainer.buckets]
     trainer.metrics.say(
@@ -281,7 +282,7 @@ def _describe(trainer: Trainer, header: dict[str, Any]) -> None:
     )
 
 
-def _conclude(output: Path, header: dict[str, Any], outcome: Outcome) -> None:
+def conclude(output: Path, header: dict[str, Any], outcome: Outcome) -> None:
     """Writes the result of a finished run; a stopped one has none. First rank only."""
     if outcome.stopped:
         return
@@ -295,14 +296,16 @@ def _conclude(output: Path, header: dict[str, Any], outcome: Outcome) -> None:
     _write_json(output / RESULT_FILE, result)
 
 
-def _report_goodput(metrics: Metrics, ledger: Ledger, reason: str) -> None:
+def report_goodput(metrics: Metrics, ledger: Ledger, reason: str) -> None:
+    """Closes the ledger and prints where the time went, on the rank that keeps it."""
     found = ledger.end(reason)
     for line in found.lines() if found is not None else []:
         metrics.say(line)
 
 
-def _report(metrics: Metrics, outcome: Outcome, ledger: Ledger) -> None:
-    _report_goodput(metrics, ledger, "stopped" if outcome.stopped else "finished")
+def report(metrics: Metrics, outcome: Outcome, ledger: Ledger) -> None:
+    """Prints how the run ended."""
+    report_goodput(metrics, ledger, "stopped" if outcome.stopped else "finished")
     if outcome.stopped:
         metrics.say(f"stopped by SIGTERM after step {outcome.step}; the same command continues")
     metrics.say(f"weights_digest: {outcome.weights_digest}  step: {outcome.step}")
@@ -316,7 +319,8 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _watching(watch: StackWatch) -> Iterator[None]:
+def watching(watch: StackWatch) -> Iterator[None]:
+    """Watches while the block runs."""
     watch.start()
     try:
         yield
@@ -325,7 +329,7 @@ def _watching(watch: StackWatch) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm(trainer: Trainer) -> Iterator[None]:
+def stop_on_sigterm(trainer: Trainer) -> Iterator[None]:
     """Turns the first SIGTERM into a request to stop; a second one ends the process as usual."""
 
     def on_signal(number: int, _: object) -> None:

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import google_crc32c
@@ -27,7 +27,7 @@ from foldfeed.trainer.buckets import auto_bucket_bytes, plan_buckets
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.ddp import DdpReducer
 from foldfeed.trainer.dyadic import owned_shards
-from foldfeed.trainer.errors import DivergedError
+from foldfeed.trainer.errors import DivergedError, RanksChangeError
 from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.goodput import DATA, OTHER, PRODUCTIVE, SAVE, SKIPPED, Ledger
 from foldfeed.trainer.metrics import Metrics, memory_scalars
@@ -89,6 +89,10 @@ class BatchSource(Protocol):
         """Goes to a state; raises when it belongs to other data."""
         ...
 
+    def redivide(self, step: int, rank: int, world: int) -> None:
+        """Goes to a step as another part of the ranks; only an elastic run does this."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Commit:
@@ -104,6 +108,7 @@ class Commit:
       compute_s: forward and backward of each rank.
       num_residues: that exist in the step's crops, padding left out.
       bad_shards: virtual shards whose loss is not finite.
+      regroup: a rank wants to join an elastic run.
     """
 
     mean_loss: float
@@ -115,6 +120,7 @@ class Commit:
     compute_s: list[float]
     num_residues: int
     bad_shards: list[int]
+    regroup: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +148,9 @@ class Trainer:
       flat: its buffers.
       step: completed steps.
       num_skipped: steps skipped so far.
+      saved: completed steps of the newest snapshot on disk, as far as this rank knows.
       stop_requested: set it (from a signal handler) to stop at the next commit point.
+      invites: asked at each commit point whether the ranks should meet anew.
     """
 
     def __init__(self, config: RunConfig, ranks: Ranks, source: BatchSource, metrics: Metrics) -> None:
@@ -159,26 +167,53 @@ class Trainer:
         self.metrics = metrics
         self.step = 0
         self.num_skipped = 0
+        self.saved = 0
         self.stop_requested = False
+        self.invites: Callable[[], bool] = lambda: False
         self._not_finite_since = 0
         seed_initial_weights(config.seed)
         self.model = CompactEvoformer(config.model)
         self.flat = FlatParameters(self.model, ranks.device)
         total = 4 * self.flat.numel
-        bucket_bytes = int(config.bucket_mb * 2**20) or auto_bucket_bytes(total)
+        self._bucket_bytes = int(config.bucket_mb * 2**20) or auto_bucket_bytes(total)
         self.buckets = plan_buckets(
-            [segment.padded for segment in self.flat.segments], bucket_bytes=bucket_bytes
+            [segment.padded for segment in self.flat.segments], bucket_bytes=self._bucket_bytes
         )
         self.optimizer = FlatAdamW(self.flat.params, self.buckets, config.optimizer)
         ranks.require_equal(self.flat.layout_hash.encode(), "the parameter layout at the start")
         ranks.require_equal(self._digests()[1], "the initial weights")
-        self.reducer = self._make_reducer(bucket_bytes)
+        self.reducer = self._make_reducer()
         self._forward: nn.Module = self.reducer.wrap(self.model)
 
-    def _make_reducer(self, bucket_bytes: int) -> Reducer:
+    def meet(self, ranks: Ranks, state: Mapping[str, Any]) -> None:
+        """Goes on among other ranks: fresh message buffers, the same model and loader.
+
+        Args:
+          ranks: the new ones.
+          state: `small_state` of a rank that completed as many steps as this one.
+        """
+        self.reducer.close()
+        self.ranks = ranks
+        self.num_skipped = int(state["num_skipped"])
+        self._not_finite_since = int(state["not_finite_since"])
+        self.reducer = self._make_reducer()
+        self._forward = self.reducer.wrap(self.model)
+        self.source.redivide(self.step, ranks.rank, ranks.world)
+
+    def small_state(self) -> dict[str, int]:
+        """Returns what belongs to the state besides the flat buffers."""
+        return {
+            "step": self.step,
+            "num_updates": self.optimizer.num_updates,
+            "num_skipped": self.num_skipped,
+            "not_finite_since": self._not_finite_since,
+            "saved": self.saved,
+        }
+
+    def _make_reducer(self) -> Reducer:
         num_shards = self.config.data.num_shards
         if self.config.reducer == "ddp":
-            return DdpReducer(self.flat, self.ranks, num_shards, bucket_bytes)
+            return DdpReducer(self.flat, self.ranks, num_shards, self._bucket_bytes)
         return TreeReducer(self.flat, self.buckets, self.ranks, num_shards)
 
     def run(self, saver: Saver, header: Mapping[str, Any], ledger: Ledger, watch: StackWatch) -> Outcome:
@@ -189,9 +224,11 @@ class Trainer:
           header: manifest entries of this run (run id, digests, environment).
           ledger: counts where the time goes.
           watch: is told when steps begin.
+        Raises:
+          CommunicationError: a rank died or stalled.
+          RanksChangeError: a rank wants to join.
         """
         saver.begin(self.step)
-        saved = self.step
         stopped = False
         steps = iter(self.source)
         num_shards, world = self.config.data.num_shards, self.ranks.world
@@ -227,10 +264,12 @@ class Trainer:
                 stall_s = time.perf_counter() - started
                 stall_ms = 1e3 * stall_s
                 saver.learn(stall_s, seconds, disk=disk)
-                saved = self.step if disk else saved
+                self.saved = self.step if disk else self.saved
             ledger.mark(SAVE)
             ledger.step(self.step)
-        if saved != self.step:
+            if commit.regroup and not stopped and self.step < self.config.steps:
+                raise RanksChangeError(self.step)
+        if self.saved != self.step:
             saver.save(self.capture(header), memory=False, disk=True)
         saver.finish()
         ledger.mark(SAVE)
@@ -268,6 +307,7 @@ class Trainer:
             [
                 float(self.stop_requested),
                 float(save_failed),
+                float(self.invites()),
                 data_s,
                 residues,
                 time.perf_counter() - started,
@@ -339,19 +379,21 @@ class Trainer:
             "comm/hidden_pct": 100.0 * max(0.0, 1.0 - exposed / total) if total else 0.0,
             "ckpt/stall_ms": stall_ms,
             "ft/world_size": float(self.ranks.world),
+            "ft/generation": float(self.ranks.generation),
             "train/skipped": float(update.skipped),
             "train/num_skipped": float(self.num_skipped),
             **memory_scalars(self.ranks.device),
         }
         self.metrics.log(self.step, scalars)
 
-    def _host_buffers(self) -> dict[str, torch.Tensor]:
+    def host_buffers(self) -> dict[str, torch.Tensor]:
+        """Returns parameters and moments on the CPU, by name; there they alias the live ones."""
         tensors = (self.flat.params, self.optimizer.exp_avg, self.optimizer.exp_avg_sq)
         return {name: tensor.cpu() for name, tensor in zip(BUFFERS, tensors, strict=True)}
 
     def _digests(self) -> tuple[dict[str, int], bytes]:
         """Returns the crc32c of each buffer in memory, and 8 bytes: of the parameters, of the moments."""
-        return _checksums(self._host_buffers())
+        return _checksums(self.host_buffers())
 
     def capture(self, header: Mapping[str, Any]) -> Capture:
         """Returns the state after this step, once all ranks showed that theirs is equal.
@@ -359,7 +401,7 @@ class Trainer:
         Raises:
           ReplicaMismatchError: a rank's parameters or moments differ.
         """
-        buffers = self._host_buffers()
+        buffers = self.host_buffers()
         checksums, digest = _checksums(buffers)
         self.ranks.require_equal(digest, f"parameters and moments after step {self.step}")
         manifest = {
@@ -390,13 +432,23 @@ class Trainer:
 
     def restore(self, generation: Generation) -> None:
         """Continues from a validated generation; the next step is its ``step``."""
-        self.flat.params.copy_(generation.buffers["params"])
-        self.optimizer.exp_avg.copy_(generation.buffers["exp_avg"])
-        self.optimizer.exp_avg_sq.copy_(generation.buffers["exp_avg_sq"])
-        self.optimizer.num_updates = int(generation.manifest["num_updates"])
+        self.take_over(generation.buffers, generation.manifest)
         self.num_skipped = int(generation.manifest["num_skipped"])
-        self.step = generation.step
+        self.saved = self.step
         self.source.load_state_dict(generation.manifest["loader"])
+
+    def take_over(self, buffers: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        """Sets parameters, moments and counts to those of a snapshot or of another rank.
+
+        Args:
+          buffers: fp32 (numel,) on the CPU, by name.
+          state: ``step`` and ``num_updates``.
+        """
+        self.flat.params.copy_(buffers["params"])
+        self.optimizer.exp_avg.copy_(buffers["exp_avg"])
+        self.optimizer.exp_avg_sq.copy_(buffers["exp_avg_sq"])
+        self.optimizer.num_updates = int(state["num_updates"])
+        self.step = int(state["step"])
 
     def weights_digest(self) -> str:
         """Returns the sha256 (hex) of the flat parameters."""
@@ -421,15 +473,15 @@ def _scalars(losses: Mapping[int, Loss], num_shards: int) -> list[float]:
     return [value for column in columns for value in column]
 
 
-# Of a rank's row at the commit point: stop, save_failed, data_s, residues, compute_s; then 3 * V.
-NUM_PLAIN_SCALARS = 5
+# Of a rank's row at the commit point: stop, save_failed, regroup, data_s, residues, compute_s; then 3 * V.
+NUM_PLAIN_SCALARS = 6
 
 
 def combine(rows: Sequence[Sequence[float]], num_shards: int) -> Commit:
     """Returns what the ranks' scalars say together; each shard's entries are zero except on its owner.
 
     Args:
-      rows: per rank [stop, save_failed, data_s, residues, compute_s, V losses, V counts, V largest losses].
+      rows: per rank the `NUM_PLAIN_SCALARS`, then V losses, V counts, V largest losses.
       num_shards: V.
     """
 
@@ -447,8 +499,9 @@ def combine(rows: Sequence[Sequence[float]], num_shards: int) -> Commit:
         num_samples=num_samples,
         stop=any(row[0] for row in rows),
         save_failed=any(row[1] for row in rows),
-        data_s=[row[2] for row in rows],
-        compute_s=[row[4] for row in rows],
-        num_residues=int(sum(row[3] for row in rows)),
+        regroup=any(row[2] for row in rows),
+        data_s=[row[3] for row in rows],
+        compute_s=[row[5] for row in rows],
+        num_residues=int(sum(row[4] for row in rows)),
         bad_shards=[shard for shard, loss in enumerate(losses) if not math.isfinite(loss)],
     )
