@@ -29,9 +29,8 @@ from foldfeed.trainer.exit_code import exit_code
 
 VARIABLE = "FOLDFEED_ELASTIC"
 POLL_S = 0.05
-# For ranks that are not needed any more, after the run finished or was told to stop.
+# For ranks that are not needed any more, after the run finished.
 LEAVE_S = 30.0
-STOP_S = 120.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +39,7 @@ class Plan:
 
     Attributes:
       founds: it begins the run; the others join it.
+      standby: it builds everything, then stops itself (SIGSTOP) until it is needed.
       ranks: to wait for at the beginning.
       max_ranks: that train at once, at most; 0 for as many as there are virtual shards. More wait as spares.
       host: address by which the other ranks reach this one.
@@ -49,6 +49,7 @@ class Plan:
     """
 
     founds: bool = True
+    standby: bool = False
     ranks: int
     max_ranks: int = 0
     host: str = "127.0.0.1"
@@ -76,8 +77,8 @@ class Launcher:
     """The ranks of one machine.
 
     Attributes:
-      processes: the newest process of each slot.
-      respawns: how many more times a dead rank is started again.
+      processes: by slot; a rank that takes a dead one's place has a slot of its own.
+      respawns: how many more dead ranks are replaced.
     """
 
     def __init__(
@@ -85,7 +86,8 @@ class Launcher:
         plan: Plan,
         arguments: Sequence[str],
         *,
-        slots: int,
+        ranks: int,
+        spares: int = 0,
         respawns: int = 0,
         log: IO[bytes] | None = None,
         place: Callable[[int], tuple[list[str], str]] | None = None,
@@ -95,7 +97,8 @@ class Launcher:
         Args:
           plan: of the first slot; the others join.
           arguments: of the trainer's command line.
-          slots: ranks to start here.
+          ranks: to start here.
+          spares: processes that are kept ready, so that a replacement comes in at once.
           respawns: see the class.
           log: where ranks write; with this process's output when None.
           place: returns, for a slot, what comes before its command, and its host.
@@ -104,29 +107,56 @@ class Launcher:
         self.respawns = respawns
         self._plan = plan
         self._arguments = list(arguments)
-        self._slots = slots
+        self._ranks = ranks
+        self._spares = spares
+        self._standby: list[int] = []
+        # Devices of dead ranks that are to be replaced, and of ranks to be added.
+        self._missing: list[int] = []
+        self._devices: list[int] = []
         self._log = log
         self._place = place or (lambda slot: ([], plan.host))
         self._codes: dict[int, int] = {}
         self._deadline: float | None = None
 
     def start(self) -> None:
-        """Starts all slots."""
-        for slot in range(self._slots):
-            self.spawn(slot, founds=self._plan.founds and slot == 0)
+        """Starts all ranks and spares."""
+        for number in range(self._ranks):
+            self._spawn(number, founds=self._plan.founds and number == 0)
+        for _ in range(self._spares):
+            self._standby.append(self._spawn(0, standby=True))
 
-    def spawn(self, slot: int, *, founds: bool = False) -> None:
-        """Starts a rank in a slot: to join, or to found the run."""
+    def _spawn(self, device: int, *, founds: bool = False, standby: bool = False) -> int:
+        slot = len(self.processes)
+        self._devices.append(device)
         prefix, host = self._place(slot)
-        plan = dataclasses.replace(self._plan, founds=founds, host=host, local_rank=slot)
+        plan = dataclasses.replace(self._plan, founds=founds, standby=standby, host=host, local_rank=device)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, VARIABLE: json.dumps(dataclasses.asdict(plan))}
-        self._codes.pop(slot, None)
         self.processes[slot] = subprocess.Popen(
             [*prefix, sys.executable, "-m", "foldfeed.trainer", *self._arguments],
             env=environment,
             stdout=self._log,
             stderr=self._log,
         )
+        return slot
+
+    def add(self) -> None:
+        """Adds a rank to the run: a spare that is ready, or will be; a new process where there is none."""
+        self._missing.append(self._ranks)
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._missing:
+            ready = [slot for slot in self._standby if _is_stopped(self.processes[slot].pid)]
+            if not ready and self._standby:
+                return
+            device = self._missing.pop(0)
+            if not ready:
+                self._spawn(device)
+                continue
+            self._standby.remove(ready[0])
+            self.processes[ready[0]].send_signal(signal.SIGCONT)
+            if self.respawns > len(self._standby):
+                self._standby.append(self._spawn(0, standby=True))
 
     def poll(self) -> int | None:
         """Looks after the ranks once; returns the exit code of the run when all have ended."""
@@ -134,17 +164,18 @@ class Launcher:
             code = process.poll()
             if code is not None and slot not in self._codes:
                 self._codes[slot] = code
-                if code < 0:
+                if slot in self._standby:
+                    self._standby.remove(slot)
+                elif code < 0 and self.respawns > 0:
                     click.echo(f"rank in slot {slot} died of {signal.Signals(-code).name}", err=True)
-        running = [slot for slot in self.processes if slot not in self._codes]
+                    self.respawns -= 1
+                    self._missing.append(self._devices[slot])
+        running = [slot for slot in self.processes if slot not in self._codes and slot not in self._standby]
         if 0 in self._codes.values():
             return self._wind_down(running)
         if not running:
             return self._begin_again()
-        for slot, code in list(self._codes.items()):
-            if code < 0 and self.respawns > 0:
-                self.respawns -= 1
-                self.spawn(slot)
+        self._fill()
         return None
 
     def _wind_down(self, running: Sequence[int]) -> int | None:
@@ -158,22 +189,18 @@ class Launcher:
         return None
 
     def _begin_again(self) -> int | None:
-        """All ranks are gone at once: the run goes on from its last snapshot, unless a rank gave a reason."""
-        needed = len(self.processes)
-        if any(code > 0 for code in self._codes.values()) or self.respawns < needed or not self._plan.founds:
+        """All ranks are gone: if they were killed, and may be replaced, the last snapshot goes on."""
+        if any(code > 0 for code in self._codes.values()) or not self._missing or not self._plan.founds:
             return max(1, *self._codes.values())
-        self.respawns -= needed
-        click.echo("all ranks are gone; starting again from the last snapshot", err=True)
-        for slot in list(self.processes):
-            self.spawn(slot, founds=slot == 0)
+        click.echo("all ranks are gone; the run goes on from its last snapshot", err=True)
+        self._spawn(self._missing.pop(0), founds=True)
         return None
 
     def terminate(self) -> None:
         """Asks all ranks to stop after their step, with a snapshot."""
-        self.respawns = 0
-        self._deadline = time.monotonic() + STOP_S
-        for process in self.processes.values():
-            if process.poll() is None:
+        self.respawns, self._missing = 0, []
+        for slot, process in self.processes.items():
+            if slot not in self._standby and process.poll() is None:
                 process.terminate()
 
     def kill(self) -> None:
@@ -209,12 +236,22 @@ def run_ranks(launcher: Launcher) -> int:
             signal.signal(number, handler)
 
 
+def _is_stopped(pid: int) -> bool:
+    """Returns whether a process of ours is stopped by a signal (proc(5): the state follows the name)."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--ranks", default=1, show_default=True, help="Ranks to start on this machine.")
 @click.option("--join", is_flag=True, help="Join the run that lives in --output, instead of beginning one.")
 @click.option("--wait-for", default=0, help="Ranks to wait for before the first step; those of --ranks if 0.")
 @click.option("--max-ranks", default=0, help="Ranks that train at once; more wait as spares. 0: all shards.")
-@click.option("--respawn", default=0, show_default=True, help="How many times dead ranks are started again.")
+@click.option("--respawn", default=0, show_default=True, help="How many dead ranks are replaced.")
+@click.option("--spares", default=0, show_default=True, help="Processes kept ready to replace dead ranks.")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address of this machine for the others."
 )
@@ -229,6 +266,7 @@ def command(
     wait_for: int,
     max_ranks: int,
     respawn: int,
+    spares: int,
     host: str,
     silent_s: float,
     wait_s: float,
@@ -247,7 +285,7 @@ def command(
         silent_s=silent_s,
         wait_s=wait_s,
     )
-    return run_ranks(Launcher(plan, trainer, slots=ranks, respawns=respawn))
+    return run_ranks(Launcher(plan, trainer, ranks=ranks, spares=spares, respawns=respawn))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

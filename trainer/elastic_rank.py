@@ -25,6 +25,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,10 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
     ledger.mark(STARTUP)
     launch.prepare_numerics(config)
     alone = Ranks(rank=0, world=1, device=pick_device(config.device, plan.local_rank))
+    if plan.standby and alone.device.type != "cpu":
+        raise TrainerConfigError(
+            "--spares works on the CPU only: a spare cannot know whose GPU will be free."
+        )
     ledger.mark(INITIALIZATION)
     with open_loader(config.data, config.seed, alone) as (loader, fingerprint):
         return ElasticRank(config, plan, alone, loader, fingerprint, ledger).train()
@@ -148,6 +153,9 @@ class ElasticRank:
     def train(self) -> Outcome | None:
         """Runs until the last step, a stop that was asked for, or an error of this rank's own."""
         reason = "finished"
+        if self.plan.standby:
+            # All is built; the launcher wakes it when a rank is needed.
+            os.kill(os.getpid(), signal.SIGSTOP)
         try:
             view = self._found() if self.plan.founds else self._join()
             if view is None:

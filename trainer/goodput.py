@@ -137,7 +137,8 @@ def _sum_up(entries: Sequence[Mapping[str, Any]]) -> Account:
     last: Mapping[str, Any] | None = None
     starts = failures = regroups = 0
     for entry in entries:
-        regroups += entry["event"] == "regroup"
+        # The first one is the beginning.
+        regroups += entry["event"] == "regroup" and entry["generation"] > 1
         if entry["event"] in ("start", "regroup"):
             asked_for = last is not None and last["event"] == "end" and last["reason"] != "failed"
             if last is not None:
