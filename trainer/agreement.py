@@ -191,21 +191,37 @@ def propose(
         reachable = uid in live and uid in reports
         if reachable and all(uid in reports[o].sees and o in reports[uid].sees for o in group):
             group.append(uid)
-    if not group or group[0] != me or not may_propose(view, group, gone, waited_s):
+    if not group or group[0] != me:
+        return None
+    step = max(reports[uid].step for uid in group)
+    if not may_propose(view, group, gone, waited_s, knows=step >= view.step):
         return None
     room = max(0, max_members - len(group))
-    welcome = [new for new in joiners if all(new.uid in reports[uid].sees for uid in group)][:room]
+    # Who was a member cannot be new: its request came late, or it was left out.
+    new = [one for one in joiners if one.uid not in view.uids]
+    welcome = [one for one in new if all(one.uid in reports[uid].sees for uid in group)][:room]
     stay = [member for member in view.members if member.uid in group]
     return View(
         generation=view.generation + 1,
-        step=max(reports[uid].step for uid in group),
+        step=step,
         members=(*stay, *welcome),
     )
 
 
-def may_propose(view: View, group: Sequence[str], gone: Set[str], waited_s: float) -> bool:
-    """Returns whether these members may go on without the others; see the module docstring."""
+def may_propose(
+    view: View, group: Sequence[str], gone: Set[str], waited_s: float, *, knows: bool = True
+) -> bool:
+    """Returns whether these members may go on without the others; see the module docstring.
+
+    Args:
+      view: the generation that is over.
+      group: those who would go on, in rank order.
+      gone: whose process is known to have ended, or has left.
+      waited_s: since they stopped.
+      knows: whether one of them has the state that the generation began with. New ones that have not got it
+        yet leave those behind who have it only if they must: the run would go back to a snapshot.
+    """
     twice, all_of_them = 2 * len(group), len(view.members)
-    if twice > all_of_them or (twice == all_of_them and view.members[0].uid in group):
+    if knows and (twice > all_of_them or (twice == all_of_them and view.members[0].uid in group)):
         return True
     return waited_s > PATIENCE_S or all(uid in group or uid in gone for uid in view.uids)
