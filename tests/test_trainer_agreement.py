@@ -74,6 +74,7 @@ class Agreement(RuleBasedStateMachine):
         self.register = MemoryRegister()
         self.nodes: dict[str, Node] = {}
         self.joining: list[str] = []
+        self.claims: list[View] = []
         self.mail: list[tuple[str, str, tuple[int, Report]]] = []
         self.offers: dict[int, dict[str, int]] = {}
         self.gave: dict[tuple[int, int], set[str]] = {}
@@ -222,7 +223,13 @@ class Agreement(RuleBasedStateMachine):
                 assert waited_s > PATIENCE_S or not set(node.view.uids) - set(stay) & set(self.nodes)
             for uid in stay:
                 assert uid not in self.nodes or self.nodes[uid].phase == "left"
-            self.register.claim(proposal)
+            self.claims.append(proposal)
+
+    @precondition(lambda self: self.claims)
+    @rule(number=st.integers(0, 9))
+    def claim(self, number: int) -> None:
+        """Between the decision to claim and the claim, others may claim."""
+        self.register.claim(self.claims.pop(number % len(self.claims)))
 
     def install(self, node: Node, view: View) -> None:
         assert self.register.views[view.generation] == view
@@ -263,6 +270,8 @@ class Agreement(RuleBasedStateMachine):
                 self.deliver(0, lost=False)
             for node in [node for node in self.nodes.values() if node.phase == "left"]:
                 self.take_turn(node, TIMEOUT_S + 1)
+            while self.claims:
+                self.claim(0)
             views = {node.view.generation for node in self.nodes.values()}
             if len(views) == 1 and all(node.phase == "trains" for node in self.nodes.values()):
                 return
