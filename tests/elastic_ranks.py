@@ -100,6 +100,7 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
     """
     limit = time.monotonic() + scenario.get("limit_s", 60.0)
     respawns, joins = scenario.get("respawns", 0), sorted(scenario.get("joins", ()))
+    joined = 0
     pids: dict[int, int] = {}
     codes: dict[int, int] = {}
     stopped: dict[int, float] = {}
@@ -113,10 +114,10 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
                 if number not in codes and (code := reaped(pid, stopped, number)) is not None:
                     codes[number] = code
             dead = sum(code < 0 for code in codes.values())
-            missing = scenario["ranks"] + min(dead, respawns) - len(pids)
-            if joins and last_step(folder) >= joins[0]:
+            while joins and last_step(folder) >= joins[0]:
                 joins.pop(0)
-                missing += 1
+                joined += 1
+            missing = scenario["ranks"] + min(dead, respawns) + joined - len(pids)
             for _ in range(missing):
                 # Who comes after the end finds that it is over; that is tested, too.
                 pids[len(pids)] = fork_rank(folder, scenario, len(pids))
@@ -130,7 +131,8 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
             if number not in codes:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-    return {"codes": [codes[number] for number in sorted(codes)], **results(folder)}
+    numbers = {pid: number for number, pid in pids.items()}
+    return {"codes": [codes[number] for number in sorted(codes)], **results(folder, numbers)}
 
 
 def reaped(pid: int, stopped: dict[int, float], number: int) -> int | None:
@@ -144,7 +146,8 @@ def reaped(pid: int, stopped: dict[int, float], number: int) -> int | None:
     return os.waitstatus_to_exitcode(status)
 
 
-def results(folder: Path) -> dict[str, Any]:
+def results(folder: Path, numbers: dict[int, int]) -> dict[str, Any]:
+    """Returns what a run left; processes by number, as they were started."""
     result = folder / "result.json"
     generations = [json.loads(p.read_text()) for p in sorted(folder.glob("elastic/*/generation-*.json"))]
     metrics = folder / "metrics.jsonl"
@@ -152,6 +155,7 @@ def results(folder: Path) -> dict[str, Any]:
     return {
         "digest": json.loads(result.read_text())["weights_digest"] if result.exists() else "",
         "generations": generations,
+        "members": [[numbers[m["identity"]["pid"]] for m in view["members"]] for view in generations],
         "steps": [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
         if metrics.exists()
         else [],
