@@ -4,7 +4,7 @@ Importing torch costs seconds per process, so a *nursery* imports once and forks
 tensor yet, so no thread is lost). It is the launcher, too: a killed rank is replaced by a fork, a stopped one
 continued after `AWAY_S`. The ranks are the trainer's own `ElasticRank` over the synthetic source.
 
-    python tests/elastic_ranks.py FOLDER      reads scenarios (JSON) from stdin, one a line; answers one a line
+    python tests/elastic_ranks.py FOLDER      reads scenarios (JSON) from stdin, one a line; answers likewise
 
 A fault {"phase": P, "step": K, "signal": S, "rank": R} strikes the process that was started R-th: at the
 first time that its step is at least K and it is at P, one of `PHASES`. Ranks that are started later, as

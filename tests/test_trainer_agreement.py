@@ -201,7 +201,9 @@ class Agreement(RuleBasedStateMachine):
                 self.joining.append(self.new_uid())
             return
         live = {node.uid, *node.view.uids, *node.joiners} - node.doubts
-        reports = {uid: r for (generation, uid), r in node.reports.items() if generation == node.view.generation}
+        reports = {
+            uid: r for (generation, uid), r in node.reports.items() if generation == node.view.generation
+        }
         proposal = propose(
             node.view,
             node.uid,
@@ -360,23 +362,28 @@ def test_who_joins_comes_last_if_all_see_it_and_there_is_room() -> None:
     assert found.uids == ["a", "b", "k"]
 
 
+def claimed_at_once(folder: Path, generation: int) -> list[str]:
+    won: list[str] = []
+    barrier = threading.Barrier(8)
+
+    def claim(uid: str) -> None:
+        barrier.wait()
+        if FolderRegister(folder).claim(view_of(uid, generation=generation)):
+            won.append(uid)
+
+    threads = [threading.Thread(target=claim, args=(uid,)) for uid in "abcdefgh"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return won
+
+
 def test_a_folder_decides_between_many_that_claim_at_once(tmp_path: Path) -> None:
     register = FolderRegister(tmp_path)
     assert register.latest() is None
     for generation in range(3):
-        won: list[str] = []
-        barrier = threading.Barrier(8)
-
-        def claim(uid: str, number: int = generation) -> None:
-            barrier.wait()
-            if FolderRegister(tmp_path).claim(view_of(uid, generation=number)):
-                won.append(uid)
-
-        threads = [threading.Thread(target=claim, args=(uid,)) for uid in "abcdefgh"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        won = claimed_at_once(tmp_path, generation)
         assert len(won) == 1
         assert register.latest() == view_of(won[0], generation=generation)
     assert len(list(tmp_path.iterdir())) == 3
@@ -387,5 +394,5 @@ def test_a_damaged_generation_is_named(tmp_path: Path) -> None:
     assert register.claim(view_of("ab"))
     path = next(tmp_path.iterdir())
     path.write_text(json.dumps({"generation": 3}))
-    with pytest.raises(TrainerError, match="generations in .* cannot be read: KeyError"):
+    with pytest.raises(TrainerError, match=r"generations in .* cannot be read: KeyError"):
         register.latest()

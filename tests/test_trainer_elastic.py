@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,11 @@ def check(found: dict[str, Any], digest: str, codes: list[int]) -> list[list[int
     assert f"step-{STEPS:08d}" in found["snapshots"]
     generations = found["generations"]
     assert [view["generation"] for view in generations] == list(range(len(generations)))
-    assert all(before["step"] <= after["step"] for before, after in zip(generations, generations[1:]))
+    assert all(before["step"] <= after["step"] for before, after in itertools.pairwise(generations))
     parts = sum(sum(line["parts"].values()) for line in found["ledger"])
     gaps = sum(
         max(0.0, line["began"] - before["time"])
-        for before, line in zip(found["ledger"], found["ledger"][1:])
+        for before, line in itertools.pairwise(found["ledger"])
         if "began" in line
     )
     wall = found["ledger"][-1]["time"] - found["ledger"][0]["began"]

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import json
 import os
@@ -28,12 +27,10 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from foldfeed.trainer import launch
 from foldfeed.trainer.agreement import FolderRegister, Member, View
@@ -64,12 +61,13 @@ from foldfeed.trainer.lease import Lease, identity
 from foldfeed.trainer.loop import BatchSource, Outcome, Trainer
 from foldfeed.trainer.membership import Limits, Membership
 from foldfeed.trainer.metrics import Metrics
-from foldfeed.trainer.ranks import Group, Ranks, TorchGroup, pick_device
+from foldfeed.trainer.ranks import Group, Ranks, pick_device
 from foldfeed.trainer.resume import environment
-from foldfeed.trainer.snapshot import BUFFERS, SnapshotFolder, checksum
+from foldfeed.trainer.snapshot import SnapshotFolder
 from foldfeed.trainer.tiers import Saver, memory_folder
+from foldfeed.trainer.transfer import nccl_groups, transfer
 from foldfeed.trainer.watch import StackWatch
-from foldfeed.trainer.wire import Channel, MeshGroup, raw
+from foldfeed.trainer.wire import Channel, MeshGroup
 
 FOLDER = "elastic"
 SESSION_FILE = "session.json"
@@ -253,12 +251,13 @@ class ElasticRank:
         shutil.rmtree(folder, ignore_errors=True)
         (folder / session).mkdir(mode=0o700, parents=True)
         membership = self._membership(session, key)
+        membership.found()
         temporary = folder / f".{SESSION_FILE}"
         number = os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600)
         with os.fdopen(number, "w", encoding="utf-8") as file:
             json.dump({"session": session, "key": key.hex()}, file)
         temporary.replace(folder / SESSION_FILE)
-        membership.found(self.plan.ranks, self.plan.wait_s)
+        membership.gather(self.plan.ranks, self.plan.wait_s)
         self.ledger.mark(INITIALIZATION)
         return membership.regroup(self.trainer.step)
 
@@ -455,59 +454,3 @@ class ElasticRank:
         self.metrics.say(
             f"generation {view.generation}: {ranks.world} ranks go on from step {self.trainer.step}  {costs}"
         )
-
-
-def transfer(channel: Channel, trainer: Trainer, states: Sequence[Mapping[str, int]], ranks: Ranks) -> int:
-    """Brings every rank to the furthest one's step; returns a rank that had it.
-
-    Each rank that is behind gets parameters and moments from one that is not, all at once over different
-    connections: raw bytes, then their crc32c, taken from the giver's memory. They are checked before the live
-    buffers are touched, so a giver that dies leaves the taker as it was.
-
-    Raises:
-      CommunicationError: a peer died, or the bytes that came are not those that were sent.
-    """
-    steps = [state["step"] for state in states]
-    givers = [rank for rank, step in enumerate(steps) if step == max(steps)]
-    takers = [rank for rank, step in enumerate(steps) if step < max(steps)]
-    pairs = {taker: givers[number % len(givers)] for number, taker in enumerate(takers)}
-    mine = [taker for taker, giver in pairs.items() if giver == ranks.rank]
-    with ranks.guard("the transfer of the state"):
-        if mine:
-            buffers = trainer.host_buffers()
-            sums = b"".join(checksum(buffers[name]).to_bytes(4, "little") for name in BUFFERS)
-            views = [*(raw(buffers[name]) for name in BUFFERS), memoryview(sums)]
-            channel.exchange(dict.fromkeys(mine, views), {})
-        if ranks.rank in pairs:
-            giver = pairs[ranks.rank]
-            fresh = {name: torch.empty(trainer.flat.numel, dtype=torch.float32) for name in BUFFERS}
-            sent = bytearray(4 * len(BUFFERS))
-            channel.exchange({}, {giver: [*(raw(fresh[name]) for name in BUFFERS), memoryview(sent)]})
-            if bytes(sent) != b"".join(checksum(fresh[name]).to_bytes(4, "little") for name in BUFFERS):
-                raise CommunicationError(
-                    ranks.rank, "the transfer of the state", f"crc32c of rank {giver}'s state differs."
-                )
-            trainer.take_over(fresh, states[giver])
-    return givers[0]
-
-
-def nccl_groups(ranks: Ranks, host: str, timeout_s: float) -> tuple[Group, Group]:
-    """Returns new communicators for gradients on GPUs: one per phase of the reducer.
-
-    The store through which NCCL's ranks find each other lives on the first rank, for this generation alone.
-    Not run where this was written: it had no two GPUs (a test marked ``cuda`` waits for them).
-    """
-    timeout = datetime.timedelta(seconds=timeout_s)
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    store = None
-    if ranks.is_first:
-        store = dist.TCPStore(host, 0, ranks.world, is_master=True, timeout=timeout, wait_for_workers=False)
-    address, port = ranks.gather_json([host, store.port if store else 0], "the meeting of the devices")[0]
-    with ranks.guard("the meeting of the devices"):
-        store = store or dist.TCPStore(address, port, ranks.world, is_master=False, timeout=timeout)
-        scatter, gather = (
-            TorchGroup(dist.ProcessGroupNCCL(dist.PrefixStore(name, store), ranks.rank, ranks.world, options))
-            for name in ("scatter", "gather")
-        )
-    return scatter, gather

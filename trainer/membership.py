@@ -1,13 +1,8 @@
 """A process among the members of an elastic run: who lives, who wants to join, and the next generation.
 
-Every two processes keep a connection of their own for this: a death closes it (seen in milliseconds), a
-stopped process or a cut link falls silent (seen after `silent_s`, three beats or more). Whoever sees either
-ends the generation: the wires of the gradients are aborted, so the main thread gets an error wherever it
-waits, and the others are told. The main thread then calls `regroup` and, with the generation that is decided
-(agreement.py), `connect`.
-
-One thread accepts, one listens and beats; the main thread does everything that may wait. All state is behind
-one lock, which is never held while anything waits.
+Whoever sees that a peer is lost (peers.py) ends the generation: the wires of the gradients are aborted, so
+the main thread gets an error wherever it waits, and the others are told. The main thread then calls `regroup`
+and, with the generation that is decided (agreement.py), `connect`; it does everything that may wait.
 
 Invariant: after `regroup` has begun, this process adds nothing to the generation before: its wires are shut.
 """
@@ -16,20 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import selectors
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from foldfeed.trainer.agreement import Member, Register, Report, View, propose
 from foldfeed.trainer.errors import CommunicationError, ExcludedError, WireError
 from foldfeed.trainer.lease import is_gone
-from foldfeed.trainer.wire import Channel, Frames, dial, frame, greet
+from foldfeed.trainer.peers import CONTROL, Peer, Peers
+from foldfeed.trainer.wire import Channel, frame
 
-# Of `silent_s`: so that a beat may be late without a false alarm.
-BEATS_PER_SILENCE = 8
 # How often the folder is looked at while the decision is awaited, if no message comes.
 LOOK_S = 0.1
 # For which a member that failed by itself is waited for: the others may be about to fail alike.
@@ -37,7 +29,6 @@ FAILED_GRACE_S = 1.0
 LEAVE_S = 5.0
 # Between two interruptions of the steps for the same one that wants to join.
 INVITE_S = 5.0
-CONTROL = "member"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,20 +52,6 @@ class Abortable(Protocol):
     def abort(self, reason: str) -> None:
         """Makes it end with an error, soon; from any thread."""
         ...
-
-
-class _Peer:
-    """A connection to another process."""
-
-    def __init__(self, uid: str, connection: socket.socket) -> None:
-        self.uid = uid
-        self.connection = connection
-        self.frames = Frames()
-        self.heard = time.monotonic()
-        self.bye = ""
-        self.doomed: float | None = None
-        self.generation = -1
-        self.report: Report | None = None
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -110,107 +87,22 @@ class Membership:
         self.me = me
         self.view = View(generation=-1, step=-1, members=())
         self.ending = Ending(reason="", noticed=time.monotonic(), silent_s=0.0)
-        self._key = key
         self._register = register
         self._limits = limits
-        self._lock = threading.Condition()
-        self._peers: dict[str, _Peer] = {}
         self._joiners: dict[str, Member] = {}
         self._invited: dict[str, float] = {}
         self._left: set[str] = set()
         self._finished: set[str] = set()
         self._over = -1
-        self._wires: dict[tuple[int, str, str], socket.socket] = {}
         self._channels: list[Abortable] = []
         self._said: Report | None = None
-        self._closed = False
-        self._listener = listener
-        self._selector = selectors.DefaultSelector()
-        self._wake, self._waker = socket.socketpair()
-        self._selector.register(self._wake, selectors.EVENT_READ)
-        self._threads = [
-            threading.Thread(target=target, name=f"foldfeed-{name}", daemon=True)
-            for name, target in (("accept", self._accept), ("members", self._serve))
-        ]
-        for thread in self._threads:
-            thread.start()
+        # Last: it begins to talk at once.
+        self._peers = Peers(me.uid, listener, key, limits.silent_s, self)
 
-    # ---------------------------------------------------------------- connections
+    # ---------------------------------------------------------------- what peers say; the lock is held
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return  # closed by `leave`
-            threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
-
-    def _receive(self, connection: socket.socket) -> None:
-        try:
-            hello = greet(connection, self._key, self._limits.silent_s)
-            uid, purpose, generation = str(hello["uid"]), str(hello["purpose"]), int(hello["generation"])
-        except (WireError, KeyError, TypeError, ValueError):
-            connection.close()  # a stranger, or somebody who was cut off while greeting: they learn by this
-            return
-        with self._lock:
-            if self._closed or (purpose != CONTROL and generation < self.view.generation):
-                connection.close()
-            elif purpose == CONTROL:
-                self._add(uid, connection)
-            else:
-                self._wires[generation, purpose, uid] = connection
-            self._lock.notify_all()
-
-    def _add(self, uid: str, connection: socket.socket) -> None:
-        if uid in self._peers:
-            connection.close()
-            return
-        self._peers[uid] = _Peer(uid, connection)
-        self._selector.register(connection, selectors.EVENT_READ, uid)
-
-    def _dial(self, member: Member, purpose: str, generation: int) -> socket.socket:
-        hello = {"uid": self.me.uid, "purpose": purpose, "generation": generation}
-        return dial((member.host, member.port), self._key, hello, self._limits.silent_s)
-
-    def _serve(self) -> None:
-        beat_s = self._limits.silent_s / BEATS_PER_SILENCE
-        next_beat = time.monotonic()
-        while not self._closed:
-            ready = self._selector.select(max(0.0, next_beat - time.monotonic()))
-            with self._lock:
-                for key, _ in ready:
-                    if key.data is not None and key.data in self._peers:
-                        self._read(self._peers[key.data])
-                now = time.monotonic()
-                if now >= next_beat:
-                    next_beat = now + beat_s
-                    self._broadcast({"kind": "beat"})
-                for peer in list(self._peers.values()):
-                    if peer.doomed is not None and now > peer.doomed:
-                        self._lose(peer, f"{peer.bye}")
-                    elif now - peer.heard > self._limits.silent_s:
-                        self._lose(peer, f"silent for {now - peer.heard:.1f} s")
-
-    def _read(self, peer: _Peer) -> None:
-        try:
-            raw = peer.connection.recv(1 << 16, socket.MSG_DONTWAIT)
-            messages = peer.frames.feed(raw)
-        except BlockingIOError:
-            return
-        except (OSError, WireError) as error:
-            self._lose(peer, str(error))
-            return
-        peer.heard = time.monotonic()
-        for message in messages:
-            try:
-                self._understand(peer, message)
-            except (KeyError, TypeError, ValueError) as error:
-                self._lose(peer, f"a message that makes no sense: {error!r}")
-                return
-        if not raw:
-            self._lose(peer, "its connection is closed")
-
-    def _understand(self, peer: _Peer, message: dict[str, Any]) -> None:
+    def understand(self, peer: Peer, message: Mapping[str, Any]) -> None:
+        """See `peers.Owner`."""
         kind = message["kind"]
         if kind == "join":
             member = Member(**message["member"])
@@ -230,34 +122,15 @@ class Membership:
         if kind in ("over", "report") and peer.uid in self.view.uids:
             self._over = max(self._over, int(message["generation"]))
             if self._over == self.view.generation:
-                self._end(f"{peer.uid} left generation {self._over}", 0.0)
+                self._end(f"rank {self.view.uids.index(peer.uid)} left it", 0.0)
         if kind != "beat":
-            self._lock.notify_all()
+            self._peers.lock.notify_all()
 
-    def _broadcast(self, message: dict[str, Any]) -> None:
-        raw = frame(message)
-        for peer in list(self._peers.values()):
-            self._send(peer, raw)
-
-    def _send(self, peer: _Peer, raw: bytes) -> None:
-        try:
-            sent = peer.connection.send(raw, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except OSError as error:
-            # Also a buffer that is full: whoever reads nothing for so long is not among the living.
-            self._lose(peer, str(error))
-            return
-        if sent < len(raw):
-            self._lose(peer, "it takes no messages")
-
-    def _lose(self, peer: _Peer, why: str) -> None:
-        if self._peers.pop(peer.uid, None) is None:
-            return
-        self._selector.unregister(peer.connection)
-        peer.connection.close()
+    def lost(self, peer: Peer, why: str) -> None:
+        """See `peers.Owner`."""
         self._joiners.pop(peer.uid, None)
         if peer.uid in self.view.uids and peer.bye != "finished":
             self._end(f"lost rank {self.view.uids.index(peer.uid)}: {why}", time.monotonic() - peer.heard)
-        self._lock.notify_all()
 
     def _end(self, reason: str, silent_s: float) -> None:
         """Ends the present generation here and tells the others; again it does nothing."""
@@ -266,26 +139,29 @@ class Membership:
         self.ending = Ending(reason=reason, noticed=time.monotonic(), silent_s=silent_s)
         for channel in self._channels:
             channel.abort(reason)
-        self._broadcast({"kind": "over", "generation": self.view.generation})
-        self._lock.notify_all()
+        self._peers.broadcast({"kind": "over", "generation": self.view.generation})
+        self._peers.lock.notify_all()
 
     # ---------------------------------------------------------------- the main thread's calls
 
-    def found(self, num_members: int, wait_s: float) -> None:
-        """Begins a run: generation 0 is this process alone, which waits for others to come.
+    def found(self) -> None:
+        """Begins a run: generation 0 is this process alone."""
+        alone = View(generation=0, step=-1, members=(self.me,))
+        if not self._register.claim(alone):
+            raise ExcludedError(0, "its session exists already")
+        self._install(alone)
+
+    def gather(self, num_members: int, wait_s: float) -> None:
+        """Waits for others to come.
 
         Args:
           num_members: to wait for, this one included.
           wait_s: after which the run begins with those that came.
         """
-        alone = View(generation=0, step=-1, members=(self.me,))
-        if not self._register.claim(alone):
-            raise ExcludedError(0, "its session exists already")
-        self._install(alone)
         deadline = time.monotonic() + wait_s
-        with self._lock:
+        with self._peers.lock:
             while len(self._joiners) < num_members - 1 and (left := deadline - time.monotonic()) > 0:
-                self._lock.wait(left)
+                self._peers.lock.wait(left)
 
     def join(self, wait_s: float, superseded: Callable[[], bool]) -> View | None:
         """Asks all members to take this process in, and waits for it, also as a spare.
@@ -305,33 +181,36 @@ class Membership:
                 return latest
             for member in latest.members if latest is not None else ():
                 self._ask(member)
-            with self._lock:
-                if self._peers:
+            with self._peers.lock:
+                if self._peers.known:
                     deadline = time.monotonic() + wait_s
                 elif latest is not None and any(uid in self._finished for uid in latest.uids):
                     return None
-                elif latest is None or superseded() or all(is_gone(dict(m.identity)) for m in latest.members):
-                    raise ExcludedError(-1, "its members are gone")
+                elif latest is not None and all(is_gone(dict(one.identity)) for one in latest.members):
+                    raise ExcludedError(latest.generation, "its ranks are gone")
+                elif superseded():
+                    raise ExcludedError(-1, "another session has begun")
                 elif time.monotonic() > deadline:
-                    raise ExcludedError(latest.generation, f"no member could be reached for {wait_s:g} s")
-                self._lock.wait(LOOK_S)
+                    number = latest.generation if latest is not None else -1
+                    raise ExcludedError(number, f"no member could be reached for {wait_s:g} s")
+                self._peers.lock.wait(LOOK_S)
 
     def _ask(self, member: Member) -> None:
-        with self._lock:
-            if member.uid in self._peers or member.uid in self._left:
+        with self._peers.lock:
+            if member.uid in self._peers.known or member.uid in self._left:
                 return
         with contextlib.suppress(WireError):  # the next round tries again, until the deadline
-            connection = self._dial(member, CONTROL, 0)
-            with self._lock:
-                self._add(member.uid, connection)
-                if member.uid in self._peers:
+            connection = self._peers.dial(member, CONTROL, 0)
+            with self._peers.lock:
+                self._peers.add(member.uid, connection)
+                if member.uid in self._peers.known:
                     raw = frame({"kind": "join", "member": dataclasses.asdict(self.me)})
-                    self._send(self._peers[member.uid], raw)
+                    self._peers.send(self._peers.known[member.uid], raw)
 
     def invites(self) -> bool:
         """Returns whether the ranks should meet anew, to take somebody in; asked by rank 0 at each step."""
         now = time.monotonic()
-        with self._lock:
+        with self._peers.lock:
             if self.view.uids[:1] != [self.me.uid] or len(self.view.members) >= self._limits.max_members:
                 return False
             new = [u for u in self._joiners if now - self._invited.get(u, -INVITE_S) >= INVITE_S]
@@ -348,7 +227,7 @@ class Membership:
         """
         started = time.monotonic()
         self._said = None
-        with self._lock:
+        with self._peers.lock:
             self._end("the ranks meet anew", 0.0)
         while True:
             latest = self._register.latest()
@@ -357,25 +236,25 @@ class Membership:
                     raise ExcludedError(latest.generation, "they had to take it for dead")
                 self._install(latest)
                 return latest
-            with self._lock:
+            with self._peers.lock:
                 proposal = self._propose(step, time.monotonic() - started)
                 if proposal is None:
-                    self._lock.wait(LOOK_S)
+                    self._peers.lock.wait(LOOK_S)
                     continue
             self._register.claim(proposal)
-            with self._lock:
-                self._broadcast({"kind": "view"})
+            with self._peers.lock:
+                self._peers.broadcast({"kind": "view"})
 
     def _propose(self, step: int, waited_s: float) -> View | None:
-        live = {self.me.uid, *(peer.uid for peer in self._peers.values() if not peer.bye)}
+        live = {self.me.uid, *(peer.uid for peer in self._peers.known.values() if not peer.bye)}
         mine = Report(step=step, sees=frozenset(live))
         if mine != self._said:
             self._said = mine
             here = {"generation": self.view.generation, "step": step, "sees": sorted(live)}
-            self._broadcast({"kind": "report", **here})
+            self._peers.broadcast({"kind": "report", **here})
         reports = {
             peer.uid: peer.report
-            for peer in self._peers.values()
+            for peer in self._peers.known.values()
             if peer.report is not None and peer.generation == self.view.generation
         }
         lost = [member for member in self.view.members if member.uid not in live]
@@ -393,19 +272,19 @@ class Membership:
         )
 
     def _install(self, view: View) -> None:
-        with self._lock:
+        with self._peers.lock:
             self.view = view
             self.ending = Ending(reason="", noticed=time.monotonic(), silent_s=0.0)
             self._channels = []
             for uid in view.uids:
                 self._joiners.pop(uid, None)
                 self._invited.pop(uid, None)
-            for key in [key for key in self._wires if key[0] < view.generation]:
-                self._wires.pop(key).close()
-            for peer in list(self._peers.values()):
+            for key in [key for key in self._peers.wires if key[0] < view.generation]:
+                self._peers.wires.pop(key).close()
+            for peer in list(self._peers.known.values()):
                 # Who is left out learns it by this, and from the folder.
                 if peer.uid not in view.uids and peer.uid not in self._joiners:
-                    self._lose(peer, "left out")
+                    self._peers.lose(peer, "left out")
             if self._over >= view.generation:
                 self._end("a member left this generation already", 0.0)
 
@@ -419,12 +298,12 @@ class Membership:
         found: dict[str, dict[int, socket.socket]] = {name: {} for name in names}
         try:
             for rank, member in enumerate(view.members[:mine]):
-                if member.uid not in self._peers:
-                    connection = self._dial(member, CONTROL, view.generation)
-                    with self._lock:
-                        self._add(member.uid, connection)
+                if member.uid not in self._peers.known:
+                    connection = self._peers.dial(member, CONTROL, view.generation)
+                    with self._peers.lock:
+                        self._peers.add(member.uid, connection)
                 for name in names:
-                    found[name][rank] = self._dial(member, name, view.generation)
+                    found[name][rank] = self._peers.dial(member, name, view.generation)
             self._await(found, view, mine)
         except WireError as error:
             for connections in found.values():
@@ -440,7 +319,7 @@ class Membership:
 
     def attach(self, group: Abortable) -> None:
         """Lets the end of the present generation abort this, too."""
-        with self._lock:
+        with self._peers.lock:
             self._channels.append(group)
             if self.ending.reason:
                 group.abort(self.ending.reason)
@@ -449,23 +328,24 @@ class Membership:
         """Waits for the connections that the members behind this one make."""
         deadline = time.monotonic() + 2 * self._limits.silent_s
         behind = dict(enumerate(view.uids))
-        with self._lock:
+        with self._peers.lock:
             while True:
                 for rank in range(mine + 1, len(view.members)):
                     for name, connections in found.items():
                         key = (view.generation, name, behind[rank])
-                        if key in self._wires:
-                            connections[rank] = self._wires.pop(key)
+                        if key in self._peers.wires:
+                            connections[rank] = self._peers.wires.pop(key)
+                ready = set(behind).intersection(*found.values())
                 missing = [
                     rank
                     for rank, uid in behind.items()
-                    if rank != mine and (uid not in self._peers or any(rank not in c for c in found.values()))
+                    if rank != mine and (uid not in self._peers.known or rank not in ready)
                 ]
                 if not missing:
                     return
                 if self.ending.reason or time.monotonic() > deadline:
                     raise WireError(self.ending.reason or f"ranks {missing} did not come")
-                self._lock.wait(deadline - time.monotonic())
+                self._peers.lock.wait(deadline - time.monotonic())
 
     def require_current(self) -> None:
         """Checks that this process may write for the run: it is first in the newest generation.
@@ -486,25 +366,10 @@ class Membership:
           reason: ``finished``, or why this process leaves alone.
         """
         deadline = time.monotonic() + LEAVE_S
-        with self._lock:
-            self._broadcast({"kind": "bye", "reason": reason})
+        with self._peers.lock:
+            self._peers.broadcast({"kind": "bye", "reason": reason})
             while reason == "finished" and (left := deadline - time.monotonic()) > 0:
-                if not any(peer.uid in self.view.uids and not peer.bye for peer in self._peers.values()):
+                if all(peer.bye or peer.uid not in self.view.uids for peer in self._peers.known.values()):
                     break
-                self._lock.wait(left)
-            self._closed = True
-        self._waker.send(b"\0")
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        self._listener.close()
-        self._wake.close()
-        self._waker.close()
-        self._selector.close()
-        for connection in self._connections():
-            connection.close()
-
-    def _connections(self) -> Iterator[socket.socket]:
-        yield from (peer.connection for peer in self._peers.values())
-        yield from self._wires.values()
+                self._peers.lock.wait(left)
+        self._peers.close()

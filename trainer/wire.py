@@ -36,6 +36,7 @@ DIGEST_BYTES = 32
 MESSAGE_BYTES = 1 << 22
 GREETING_BYTES = 1 << 16
 _LENGTH = struct.Struct("<I")
+_HANGUP = getattr(select, "POLLRDHUP", 0)
 # Of a part of a collective: its number in the channel, its bytes.
 _HEADER = struct.Struct("<QQ")
 
@@ -249,12 +250,18 @@ class Channel:
 
     def _wait(self, flows: Mapping[tuple[int, bool], _Flow], deadline: float) -> None:
         poller = select.poll()
-        for peer in {peer for peer, _ in flows}:
+        idle = {}
+        for peer, connection in self._peers.items():
             events = (select.POLLIN if (peer, True) in flows else 0) | (
                 select.POLLOUT if (peer, False) in flows else 0
             )
-            poller.register(self._peers[peer].fileno(), events)
-        poller.poll(1e3 * max(0.0, deadline - time.monotonic()))
+            # Who is done with this collective may still give the generation up; Linux alone tells.
+            poller.register(connection, events or _HANGUP)
+            if not events:
+                idle[connection.fileno()] = peer
+        for number, _ in poller.poll(1e3 * max(0.0, deadline - time.monotonic())):
+            if number in idle:
+                raise WireError(self._aborted or f"rank {idle[number]}: closed by the other side")
 
     def abort(self, reason: str) -> None:
         """Ends what is under way here and, as their connections close, at the peers. From any thread."""

@@ -1,0 +1,87 @@
+"""The commit point's message: what each rank says once all buckets have arrived, and what follows from it.
+
+All ranks get all rows, so they decide alike. Does not own: how rows travel (reducer.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from foldfeed.trainer.model import Loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """What all ranks agree on at the commit point.
+
+    Attributes:
+      mean_loss: over the counted samples, summed in shard order (equal bits for every world size).
+      max_loss: of a sample.
+      num_samples: counted samples.
+      stop: some rank was asked to stop.
+      save_failed: a snapshot could not be written; the run ends.
+      data_s: the wait for data of each rank.
+      compute_s: forward and backward of each rank.
+      num_residues: that exist in the step's crops, padding left out.
+      bad_shards: virtual shards whose loss is not finite.
+      regroup: a rank wants to join an elastic run.
+    """
+
+    mean_loss: float
+    max_loss: float
+    num_samples: float
+    stop: bool
+    save_failed: bool
+    data_s: list[float]
+    compute_s: list[float]
+    num_residues: int
+    bad_shards: list[int]
+    regroup: bool
+
+
+def shard_scalars(losses: Mapping[int, Loss], num_shards: int) -> list[float]:
+    """Returns V sums of losses, V counts and V largest losses; zeros for other ranks' shards.
+
+    Read only after the last backward was issued: on a GPU each ``item`` waits for the device.
+    """
+    columns = [[0.0] * num_shards for _ in range(3)]
+    for shard, loss in losses.items():
+        for column, value in zip(columns, (loss.total, loss.num_samples, loss.per_sample.max()), strict=True):
+            column[shard] = float(value.item())
+    return [value for column in columns for value in column]
+
+
+# Of a rank's row at the commit point: stop, save_failed, regroup, data_s, residues, compute_s; then 3 * V.
+NUM_PLAIN_SCALARS = 6
+
+
+def combine(rows: Sequence[Sequence[float]], num_shards: int) -> Commit:
+    """Returns what the ranks' scalars say together; each shard's entries are zero except on its owner.
+
+    Args:
+      rows: per rank the `NUM_PLAIN_SCALARS`, then V losses, V counts, V largest losses.
+      num_shards: V.
+    """
+
+    def shards(part: int) -> list[float]:
+        start = NUM_PLAIN_SCALARS + part * num_shards
+        return [sum(row[start + shard] for row in rows) for shard in range(num_shards)]
+
+    losses, counts, worst = shards(0), shards(1), shards(2)
+    num_samples = sum(counts)
+    # NaN must win: max() of a list with NaN depends on the order.
+    finite = all(math.isfinite(value) for value in worst)
+    return Commit(
+        mean_loss=sum(losses) / num_samples if num_samples else 0.0,
+        max_loss=max(worst) if finite else math.nan,
+        num_samples=num_samples,
+        stop=any(row[0] for row in rows),
+        save_failed=any(row[1] for row in rows),
+        regroup=any(row[2] for row in rows),
+        data_s=[row[3] for row in rows],
+        compute_s=[row[5] for row in rows],
+        num_residues=int(sum(row[4] for row in rows)),
+        bad_shards=[shard for shard, loss in enumerate(losses) if not math.isfinite(loss)],
+    )
