@@ -96,7 +96,8 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
     Args:
       folder: of the run.
       scenario: ``ranks``, ``steps``; ``faults``, a list; ``respawns``, ``joins`` (steps after which one more
-        rank is started), ``max_ranks``, ``limit_s``, ``config`` (changes of `tiny_config`), ``pause_s``.
+        rank is started), ``max_ranks``, ``limit_s``, ``config`` (changes of `tiny_config`), ``pause_s``;
+        ``folder`` of an earlier run to go on with.
     """
     limit = time.monotonic() + scenario.get("limit_s", 60.0)
     respawns, joins = scenario.get("respawns", 0), sorted(scenario.get("joins", ()))
@@ -160,7 +161,9 @@ def results(folder: Path, numbers: dict[int, int]) -> dict[str, Any]:
         if metrics.exists()
         else [],
         "ledger": [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else [],
-        "said": (folder / "ranks.log").read_text(),
+        "said": (said := (folder / "ranks.log").read_text()),
+        "struck": [json.loads(line[7:]) for line in said.splitlines() if line.startswith("STRUCK ")],
+        "folder": folder.name,
         "snapshots": sorted(path.name for path in folder.glob("snapshots/*")),
     }
 
@@ -265,6 +268,7 @@ def set_trap(rank: Any, fault: dict[str, Any]) -> None:
         ready = rank.membership is not None and rank.membership.view.generation >= 1
         if armed[0] and ready and rank.trainer.step >= fault["step"]:
             armed[0] = False
+            os.write(1, b"STRUCK " + json.dumps(fault).encode() + b"\n")
             os.kill(os.getpid(), getattr(signal, f"SIG{fault['signal']}"))
 
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -297,8 +301,8 @@ def main(arguments: Sequence[str]) -> None:
     base = Path(arguments[0])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for number, scenario in enumerate(scenarios(iter(sys.stdin.readline, ""))):
-        folder = base / f"run{number}"
-        folder.mkdir()
+        folder = base / scenario.get("folder", f"run{number}")
+        folder.mkdir(exist_ok=True)
         answers.write(json.dumps(run_scenario(folder, scenario)) + "\n")
 
 

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from foldfeed.trainer.agreement import (
-    PATIENCE_S,
     FolderRegister,
     Member,
     Report,
@@ -30,6 +29,7 @@ from foldfeed.trainer.agreement import (
 from foldfeed.trainer.errors import TrainerError
 
 TIMEOUT_S = 100.0
+PATIENCE_S = 10.0
 MAX_MEMBERS = 5
 
 
@@ -213,6 +213,7 @@ class Agreement(RuleBasedStateMachine):
             joiners=[member(uid) for uid in node.joiners if uid in self.joining],
             waited_s=waited_s,
             timeout_s=TIMEOUT_S,
+            patience_s=PATIENCE_S,
             max_members=MAX_MEMBERS,
         )
         if proposal is not None:
@@ -296,20 +297,20 @@ TestAgreement.settings = settings(max_examples=60, stateful_step_count=50, deadl
 
 
 @pytest.mark.parametrize(
-    ("group", "gone", "waited_s", "may"),
+    ("group", "gone", "patient", "may"),
     [
-        ("bcd", "", 0.0, True),  # three of four
-        ("ab", "", 0.0, True),  # half of them, with the first
-        ("cd", "", 0.0, False),  # the other half
-        ("cd", "ab", 0.0, True),  # which is known to be alone
-        ("cd", "a", 0.0, False),
-        ("d", "abc", 0.0, True),
-        ("d", "", 0.0, False),
-        ("d", "", PATIENCE_S + 0.1, True),  # nobody decided: the claim is what keeps halves apart
+        ("bcd", "", True, True),  # three of four
+        ("ab", "", True, True),  # half of them, with the first
+        ("cd", "", True, False),  # the other half
+        ("cd", "ab", True, True),  # which is known to be alone
+        ("cd", "a", True, False),
+        ("d", "abc", True, True),
+        ("d", "", True, False),
+        ("d", "", False, True),  # nobody decided: the claim is what keeps halves apart
     ],
 )
-def test_who_may_go_on_without_the_others(group: str, gone: str, waited_s: float, may: bool) -> None:
-    assert may_propose(view_of("abcd"), list(group), set(gone), waited_s) is may
+def test_who_may_go_on_without_the_others(group: str, gone: str, patient: bool, may: bool) -> None:
+    assert may_propose(view_of("abcd"), list(group), set(gone), patient=patient) is may
 
 
 def test_new_ranks_without_the_state_do_not_leave_those_behind_who_have_it() -> None:
@@ -328,6 +329,7 @@ def proposal(view: View, me: str, reports: dict[str, Report], **changes: object)
         "joiners": [],
         "waited_s": 0.0,
         "timeout_s": TIMEOUT_S,
+        "patience_s": PATIENCE_S,
         "max_members": 8,
         **changes,
     }

@@ -13,7 +13,7 @@ and no message is needed to remember what was decided. A member that finds itsel
 
 Who may propose (`may_propose`) only decides which half of a cut goes on: the larger one at once, of two
 equal ones that with the first member; a smaller one if all others are known to be gone, or if nobody else
-has decided within `PATIENCE_S`. So the run goes on as long as one rank of it lives.
+has decided for a while (`patience_s`). So the run goes on as long as one rank of it lives.
 
 Source: the rules are dynamic linear voting (Jajodia and Mutchler, ACM TODS 15, 1990) for preference, over a
 compare-and-swap register for safety.
@@ -32,8 +32,6 @@ from typing import Any, Protocol
 
 from foldfeed.trainer.errors import TrainerError
 
-# After which a half that may not propose takes it that the other one is no more.
-PATIENCE_S = 10.0
 _FILE = re.compile(r"generation-(\d{8,})\.json")
 
 
@@ -169,6 +167,7 @@ def propose(
     joiners: Sequence[Member],
     waited_s: float,
     timeout_s: float,
+    patience_s: float,
     max_members: int,
 ) -> View | None:
     """Returns the next generation if it is this member's turn to claim it.
@@ -182,6 +181,7 @@ def propose(
       joiners: who wants to join, in the order they came.
       waited_s: since this member reported.
       timeout_s: for which a living member may owe its report.
+      patience_s: after which a half that may not propose takes it that the other one is no more.
       max_members: of a generation.
     """
     if waited_s < timeout_s and any(uid in live and uid not in reports for uid in view.uids):
@@ -194,7 +194,8 @@ def propose(
     if not group or group[0] != me:
         return None
     step = max(reports[uid].step for uid in group)
-    if not may_propose(view, group, gone, waited_s, knows=step >= view.step):
+    patient = waited_s <= patience_s
+    if not may_propose(view, group, gone, patient=patient, knows=step >= view.step):
         return None
     room = max(0, max_members - len(group))
     # Who was a member cannot be new: its request came late, or it was left out.
@@ -209,7 +210,7 @@ def propose(
 
 
 def may_propose(
-    view: View, group: Sequence[str], gone: Set[str], waited_s: float, *, knows: bool = True
+    view: View, group: Sequence[str], gone: Set[str], *, patient: bool, knows: bool = True
 ) -> bool:
     """Returns whether these members may go on without the others; see the module docstring.
 
@@ -217,11 +218,11 @@ def may_propose(
       view: the generation that is over.
       group: those who would go on, in rank order.
       gone: whose process is known to have ended, or has left.
-      waited_s: since they stopped.
+      patient: whether they still expect others to decide.
       knows: whether one of them has the state that the generation began with. New ones that have not got it
         yet leave those behind who have it only if they must: the run would go back to a snapshot.
     """
     twice, all_of_them = 2 * len(group), len(view.members)
     if knows and (twice > all_of_them or (twice == all_of_them and view.members[0].uid in group)):
         return True
-    return waited_s > PATIENCE_S or all(uid in group or uid in gone for uid in view.uids)
+    return not patient or all(uid in group or uid in gone for uid in view.uids)

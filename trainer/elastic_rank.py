@@ -126,7 +126,11 @@ class ElasticRank:
         self.output = Path(config.output)
         self.config, self.plan, self.alone, self.ledger = config, plan, alone, ledger
         self.metrics = Metrics(
-            self.output, active=plan.founds, tensorboard=config.tensorboard, log_every=config.log_every
+            self.output,
+            active=plan.founds,
+            tensorboard=config.tensorboard,
+            log_every=config.log_every,
+            may_lead=True,
         )
         self.trainer = Trainer(config, alone, source, self.metrics)
         self.trainer.invites = lambda: self.membership is not None and self.membership.invites()
@@ -257,7 +261,9 @@ class ElasticRank:
         with os.fdopen(number, "w", encoding="utf-8") as file:
             json.dump({"session": session, "key": key.hex()}, file)
         temporary.replace(folder / SESSION_FILE)
-        membership.gather(self.plan.ranks, self.plan.wait_s)
+        if (came := membership.gather(self.plan.ranks, self.plan.wait_s)) < self.plan.ranks:
+            ranks, wait_s = self.plan.ranks, self.plan.wait_s
+            self.metrics.say(f"{came} of {ranks} ranks came within {wait_s:g} s; the others may join later")
         self.ledger.mark(INITIALIZATION)
         return membership.regroup(self.trainer.step)
 

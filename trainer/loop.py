@@ -239,6 +239,8 @@ class Trainer:
             ledger.mark(SAVE)
             ledger.step(self.step)
             if commit.regroup and not stopped and self.step < self.config.steps:
+                # Nobody leaves before all have applied the step: it need not be brought to them.
+                self.ranks.gather_floats([0.0], "the end of a generation")
                 raise RanksChangeError(self.step)
         if self.saved != self.step:
             saver.save(self.capture(header), memory=False, disk=True)

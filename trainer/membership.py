@@ -151,8 +151,8 @@ class Membership:
             raise ExcludedError(0, "its session exists already")
         self._install(alone)
 
-    def gather(self, num_members: int, wait_s: float) -> None:
-        """Waits for others to come.
+    def gather(self, num_members: int, wait_s: float) -> int:
+        """Waits for others to come; returns how many are there.
 
         Args:
           num_members: to wait for, this one included.
@@ -162,6 +162,7 @@ class Membership:
         with self._peers.lock:
             while len(self._joiners) < num_members - 1 and (left := deadline - time.monotonic()) > 0:
                 self._peers.lock.wait(left)
+            return len(self._joiners) + 1
 
     def join(self, wait_s: float, superseded: Callable[[], bool]) -> View | None:
         """Asks all members to take this process in, and waits for it, also as a spare.
@@ -268,6 +269,8 @@ class Membership:
             joiners=list(self._joiners.values()),
             waited_s=waited_s,
             timeout_s=self._limits.timeout_s,
+            # The other half of a cut notices it within a beat of this one, and decides at once if it may.
+            patience_s=self._limits.silent_s,
             max_members=self._limits.max_members,
         )
 

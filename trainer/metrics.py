@@ -32,8 +32,17 @@ class Metrics:
       last: the newest step and its scalars (not finite ones as None), on every rank.
     """
 
-    def __init__(self, folder: Path, *, active: bool, tensorboard: bool, log_every: int) -> None:
+    def __init__(
+        self, folder: Path, *, active: bool, tensorboard: bool, log_every: int, may_lead: bool = False
+    ) -> None:
         """Keeps the settings; `start` opens the files.
+
+        Args:
+          folder: of the run.
+          active: whether this rank writes.
+          tensorboard: write its scalars, too.
+          log_every: steps between console lines.
+          may_lead: it may have to write later (`lead`), without a wait for imports.
 
         Raises:
           DependencyError: TensorBoard was asked for and is not installed.
@@ -43,8 +52,7 @@ class Metrics:
         self._log_every = log_every
         self._file: Any = None
         self._writer: Any = None
-        self._tensorboard = tensorboard
-        self._writer_class = _summary_writer() if active and tensorboard else None
+        self._writer_class = _summary_writer() if (active or may_lead) and tensorboard else None
         self.last: tuple[int, dict[str, float | None]] = (0, {})
 
     def start(self, step: int) -> None:
@@ -69,8 +77,6 @@ class Metrics:
         """
         self.close()
         self._active = True
-        if self._tensorboard and self._writer_class is None:
-            self._writer_class = _summary_writer()
         kept = _drop_after(self._folder / METRICS_FILE, step)
         self.start(step)
         if last[0] == step and kept < step:
