@@ -1,9 +1,11 @@
 """foldfeed.trainer: a lean data-parallel trainer whose weights do not depend on the number of ranks.
 
     torchrun --nproc-per-node 4 -m foldfeed.trainer --store URL --output runs/a
+    python -m foldfeed.trainer.elastic --ranks 4 -- --store URL --output runs/a      ranks may die and join
 
 Read in this order: loop.py (the step), reducer.py and dyadic.py (how gradients are summed), snapshot.py,
-tiers.py and resume.py (how a run survives), goodput.py and watch.py (how it is watched), model.py (what is
+tiers.py and resume.py (how a run survives), elastic_rank.py, agreement.py, membership.py and wire.py (how its
+ranks survive each other), goodput.py and watch.py (how it is watched), model.py (what is
 trained); prove.py and export.py are commands of their own. Names are imported on first use, so that the
 command line can print its help without waiting for torch.
 """
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
         CommunicationError,
         DependencyError,
         DivergedError,
+        ExcludedError,
         GradientError,
         InvalidSnapshotError,
         LeaseHeldError,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
         SnapshotMismatchError,
         TrainerConfigError,
         TrainerError,
+        WireError,
     )
     from foldfeed.trainer.flat import FlatParameters
     from foldfeed.trainer.launch import run
@@ -45,6 +49,7 @@ _HOMES = {
     "DataConfig": "config",
     "DependencyError": "errors",
     "DivergedError": "errors",
+    "ExcludedError": "errors",
     "FlatParameters": "flat",
     "GradientError": "errors",
     "InvalidSnapshotError": "errors",
@@ -65,6 +70,7 @@ _HOMES = {
     "TrainerConfigError": "errors",
     "TrainerError": "errors",
     "TreeReducer": "reducer",
+    "WireError": "errors",
     "masked_msa_loss": "model",
     "run": "launch",
 }
@@ -75,6 +81,7 @@ __all__ = [
     "DataConfig",
     "DependencyError",
     "DivergedError",
+    "ExcludedError",
     "FlatParameters",
     "GradientError",
     "InvalidSnapshotError",
@@ -95,6 +102,7 @@ __all__ = [
     "TrainerConfigError",
     "TrainerError",
     "TreeReducer",
+    "WireError",
     "masked_msa_loss",
     "run",
 ]
