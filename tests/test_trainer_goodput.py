@@ -205,6 +205,7 @@ def test_the_ledger_changes_hands_while_the_run_goes_on(tmp_path: Path) -> None:
     assert found.parts[PRODUCTIVE] >= 0.15
     assert [entry.get("step") for entry in lines_of(tmp_path / GOODPUT_FILE)] == [0, 1, 2, 2, 3, None]
     assert "1 changes of ranks" in found.lines()[0]
+    one._file.close()
 
 
 def test_metrics_change_hands_and_hold_every_step_once(tmp_path: Path) -> None:
