@@ -5,9 +5,9 @@
 
 Read in this order: loop.py (the step), reducer.py and dyadic.py (how gradients are summed), snapshot.py,
 tiers.py and resume.py (how a run survives), elastic_rank.py, agreement.py, membership.py and wire.py (how its
-ranks survive each other), goodput.py and watch.py (how it is watched), model.py (what is trained); elastic.py,
-prove.py and export.py are commands of their own. Names are imported on first use, so that the command line can
-print its help without waiting for torch.
+ranks survive each other), goodput.py and watch.py (how it is watched), model.py (what is trained);
+elastic.py, prove.py and export.py are commands of their own. Names are imported on first use, so that the
+command line can print its help without waiting for torch.
 """
 
 from __future__ import annotations
