@@ -188,6 +188,7 @@ class Saver:
         ranks: Ranks,
         config: SnapshotConfig,
         say: Callable[[str], None] = lambda line: None,
+        before: Saver | None = None,
     ) -> None:
         """Finds out who writes. A collective.
 
@@ -197,17 +198,30 @@ class Saver:
           ranks: the groups.
           config: intervals.
           say: prints a line on the first rank.
+          before: of the same process among other ranks: what is under way there goes on.
         """
         self.disk = disk
         self._ranks = ranks
         self._memory_on = memory is not None
+        if before is not None:
+            # A moment: what is left of a write in memory is swept away below.
+            before.settle_memory()
         writes = prepare_memory(memory, ranks)
-        self._memory = Lane(memory, "memory", lambda path: None) if memory is not None and writes else None
+        self._memory: Lane | None = None
+        if memory is not None and writes:
+            self._memory = Lane(memory, "memory", lambda path: None)
         self._disk = Lane(
             disk, "disk", lambda path: say(f"snapshot: step {int(path.name.split('-')[1])}  {path}")
         )
+        if before is not None and ranks.is_first:
+            self._disk = before._disk
         self._on_disk = Interval(config.disk_every, config.mtbf_s)
         self._in_memory = Interval(config.memory_every or -1, config.mtbf_s)
+
+    def settle_memory(self) -> None:
+        """Waits for the write to memory that is under way, if any."""
+        if self._memory is not None:
+            self._memory.close()
 
     def begin(self, step: int) -> None:
         """Goes on after ``step`` completed steps; newer generations in memory are those that were refused."""
