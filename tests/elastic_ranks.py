@@ -217,6 +217,7 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
     prepare_numerics(config)
     plan = Plan(
         founds=founds,
+        refounds=number >= scenario["ranks"],
         ranks=scenario["ranks"],
         max_ranks=scenario.get("max_ranks", 0),
         silent_s=scenario.get("silent_s", 2.0),

@@ -39,6 +39,8 @@ class Plan:
 
     Attributes:
       founds: it begins the run; the others join it.
+      refounds: it replaces a dead rank; when all are gone that it would join, it begins the run again, from
+        its last snapshot.
       standby: it builds everything, then stops itself (SIGSTOP) until it is needed.
       ranks: to wait for at the beginning.
       max_ranks: that train at once, at most; 0 for as many as there are virtual shards. More wait as spares.
@@ -49,6 +51,7 @@ class Plan:
     """
 
     founds: bool = True
+    refounds: bool = False
     standby: bool = False
     ranks: int
     max_ranks: int = 0
@@ -129,7 +132,14 @@ class Launcher:
         slot = len(self.processes)
         self._devices.append(device)
         prefix, host = self._place(slot)
-        plan = dataclasses.replace(self._plan, founds=founds, standby=standby, host=host, local_rank=device)
+        plan = dataclasses.replace(
+            self._plan,
+            founds=founds,
+            refounds=self._plan.founds and (standby or slot >= self._ranks),
+            standby=standby,
+            host=host,
+            local_rank=device,
+        )
         environment = {"OMP_NUM_THREADS": "1", **os.environ, VARIABLE: json.dumps(dataclasses.asdict(plan))}
         self.processes[slot] = subprocess.Popen(
             [*prefix, sys.executable, "-m", "foldfeed.trainer", *self._arguments],

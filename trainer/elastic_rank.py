@@ -40,6 +40,7 @@ from foldfeed.trainer.elastic import Plan
 from foldfeed.trainer.errors import (
     CommunicationError,
     ExcludedError,
+    LeaseHeldError,
     RanksChangeError,
     TrainerConfigError,
     TrainerError,
@@ -78,6 +79,8 @@ SESSION_FILE = "session.json"
 CHANNELS = ("scatter", "gather", "scalars", "state")
 # Changes of ranks in a row without a completed step, after which something must be wrong for good.
 MAX_FRUITLESS = 20
+# For others to come where all were lost: they may as well join later.
+REFOUND_WAIT_S = 5.0
 
 
 def run(config: RunConfig, plan: Plan) -> Outcome | None:
@@ -181,7 +184,7 @@ class ElasticRank:
             # All is built; the launcher wakes it when a rank is needed.
             os.kill(os.getpid(), signal.SIGSTOP)
         try:
-            view = self._found() if self.plan.founds else self._join()
+            view = self._found() if self.plan.founds else self._join(refounds=self.plan.refounds)
             if view is None:
                 return None
             with launch.stop_on_sigterm(self.trainer):
@@ -254,7 +257,7 @@ class ElasticRank:
         # Writes under way end by themselves and publish nothing: this rank is not first any more.
         self.saver = None
         self._follow()
-        return self._join()
+        return self._join(refounds=True)
 
     def _part(self) -> None:
         """Gives the wires of a generation back: first they are cut, so that no thread is left in them."""
@@ -269,6 +272,7 @@ class ElasticRank:
 
     def _found(self) -> View:
         """Opens the run's folder, restores the newest snapshot and waits for the others."""
+        self.metrics.active = self.ledger.active = True
         self.header["run_id"] = launch.claim(self.output, self.config, self.header, self.lease)
         self._restore()
         self.ledger.start(self.trainer.step, 1)
@@ -283,8 +287,8 @@ class ElasticRank:
         with os.fdopen(number, "w", encoding="utf-8") as file:
             json.dump({"session": session, "key": key.hex()}, file)
         temporary.replace(folder / SESSION_FILE)
-        if (came := membership.gather(self.plan.ranks, self.plan.wait_s)) < self.plan.ranks:
-            ranks, wait_s = self.plan.ranks, self.plan.wait_s
+        ranks, wait_s = self.plan.ranks, self.plan.wait_s if self.plan.founds else REFOUND_WAIT_S
+        if (came := membership.gather(ranks, wait_s)) < ranks:
             self.metrics.say(f"{came} of {ranks} ranks came within {wait_s:g} s; the others may join later")
         self.ledger.mark(INITIALIZATION)
         return membership.regroup(self.trainer.step)
@@ -299,8 +303,12 @@ class ElasticRank:
         self.ledger.mark(RESTORE)
         self._has_state = True
 
-    def _join(self) -> View | None:
-        """Joins the session that lives in the folder; None when it finished without this rank."""
+    def _join(self, *, refounds: bool) -> View | None:
+        """Joins the session that lives in the folder; None when it finished without this rank.
+
+        Args:
+          refounds: to begin the run again when all its ranks are gone.
+        """
         deadline = time.monotonic() + self.plan.wait_s
         tried = ""
         while True:
@@ -315,6 +323,10 @@ class ElasticRank:
                     self.membership = None
                 if (self.output / launch.RESULT_FILE).exists() and self._session()[0] == tried:
                     return None
+                if refounds:
+                    # Of several that do, the lease lets one begin; the others find its session.
+                    with contextlib.suppress(LeaseHeldError):
+                        return self._found()
             if time.monotonic() > deadline:
                 raise TrainerError(
                     f"no run lives in {self.output}: none of its ranks could be reached for "

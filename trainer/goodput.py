@@ -179,6 +179,9 @@ class Ledger:
     """Times one process; the first rank's also writes.
 
     Between two calls of `mark` every second belongs to the second call's name.
+
+    Attributes:
+      active: whether this rank writes.
     """
 
     def __init__(self, folder: Path, *, active: bool, began: float | None = None) -> None:
@@ -190,7 +193,7 @@ class Ledger:
           began: when the process started; now when None.
         """
         self.path = folder / GOODPUT_FILE
-        self._active = active
+        self.active = active
         self._clock = time.time() - time.monotonic()
         self._began = self._now() if began is None else began
         self._marked = self._began
@@ -220,7 +223,7 @@ class Ledger:
           step: completed steps that the snapshot gave.
           world: number of ranks.
         """
-        if not self._active:
+        if not self.active:
             self._parts = {}
             return
         raw = self.path.read_bytes() if self.path.exists() else b""
@@ -236,7 +239,7 @@ class Ledger:
             former one that wakes up writes into one without a name.
           values: of the line: step, world, generation, why, and the budget of the recovery.
         """
-        self._active = first
+        self.active = first
         self._began = self._written
         if not first and self._file is not None:
             self._file.close()

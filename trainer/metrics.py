@@ -29,6 +29,7 @@ class Metrics:
     """Writes the metrics of one rank; silent on all ranks but the first.
 
     Attributes:
+      active: whether this rank writes.
       last: the newest step and its scalars (not finite ones as None), on every rank.
     """
 
@@ -48,7 +49,7 @@ class Metrics:
           DependencyError: TensorBoard was asked for and is not installed.
         """
         self._folder = folder
-        self._active = active
+        self.active = active
         self._log_every = log_every
         self._file: Any = None
         self._writer: Any = None
@@ -57,7 +58,7 @@ class Metrics:
 
     def start(self, step: int) -> None:
         """Opens the files to go on after ``step`` completed steps."""
-        if not self._active:
+        if not self.active:
             return
         path = self._folder / METRICS_FILE
         _drop_after(path, step)
@@ -76,7 +77,7 @@ class Metrics:
           last: `last` of a rank that completed it; written if the former first rank did not get to it.
         """
         self.close()
-        self._active = True
+        self.active = True
         kept = _drop_after(self._folder / METRICS_FILE, step)
         self.start(step)
         if last[0] == step and kept < step:
@@ -85,11 +86,11 @@ class Metrics:
     def follow(self) -> None:
         """Is silent from now on: another rank is first."""
         self.close()
-        self._active = False
+        self.active = False
 
     def say(self, line: str) -> None:
         """Prints a line on the first rank."""
-        if self._active:
+        if self.active:
             print(line, flush=True)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -101,7 +102,7 @@ class Metrics:
         """
         # JSON has no NaN: a skipped step's loss and norm are null.
         self.last = step, {k: value if math.isfinite(value) else None for k, value in scalars.items()}
-        if not self._active:
+        if not self.active:
             return
         self._write(step, self.last[1])
         if self._writer is not None:
