@@ -60,8 +60,8 @@ def shard_scalars(losses: Mapping[int, Loss], num_shards: int, parts: Sequence[s
     return [value for column in columns for value in column]
 
 
-# Of a rank's row at the commit point: stop, save_failed, regroup, data_s, residues, compute_s. Then come 3 * V
-# numbers, and 2 * V for each part of the loss.
+# Of a rank's row at the commit point: stop, save_failed, regroup, data_s, residues, compute_s. Then come V
+# numbers three times, and V twice for each part of the loss.
 NUM_PLAIN_SCALARS = 6
 
 

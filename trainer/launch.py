@@ -3,7 +3,7 @@
     OUTPUT/run.json         run id, digests and the resolved settings of the last start
     OUTPUT/snapshots/       generations (snapshot.py); more of them in memory while the run lives (tiers.py)
     OUTPUT/run.lease        while a run lives there (lease.py)
-    OUTPUT/metrics.jsonl    one line per step;  OUTPUT/tb/  TensorBoard
+    OUTPUT/metrics.jsonl    one line per step, and one per look at held-out records;  OUTPUT/tb/  TensorBoard
     OUTPUT/goodput.jsonl    where the time went (goodput.py)
     OUTPUT/stacks.txt       stacks of the ranks, when they hung or got SIGUSR1 (watch.py)
     OUTPUT/result.json      only when the last step is done: weights digest, steps, digests

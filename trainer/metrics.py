@@ -118,7 +118,7 @@ class Metrics:
           step: completed steps.
           scalars: by name.
         """
-        if not self._active:
+        if not self.active:
             return
         self._write(step, {k: value if math.isfinite(value) else None for k, value in scalars.items()})
         if self._writer is not None:
