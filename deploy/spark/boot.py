@@ -187,9 +187,15 @@ def become_worker(parent: int, report: int) -> None:
         return
     from apache_beam.runners.worker import sdk_worker_main
 
+    # What sdk_worker_main.main does, with the report where a start can fail no more but by the connection.
+    log_handler, worker, _ = sdk_worker_main.create_harness(dict(os.environ))
     os.write(report, CONNECTED)
     os.close(report)
-    sdk_worker_main.main(sys.argv[:1])
+    try:
+        worker.run()
+    finally:
+        if log_handler:
+            log_handler.close()
 
 
 def fetch_staged(channel: grpc.Channel, dependencies: Any, folder: Path) -> None:
