@@ -79,7 +79,8 @@ class Worker:
         port = str(self._server.add_insecure_port("127.0.0.1:0"))
         self._server.start()
         words = [sys.executable, "-c", EXECUTOR, parent_name, BOOT, str(FOLDER), port]
-        self.parent = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        self.parent = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         self.boot = int(self.parent.stdout.readline())
         assert runner.connected.wait(120)
         self.worker = child_of(self.boot)
@@ -108,6 +109,8 @@ def test_a_worker_that_is_killed_ends_its_executor(under):
     os.kill(under.worker, signal.SIGKILL)
     assert under.parent.wait(20) == -signal.SIGTERM
     assert gone(under.boot)
+    said = under.parent.stderr.read()
+    assert "the Python worker ended with exit code -9, so this executor ends, to be replaced" in said
 
 
 @spark

@@ -162,16 +162,19 @@ def supervise(variables: dict[str, str], executor: int) -> int:
     code = worker.wait()
     was_connected = os.read(reading, 1) == CONNECTED
     if code != 0 and was_connected and not told and os.getppid() == executor:
-        end_executor(executor)
+        end_executor(executor, f"the Python worker ended with exit code {code}")
     return code
 
 
-def end_executor(executor: int) -> None:
+def end_executor(executor: int, why: str) -> None:
     """Ends a Spark executor, whose Spark replaces it; any other kind of parent is left alone."""
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         if EXECUTOR not in Path(f"/proc/{executor}/cmdline").read_bytes():
             return
-        print(f"the worker ended; so does executor {executor}, to be replaced", file=sys.stderr)
+        # Into the executor's log, which Spark's pages show; what this process prints is thrown away.
+        log = os.open(f"/proc/{executor}/fd/2", os.O_WRONLY | os.O_APPEND)
+        os.write(log, f"foldfeed's boot.py: {why}, so this executor ends, to be replaced\n".encode())
+        os.close(log)
         for number in (signal.SIGTERM, signal.SIGKILL):
             os.kill(executor, number)
             end = time.monotonic() + TIDY_S
