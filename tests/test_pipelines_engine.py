@@ -1,6 +1,9 @@
 """Which Beam runners and options are taken, which are refused, and how an engine's failure reads."""
 
+import os
+import signal
 import socket
+import time
 
 import pytest
 from apache_beam.options.pipeline_options import DirectOptions, PortableOptions, StandardOptions
@@ -8,6 +11,7 @@ from apache_beam.options.pipeline_options import DirectOptions, PortableOptions,
 from foldfeed.pipelines.engine import make_options, quiet_beam, run_pipeline
 from foldfeed.pipelines.engine_errors import failure_of
 from foldfeed.pipelines.errors import EngineError, PipelineFailedError
+from foldfeed.pipelines.interrupt import StoppedBySignal, hold_back_interrupts, stop_searches_on_interrupt
 from foldfeed.pipelines.runners import choose_runner
 
 
@@ -211,3 +215,20 @@ def test_a_job_server_that_is_not_there_is_named():
     assert str(caught.value).startswith(
         f"the run failed: no job server answered at {endpoint} (--job_endpoint) within 1 s"
     )
+
+
+def test_a_signal_while_a_job_is_handed_over_takes_effect_right_after_it():
+    done = []
+    with pytest.raises(StoppedBySignal) as caught, stop_searches_on_interrupt():  # noqa: PT012 -- the order is the test
+        with hold_back_interrupts():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            done.append("handed over")
+        done.append("waited")
+    assert done == ["handed over"]
+    assert caught.value.number == signal.SIGTERM
+    # Nothing is held back for the next build.
+    with stop_searches_on_interrupt(), hold_back_interrupts():
+        done.append("again")
+    assert done == ["handed over", "again"]
