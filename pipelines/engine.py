@@ -15,10 +15,12 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 
 import apache_beam as beam
 import grpc
 from apache_beam.options.pipeline_options import (
+    DebugOptions,
     PipelineOptions,
     PortableOptions,
     StandardOptions,
@@ -56,7 +58,10 @@ def make_options(runner: str, workers: int, extra: Sequence[str]) -> PipelineOpt
             "--save_main_session", "not needed, because every step lives in an installed module"
         )
     if runner != LOCAL_RUNNER:
-        return PipelineOptions([f"--runner={runner}", *extra])
+        options = PipelineOptions([f"--runner={runner}", *extra])
+        # `deploy/spark/boot.py` refuses a worker with another one.
+        options.view_as(DebugOptions).add_experiment(f"foldfeed_version={version('foldfeed')}")
+        return options
     _check_local(given, extra)
     return PipelineOptions(
         [

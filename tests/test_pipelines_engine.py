@@ -1,12 +1,19 @@
 """Which Beam runners and options are taken, which are refused, and how an engine's failure reads."""
 
 import os
+import runpy
 import signal
 import socket
 import time
 
 import pytest
-from apache_beam.options.pipeline_options import DirectOptions, PortableOptions, StandardOptions
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    DirectOptions,
+    PortableOptions,
+    StandardOptions,
+)
+from pipelines_data import ROOT
 
 from foldfeed.pipelines.engine import make_options, quiet_beam, run_pipeline
 from foldfeed.pipelines.engine_errors import failure_of
@@ -202,6 +209,17 @@ def test_a_worker_that_does_not_start_is_a_lost_worker_without_the_jobs_long_nam
         "a worker process was lost, killed perhaps or out of memory "
         "(java.lang.IllegalStateException: Process died with exit code 1)."
     )
+
+
+def test_a_worker_without_foldfeed_or_with_another_one_is_said_in_words():
+    said = "Pipeline x failed in state FAILED: java.lang.IllegalStateException: Process died with exit code "
+    boot = runpy.run_path(str(ROOT / "deploy" / "spark" / "boot.py"))
+    assert "has no foldfeed" in failure_of(f"{said}{boot['NO_FOLDFEED']}").reason
+    assert "another version of foldfeed" in failure_of(f"{said}{boot['OTHER_FOLDFEED']}").reason
+    sent = make_options("FlinkRunner", 1, ["--experiments=mine"]).view_as(DebugOptions).experiments
+    assert boot["is_planned_version"]({"beam:option:experiments:v1": sent})
+    assert not boot["is_planned_version"]({"beam:option:experiments:v1": ["mine", "foldfeed_version=0.0.7"]})
+    assert boot["is_planned_version"]({"beam:option:experiments:v1": None})
 
 
 def test_a_job_server_that_is_not_there_is_named():

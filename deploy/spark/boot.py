@@ -18,6 +18,9 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import importlib.metadata
+import importlib.util
+import json
 import os
 import select
 import signal
@@ -56,6 +59,9 @@ FETCH_S = 600
 LOOK_S = 0.5
 # An executor that is told to end gets so long for its own tidying.
 TIDY_S = 10
+# Exit codes that `foldfeed.pipelines.engine_errors` knows, too.
+NO_FOLDFEED = 81
+OTHER_FOLDFEED = 82
 PR_SET_PDEATHSIG = 1
 # What the command line of a Spark executor holds, on a cluster of Spark's own, on YARN and on Kubernetes.
 EXECUTOR = b"ExecutorBackend"
@@ -96,7 +102,23 @@ def main() -> int:
     parser.add_argument("--semi_persist_dir", default="semi")
     arguments, _ = parser.parse_known_args()
     executor = os.getppid()
-    return supervise(prepared(arguments), executor)
+    # Beam's runner waits for ever for a worker that cannot load the steps of a job. What a process prints
+    # here is thrown away, its exit code is in the runner's message.
+    if importlib.util.find_spec("foldfeed") is None:
+        return NO_FOLDFEED
+    variables = prepared(arguments)
+    if not is_planned_version(json.loads(variables["PIPELINE_OPTIONS"])):
+        return OTHER_FOLDFEED
+    return supervise(variables, executor)
+
+
+def is_planned_version(options: dict[str, Any]) -> bool:
+    """Returns whether the foldfeed here is the version that submitted the job, where the job says it."""
+    for word in options.get("beam:option:experiments:v1") or ():
+        name, _, version = word.partition("=")
+        if name == "foldfeed_version":
+            return version == importlib.metadata.version("foldfeed")
+    return True
 
 
 def prepared(arguments: argparse.Namespace) -> dict[str, str]:
