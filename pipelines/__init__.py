@@ -7,7 +7,8 @@ The data's way, by what a file is about:
     tools        search_tool (the contract) <- jackhmmer, hhblits, fast_jackhmmer (scan, scan_database,
                  scan_kernels), sharded_jackhmmer (several files); subprocess_runner and warden run programs;
                  tools chooses
-    search       plan (units) -> search (one of them) -> results (kept by content); hits (what one found)
+    search       plan (units) -> search (one of them) -> results (kept by content); hits (what one found);
+                 unchanged (the database is still the planned one)
     records      msa (merge) -> features (a record) -> parts (into the store)
     a build      build_config -> job -> run -> outcome; forecast, costs, ledger, progress, interrupt
     an array     share (who searches what) -> array_task (one task of an array of jobs)

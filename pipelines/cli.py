@@ -198,6 +198,8 @@ def build(
             f"{config.results_url}; the same command goes on from there",
             err=True,
         )
+        if stop.problem:
+            click.echo(f"the job may run on: {stop.problem}", err=True)
         # As a shell counts: 130 after Ctrl-C, 143 after SIGTERM.
         ctx.exit(128 + stop.number)
     _print_report(report, price_per_cpu_hour)

@@ -12,11 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
+import grpc
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    PipelineOptions,
+    PortableOptions,
+    StandardOptions,
+)
+from apache_beam.runners.runner import PipelineResult, PipelineState
 from apache_beam.runners.worker import sdk_worker
 
 from foldfeed.pipelines.build_config import BuildConfig
@@ -25,7 +34,11 @@ from foldfeed.pipelines.engine_errors import failure_of
 from foldfeed.pipelines.engine_words import refuse_given, refuse_unknown
 from foldfeed.pipelines.errors import PipelineFailedError
 from foldfeed.pipelines.flink import FlinkEngine
+from foldfeed.pipelines.interrupt import StoppedBySignal, hold_back_interrupts
 from foldfeed.pipelines.runners import DATAFLOW, FLINK, LOCAL_RUNNER
+
+# A cancelled Spark job is over in a second or two; its executors end their programs within five.
+CANCEL_S = 60.0
 
 # Refused whatever the engine.
 _REFUSED = {
@@ -52,7 +65,7 @@ def options_of(config: BuildConfig, runner: str) -> PipelineOptions:
     if runner == DATAFLOW:
         return PipelineOptions(DataflowEngine.of(config).beam_words())
     if runner == FLINK:
-        return PipelineOptions(FlinkEngine.of(config).beam_words())
+        return _with_version(PipelineOptions(FlinkEngine.of(config).beam_words()))
     return make_options(runner, config.num_workers, config.beam_options)
 
 
@@ -73,7 +86,7 @@ def make_options(runner: str, workers: int, extra: Sequence[str]) -> PipelineOpt
     """
     refuse_given(extra, _REFUSED)
     if runner != LOCAL_RUNNER:
-        return PipelineOptions([f"--runner={runner}", *extra])
+        return _with_version(PipelineOptions([f"--runner={runner}", *extra]))
     refuse_given(extra, _REFUSED_LOCALLY)
     refuse_unknown(extra)
     return PipelineOptions(
@@ -84,6 +97,12 @@ def make_options(runner: str, workers: int, extra: Sequence[str]) -> PipelineOpt
             *extra,
         ]
     )
+
+
+def _with_version(options: PipelineOptions) -> PipelineOptions:
+    """Returns options that tell workers the version here; `deploy/spark/boot.py` refuses one with another."""
+    options.view_as(DebugOptions).add_experiment(f"foldfeed_version={version('foldfeed')}")
+    return options
 
 
 def start_pipeline(options: PipelineOptions, build: Callable[[beam.Pipeline], None]) -> str:
@@ -113,16 +132,64 @@ def run_pipeline(options: PipelineOptions, build: Callable[[beam.Pipeline], None
       build: adds the graph to an empty pipeline.
     Raises:
       PipelineFailedError: the engine reports an error or another end than DONE.
+      StoppedBySignal: the job was cancelled and is over, or the exception says why it may run on.
     """
     try:
+        _require_job_server(options.view_as(PortableOptions))
         pipeline = beam.Pipeline(options=options)
         build(pipeline)
-        result = pipeline.run()
-        state = result.wait_until_finish()
+        state = _run(pipeline, is_local=options.view_as(StandardOptions).runner == LOCAL_RUNNER)
+    except PipelineFailedError:
+        raise
     except Exception as error:
         raise failure_of(str(error) or type(error).__name__) from error
-    if state is not None and state != "DONE":
+    if state is not None and state != PipelineState.DONE:
         raise PipelineFailedError("", f"the engine ended with state {state}.")
+
+
+def _require_job_server(options: PortableOptions) -> None:
+    """Returns once the job server that an option names takes connections; Beam itself would not name it."""
+    endpoint = options.job_endpoint
+    if not endpoint or endpoint == "embed":
+        return
+    with grpc.insecure_channel(endpoint) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=options.job_server_timeout)
+        except grpc.FutureTimeoutError as error:
+            raise PipelineFailedError(
+                "",
+                f"no job server answered at {endpoint} (--job_endpoint) within "
+                f"{options.job_server_timeout} s (--job_server_timeout); start it or correct the option.",
+            ) from error
+
+
+def _run(pipeline: beam.Pipeline, is_local: bool) -> str | None:
+    result: PipelineResult | None = None
+    try:
+        # A job that runs elsewhere is known by name, and can be cancelled, only when it was handed over; the
+        # local runner does all its work in this call.
+        with contextlib.nullcontext() if is_local else hold_back_interrupts():
+            result = pipeline.run()
+        return result.wait_until_finish()
+    except StoppedBySignal as stop:
+        if result is not None and not is_local:
+            stop.problem = _cancel(result)
+        raise
+
+
+def _cancel(result: PipelineResult) -> str:
+    """Cancels a job and waits for its end; returns why it may run on, "" when it is over."""
+    end = time.monotonic() + CANCEL_S
+    try:
+        result.cancel()
+        while not PipelineState.is_terminal(result.state):
+            if time.monotonic() > end:
+                return f"the engine did not end the job within {CANCEL_S:g} s"
+            time.sleep(0.2)
+    except (grpc.RpcError, OSError, RuntimeError) as error:
+        # The build ends by the signal all the same, and says this.
+        return f"the engine did not take the cancellation: {failure_of(str(error)).reason}"
+    return ""
 
 
 @contextlib.contextmanager

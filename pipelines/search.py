@@ -22,12 +22,19 @@ from typing import Literal
 from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.format.settings import StoreSettings
 from foldfeed.feature_store.storage import open_blobs
-from foldfeed.pipelines.errors import CorruptResultError, SearchError, ToolFailedError, ToolTimeoutError
+from foldfeed.pipelines.errors import (
+    CorruptResultError,
+    DatabaseChangedError,
+    SearchError,
+    ToolFailedError,
+    ToolTimeoutError,
+)
 from foldfeed.pipelines.hits import read_hits
 from foldfeed.pipelines.results import ResultStore, SearchFacts, unit_id_of
 from foldfeed.pipelines.search_tool import SearchedDatabase, SearchResult
 from foldfeed.pipelines.sequences import QuerySequence
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
+from foldfeed.pipelines.unchanged import as_planned, shard_as_planned
 
 # A signal (the kernel's out-of-memory killer, a lost node) may not come again; one more try is cheap.
 ATTEMPTS_AFTER_SIGNAL = 2
@@ -214,9 +221,11 @@ def failure_folder(context: JobContext) -> str:
 
 
 def _search(unit: WorkUnit, context: JobContext) -> SearchResult:
-    tool = context.databases[unit.database_index].tool
+    database = context.databases[unit.database_index]
+    tool = database.tool
     if not isinstance(tool, ShardedJackhmmer):
-        return _once_more_after_a_signal(lambda: tool.search(unit.sequence))
+        with as_planned(database, context.results_url):
+            return _once_more_after_a_signal(lambda: tool.search(unit.sequence))
     candidates = [_candidates(part, context) for part in _parts_of(unit, context)]
     return _once_more_after_a_signal(lambda: tool.join(unit.sequence, candidates))
 
@@ -236,7 +245,8 @@ def _candidates(part: ShardUnit, context: JobContext) -> SearchResult:
     database = context.databases[part.unit.database_index]
     tool = database.tool
     assert isinstance(tool, ShardedJackhmmer), tool
-    found = _once_more_after_a_signal(lambda: tool.scan(part.unit.sequence, part.number))
+    with shard_as_planned(database, tool.shards[part.number], context.results_url):
+        found = _once_more_after_a_signal(lambda: tool.scan(part.unit.sequence, part.number))
     name = f"{database.name}, shard {part.number + 1} of {len(tool.shards)}"
     facts = _facts(part.unit, context, name, tool.shards[part.number].digest, None)
     results.put(part.unit_id, found, facts)
@@ -274,7 +284,7 @@ def _failed(unit: WorkUnit, context: JobContext, error: Exception) -> Receipt:
 
 def _status(error: Exception) -> Status:
     killed = isinstance(error, ToolFailedError) and error.exit_code < 0
-    return "retryable" if killed or isinstance(error, ToolTimeoutError) else "poison"
+    return "retryable" if killed or isinstance(error, ToolTimeoutError | DatabaseChangedError) else "poison"
 
 
 def _receipt(unit: WorkUnit, status: Status, reason: str = "", kind: str = "") -> Receipt:
