@@ -29,6 +29,7 @@ from foldfeed.pipelines.forecast import lines_of as forecast_lines
 from foldfeed.pipelines.interrupt import StoppedBySignal
 from foldfeed.pipelines.job import forecast_build, run_build
 from foldfeed.pipelines.registry import Registry, database_of
+from foldfeed.pipelines.runners import RUNNERS
 from foldfeed.pipelines.share import Share
 
 # Dead letters printed on the terminal; the file holds all of them.
@@ -102,7 +103,9 @@ MAX_SHOWN_LETTERS = 20
     is_flag=True,
     help="Read the databases again; else files of known size, time and inode count as unchanged.",
 )
-@click.option("--runner", default="FnApiRunner", show_default=True, help="Beam runner.")
+@click.option(
+    "--runner", default="FnApiRunner", show_default=True, help=f"Beam runner: {', '.join(RUNNERS)}."
+)
 @click.option(
     "--task",
     type=int,
@@ -157,8 +160,10 @@ def build(
       foldfeed build --queries a.fa.gz --queries b.fa --store my-store \\
           --database uniref90=/db/uniref90.fasta --database mgnify=/db/mgnify.fasta \\
           --database uniref30=/db/UniRef30_2023_02:hhblits --cpus-per-search 2
-      foldfeed build --queries gs://b/q.fa --database uniref90=/db/u.fasta --store gs://b/store \\
-          --runner FlinkRunner -- --flink_master=host:8081 --environment_type=EXTERNAL
+      foldfeed build --queries s3://b/q.fa --database uniref90=/db/u.fasta --store s3://b/store \\
+          --runner flink --workers 64 -- --flink_master=host:8081 --flink_job_server_jar=/jars/server.jar \\
+          --environment_type=EXTERNAL --environment_config=localhost:50000
+      foldfeed build --queries q.fasta --database uniref90=/db/u.fasta --store my-store --task 3 --tasks 16
     """
     try:
         config = BuildConfig(

@@ -13,6 +13,7 @@ from apache_beam.options.pipeline_options import (
 )
 
 from foldfeed.pipelines import BuildConfig, DatabaseSpec
+from foldfeed.pipelines.cli import build
 from foldfeed.pipelines.engine import options_of, search_hints
 from foldfeed.pipelines.errors import EngineError
 from foldfeed.pipelines.runners import choose_runner
@@ -206,6 +207,16 @@ def test_flink_gets_its_parallelism_and_workers_that_are_used_again():
         rest = tuple(word for word in FLINK.beam_options if name not in word)
         with pytest.raises(EngineError, match=f"--{name}: missing"):
             options_of(dataclasses.replace(FLINK, beam_options=rest), "FlinkRunner")
+
+
+def test_the_example_of_the_help_is_taken():
+    """The words of `foldfeed build --help` for Flink."""
+    text = " ".join(build.help.split())
+    words = text.partition("--runner flink --workers 64 -- ")[2].partition(" foldfeed build")[0]
+    found = tuple(word for word in words.split() if word != "\\")
+    assert len(found) == 4
+    config = dataclasses.replace(LOCAL, workers=64, beam_options=found)
+    assert options_of(config, "FlinkRunner").view_as(PortableOptions).environment_config == "localhost:50000"
 
 
 def test_the_embedded_engine_gets_threads_and_no_hints():
