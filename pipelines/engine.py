@@ -14,11 +14,17 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import apache_beam as beam
 import grpc
-from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    PipelineOptions,
+    PortableOptions,
+    StandardOptions,
+)
 from apache_beam.runners.runner import PipelineResult, PipelineState
 from apache_beam.runners.worker import sdk_worker
 
@@ -59,7 +65,7 @@ def options_of(config: BuildConfig, runner: str) -> PipelineOptions:
     if runner == DATAFLOW:
         return PipelineOptions(DataflowEngine.of(config).beam_words())
     if runner == FLINK:
-        return PipelineOptions(FlinkEngine.of(config).beam_words())
+        return _with_version(PipelineOptions(FlinkEngine.of(config).beam_words()))
     return make_options(runner, config.num_workers, config.beam_options)
 
 
@@ -80,7 +86,7 @@ def make_options(runner: str, workers: int, extra: Sequence[str]) -> PipelineOpt
     """
     refuse_given(extra, _REFUSED)
     if runner != LOCAL_RUNNER:
-        return PipelineOptions([f"--runner={runner}", *extra])
+        return _with_version(PipelineOptions([f"--runner={runner}", *extra]))
     refuse_given(extra, _REFUSED_LOCALLY)
     refuse_unknown(extra)
     return PipelineOptions(
@@ -91,6 +97,12 @@ def make_options(runner: str, workers: int, extra: Sequence[str]) -> PipelineOpt
             *extra,
         ]
     )
+
+
+def _with_version(options: PipelineOptions) -> PipelineOptions:
+    """Returns options that tell workers the version here; `deploy/spark/boot.py` refuses one with another."""
+    options.view_as(DebugOptions).add_experiment(f"foldfeed_version={version('foldfeed')}")
+    return options
 
 
 def start_pipeline(options: PipelineOptions, build: Callable[[beam.Pipeline], None]) -> str:

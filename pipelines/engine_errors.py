@@ -38,6 +38,11 @@ _LOST_TASK = re.compile(
 _CAUSED_BY = re.compile(r"\s*Caused by: (.*)")
 # One job server is one Spark driver.
 _BUSY = "Only one SparkContext should be running in this JVM"
+# Exit codes of `deploy/spark/boot.py`.
+_BOOT_CODES = {
+    81: "the Python that boot.py starts on a worker has no foldfeed; install foldfeed[pipelines] there",
+    82: "a worker has another version of foldfeed than this machine; install the same one on all",
+}
 # How Java says that the Python process is gone: its connections end, or the process that was started does.
 _LOST_WORKER = re.compile(
     r"StatusRuntimeException: (?:CANCELLED|UNAVAILABLE)|Process died with exit code"
@@ -73,6 +78,9 @@ def _cause(text: str) -> str:
     cause = _plain(causes[-1] if causes else _LOST_TASK.split(lost[-1])[-1] if lost else lines[-1])
     if _BUSY in text:
         return f"this job server runs another job, and Beam's runner for Spark takes one at a time ({cause})"
+    for code, words in _BOOT_CODES.items():
+        if f"Process died with exit code {code}" in text:
+            return words
     if _LOST_WORKER.search(text):
         return f"a worker process was lost, killed perhaps or out of memory ({cause})"
     return cause

@@ -11,10 +11,10 @@ sees the same file, left its hash in the result store. Safe from several threads
 from __future__ import annotations
 
 import contextlib
-import functools
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.databases import cached_sha256, digest_of, shard_digest_of
@@ -22,8 +22,13 @@ from foldfeed.pipelines.errors import DatabaseChangedError
 from foldfeed.pipelines.manifest import file_state, num_bytes_of
 from foldfeed.pipelines.search_tool import SearchedDatabase, Shard
 
+# (path, bytes, content hash) of every file.
+Contents: TypeAlias = Sequence[tuple[str, int, str]]
+
 # One thread reads a large file; the others wait for what it finds.
 _reading = threading.Lock()
+# Digests, each with the states of the files that were found to have it.
+_found: set[tuple[str, tuple[str, ...]]] = set()
 
 
 @contextlib.contextmanager
@@ -36,16 +41,8 @@ def as_planned(database: SearchedDatabase, results_url: str) -> Iterator[None]:
     Raises:
       DatabaseChangedError: they are not, or did not stay so.
     """
-    before = [_state(path) for path in database.files]
-    contents = [
-        (path, num_bytes_of(state), _sha256(path, state, results_url))
-        for path, state in zip(database.files, before, strict=True)
-    ]
-    if contents and digest_of(database.tool.identity.name, contents) != database.digest:
-        raise _another(", ".join(database.files))
-    yield
-    for path, state in zip(database.files, before, strict=True):
-        _require_state(path, state)
+    with _unchanged(database.files, database.digest, results_url, database.tool.identity.name, digest_of):
+        yield
 
 
 @contextlib.contextmanager
@@ -59,40 +56,56 @@ def shard_as_planned(database: SearchedDatabase, shard: Shard, results_url: str)
     Raises:
       DatabaseChangedError: it is another file, or did not stay the same.
     """
-    state = _state(shard.path)
-    sha256 = _sha256(shard.path, state, results_url)
-    if shard_digest_of(database.tool.identity.name, num_bytes_of(state), sha256) != shard.digest:
-        raise _another(shard.path)
+    tool = database.tool.identity.name
+    with _unchanged((shard.path,), shard.digest, results_url, tool, _digest_of_shard):
+        yield
+
+
+def _digest_of_shard(tool: str, contents: Contents) -> str:
+    ((_, num_bytes, sha256),) = contents
+    return shard_digest_of(tool, num_bytes, sha256)
+
+
+@contextlib.contextmanager
+def _unchanged(
+    files: tuple[str, ...],
+    digest: str,
+    results_url: str,
+    tool: str,
+    digest_of_contents: Callable[[str, Contents], str],
+) -> Iterator[None]:
+    before = tuple(map(_state, files))
+    with _reading:
+        if files and (digest, before) not in _found:
+            contents = [
+                (path, num_bytes_of(state), _sha256(path, results_url))
+                for path, state in zip(files, before, strict=True)
+            ]
+            if digest_of_contents(tool, contents) != digest:
+                raise DatabaseChangedError(
+                    ", ".join(files),
+                    f"holds something else on {socket.gethostname()} than when the build was planned",
+                )
+            _found.add((digest, before))
     yield
-    _require_state(shard.path, state)
+    for path, state in zip(files, before, strict=True):
+        if _state(path) != state:
+            raise DatabaseChangedError(path, "was changed while it was searched")
 
 
 def _state(path: str) -> str:
     try:
         return file_state(path)
     except OSError as error:
-        raise DatabaseChangedError(path, f"cannot be read on {socket.gethostname()} ({error})") from error
+        raise _unreadable(path, error) from error
 
 
-def _require_state(path: str, state: str) -> None:
-    if _state(path) != state:
-        raise DatabaseChangedError(path, "was changed while it was searched")
-
-
-def _another(paths: str) -> DatabaseChangedError:
-    return DatabaseChangedError(
-        paths, f"holds something else on {socket.gethostname()} than when the build was planned"
-    )
-
-
-def _sha256(path: str, state: str, results_url: str) -> str:
-    with _reading:
-        return _sha256_of_state(path, state, results_url)
-
-
-@functools.lru_cache(maxsize=1 << 17)
-def _sha256_of_state(path: str, state: str, results_url: str) -> str:
+def _sha256(path: str, results_url: str) -> str:
     try:
         return cached_sha256(path, open_blobs(results_url), check=False)
     except OSError as error:
-        raise DatabaseChangedError(path, f"cannot be read on {socket.gethostname()} ({error})") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: OSError) -> DatabaseChangedError:
+    return DatabaseChangedError(path, f"cannot be read on {socket.gethostname()} ({error})")

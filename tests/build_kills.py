@@ -49,31 +49,46 @@ class Builds:
         )
         assert len(self.reference.answers) == 5 * NUM_QUERIES
 
-    def kill_and_resume(self, store: str, after_s: float) -> str:
-        """Kills a build after so many seconds, checks what it left, ends it; returns what the kill met."""
+    def kill_after(self, store: str, seconds: float) -> str:
+        """Kills a build after so many seconds and checks what it left; returns what the kill met."""
         with self._start(store) as build:
             try:
-                build.wait(after_s)
+                build.wait(seconds)
             except subprocess.TimeoutExpired:
                 build.send_signal(signal.SIGKILL)
-            code = build.wait()
-        assert code in (0, -signal.SIGKILL), code
-        self._no_tool_is_left()
-        visible = self._ids(store)
-        # A commit is there or not; never some of the records.
-        assert visible in ([], sorted(globins(NUM_QUERIES))), visible
-        found = len(self._answers(store))
+            return self._met(store, build.wait())
+
+    def kill_at(self, store: str, num_answers: int) -> str:
+        """Kills a build when it has so many answers and checks what it left; returns what the kill met."""
+        folder = self._folder / f"{store}.results" / "units"
+        with self._start(store) as build:
+            while len(list(folder.rglob("*.json"))) < num_answers:
+                assert build.poll() is None, "it ended before"
+                time.sleep(0.005)
+            build.send_signal(signal.SIGKILL)
+            return self._met(store, build.wait())
+
+    def finish(self, store: str) -> None:
+        """Runs the same command to its end; everything must be as if nothing had been killed."""
         with self._start(store) as build:
             assert build.wait() == 0
         assert self._ids(store) == sorted(globins(NUM_QUERIES))
         assert self._parts(store) == self.reference.parts
         assert self._answers(store) == self.reference.answers
         assert not verify(self._folder / store).problems
+
+    def _met(self, store: str, code: int) -> str:
+        assert code in (0, -signal.SIGKILL), code
+        self._no_tool_is_left()
+        visible = self._ids(store)
+        # A commit is there or not; never some of the records.
+        assert visible in ([], sorted(globins(NUM_QUERIES))), visible
         if code == 0:
             return "after its end"
         if visible:
             return "after its commit"
-        return "in its searches" if found < len(self.reference.answers) else "between searches and commit"
+        all_are_there = len(self._answers(store)) == len(self.reference.answers)
+        return "between searches and commit" if all_are_there else "in its searches"
 
     def _start(self, store: str) -> subprocess.Popen:
         line = [sys.executable, "-m", "foldfeed.feature_store.cli.main", "build", "--queries", "q.fasta"]

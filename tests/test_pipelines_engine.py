@@ -1,13 +1,24 @@
 """Which Beam runners and options are taken, which are refused, and how an engine's failure reads."""
 
+import os
+import runpy
+import signal
 import socket
+import time
 
 import pytest
-from apache_beam.options.pipeline_options import DirectOptions, PortableOptions, StandardOptions
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    DirectOptions,
+    PortableOptions,
+    StandardOptions,
+)
+from pipelines_data import ROOT
 
 from foldfeed.pipelines.engine import make_options, quiet_beam, run_pipeline
 from foldfeed.pipelines.engine_errors import failure_of
 from foldfeed.pipelines.errors import EngineError, PipelineFailedError
+from foldfeed.pipelines.interrupt import StoppedBySignal, hold_back_interrupts, stop_searches_on_interrupt
 from foldfeed.pipelines.runners import choose_runner
 
 
@@ -200,6 +211,17 @@ def test_a_worker_that_does_not_start_is_a_lost_worker_without_the_jobs_long_nam
     )
 
 
+def test_a_worker_without_foldfeed_or_with_another_one_is_said_in_words():
+    said = "Pipeline x failed in state FAILED: java.lang.IllegalStateException: Process died with exit code "
+    boot = runpy.run_path(str(ROOT / "deploy" / "spark" / "boot.py"))
+    assert "has no foldfeed" in failure_of(f"{said}{boot['NO_FOLDFEED']}").reason
+    assert "another version of foldfeed" in failure_of(f"{said}{boot['OTHER_FOLDFEED']}").reason
+    sent = make_options("FlinkRunner", 1, ["--experiments=mine"]).view_as(DebugOptions).experiments
+    assert boot["is_planned_version"]({"beam:option:experiments:v1": sent})
+    assert not boot["is_planned_version"]({"beam:option:experiments:v1": ["mine", "foldfeed_version=0.0.7"]})
+    assert boot["is_planned_version"]({"beam:option:experiments:v1": None})
+
+
 def test_a_job_server_that_is_not_there_is_named():
     with socket.socket() as taken:
         # Bound and not listening: nobody answers, and nobody else can begin to.
@@ -211,3 +233,20 @@ def test_a_job_server_that_is_not_there_is_named():
     assert str(caught.value).startswith(
         f"the run failed: no job server answered at {endpoint} (--job_endpoint) within 1 s"
     )
+
+
+def test_a_signal_while_a_job_is_handed_over_takes_effect_right_after_it():
+    done = []
+    with pytest.raises(StoppedBySignal) as caught, stop_searches_on_interrupt():  # noqa: PT012 -- the order is the test
+        with hold_back_interrupts():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            done.append("handed over")
+        done.append("waited")
+    assert done == ["handed over"]
+    assert caught.value.number == signal.SIGTERM
+    # Nothing is held back for the next build.
+    with stop_searches_on_interrupt(), hold_back_interrupts():
+        done.append("again")
+    assert done == ["handed over", "again"]

@@ -164,7 +164,7 @@ def test_a_worker_without_foldfeed_is_a_failed_run_that_says_so(place):
             (packages / entry.name).symlink_to(entry)
     boot = ROOT / "deploy" / "spark" / "boot.py"
     line = reason_of(place, f'unset PYTHONPATH\nexec {place}/bare/bin/python {boot} "$@"')
-    assert "No module named 'foldfeed'" in line
+    assert "the Python that boot.py starts on a worker has no foldfeed" in line
 
 
 in_a_namespace = pytest.mark.skipif(

@@ -18,6 +18,9 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import importlib.metadata
+import importlib.util
+import json
 import os
 import select
 import signal
@@ -56,6 +59,9 @@ FETCH_S = 600
 LOOK_S = 0.5
 # An executor that is told to end gets so long for its own tidying.
 TIDY_S = 10
+# Exit codes that `foldfeed.pipelines.engine_errors` knows, too.
+NO_FOLDFEED = 81
+OTHER_FOLDFEED = 82
 PR_SET_PDEATHSIG = 1
 # What the command line of a Spark executor holds, on a cluster of Spark's own, on YARN and on Kubernetes.
 EXECUTOR = b"ExecutorBackend"
@@ -96,7 +102,23 @@ def main() -> int:
     parser.add_argument("--semi_persist_dir", default="semi")
     arguments, _ = parser.parse_known_args()
     executor = os.getppid()
-    return supervise(prepared(arguments), executor)
+    # Beam's runner waits for ever for a worker that cannot load the steps of a job. What a process prints
+    # here is thrown away, its exit code is in the runner's message.
+    if importlib.util.find_spec("foldfeed") is None:
+        return NO_FOLDFEED
+    variables = prepared(arguments)
+    if not is_planned_version(json.loads(variables["PIPELINE_OPTIONS"])):
+        return OTHER_FOLDFEED
+    return supervise(variables, executor)
+
+
+def is_planned_version(options: dict[str, Any]) -> bool:
+    """Returns whether the foldfeed here is the version that submitted the job, where the job says it."""
+    for word in options.get("beam:option:experiments:v1") or ():
+        name, _, version = word.partition("=")
+        if name == "foldfeed_version":
+            return version == importlib.metadata.version("foldfeed")
+    return True
 
 
 def prepared(arguments: argparse.Namespace) -> dict[str, str]:
@@ -162,16 +184,19 @@ def supervise(variables: dict[str, str], executor: int) -> int:
     code = worker.wait()
     was_connected = os.read(reading, 1) == CONNECTED
     if code != 0 and was_connected and not told and os.getppid() == executor:
-        end_executor(executor)
+        end_executor(executor, f"the Python worker ended with exit code {code}")
     return code
 
 
-def end_executor(executor: int) -> None:
+def end_executor(executor: int, why: str) -> None:
     """Ends a Spark executor, whose Spark replaces it; any other kind of parent is left alone."""
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         if EXECUTOR not in Path(f"/proc/{executor}/cmdline").read_bytes():
             return
-        print(f"the worker ended; so does executor {executor}, to be replaced", file=sys.stderr)
+        # Into the executor's log, which Spark's pages show; what this process prints is thrown away.
+        log = os.open(f"/proc/{executor}/fd/2", os.O_WRONLY | os.O_APPEND)
+        os.write(log, f"foldfeed's boot.py: {why}, so this executor ends, to be replaced\n".encode())
+        os.close(log)
         for number in (signal.SIGTERM, signal.SIGKILL):
             os.kill(executor, number)
             end = time.monotonic() + TIDY_S
@@ -187,9 +212,15 @@ def become_worker(parent: int, report: int) -> None:
         return
     from apache_beam.runners.worker import sdk_worker_main
 
+    # What sdk_worker_main.main does, with the report where a start can fail no more but by the connection.
+    log_handler, worker, _ = sdk_worker_main.create_harness(dict(os.environ))
     os.write(report, CONNECTED)
     os.close(report)
-    sdk_worker_main.main(sys.argv[:1])
+    try:
+        worker.run()
+    finally:
+        if log_handler:
+            log_handler.close()
 
 
 def fetch_staged(channel: grpc.Channel, dependencies: Any, folder: Path) -> None:

@@ -31,7 +31,8 @@ def main() -> int:
         begun_s, ended_s = builds.reference.begun_s, builds.reference.ended_s
         for number in range(options.kills):
             after_s = rng.uniform(0, begun_s) if number % 10 == 9 else rng.uniform(begun_s, ended_s)
-            met[builds.kill_and_resume(f"killed{number}", after_s)] += 1
+            met[builds.kill_after(f"killed{number}", after_s)] += 1
+            builds.finish(f"killed{number}")
     seconds = round(time.monotonic() - started)
     print(
         json.dumps({"kills": dict(met), "seed": options.seed, "seconds": seconds}, indent=1, sort_keys=True)
