@@ -38,6 +38,7 @@ _LOST_TASK = re.compile(
 _CAUSED_BY = re.compile(r"\s*Caused by: (.*)")
 # One job server is one Spark driver.
 _BUSY = "Only one SparkContext should be running in this JVM"
+_ENDED = "cancelled because SparkContext was shut down"
 # Exit codes of `deploy/spark/boot.py`.
 _BOOT_CODES = {
     81: "the Python that boot.py starts on a worker has no foldfeed; install foldfeed[pipelines] there",
@@ -78,6 +79,8 @@ def _cause(text: str) -> str:
     cause = _plain(causes[-1] if causes else _LOST_TASK.split(lost[-1])[-1] if lost else lines[-1])
     if _BUSY in text:
         return f"this job server runs another job, and Beam's runner for Spark takes one at a time ({cause})"
+    if _ENDED in text:
+        return f"Spark ended the job: its master did not answer, or the cluster was taken away ({cause})"
     for code, words in _BOOT_CODES.items():
         if f"Process died with exit code {code}" in text:
             return words

@@ -211,6 +211,14 @@ def test_a_worker_that_does_not_start_is_a_lost_worker_without_the_jobs_long_nam
     )
 
 
+def test_a_cluster_that_is_not_there_is_said_so():
+    """What Spark 3.5.0 really said 77 s after a job was sent to a cluster whose master was dead."""
+    said = "org.apache.spark.SparkException: Job 0 cancelled because SparkContext was shut down"
+    assert failure_of(f"Pipeline x failed in state FAILED: {said}\n\tat a.b.C.d(E.java:1)\n").reason == (
+        f"Spark ended the job: its master did not answer, or the cluster was taken away ({said})."
+    )
+
+
 def test_a_worker_without_foldfeed_or_with_another_one_is_said_in_words():
     said = "Pipeline x failed in state FAILED: java.lang.IllegalStateException: Process died with exit code "
     boot = runpy.run_path(str(ROOT / "deploy" / "spark" / "boot.py"))

@@ -68,12 +68,14 @@ for port in 7077 8080 8099; do
     (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && stop "port $port is in use; is there a Spark already?"
 done
 
-if [ ! -e "$folder/jars/.complete" ]; then
+# Named after what was asked for, so that another pom.xml is fetched anew.
+complete="$folder/jars/.complete-$(cksum <"$here/pom.xml" | cut -d' ' -f1)"
+if [ ! -e "$complete" ]; then
     command -v mvn >/dev/null || stop "Maven is not installed; it fetches Beam's runner for Spark"
     rm -rf "$folder/jars"
     mvn -q -B -f "$here/pom.xml" dependency:copy-dependencies -DoutputDirectory="$folder/jars" ||
         stop "Beam's runner for Spark could not be fetched"
-    touch "$folder/jars/.complete"
+    touch "$complete"
 fi
 if [ ! -e "$folder/spark/.complete" ]; then
     "$python" -m venv --clear "$folder/spark"
