@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from elastic_ranks import Nursery
+
+from foldfeed.trainer.elastic import Plan
+from foldfeed.trainer.errors import TrainerConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 STEPS = 12
@@ -92,6 +94,17 @@ def test_a_writer_that_was_stopped_publishes_nothing_and_comes_back(
     assert len(lost) == 1
 
 
+def test_all_ranks_die_and_their_replacements_go_on_from_the_snapshot(
+    nursery: Nursery, undisturbed: str
+) -> None:
+    faults = [fault(number, 6, "forward") for number in range(2)]
+    found = nursery.run(ranks=2, steps=STEPS, respawns=2, faults=faults)
+    members = check(found, undisturbed, [-9, -9, 0, 0])
+    assert {number for view in members for number in view} <= {2, 3}
+    assert "resumed: step 4" in found["said"]
+    assert [line["event"] for line in found["ledger"]].count("start") == 2
+
+
 def test_ranks_join_as_there_are_shards_for_them(nursery: Nursery, undisturbed: str) -> None:
     found = nursery.run(ranks=2, steps=STEPS, joins=[2, 4, 4], max_ranks=4, pause_s=0.1)
     members = check(found, undisturbed, [0, 0, 0, 0, 0])
@@ -108,11 +121,7 @@ def test_kills_at_many_places_one_after_another(nursery: Nursery, undisturbed: s
     check(found, undisturbed, [code if code == -9 else 0 for code in found["codes"]])
 
 
-def test_a_rank_with_other_settings_is_turned_away(tmp_path: Path) -> None:
-    """It says so and ends; the others do not even lose a step of work."""
-    from foldfeed.trainer.elastic import Plan
-    from foldfeed.trainer.errors import TrainerConfigError
-
+def test_plans_that_cannot_work_are_refused() -> None:
     with pytest.raises(TrainerConfigError, match="max_ranks is 2, but the run begins with 3"):
         Plan(ranks=3, max_ranks=2)
     with pytest.raises(TrainerConfigError, match="silent_s is 0; it must be positive"):
