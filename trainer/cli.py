@@ -94,6 +94,7 @@ SNAPSHOTS = {
     "resume": "resume",
     "memory": "memory_snapshots",
     "memory_every": "memory_every",
+    "mirror": "mirror_snapshots",
     "mtbf_s": "mtbf",
 }
 RUN = [

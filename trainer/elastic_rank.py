@@ -168,6 +168,7 @@ class ElasticRank:
             "store_fingerprint": source.fingerprint,
             "environment": environment(alone.device, torch.get_num_threads(), config.deterministic),
         }
+        self.mirror = launch.mirror_of(config, self.metrics.say)
         self.membership: Membership | None = None
         self.saver: Saver | None = None
         self._groups: list[Group] = []
@@ -273,7 +274,7 @@ class ElasticRank:
     def _found(self) -> View:
         """Opens the run's folder, restores the newest snapshot and waits for the others."""
         self.metrics.active = self.ledger.active = True
-        self.header["run_id"] = launch.claim(self.output, self.config, self.header, self.lease)
+        self.header["run_id"] = self._claim()
         self._restore()
         self.ledger.start(self.trainer.step, 1)
         session, key = secrets.token_hex(8), secrets.token_bytes(32)
@@ -292,6 +293,9 @@ class ElasticRank:
             self.metrics.say(f"{came} of {ranks} ranks came within {wait_s:g} s; the others may join later")
         self.ledger.mark(INITIALIZATION)
         return membership.regroup(self.trainer.step)
+
+    def _claim(self) -> str:
+        return launch.claim(self.output, self.config, self.header, self.lease, self.metrics.say)
 
     def _restore(self) -> None:
         """Goes to the newest valid snapshot, where nobody has the state in memory."""
@@ -380,7 +384,7 @@ class ElasticRank:
             # Those who had the state are gone, and those who came for it are left: back to a snapshot.
             if ranks.is_first:
                 if not self.header["run_id"]:
-                    self.header["run_id"] = launch.claim(self.output, self.config, self.header, self.lease)
+                    self.header["run_id"] = self._claim()
                 self._restore()
             rows = self._compare(ranks)
         row = transfer(state, self.trainer, [row["small"] for row in rows], ranks)
@@ -400,7 +404,15 @@ class ElasticRank:
             self._follow()
         self._note(view, ranks)
         folder, memory = self._folders()
-        self.saver = Saver(folder, memory, ranks, self.config.snapshots, self.metrics.say, before=self.saver)
+        self.saver = Saver(
+            folder,
+            memory,
+            ranks,
+            self.config.snapshots,
+            self.metrics.say,
+            before=self.saver,
+            mirror=self.mirror,
+        )
         if view.generation == 1:
             launch.describe(self.trainer, self.header)
         return ranks, self.saver

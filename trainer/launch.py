@@ -24,7 +24,7 @@ import json
 import os
 import secrets
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from foldfeed.trainer.held_out import HeldOut
 from foldfeed.trainer.lease import Lease
 from foldfeed.trainer.loop import Outcome, Trainer
 from foldfeed.trainer.metrics import Metrics
+from foldfeed.trainer.mirror import Mirror, fetch
 from foldfeed.trainer.ranks import Ranks, joined, pick_device, world_from_environment
 from foldfeed.trainer.resume import check_belongs, environment, named_generation, newest_valid
 from foldfeed.trainer.snapshot import SnapshotFolder
@@ -162,13 +163,14 @@ def train(
             "environment": numerics,
         }
         header["run_id"] = ranks.first_does(
-            lambda: claim(output, config, header, lease), "opening the run's folder"
+            lambda: claim(output, config, header, lease, metrics.say), "opening the run's folder"
         )
         folder = SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep, before_write=lease.require)
         memory = memory_folder(config.snapshots.memory, str(header["run_id"]))
         if memory is not None and ranks.is_first:
             memory.before_write = lease.require
-        saver = Saver(folder, memory, ranks, config.snapshots, metrics.say)
+        mirror = mirror_of(config, metrics.say)
+        saver = Saver(folder, memory, ranks, config.snapshots, metrics.say, mirror=mirror)
         ledger.mark(PREPARATION)
         continue_run(trainer, folder, memory, header)
         metrics.start(trainer.step)
@@ -211,13 +213,26 @@ def _require_one_environment(numerics: dict[str, Any], ranks: Ranks) -> None:
         )
 
 
-def claim(output: Path, config: RunConfig, header: dict[str, Any], lease: Lease) -> str:
+def mirror_of(config: RunConfig, say: Callable[[str], None]) -> Mirror | None:
+    """Returns what copies the snapshots of a run to a URL; None where none is given."""
+    url = config.snapshots.mirror
+    return Mirror(url, config.snapshots.keep, say) if url else None
+
+
+def claim(
+    output: Path, config: RunConfig, header: dict[str, Any], lease: Lease, say: Callable[[str], None]
+) -> str:
     """Makes the folder this run's, or checks that it is; returns the run id. First rank only.
+
+    An empty folder gets what the run's URL of copies holds.
 
     Raises:
       LeaseHeldError: another run lives there.
+      NoValidSnapshotError: there are copies, and none is valid.
     """
     lease.take(wait=_is_restart())
+    if config.snapshots.mirror:
+        fetch(config.snapshots.mirror, output, say)
     path = output / RUN_FILE
     run_id = secrets.token_hex(8)
     bound = ("config_digest", "layout_hash", "store_fingerprint")
