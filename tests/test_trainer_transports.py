@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from trainer_ranks import launch
 
 from foldfeed.feature_store import FeatureStore
-from foldfeed.trainer.buckets import MAX_AUTO_BYTES, MIN_AUTO_BYTES, TAIL_SHARE, plan_buckets
+from foldfeed.trainer.buckets import RAMP, Bucket, plan_buckets, plan_ramp
 from foldfeed.trainer.cli import main
 from foldfeed.trainer.config import DataConfig, RunConfig
 from foldfeed.trainer.dyadic import Block, aligned_blocks, blocks_of_ranks, subtree_sum, tree_sum
@@ -24,7 +26,7 @@ from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.exchange import TreeExchange, elements_sent
 from foldfeed.trainer.probe import Link
 from foldfeed.trainer.ranks import Ranks
-from foldfeed.trainer.transports import _candidates
+from foldfeed.trainer.transports import _candidates, plan_for
 from foldfeed.trainer.two_level import node_blocks
 
 # The world 6 has nodes of 3 or of 2 ranks; 7 and 11 shards divide by neither.
@@ -86,30 +88,51 @@ def test_a_node_merges_its_ranks_blocks_in_the_tree(drawn: tuple[int, int, int])
     assert list(node_blocks(num_shards, world, local, nodes - 1)) == aligned_blocks(start, stop)
 
 
-@given(st.floats(1e-6, 1e-2), st.floats(1e6, 1e11), st.integers(1, 2**32))
-def test_the_plan_of_a_link_leaves_least_to_wait_for(
-    latency_s: float, bytes_per_s: float, total: int
-) -> None:
-    link = Link(latency_s=latency_s, bytes_per_s=bytes_per_s)
-    chosen = link.bucket_bytes(total)
-    assert MIN_AUTO_BYTES <= chosen <= MAX_AUTO_BYTES
+@given(
+    st.lists(st.integers(1, 5000), min_size=1, max_size=300),
+    st.integers(4, 40_000),
+    st.integers(1, 20_000),
+)
+def test_a_ramp_covers_all_and_falls_no_faster_than_it_may(sizes: list[int], limit: int, least: int) -> None:
+    buckets = plan_ramp(sizes, bucket_bytes=limit, least_bytes=least)
+    assert [n for bucket in buckets for n in bucket.segments] == list(range(len(sizes)))
+    assert [bucket.start for bucket in buckets] == [0, *(bucket.stop for bucket in buckets[:-1])]
+    assert buckets[-1].stop == sum(sizes)
+    for before, bucket in itertools.pairwise(buckets):
+        if len(before.segments) > 1:
+            assert before.numel <= max(limit, least) / 4
+            assert before.numel <= max(bucket.numel, least / 4, limit * RAMP / 4) / RAMP + 1e-6
+    if len(buckets[-1].segments) > 1:
+        assert buckets[-1].numel <= max(1, least / 4)
 
-    def waiting(bucket_bytes: float) -> float:
-        count = max(4.0, total / bucket_bytes)
-        return count * latency_s + total / (bytes_per_s * count * TAIL_SHARE)
 
-    for other in (MIN_AUTO_BYTES, MAX_AUTO_BYTES, chosen / 2, chosen * 2):
-        if MIN_AUTO_BYTES <= other <= MAX_AUTO_BYTES:
-            assert waiting(chosen) <= waiting(other) * (1 + 1e-4)  # whole bytes
+def waiting_s(link: Link, plan: Sequence[Bucket], backward_s: float) -> float:
+    """Plays the exchange of a plan while a backward of even pace makes the gradients."""
+    free_s = 0.0
+    for bucket in plan:
+        ready_s = backward_s * bucket.stop / plan[-1].stop
+        free_s = max(free_s, ready_s) + link.seconds(4 * bucket.numel)
+    return free_s - backward_s
+
+
+@pytest.mark.parametrize(("share", "latencies"), [(0.2, 3), (0.5, 3), (0.7, 20)])
+def test_behind_a_longer_backward_a_few_latencies_are_left(share: float, latencies: float) -> None:
+    """The link needs a share of backward's time. A plan with one small bucket at its end leaves more."""
+    link = Link(latency_s=2e-4, bytes_per_s=5e7)
+    sizes = [512] * 16384
+    backward_s = 4 * sum(sizes) / link.bytes_per_s / share
+    flat = plan_buckets(sizes, bucket_bytes=link.bucket_bytes(4 * sum(sizes)))
+    found = waiting_s(link, plan_for(link, sizes), backward_s)
+    assert found <= latencies * link.latency_s
+    assert found < waiting_s(link, flat, backward_s) / 2
 
 
 def test_slow_links_get_large_buckets_and_long_latencies_few() -> None:
-    total = 64 * 2**20
-    near, far = Link(latency_s=2e-5, bytes_per_s=1e10), Link(latency_s=5e-3, bytes_per_s=1e10)
-    assert near.bucket_bytes(total) < far.bucket_bytes(total)
+    near, far = Link(latency_s=2e-5, bytes_per_s=1e9), Link(latency_s=5e-3, bytes_per_s=1e9)
     sizes = [4096] * 4096
-    plans = [plan_buckets(sizes, bucket_bytes=link.bucket_bytes(total)) for link in (near, far)]
-    assert len(plans[0]) > len(plans[1])
+    assert near.bucket_bytes(4 * sum(sizes)) < far.bucket_bytes(4 * sum(sizes))
+    assert len(plan_for(near, sizes)) > len(plan_for(far, sizes)) >= 4
+    assert len(plan_for(far, sizes, bucket_bytes=2**20)) == len(plan_buckets(sizes, bucket_bytes=2**20))
 
 
 @pytest.mark.parametrize("num_shards", [4096, 8192, 5000])

@@ -6,6 +6,11 @@ and a restart makes the same one. Buckets follow the flat buffer's order (revers
 about the order in which backward finishes them; the last bucket is kept small, because its exchange starts
 when backward has ended and nothing hides it.
 
+`plan_ramp` is for a link that was measured: full buckets first, then ever smaller ones, each `RAMP` of the
+one before. While one is sent, backward makes the next; with sizes that fall no faster than the link is
+quicker than backward, nothing piles up before the end, and what is left to wait for is the last bucket, as
+small as latency allows.
+
 Source: the mechanism of Megatron-core's static reversed buckets; DDP's first-step rebuild is what it avoids.
 """
 
@@ -20,6 +25,8 @@ MAX_AUTO_BYTES = 16 * 1024 * 1024
 AUTO_BUCKETS = 8
 # The exposed tail, as a share of a full bucket.
 TAIL_SHARE = 4
+# A link may need up to this share of backward's time before the ramp leaves a backlog.
+RAMP = 0.75
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +88,37 @@ def plan_buckets(sizes: Sequence[int], *, bucket_bytes: int, element_bytes: int 
         runs.append(range(first, tail_start))
     runs.append(range(tail_start, len(sizes)))
 
+    return _lay_out(sizes, runs)
+
+
+def plan_ramp(
+    sizes: Sequence[int], *, bucket_bytes: int, least_bytes: int, element_bytes: int = 4
+) -> list[Bucket]:
+    """Returns buckets that cover every segment once, in order, full ones first and then a ramp down.
+
+    With segments of 100 elements, a limit of 400 and a least of 100 elements the last buckets hold 400, 300,
+    200, 100 and 100 elements: whole segments, no more than the ramp allows.
+
+    Args:
+      sizes: elements of each segment in flat-buffer order, padding included.
+      bucket_bytes: limit of a bucket; a single larger segment is one of its own.
+      least_bytes: of the last bucket.
+      element_bytes: bytes of one element.
+    """
+    limit, allowed = bucket_bytes / element_bytes, max(1.0, least_bytes / element_bytes)
+    runs: list[range] = []
+    stop = len(sizes)
+    while stop:
+        start, numel = stop - 1, sizes[stop - 1]
+        while start and numel + sizes[start - 1] <= allowed:
+            start -= 1
+            numel += sizes[start]
+        runs.append(range(start, stop))
+        stop, allowed = start, min(limit, max(allowed, numel) / RAMP)
+    return _lay_out(sizes, runs[::-1])
+
+
+def _lay_out(sizes: Sequence[int], runs: Sequence[range]) -> list[Bucket]:
     buckets, offset = [], 0
     for index, run in enumerate(runs):
         stop = offset + sum(sizes[position] for position in run)

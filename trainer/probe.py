@@ -1,9 +1,9 @@
 """What the link between the ranks gives, measured at the start, and the bucket plan that follows from it.
 
 A bucket costs one latency a plus its bytes over the bandwidth b. Small buckets pay the latency often; large
-ones leave much to do when backward has ended, because the last bucket's exchange has nothing to hide behind.
-With K equal buckets of S bytes in all and a last one of 1/`TAIL_SHARE` of a bucket, what cannot be hidden is
-about K a + S / (b K TAIL_SHARE); it is least at K = sqrt(S / (a b TAIL_SHARE)).
+ones are late, because nothing of them leaves before all of it is there. So a full bucket is as long as
+1 / `LATENCY_SHARE` latencies, which then cost that share of the exchange, and the last one as long as one
+latency: two latencies are all that must be waited for behind a backward that takes longer than the exchange.
 
 The plan changes no bits: sums are made element by element. All ranks agree on the slowest rank's numbers.
 """
@@ -11,14 +11,13 @@ The plan changes no bits: sums are made element by element. All ranks agree on t
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
-from foldfeed.trainer.buckets import MAX_AUTO_BYTES, MIN_AUTO_BYTES, TAIL_SHARE, Bucket
+from foldfeed.trainer.buckets import MAX_AUTO_BYTES, MIN_AUTO_BYTES, Bucket
 from foldfeed.trainer.exchange import Exchange
 from foldfeed.trainer.ranks import Ranks
 
@@ -26,6 +25,7 @@ from foldfeed.trainer.ranks import Ranks
 SMALL_BYTES, LARGE_BYTES = 4 * 1024, 1024 * 1024
 REPEATS = 5
 MIN_BUCKETS = 4
+LATENCY_SHARE = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,11 +44,15 @@ class Link:
         """Returns how long a bucket takes."""
         return self.latency_s + num_bytes / self.bytes_per_s
 
+    @property
+    def least_bytes(self) -> int:
+        """What passes in one latency: the last bucket's size."""
+        return int(self.latency_s * self.bytes_per_s)
+
     def bucket_bytes(self, total_bytes: int) -> int:
-        """Returns the limit of a bucket that leaves least to be waited for, see the module."""
-        wanted = math.sqrt(total_bytes / (self.latency_s * self.bytes_per_s * TAIL_SHARE))
-        even = total_bytes / max(MIN_BUCKETS, wanted)
-        return int(min(MAX_AUTO_BYTES, max(MIN_AUTO_BYTES, even)))
+        """Returns the limit of a bucket, see the module; several buckets even of little."""
+        wanted = min(self.least_bytes / LATENCY_SHARE, total_bytes / MIN_BUCKETS)
+        return int(min(MAX_AUTO_BYTES, max(MIN_AUTO_BYTES, wanted)))
 
     def __str__(self) -> str:
         return f"{1e6 * self.latency_s:.0f} us + {8e-9 * self.bytes_per_s:.2f} Gbit/s of gradients"

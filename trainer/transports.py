@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from foldfeed.trainer.buckets import Bucket, auto_bucket_bytes, plan_buckets
+from foldfeed.trainer.buckets import Bucket, auto_bucket_bytes, plan_buckets, plan_ramp
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.dyadic import blocks_of_ranks
 from foldfeed.trainer.errors import TrainerConfigError
@@ -64,23 +64,35 @@ def choose(config: RunConfig, ranks: Ranks, segments: Sequence[Segment], ranks_p
     sizes = [segment.padded for segment in segments]
     total_bytes = 4 * sum(sizes)
 
-    def plan(bucket_bytes: int) -> list[Bucket]:
-        return plan_buckets(sizes, bucket_bytes=int(config.bucket_mb * 2**20) or bucket_bytes)
-
+    given = int(config.bucket_mb * 2**20)
     if config.reducer == "ring" or ranks.world == 1 or ranks.generation:
         # The ring's bits depend on the plan, so it must not depend on a measurement. And the ranks of an
         # elastic run meet anew in less time than one takes.
         name = "ring" if config.reducer == "ring" else "tree"
         made = RingExchange if name == "ring" else TreeExchange
-        usual = plan(auto_bucket_bytes(total_bytes))
+        usual = plan_buckets(sizes, bucket_bytes=given or auto_bucket_bytes(total_bytes))
         return Transport(name, usual, lambda output, numel: made(ranks, num_shards, numel, output), "")
     makers = _candidates(config, ranks, num_shards, ranks_per_node)
     num_blocks = len(blocks_of_ranks(num_shards, ranks.world)[ranks.rank])
     links = {name: measure(ranks, make, num_blocks) for name, make in makers.items()}
-    plans = {name: plan(link.bucket_bytes(total_bytes)) for name, link in links.items()}
+    plans = {name: plan_for(link, sizes, given) for name, link in links.items()}
     costs = {name: sum(links[name].seconds(4 * bucket.numel) for bucket in plans[name]) for name in makers}
     name = min(costs, key=lambda candidate: costs[candidate])
     return Transport(name, plans[name], makers[name], _explain(name, links, costs))
+
+
+def plan_for(link: Link, sizes: Sequence[int], bucket_bytes: int = 0) -> list[Bucket]:
+    """Returns the bucket plan for a measured link.
+
+    Args:
+      link: as measured.
+      sizes: elements of each segment in flat-buffer order.
+      bucket_bytes: limit of a bucket that the user gave; 0 for none.
+    """
+    if bucket_bytes:
+        return plan_buckets(sizes, bucket_bytes=bucket_bytes)
+    limit = link.bucket_bytes(4 * sum(sizes))
+    return plan_ramp(sizes, bucket_bytes=limit, least_bytes=link.least_bytes)
 
 
 def _candidates(
