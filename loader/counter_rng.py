@@ -43,6 +43,7 @@ class Purpose(enum.StrEnum):
     SLAB = "slab"
     RECORD = "record"
     DEPTH = "depth"
+    SUBSTITUTE = "substitute"
 
 
 class Stream:

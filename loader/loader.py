@@ -5,26 +5,34 @@ them together and owns the position in the stream; every step of the way lives i
 
 Invariants: ``sample(g)`` is a function of (store fingerprint, sampling, recipe, seed, g); the position counts
 steps that the consumer has received, never steps made ahead; a sample that cannot be made raises, it is never
-skipped or replaced by another. One consumer thread per loader. A loader does not survive a fork (its threads
-would be missing in the child) and cannot be pickled: make it in the process that uses it, ``spawn`` is fine.
+skipped, nor replaced by another unless the loader was told so (``on_unreadable``). One consumer thread per
+loader. A loader does not survive a fork (its threads would be missing in the child) and cannot be pickled:
+make it in the process that uses it, ``spawn`` is fine.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from foldfeed.loader.batch import StepBatch
+from foldfeed.loader.cache.config import CacheConfig
+from foldfeed.loader.cache.tiers import COUNTERS, check_cache
+from foldfeed.loader.cached_reader import CachedReader
 from foldfeed.loader.device import ReadyStep, feature_maker, resolve_device
 from foldfeed.loader.errors import LoaderConfigError, LoaderUseError
 from foldfeed.loader.featurise import featurise
 from foldfeed.loader.order import rank_shards
+from foldfeed.loader.placement import ORDER, PLACEMENTS, STORAGE, StoragePlacement
 from foldfeed.loader.plan import SamplePlan
 from foldfeed.loader.prefetch import StepPrefetcher
 from foldfeed.loader.raw import RawSample
@@ -34,10 +42,12 @@ from foldfeed.loader.recipe import Recipe
 from foldfeed.loader.sampling import Sampling
 from foldfeed.loader.selection import Store
 from foldfeed.loader.state import LoaderState
+from foldfeed.loader.unreadable import STOP, Substitution
 
 # A sample of AlphaFold 2's sizes takes 0.4 to 0.7 MB as read.
 READ_AHEAD_BYTES = 256 << 20
 READ_AHEAD_SAMPLES = 256
+_log = logging.getLogger(__name__)
 
 
 class CropLoader:
@@ -75,6 +85,9 @@ class CropLoader:
         prefetch_steps: int = 2,
         num_processes: int = 0,
         read_ahead_bytes: int = READ_AHEAD_BYTES,
+        cache: CacheConfig | None = None,
+        on_unreadable: str = STOP,
+        placement: str = ORDER,
     ) -> None:
         """Checks everything and reads nothing; threads start with the first batch.
 
@@ -95,8 +108,16 @@ class CropLoader:
             that reading leaves this interpreter alone (Linux); 0 reads in the threads here. No effect on the
             numbers.
           read_ahead_bytes: shared memory of those processes together: samples read and not yet prepared.
+          cache: where to keep what was read of a store behind a network; None for nowhere. No effect on the
+            numbers.
+          on_unreadable: ``stop`` raises where a record is damaged; ``substitute`` makes the sample from
+            another record, a function of (seed, sample, attempt), says so in the batch and warns. Part of the
+            stream's identity.
+          placement: ``order``, or ``storage`` to give each machine mostly records that are stored together,
+            see `foldfeed.loader.placement`. A step's samples are the same; part of the stream's identity.
         Raises:
-          LoaderConfigError: a value that cannot work.
+          LoaderConfigError: a value that cannot work; a cache's folder or server that cannot be used.
+          MissingExtraError: the cache needs a package that is not installed.
         """
         for field, value in (("num_threads", num_threads), ("prefetch_steps", prefetch_steps)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -108,6 +129,7 @@ class CropLoader:
             seed=seed,
             global_batch=global_batch,
             virtual_shards=global_batch if virtual_shards is None else virtual_shards,
+            on_unreadable=on_unreadable,
         )
         self.store = store
         self.recipe = recipe
@@ -122,6 +144,22 @@ class CropLoader:
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise LoaderConfigError(field, value, f"must be an integer of at least {least}")
+        if cache is not None:
+            if not isinstance(cache, CacheConfig):
+                raise LoaderConfigError(
+                    "cache", cache, "is no CacheConfig; pass e.g. CacheConfig(folder='...')"
+                )
+            check_cache(cache, self._reader.selection.urls)
+        if placement not in PLACEMENTS:
+            raise LoaderConfigError("placement", placement, f"must be one of {', '.join(PLACEMENTS)}")
+        self._placement = placement
+        self._shard_samples: Callable[[int, int], Sequence[int]] = self.order.shard_samples
+        if placement == STORAGE:
+            placed = StoragePlacement(self.order, self._reader.selection.places())
+            self._shard_samples = placed.shard_samples
+        self._cache = cache
+        self._substitutions: dict[int, Substitution] = {}
+        self._cache_counts: Counter[str] = Counter()
         self._num_processes = num_processes
         self._read_ahead_bytes = read_ahead_bytes
         self._supply: SampleSupply | None = None
@@ -134,6 +172,7 @@ class CropLoader:
         self._closed = False
         self._lock = threading.Lock()
         self._counters = {"steps": 0, "samples": 0, "bytes": 0, "fetch_s": 0.0, "prepare_s": 0.0}
+        self._counters["substituted"] = 0
         self._waited_s = 0.0
 
     def plan(self, sample: int) -> SamplePlan:
@@ -153,7 +192,7 @@ class CropLoader:
           SampleError: it could not be read.
         """
         self._check_usable()
-        return featurise(RawSample.of(self._reader.read(sample)).to(self.device), self.recipe)
+        return featurise(RawSample.of(self._reader.read(sample).arrays).to(self.device), self.recipe)
 
     def __iter__(self) -> CropLoader:
         return self
@@ -175,6 +214,8 @@ class CropLoader:
                 first_step=self._step,
                 depth=self._prefetch_steps,
                 num_threads=self._num_threads,
+                # Processes have an order of their own; room that they fill must be emptied in that order.
+                costs=None if self._num_processes else self._costs,
             )
         try:
             batch = self._maker.hand_over(self._steps.next())
@@ -184,7 +225,7 @@ class CropLoader:
         assert batch.step == self._step, (batch.step, self._step)
         self._step += 1
         self._add(steps=1, samples=batch.num_samples)
-        return batch
+        return self._with_substitutions(batch)
 
     def epoch(self) -> Iterator[StepBatch]:
         """Yields the steps from the position to the end of its epoch (those that begin in it).
@@ -233,11 +274,18 @@ class CropLoader:
 
         ``steps`` and ``samples`` received; ``bytes`` of raw samples read, decoded; ``fetch_s`` and
         ``prepare_s`` spent in worker threads on reading and on features, made-ahead samples included;
-        ``wait_s`` that the consumer waited.
+        ``wait_s`` that the consumer waited; ``substituted`` samples received that are made from another
+        record. With a cache also `foldfeed.loader.cache.tiers.COUNTERS`: hits and bytes of each tier (those
+        of ``store`` were read from it), evictions, damaged entries, and what became of Redis and of second
+        requests.
         """
         running = self._steps.wait_s if self._steps is not None else 0.0
+        counts = Counter(self._cache_counts)
+        if self._supply is not None:
+            counts.update(self._supply.counters())
+        cached = {} if self._cache is None else {name: float(counts[name]) for name in COUNTERS}
         with self._lock:
-            return {**self._counters, "wait_s": self._waited_s + running}
+            return {**self._counters, "wait_s": self._waited_s + running, **cached}
 
     def close(self) -> None:
         """Ends all threads. Idempotent; the loader cannot be used afterwards."""
@@ -258,9 +306,15 @@ class CropLoader:
         )
 
     def _new_supply(self) -> SampleSupply:
-        if not self._num_processes:
-            return OwnThreads(self._reader, time.perf_counter)
-        return ReadingProcesses(self._reader, self._num_processes, self._num_threads, self._read_ahead_bytes)
+        # By storage any rank may get any sample: then the next use by all of them is the best that is known.
+        shards = self.shards if self._placement == ORDER else range(self.order.virtual_shards)
+        cache = None if self._cache is None else (self._cache, tuple(shards))
+        if self._num_processes:
+            return ReadingProcesses(
+                self._reader, self._num_processes, self._num_threads, self._read_ahead_bytes, cache
+            )
+        reader = self._reader if cache is None else CachedReader(self._reader, *cache)
+        return OwnThreads(reader, time.perf_counter)
 
     def _ask(self, supply: SampleSupply, step: int) -> None:
         """Lets processes read some `READ_AHEAD_SAMPLES` behind a step, as far as their memory goes."""
@@ -280,12 +334,42 @@ class CropLoader:
             for sample in samples
         ]
 
-    def _layout(self, step: int) -> list[tuple[int, range]]:
-        samples = ((shard, self.order.shard_samples(step, shard)) for shard in self.shards)
+    def _costs(self, step: int) -> list[int]:
+        """Returns what each task of a step is expected to cost: cells of its record that may be read."""
+        samples = [sample for _, numbers in self._layout(step) for sample in numbers]
+        return self._reader.costs(samples)
+
+    def _with_substitutions(self, batch: StepBatch) -> StepBatch:
+        """Returns a batch that says which of its samples are made from another record."""
+        with self._lock:
+            found = {
+                shard.v: tuple(
+                    self._substitutions.pop(sample)
+                    for sample in shard.samples
+                    if sample in self._substitutions
+                )
+                for shard in batch.shards
+            }
+        if not any(found.values()):
+            return batch
+        self._add(substituted=sum(map(len, found.values())))
+        shards = [dataclasses.replace(shard, substitutions=found[shard.v]) for shard in batch.shards]
+        return dataclasses.replace(batch, shards=shards)
+
+    def _layout(self, step: int) -> list[tuple[int, Sequence[int]]]:
+        samples = ((shard, self._shard_samples(step, shard)) for shard in self.shards)
         return [(shard, numbers) for shard, numbers in samples if numbers]
 
     def _prepared(self, supply: SampleSupply, sample: int) -> Any:
         read = supply.get(sample)
+        if read.substitution is not None:
+            with self._lock:
+                self._substitutions[sample] = read.substitution
+            told = read.substitution
+            _log.warning(
+                "sample %d is made from record %r, because %r cannot be read: %s",
+                *(sample, told.substitute_id, told.record_id, told.reason),
+            )
         num_bytes = read.arrays.num_bytes
         started = time.perf_counter()
         try:
@@ -304,6 +388,8 @@ class CropLoader:
             store_fingerprint=self._reader.selection.store_fingerprint,
             sampling_digest="" if self.sampling == Sampling() else self.sampling.digest,
             selection_fingerprint=self._reader.selection.fingerprint,
+            on_unreadable=self._reader.on_unreadable,
+            placement=self._placement,
         )
 
     def _add(self, **amounts: float) -> None:
@@ -315,7 +401,9 @@ class CropLoader:
         if self._supply is not None:
             # First, so that threads that wait for a sample learn that none will come.
             self._supply.close()
+            self._cache_counts.update(self._supply.counters())
             self._supply = None
+            self._substitutions.clear()
         if self._steps is not None:
             self._steps.close()
             self._waited_s += self._steps.wait_s

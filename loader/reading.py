@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
@@ -30,11 +31,14 @@ from typing import Protocol
 import numpy as np
 
 from foldfeed.loader import wire
+from foldfeed.loader.cache.config import CacheConfig
+from foldfeed.loader.cached_reader import CachedReader
 from foldfeed.loader.errors import LoaderConfigError, ReadingProcessError
 from foldfeed.loader.fetch import SampleArrays
 from foldfeed.loader.reader import SampleReader
-from foldfeed.loader.reading_process import ALONE
+from foldfeed.loader.reading_process import ALONE, ASIDE
 from foldfeed.loader.slots import open_note
+from foldfeed.loader.unreadable import Substitution
 
 MAX_DEATHS = 3
 # A process that was told to end gets this long before it is killed.
@@ -51,11 +55,13 @@ class ReadSample:
       arrays: what was read; views of shared memory, valid until `release`.
       read_s: seconds that planning and reading took.
       release: gives the memory back; to be called once.
+      substitution: which record took the place of which, None where none did.
     """
 
     arrays: SampleArrays
     read_s: float
     release: Callable[[], None]
+    substitution: Substitution | None = None
 
 
 class SampleSupply(Protocol):
@@ -74,6 +80,10 @@ class SampleSupply(Protocol):
         """
         ...
 
+    def counters(self) -> dict[str, float]:
+        """Returns what the cache counted so far; nothing without one."""
+        ...
+
     def close(self) -> None:
         """Ends everything that was started. Idempotent."""
         ...
@@ -82,27 +92,44 @@ class SampleSupply(Protocol):
 class OwnThreads:
     """Reads a sample in the thread that asks for it."""
 
-    def __init__(self, reader: SampleReader, clock: Callable[[], float]) -> None:
+    def __init__(self, reader: SampleReader | CachedReader, clock: Callable[[], float]) -> None:
         self._reader = reader
         self._clock = clock
 
     def ask(self, samples: Sequence[int]) -> None:
-        """Does nothing."""
+        """Lets a cache bring the samples nearer."""
+        if isinstance(self._reader, CachedReader):
+            self._reader.ask(samples)
 
     def get(self, sample: int) -> ReadSample:
         """Reads it."""
         started = self._clock()
-        arrays = self._reader.read(sample)
-        return ReadSample(arrays=arrays, read_s=self._clock() - started, release=lambda: None)
+        arrays, substitution = self._reader.read(sample)
+        return ReadSample(
+            arrays=arrays, read_s=self._clock() - started, release=lambda: None, substitution=substitution
+        )
+
+    def counters(self) -> dict[str, float]:
+        """Returns what the cache counted so far."""
+        return self._reader.counters() if isinstance(self._reader, CachedReader) else {}
 
     def close(self) -> None:
-        """Does nothing."""
+        """Ends the cache's threads."""
+        if isinstance(self._reader, CachedReader):
+            self._reader.close()
 
 
 class ReadingProcesses:
     """Some processes that take turns: the n-th sample asked for goes to process n modulo their number."""
 
-    def __init__(self, reader: SampleReader, num_processes: int, num_threads: int, num_bytes: int) -> None:
+    def __init__(
+        self,
+        reader: SampleReader,
+        num_processes: int,
+        num_threads: int,
+        num_bytes: int,
+        cache: tuple[CacheConfig, Sequence[int]] | None = None,
+    ) -> None:
         """Starts the processes.
 
         Args:
@@ -110,6 +137,7 @@ class ReadingProcesses:
           num_processes: how many.
           num_threads: of each, for reading.
           num_bytes: shared memory of all of them together.
+          cache: of each process, and the virtual shards of this rank.
         Raises:
           LoaderConfigError: this system cannot share memory in that way.
         """
@@ -117,7 +145,7 @@ class ReadingProcesses:
             raise LoaderConfigError(
                 "num_processes", num_processes, "needs memory without a name (Linux); use 0: threads"
             )
-        content = pickle.dumps(reader)
+        content = pickle.dumps((reader, cache))
         share = max(mmap.PAGESIZE, num_bytes // num_processes)
         self._processes = [_Process(content, num_threads, share) for _ in range(num_processes)]
         self._owner: dict[int, _Process] = {}
@@ -148,6 +176,13 @@ class ReadingProcesses:
             process = self._owner.pop(sample)
         return process.get(sample)
 
+    def counters(self) -> dict[str, float]:
+        """Returns what the caches of all processes counted so far."""
+        total: Counter[str] = Counter()
+        for process in self._processes:
+            total.update(process.counters)
+        return dict(total)
+
     def close(self) -> None:
         """Ends the processes. Idempotent."""
         for process in self._processes:
@@ -165,6 +200,8 @@ class _Process:
         # What was asked for and not taken, in order.
         self._owed: dict[int, Future[ReadSample]] = {}
         self._num_deaths = 0
+        # Of its cache; of all its lives.
+        self.counters: Counter[str] = Counter()
         self._closed = False
         # Held, because a child that dies at once is heard before its life has its place here.
         with self._lock:
@@ -305,11 +342,17 @@ class _Life:
             memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
             os.close(descriptor)
         arrays, note = open_note(frame.payload, memory)
-        slot = ALONE if frame.kind == wire.READY_ALONE else note["start"]
+        slot = note["start"] if frame.kind == wire.READY else ALONE
+        replaced = note.get("substitution")
+        if replaced is not None:
+            slot = ASIDE
+        # One thread a life, and lives of a process follow each other.
+        self._owner.counters.update(note.get("counters", {}))
         return ReadSample(
             arrays=arrays,
             read_s=note["read_s"],
             release=lambda: self._send(wire.Frame(wire.RELEASE, slot, b"")),
+            substitution=None if replaced is None else Substitution(**replaced),
         )
 
     def _send(self, frame: wire.Frame) -> None:

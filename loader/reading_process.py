@@ -10,6 +10,8 @@ imports no torch. Owns the child's side; `foldfeed.loader.reading` owns the pare
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import mmap
 import os
 import pickle
@@ -19,20 +21,28 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from foldfeed.feature_store import FoldfeedError
 from foldfeed.loader import wire
+from foldfeed.loader.cached_reader import CachedReader
+from foldfeed.loader.early_start import SlowFirst
 from foldfeed.loader.errors import SampleError
-from foldfeed.loader.fetch import shapes_of
+from foldfeed.loader.fetch import ARRAYS, shapes_of
 from foldfeed.loader.reader import PlannedSample, SampleReader
 from foldfeed.loader.ring import RingClosedError, RingSpace
 from foldfeed.loader.slots import note_of, place, slot_bytes
 
 # A sample that is larger than the ring gets memory of its own under this number; only one at a time does.
 ALONE = 2**64 - 1
+# One made from another record than its own has memory of its own, too: its room in the ring was another's
+# size. There is no limit on these, for the samples behind it may hold all other room until it is there.
+ASIDE = 2**64 - 2
 PARENT_CHECK_S = 1.0
 
 
@@ -53,7 +63,8 @@ def main(arguments: list[str]) -> None:
         if first is None:
             return
         # From the process that started this one, over a socket that nobody else has.
-        reader: SampleReader = pickle.loads(first.payload)
+        plain, cache = pickle.loads(first.payload)
+        reader: SampleReader | CachedReader = plain if cache is None else CachedReader(plain, *cache)
         _ReadingProcess(reader, connection, receiver, memory, capacity, num_threads).run()
         # Threads may still hold views of the memory; the process ends here and takes all with it.
         os._exit(0)
@@ -69,7 +80,7 @@ def _end_with(parent: int) -> None:
 class _ReadingProcess:
     def __init__(
         self,
-        reader: SampleReader,
+        reader: SampleReader | CachedReader,
         connection: socket.socket,
         receiver: wire.Receiver,
         memory: mmap.mmap,
@@ -84,6 +95,7 @@ class _ReadingProcess:
         self._num_threads = num_threads
         self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._sending = threading.Lock()
+        self._counted: Counter[str] = Counter()
         self._alone_free = threading.Semaphore(1)
 
     def run(self) -> None:
@@ -92,11 +104,14 @@ class _ReadingProcess:
         try:
             while (frame := self._receiver.next()) is not None:
                 if frame.kind == wire.READ:
-                    for sample in np.frombuffer(frame.payload, dtype="<i8").tolist():
+                    samples = np.frombuffer(frame.payload, dtype="<i8").tolist()
+                    if isinstance(self._reader, CachedReader):
+                        self._reader.ask(samples)
+                    for sample in samples:
                         self._wanted.put(sample)
                 elif frame.number == ALONE:
                     self._alone_free.release()
-                else:
+                elif frame.number != ASIDE:
                     self._space.give_back(frame.number)
         except ConnectionError:
             # The loader's process is gone; so is the reason to go on.
@@ -106,11 +121,18 @@ class _ReadingProcess:
     def _dispatch(self) -> None:
         """Plans and finds room in the order asked for, so that no sample waits for a later one."""
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="foldfeed-read") as threads:
+            tasks = SlowFirst(threads)
             while True:
                 sample = self._wanted.get()
                 started = time.perf_counter()
                 try:
                     planned = self._reader.planned(sample)
+                except SampleError as error:
+                    # No plan, so no size: if another record takes its place, then aside.
+                    tasks.submit(
+                        0.0, functools.partial(self._guarded, sample, functools.partial(_raise, error))
+                    )
+                    continue
                 except FoldfeedError as error:
                     self._failed(sample, error)
                     continue
@@ -118,23 +140,26 @@ class _ReadingProcess:
                 size = slot_bytes(shapes_of(planned.plan))
                 if size > self._space.capacity:
                     self._alone_free.acquire()
-                    threads.submit(self._guarded, self._read_alone, planned, size, plan_s)
-                    continue
-                try:
-                    start = self._space.take(size)
-                except RingClosedError:
-                    return
-                threads.submit(self._guarded, self._read, planned, start, plan_s)
+                    task = functools.partial(self._read_alone, planned, size, plan_s)
+                else:
+                    try:
+                        start = self._space.take(size)
+                    except RingClosedError:
+                        return
+                    task = functools.partial(self._read, planned, start, plan_s)
+                tasks.submit(planned.plan.num_cells, functools.partial(self._guarded, sample, task))
 
-    def _guarded(self, read: object, planned: PlannedSample, at: int, plan_s: float) -> None:
+    def _guarded(self, sample: int, read: Callable[[], None]) -> None:
         """Runs one reading and tells the loader what goes wrong: it would wait for ever otherwise."""
-        assert callable(read)
         try:
-            read(planned, at, plan_s)
+            try:
+                read()
+            except SampleError as error:
+                self._replace(sample, error)
         except BrokenPipeError:
             return
         except Exception as error:  # noqa: BLE001  passed on whole, see above
-            self._failed(planned.sample, error)
+            self._failed(sample, error)
 
     def _read(self, planned: PlannedSample, start: int, plan_s: float) -> None:
         started = time.perf_counter()
@@ -143,24 +168,43 @@ class _ReadingProcess:
         except Exception:
             self._space.give_back(start)
             raise
-        note = note_of(arrays, start, read_s=plan_s + time.perf_counter() - started)
+        note = note_of(arrays, start, **self._facts(plan_s + time.perf_counter() - started))
         self._send(wire.Frame(wire.READY, planned.sample, note))
 
     def _read_alone(self, planned: PlannedSample, size: int, plan_s: float) -> None:
         started = time.perf_counter()
-        descriptor = os.memfd_create("foldfeed-sample", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(descriptor, size)
-            memory = mmap.mmap(descriptor, size)
+        with _fresh_memory(size) as (descriptor, memory):
             try:
                 arrays = self._reader.fetch(planned, place(memory, 0, shapes_of(planned.plan)))
             except Exception:
                 self._alone_free.release()
                 raise
-            note = note_of(arrays, 0, read_s=plan_s + time.perf_counter() - started)
+            note = note_of(arrays, 0, **self._facts(plan_s + time.perf_counter() - started))
             self._send(wire.Frame(wire.READY_ALONE, planned.sample, note), descriptor)
-        finally:
-            os.close(descriptor)
+
+    def _replace(self, sample: int, error: SampleError) -> None:
+        """Makes a sample from another record, where the run wants that; raises the error where not."""
+        if not self._reader.may_replace(error, 0):
+            raise error
+        started = time.perf_counter()
+        found, substitution = self._reader.read_from(sample, 1, error.reason)
+        assert substitution is not None
+        shapes = {name: getattr(found, name).shape for name in ARRAYS}
+        with _fresh_memory(slot_bytes(shapes)) as (descriptor, memory):
+            for name, array in place(memory, 0, shapes).items():
+                array[...] = getattr(found, name)
+            facts = self._facts(time.perf_counter() - started) | {"substitution": substitution.to_dict()}
+            self._send(wire.Frame(wire.READY_ALONE, sample, note_of(found, 0, **facts)), descriptor)
+
+    def _facts(self, read_s: float) -> dict[str, Any]:
+        """Returns what goes with a sample: what it took, and what the cache counted since the last one."""
+        if not isinstance(self._reader, CachedReader):
+            return {"read_s": read_s}
+        with self._sending:
+            now = self._reader.counters()
+            fresh = {name: value - self._counted[name] for name, value in now.items()}
+            self._counted.update(fresh)
+        return {"read_s": read_s, "counters": {name: value for name, value in fresh.items() if value}}
 
     def _failed(self, sample: int, error: Exception) -> None:
         if not isinstance(error, SampleError):
@@ -170,6 +214,21 @@ class _ReadingProcess:
     def _send(self, frame: wire.Frame, descriptor: int | None = None) -> None:
         with self._sending:
             wire.send(self._connection, frame, descriptor)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@contextlib.contextmanager
+def _fresh_memory(size: int) -> Iterator[tuple[int, mmap.mmap]]:
+    """Yields the descriptor of fresh memory without a name, and the memory."""
+    descriptor = os.memfd_create("foldfeed-sample", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, size)
+        yield descriptor, mmap.mmap(descriptor, size)
+    finally:
+        os.close(descriptor)
 
 
 if __name__ == "__main__":

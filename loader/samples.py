@@ -80,7 +80,9 @@ class SampleSource:
         place = operator.index(index)
         if not 0 <= place < self._length:
             raise IndexError(f"index {place} is outside 0..{self._length - 1} of this source")
-        return featurise(RawSample.of(self._reader.read(self.first_sample + place)), self._reader.recipe)
+        return featurise(
+            RawSample.of(self._reader.read(self.first_sample + place).arrays), self._reader.recipe
+        )
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         """Returns several samples, as PyTorch's loader asks for a batch."""

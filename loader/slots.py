@@ -38,8 +38,8 @@ def place(memory: Memory, start: int, shapes: Shapes) -> dict[str, NDArray[Any]]
     return arrays
 
 
-def note_of(sample: SampleArrays, start: int, **facts: float) -> bytes:
-    """Returns what the other side needs to find a sample in its slot, and further numbers about it."""
+def note_of(sample: SampleArrays, start: int, **facts: Any) -> bytes:
+    """Returns what the other side needs to find a sample in its slot, and further facts (JSON)."""
     shapes = {name: getattr(sample, name).shape for name in ARRAYS}
     document = {
         "start": start,

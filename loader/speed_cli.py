@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda[:N].")
 @click.option("--seconds", type=float, default=20.0, show_default=True, help="Of the measurement.")
 @click.option("--record-set", metavar="NAME", help="Of the store; all records unless given.")
+@click.option("--cache-folder", default="", metavar="FOLDER", help="Keep blocks of a remote store there.")
+@click.option(
+    "--cache-gb", type=float, default=0.0, help="Limit of that folder in 10^9 bytes. [default: 107]"
+)
+@click.option("--cache-memory-mb", type=float, default=0.0, help="Memory for blocks. [default: none, or 268]")
+@click.option("--cache-redis", default="", metavar="URL", help="Server for blocks, redis:// or rediss://.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
 def bench_loader(
     store: str,
@@ -47,6 +54,10 @@ def bench_loader(
     device: str,
     seconds: float,
     record_set: str | None,
+    cache_folder: str,
+    cache_gb: float,
+    cache_memory_mb: float,
+    cache_redis: str,
     as_json: bool,
 ) -> None:
     """Say how fast samples of STORE come here, and whether loader or accelerator is the bottleneck.
@@ -61,6 +72,7 @@ def bench_loader(
     """
     try:
         from foldfeed.loader import CropLoader, FeatureStore, LoaderConfigError, Recipe
+        from foldfeed.loader.cache.config import cache_of_options
         from foldfeed.loader.speed import measure_speed
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train") from error
@@ -86,17 +98,19 @@ def bench_loader(
             num_threads=threads,
             num_processes=processes,
             device=device,
+            cache=cache_of_options(cache_folder, cache_gb, cache_memory_mb, cache_redis),
         )
     except LoaderConfigError as error:
         raise click.UsageError(str(error)) from error
     with loader:
         speed = measure_speed(loader, step_s=step_ms / 1000, seconds=seconds)
+        tiers = {name: value for name, value in loader.stats.items() if name.startswith("cache_")}
     if as_json:
         facts = {"recipe": dataclasses.asdict(recipe), "device": device, "threads": threads}
-        facts |= {"processes": processes, "loss": speed.loss, "bottleneck": speed.bottleneck}
+        facts |= {"processes": processes, "loss": speed.loss, "bottleneck": speed.bottleneck} | tiers
         click.echo(json.dumps(facts | dataclasses.asdict(speed)))
         return
-    for line in lines_of(recipe, speed):
+    for line in [*lines_of(recipe, speed), *cache_lines_of(tiers)]:
         click.echo(line)
 
 
@@ -125,3 +139,14 @@ def lines_of(recipe: Recipe, speed: LoaderSpeed) -> list[str]:
     else:
         lines.append("the bottleneck is the accelerator: it does not wait for samples")
     return lines
+
+
+def cache_lines_of(counters: Mapping[str, float]) -> list[str]:
+    """Returns what the tiers of a cache served, since the loader was made, as lines for a person."""
+    if not counters:
+        return []
+    tiers = [
+        f"{name} {counters[f'cache_{name}_hits']:.0f} ({counters[f'cache_{name}_bytes'] / 1e6:.1f} MB)"
+        for name in ("memory", "folder", "redis", "store")
+    ]
+    return [f"blocks from {', '.join(tiers)}; {counters['cache_damaged']:.0f} damaged in a cache"]
