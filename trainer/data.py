@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 
 from foldfeed.loader import CropLoader, FeatureStore, LoaderConfigError, Recipe
+from foldfeed.loader.cache.config import cache_of_options
 from foldfeed.loader.recipe import CLUSTERED
 from foldfeed.trainer.config import DataConfig
 from foldfeed.trainer.errors import TrainerConfigError
@@ -39,6 +40,9 @@ def open_loader(config: DataConfig, seed: int, ranks: Ranks) -> Iterator[tuple[C
             num_clusters=config.num_clusters,
             num_extra=config.num_extra,
         )
+        cache = cache_of_options(
+            config.cache_folder, config.cache_gb, config.cache_memory_mb, config.cache_redis
+        )
         loader = CropLoader(
             records,
             recipe,
@@ -50,6 +54,8 @@ def open_loader(config: DataConfig, seed: int, ranks: Ranks) -> Iterator[tuple[C
             device=ranks.device,
             num_threads=config.loader_threads,
             prefetch_steps=config.prefetch_steps,
+            cache=cache,
+            on_unreadable=config.on_unreadable,
         )
     except LoaderConfigError as error:
         # The values come from our command line, so it is wrong usage of ours.
