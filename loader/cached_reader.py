@@ -49,6 +49,8 @@ class CachedReader:
         self.tiers = Tiers(config, reader.selection.urls, (mine, ours))
         self._files: dict[int, CachedFiles] = {}
         self._reader = reader.reading_through(self._wrap, self.tiers.distrusting)
+        # Of samples that were brought and not yet read.
+        self._plans: dict[int, PlannedSample] = {}
         self._ahead = Ahead(self.tiers, config.ahead_bytes, self._blocks_of)
 
     def ask(self, samples: Sequence[int]) -> None:
@@ -57,17 +59,25 @@ class CachedReader:
 
     def planned(self, sample: int, attempt: int = 0) -> PlannedSample:
         """See `SampleReader.planned`."""
-        return self._reader.planned(sample, attempt)
+        known = None if attempt else self._plans.get(sample)
+        return self._reader.planned(sample, attempt) if known is None else known
 
     def fetch(self, planned: PlannedSample, room: Room | None = None) -> SampleArrays:
         """See `SampleReader.fetch`."""
-        with self._ahead.reading(planned.sample):
-            return self._reader.fetch(planned, room)
+        self._plans[planned.sample] = planned
+        try:
+            with self._ahead.reading(planned.sample):
+                return self._reader.fetch(planned, room)
+        finally:
+            self._plans.pop(planned.sample, None)
 
     def read(self, sample: int) -> SampleRead:
         """See `SampleReader.read`."""
-        with self._ahead.reading(sample):
-            return self._reader.read(sample)
+        try:
+            with self._ahead.reading(sample):
+                return self._reader.read_from(sample, 0, "", self._plans.get(sample))
+        finally:
+            self._plans.pop(sample, None)
 
     def read_from(self, sample: int, attempt: int, reason: str) -> SampleRead:
         """See `SampleReader.read_from`."""
@@ -93,7 +103,7 @@ class CachedReader:
 
     def _blocks_of(self, sample: int) -> tuple[set[Block], Callable[[], list[Future[bytes]]]]:
         """Returns the blocks that a sample reads, and a function that lets them come."""
-        planned = self._reader.planned(sample)
+        planned = self._plans[sample] = self.planned(sample)
         part = planned.record.part
         ranges = _ranges_of(planned)
         if not self._future.knows(part.part_id):

@@ -196,11 +196,23 @@ class SampleReader:
         """
         return self.read_from(sample, 0, "")
 
-    def read_from(self, sample: int, attempt: int, reason: str) -> SampleRead:
-        """Returns a sample as read, from an attempt on; ``reason`` says why the first one failed."""
+    def read_from(
+        self, sample: int, attempt: int, reason: str, planned: PlannedSample | None = None
+    ) -> SampleRead:
+        """Returns a sample as read, from an attempt on.
+
+        Args:
+          sample: its global number.
+          attempt: the first one to make, see `planned`.
+          reason: why the one before failed, if there was one.
+          planned: the first attempt's plan, where it is known.
+        Raises:
+          SampleError: it could not be read.
+        """
         while True:
             try:
-                planned = self.planned(sample, attempt)
+                if planned is None or planned.attempt != attempt:
+                    planned = self.planned(sample, attempt)
                 return SampleRead(self.fetch(planned), self.substitution(planned, reason))
             except SampleError as error:
                 if not self.may_replace(error, attempt):

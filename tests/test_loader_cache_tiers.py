@@ -25,13 +25,13 @@ from test_loader_stream import build_store
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.loader import CacheConfig
 from foldfeed.loader.cache.blocks import HEAD_BYTES, Block, opened, seal
-from foldfeed.loader.cache.eviction import UNKNOWN, Evictor
+from foldfeed.loader.cache.eviction import UNKNOWN, Evictor, unknown_uses
 from foldfeed.loader.cache.files import CachedFiles
 from foldfeed.loader.cache.folder import FolderTier
 from foldfeed.loader.cache.future import RecordUse
 from foldfeed.loader.cache.memory import MemoryTier
 from foldfeed.loader.cache.requests import EXTRA_SHARE
-from foldfeed.loader.cache.tiers import Tiers, unknown_use
+from foldfeed.loader.cache.tiers import Tiers
 from foldfeed.loader.order import SampleOrder
 from foldfeed.loader.sampling import JOIN
 
@@ -40,10 +40,10 @@ SIZE = 1000
 
 
 def misses_of_belady(uses: tuple[int, ...], room: int) -> int:
-    def next_use(name: int, now: int) -> int:
-        return next((place for place in range(now, len(uses)) if uses[place] == name), UNKNOWN)
+    def next_uses(names, now: int) -> list[int]:
+        return [next((at for at in range(now, len(uses)) if uses[at] == name), UNKNOWN) for name in names]
 
-    evictor: Evictor[int] = Evictor(next_use)
+    evictor: Evictor[int] = Evictor(next_uses)
     misses = 0
     for now, name in enumerate(uses):
         evictor.passed(now)
@@ -93,7 +93,9 @@ def test_eviction_by_the_future_beats_the_least_recently_used_on_epochs():
 
 
 def test_what_nobody_knows_goes_first_and_of_that_the_oldest():
-    evictor: Evictor[str] = Evictor(lambda name, now: {"soon": 5, "late": 90}.get(name, UNKNOWN))
+    evictor: Evictor[str] = Evictor(
+        lambda names, now: [{"soon": 5, "late": 90}.get(name, UNKNOWN) for name in names]
+    )
     for name in ("old", "late", "new", "soon"):
         evictor.used(name, 1, 0)
     evictor.used("old", 1, 0)
@@ -119,7 +121,10 @@ def test_the_next_use_is_the_first_sample_of_ours(size, batch, shards, epoch_end
     for now, record in itertools.product((0, 1, size - 1, size, size + 3), range(size)):
         want = next((g for g in samples if g >= now and order.locate(g).record == record), None)
         if want is not None and want < (now // size + 4) * size:
-            assert use.first(np.array([record]), now) == want
+            assert use.firsts([np.array([record])], now) == [want]
+    groups = [np.array([0, 1, size - 1]), np.empty(0, np.int64), np.array([2])]
+    alone = [use.firsts([group[place : place + 1]], 3)[0] for group in groups for place in range(len(group))]
+    assert use.firsts(groups, 3) == [min(alone[:3]), UNKNOWN, alone[3]]
 
 
 @given(st.binary(max_size=40), st.integers(0, 400), st.integers(0, 2))
@@ -140,14 +145,14 @@ def test_a_sealed_block_is_itself_or_nothing(data, place, kind):
 
 
 def test_memory_never_holds_more_than_it_may_whatever_is_held():
-    memory = MemoryTier(4 * SIZE, unknown_use)
+    memory = MemoryTier(4 * SIZE, unknown_uses)
     blocks = [Block("p", "f", number) for number in range(9)]
     memory.hold(blocks[:4])
     for block in blocks:
         memory.put(block, bytes(SIZE))
         assert memory.num_bytes <= 4 * SIZE
     assert [memory.has(block) for block in blocks] == [True] * 4 + [False] * 5
-    memory.let_go(blocks[:2])
+    memory.let_go(blocks[:2], 1)
     memory.put(blocks[8], bytes(SIZE))
     assert memory.has(blocks[8])
     assert [memory.has(block) for block in blocks[:4]] == [False, True, True, True]
@@ -170,9 +175,10 @@ WORKER = """
 import itertools, random, sys
 from pathlib import Path
 from foldfeed.loader.cache.blocks import Block
+from foldfeed.loader.cache.eviction import unknown_uses
 from foldfeed.loader.cache.folder import FolderTier
 size = int(sys.argv[3])
-tier = FolderTier(Path(sys.argv[1]), int(sys.argv[2]), size, lambda block, now: 2**63 - 1)
+tier = FolderTier(Path(sys.argv[1]), int(sys.argv[2]), size, unknown_uses)
 choice = random.Random(sys.argv[4])
 print("ready", flush=True)
 for turn in itertools.count():
@@ -212,7 +218,7 @@ def test_processes_that_share_a_folder_keep_its_limit_and_may_be_killed_at_any_t
                 worker.wait(20)
                 worker.stdout.close()
         assert folder_bytes(tmp_path) <= limit
-    tier = FolderTier(tmp_path, limit, SIZE, unknown_use)
+    tier = FolderTier(tmp_path, limit, SIZE, unknown_uses)
     assert not list((tmp_path / "new").iterdir())
     there = sorted((tmp_path / "blocks").glob("*/*"))
     assert there
@@ -229,8 +235,8 @@ def test_a_process_that_is_stopped_holds_nobody_up(tmp_path, monkeypatch):
 
     monkeypatch.setattr(folder, "LOCK_WAIT_S", 0.05)
     monkeypatch.setattr(folder, "FLIGHT_WAIT_S", 0.05)
-    tier = FolderTier(tmp_path, 10_000, SIZE, unknown_use)
-    other = FolderTier(tmp_path, 10_000, SIZE, unknown_use)
+    tier = FolderTier(tmp_path, 10_000, SIZE, unknown_uses)
+    other = FolderTier(tmp_path, 10_000, SIZE, unknown_uses)
     block = Block("p", "f", 0)
     with other._changing():
         tier.put(block, b"data")
@@ -251,7 +257,7 @@ def test_a_full_disk_is_said_once_and_read_past(tmp_path, caplog):
     if mounted.returncode:
         pytest.skip(f"no small file system here: {mounted.stderr.decode().strip()}")
     try:
-        tier = FolderTier(tmp_path, 1 << 30, SIZE, unknown_use)
+        tier = FolderTier(tmp_path, 1 << 30, SIZE, unknown_uses)
         blocks = [Block("p", "f", number) for number in range(200)]
         for block in blocks:
             tier.put(block, content(block))
@@ -268,7 +274,7 @@ def test_a_full_disk_is_said_once_and_read_past(tmp_path, caplog):
 
 
 def test_a_folder_that_cannot_be_read_is_a_miss(tmp_path, monkeypatch):
-    tier = FolderTier(tmp_path, 1 << 20, SIZE, unknown_use)
+    tier = FolderTier(tmp_path, 1 << 20, SIZE, unknown_uses)
     block = Block("p", "f", 0)
     tier.put(block, b"data")
     real = Path.read_bytes

@@ -103,7 +103,7 @@ class Ahead:
         try:
             yield
         finally:
-            self._tiers.memory.let_go(brought.blocks)
+            self._tiers.memory.let_go(brought.blocks, sample + 1)
             with self._changed:
                 del self._samples[sample]
                 self._reading.discard(sample)

@@ -32,13 +32,13 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import google_crc32c
 
 from foldfeed.loader.cache.blocks import FORMAT, HEAD_BYTES, Block, opened, seal
-from foldfeed.loader.cache.eviction import Evictor
+from foldfeed.loader.cache.eviction import Evictor, NextUses
 from foldfeed.loader.errors import LoaderConfigError
 
 MARKER = "foldfeed-cache.json"
@@ -66,9 +66,7 @@ class FolderTier:
       failures: blocks not written because the disk was full or failed.
     """
 
-    def __init__(
-        self, folder: Path, max_bytes: int, block_bytes: int, next_use: Callable[[Block, int], int]
-    ) -> None:
+    def __init__(self, folder: Path, max_bytes: int, block_bytes: int, next_uses: NextUses) -> None:
         """Opens a folder, or makes it.
 
         Raises:
@@ -81,8 +79,8 @@ class FolderTier:
         # One thread at a time changes the folder; another lock guards what this process knows of it.
         self._turn, self._lock = threading.Lock(), threading.Lock()
         # Names of files below `blocks`.
-        self._evictor: Evictor[Block] = Evictor(next_use)
-        self._next_use = next_use
+        self._evictor: Evictor[Block] = Evictor(next_uses)
+        self._next_uses = next_uses
         self._listed = False
         self._now = 0
         self._paused_until = 0.0
@@ -206,8 +204,12 @@ class FolderTier:
 
     def _make_room(self, block: Block, size: int) -> bool:
         """Takes room in `state`, after others went for it; returns whether there is any."""
-        total, use = self._total(), self._next_use(block, self._now)
-        if total + size > self._max_bytes and not self._listed:
+        total = self._total()
+        if total + size <= self._max_bytes:
+            self._set_total(total + size)
+            return True
+        use = self._next_uses([block], self._now)[0]
+        if not self._listed:
             self._list()
         counted = False
         while total + size > self._max_bytes:

@@ -68,19 +68,24 @@ class RecordUse:
         self._lock = threading.Lock()
         self._look: _Look | None = None
 
-    def first(self, records: NDArray[np.int64], now: int) -> int:
-        """Returns the first sample from ``now`` on that is of one of some records, or `UNKNOWN`."""
-        if not records.size:
-            return UNKNOWN
+    def firsts(self, groups: Sequence[NDArray[np.int64]], now: int) -> list[int]:
+        """Returns for groups of records the first sample from ``now`` on of any in a group, or `UNKNOWN`."""
         if self._order.table is not None:
-            return self._first_draw(records, now)
+            return [self._first_draw(records, now) for records in groups]
+        found = [UNKNOWN] * len(groups)
+        left = [place for place, records in enumerate(groups) if records.size]
         epoch = now // self._order.epoch_size
         for later in range(epoch, epoch + _EPOCHS):
-            samples = self._order.samples_of(records, later)
-            samples = samples[(samples >= now) & self._counts(samples)]
-            if samples.size:
-                return int(samples.min())
-        return UNKNOWN
+            if not left:
+                break
+            samples = self._order.samples_of(np.concatenate([groups[place] for place in left]), later)
+            samples[(samples < now) | ~self._counts(samples)] = UNKNOWN
+            starts = np.cumsum([0, *(groups[place].size for place in left[:-1])])
+            best = np.minimum.reduceat(samples, starts).tolist()
+            for place, sample in zip(left, best, strict=True):
+                found[place] = sample
+            left = [place for place in left if found[place] == UNKNOWN]
+        return found
 
     def _first_draw(self, records: NDArray[np.int64], now: int) -> int:
         with self._lock:
@@ -166,16 +171,18 @@ class BlockUse:
         # Of parts as a whole: a folder may hold many thousand blocks of parts that nobody has read yet.
         self._of_parts: dict[str, int] = {}
 
-    def __call__(self, block: Block, now: int) -> int:
-        """Returns the sample, or `UNKNOWN`."""
-        records = self._future.records_in(block, self._block_bytes)
-        if records is not None:
-            return self._use.first(records, now)
-        known = self._of_parts.get(block.part_id, -1)
-        if known < now:
-            known = self._use.first(self._future.records_of(block.part_id), now)
-            self._of_parts[block.part_id] = known
-        return known
+    def __call__(self, blocks: Sequence[Block], now: int) -> list[int]:
+        """Returns the sample for each block, or `UNKNOWN`."""
+        records = [self._future.records_in(block, self._block_bytes) for block in blocks]
+        whole = {block.part_id for block, known in zip(blocks, records, strict=True) if known is None}
+        stale = [part_id for part_id in whole if self._of_parts.get(part_id, -1) < now]
+        of_stale = self._use.firsts([self._future.records_of(part_id) for part_id in stale], now)
+        self._of_parts.update(zip(stale, of_stale, strict=True))
+        of_known = iter(self._use.firsts([known for known in records if known is not None], now))
+        return [
+            self._of_parts[block.part_id] if known is None else next(of_known)
+            for block, known in zip(blocks, records, strict=True)
+        ]
 
 
 def _entries(

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from foldfeed.loader.cache.blocks import Block
-from foldfeed.loader.cache.eviction import Evictor
+from foldfeed.loader.cache.eviction import Evictor, NextUses
 
 
 class MemoryTier:
     """Blocks by name."""
 
-    def __init__(self, max_bytes: int, next_use: Callable[[Block, int], int]) -> None:
+    def __init__(self, max_bytes: int, next_uses: NextUses) -> None:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._data: dict[Block, bytes] = {}
         # Those that may go; held ones are not among them.
-        self._evictor: Evictor[Block] = Evictor(next_use)
+        self._evictor: Evictor[Block] = Evictor(next_uses)
         self._held: Counter[Block] = Counter()
         self._num_bytes = 0
         self._now = 0
@@ -73,8 +73,8 @@ class MemoryTier:
                 self._held[block] += 1
                 self._evictor.removed(block)
 
-    def let_go(self, blocks: Iterable[Block]) -> None:
-        """Ends one hold of each block."""
+    def let_go(self, blocks: Iterable[Block], now: int) -> None:
+        """Ends one hold of each block; its next use is by sample ``now`` at the earliest."""
         with self._lock:
             for block in blocks:
                 self._held[block] -= 1
@@ -82,7 +82,7 @@ class MemoryTier:
                     del self._held[block]
                     data = self._data.get(block)
                     if data is not None:
-                        self._evictor.used(block, len(data), self._now)
+                        self._evictor.used(block, len(data), max(now, self._now))
             self._shrink()
 
     def passed(self, now: int) -> None:

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeAlias
@@ -29,7 +29,7 @@ from typing import TypeAlias
 from foldfeed.feature_store.storage import RangeReader
 from foldfeed.loader.cache.blocks import Block
 from foldfeed.loader.cache.config import CacheConfig
-from foldfeed.loader.cache.eviction import UNKNOWN
+from foldfeed.loader.cache.eviction import NextUses, unknown_uses
 from foldfeed.loader.cache.folder import FolderTier, check_place, claim
 from foldfeed.loader.cache.memory import MemoryTier
 from foldfeed.loader.cache.redis_server import RedisTier
@@ -38,7 +38,6 @@ from foldfeed.loader.errors import LoaderUseError
 
 # Largest read of the store: a deep alignment then comes in several, side by side.
 MAX_READ_BYTES = 4 << 20
-NextUse = Callable[[Block, int], int]
 # Blocks of one file that somebody reads, and who waits for them.
 Flights: TypeAlias = "dict[Block, Future[bytes]]"
 # Where a block came from.
@@ -55,11 +54,6 @@ COUNTERS = (
     "cache_hedges",
     "cache_hedges_won",
 )
-
-
-def unknown_use(block: Block, now: int) -> int:
-    """Knows of no next use."""
-    return UNKNOWN
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,19 +88,22 @@ class Tiers:
     """The cache of one process."""
 
     def __init__(
-        self, config: CacheConfig, store_urls: Sequence[str], next_use: tuple[NextUse, NextUse] | None = None
+        self,
+        config: CacheConfig,
+        store_urls: Sequence[str],
+        next_uses: tuple[NextUses, NextUses] | None = None,
     ) -> None:
         """Opens the tiers.
 
         Args:
           config: which ones.
           store_urls: of the stores, which the folder must lie apart from.
-          next_use: of a block by this process, and by this machine.
+          next_uses: of blocks by this process, and by this machine.
         Raises:
           LoaderConfigError: the folder or the server cannot be used.
           MissingExtraError: the package for Redis is missing.
         """
-        mine, ours = next_use or (unknown_use, unknown_use)
+        mine, ours = next_uses or (unknown_uses, unknown_uses)
         self._block_bytes = config.block_bytes
         self.memory = MemoryTier(config.memory_bytes, mine)
         self.folder: FolderTier | None = None
