@@ -106,8 +106,7 @@ class CachedReader:
         planned = self._plans[sample] = self.planned(sample)
         part = planned.record.part
         ranges = _ranges_of(planned)
-        if not self._future.knows(part.part_id):
-            self._future.learn(part)
+        self._future.learn(part)
         files = cast(CachedFiles, part.blobs)
         numbers: dict[str, set[int]] = {}
         known: dict[str, FileOfPart] = {}

@@ -17,8 +17,9 @@ PASSWORD = "open-sesame"
 class RedisServer:
     """A server that can be killed and started again on its port."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, tls: bool = False) -> None:
         self.port = free_port()
+        self._ports = ["--port", "0", "--tls-port"] if tls else ["--port"]
         self._folder = folder
         self._options = options
         self._process: subprocess.Popen | None = None
@@ -26,7 +27,7 @@ class RedisServer:
 
     def start(self) -> None:
         command = [redis_binary(), "--bind", "127.0.0.1", "--save", "", "--dir", str(self._folder)]
-        command += ["--port", str(self.port), *self._options]
+        command += [*self._ports, str(self.port), *self._options]
         with (self._folder / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         for _ in range(400):
@@ -50,9 +51,9 @@ def redis_binary() -> str:
 
 
 @contextlib.contextmanager
-def running_redis(folder: Path, *options: str) -> Iterator[RedisServer]:
+def running_redis(folder: Path, *options: str, tls: bool = False) -> Iterator[RedisServer]:
     folder.mkdir(exist_ok=True)
-    server = RedisServer(folder, *options)
+    server = RedisServer(folder, *options, tls=tls)
     try:
         yield server
     finally:

@@ -5,20 +5,26 @@ import json
 import os
 import random
 import re
+import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from fault_proxy import BEFORE, BODY, fault_proxy
 from range_server import range_server
+from records import make_record
 from redis_server import PASSWORD, running_redis
 from test_loader_stream import RECIPE, assert_equal, build_store, by_sample, make_loader, take
 
-from foldfeed.feature_store import FeatureStore
+from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
+from foldfeed.feature_store.care.copy import copy_store
 from foldfeed.feature_store.cli.main import main
-from foldfeed.loader import CacheConfig, CropLoader, LoaderConfigError, Sampling
+from foldfeed.loader import CacheConfig, CropLoader, LoaderConfigError, Recipe, Sampling, cached_reader
 from foldfeed.loader.cache import redis_server as tier
 from foldfeed.loader.cache.config import cache_of_options
+from foldfeed.loader.cache.eviction import unknown_uses
 from foldfeed.trainer.config import DataConfig, RunConfig
 
 pytestmark = pytest.mark.timeout(200)
@@ -275,3 +281,74 @@ def test_bench_loader_and_trainer_take_a_cache(far, tmp_path):
     cached = dataclasses.replace(plain, data=DataConfig(store="s", cache_folder="c", cache_redis="redis://h"))
     other = dataclasses.replace(plain, data=DataConfig(store="s", on_unreadable="substitute"))
     assert plain.digest() == cached.digest() != other.digest()
+
+
+def test_the_order_of_the_loader_saves_reads_of_the_store(tmp_path, monkeypatch):
+    """One thread and nothing brought ahead, so that both runs ask for the same blocks in the same order."""
+    store = FeatureStore.create(tmp_path / "store", StoreSettings(tile_rows=16, tile_cols=8))
+    records = [make_record(f"r{n:02}", 60, 30, seed=n) for n in range(40)]
+    store.commit([write_part(store.url, records, store.settings).part_id], job_id="1")
+    recipe = Recipe.named("crop_first", crop_residues=12, num_clusters=5, num_extra=40)
+    cache = CacheConfig(block_bytes=BLOCK, memory_bytes=32 * BLOCK, prefetch_bytes=0, hedge=False)
+    reads = {}
+    for name in ("the future", "least recently used"):
+        if name != "the future":
+            monkeypatch.setattr(cached_reader, "BlockUse", lambda *arguments: unknown_uses)
+        with make_loader(store, recipe, cache=cache, num_threads=1, prefetch_steps=1) as loader:
+            take(loader, 15)
+            reads[name] = loader.stats["cache_store_hits"]
+    assert reads["the future"] < 0.8 * reads["least recently used"], reads
+
+
+@needs_memfd
+def test_a_store_in_a_bucket_and_processes_that_die_beside_a_folder(local, truth, s3, tmp_path):
+    copy_store(local.url, s3)
+    store = FeatureStore.open(s3)
+    cache = CacheConfig(folder=tmp_path / "cache", **SMALL)
+    with make_loader(store, cache=cache, num_processes=2, read_ahead_bytes=30_000) as loader:
+        batches = take(loader, 1)
+        for _ in range(3):
+            os.kill(loader._supply.pids[0], signal.SIGKILL)
+            batches += take(loader, 1)
+        assert_equal(by_sample(batches), {g: truth[g] for g in range(32)})
+        assert loader.stats["cache_damaged"] == 0
+    stats = run(store, truth, cache)
+    assert stats["cache_folder_hits"] > 0
+    assert stats["cache_damaged"] == 0
+
+
+def test_tls_is_spoken_and_a_certificate_that_nobody_knows_is_an_error(local, tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl on PATH to make a certificate with")
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+    ]
+    command += ["-days", "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    key, certificate = tmp_path / "key.pem", tmp_path / "ca.pem"
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    options = ("--tls-cert-file", certificate, "--tls-key-file", key, "--tls-ca-cert-file", certificate)
+    with running_redis(
+        tmp_path / "redis",
+        *map(str, options),
+        "--tls-auth-clients",
+        "no",
+        "--requirepass",
+        PASSWORD,
+        tls=True,
+    ) as server:
+        url = f"rediss://:{PASSWORD}@127.0.0.1:{server.port}"
+        with pytest.raises(LoaderConfigError, match=r"not trusted.*ssl_ca_certs=FILE") as caught:
+            make_loader(local, cache=CacheConfig(redis_url=url, **SMALL))
+        assert PASSWORD not in str(caught.value)
+        with make_loader(
+            local, cache=CacheConfig(redis_url=f"{url}?ssl_ca_certs={certificate}", **SMALL)
+        ) as one:
+            take(one, 1)
+            assert one.stats["cache_redis_outages"] == 0

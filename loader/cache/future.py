@@ -34,6 +34,8 @@ _EPOCHS = 4
 # What a crop and its labels read, besides the metadata of a part.
 _ARRAYS = (*TILED, "deletion_overflow", "aatype", "profile", "deletion_mean", "atom_positions", "atom_mask")
 
+_NOTHING = np.empty(0, np.int64)
+
 
 class _Extents(NamedTuple):
     """Where records lie in a file: first bytes, ends and numbers, by first byte."""
@@ -123,10 +125,7 @@ class FutureUse:
         """
         self._places = places
         self._extents: dict[tuple[str, str], _Extents] = {}
-
-    def knows(self, part_id: str) -> bool:
-        """Returns whether `learn` was told of a part, or there is nothing to know."""
-        return part_id not in self._places or (part_id, "") in self._extents
+        self._learned: set[str] = set()
 
     def learn(self, part: PartReader) -> None:
         """Takes where records lie in the files of a part; of arrays whose shard index was read."""
@@ -135,26 +134,29 @@ class FutureUse:
             return
         for name in _ARRAYS:
             array = part.arrays.get(name)
-            key = (part.part_id, "" if array is None else array.spec.shard_path)
-            if array is None or not array.is_open or key in self._extents:
+            if array is None or not array.is_open:
+                continue
+            key = part.part_id, array.spec.shard_path
+            if key in self._extents:
                 continue
             first, count = _entries(name, places, part)
             starts, ends = array.extents(first, first + count)
             there = np.flatnonzero(ends > starts)
             there = there[np.argsort(starts[there], kind="stable")]
             self._extents[key] = _Extents(starts[there], ends[there], places["number"][there])
-        self._extents[part.part_id, ""] = _Extents(*(np.empty(0, np.int64) for _ in range(3)))
+        self._learned.add(part.part_id)
 
     def records_of(self, part_id: str) -> NDArray[np.int64]:
         """Returns the numbers of the records of a part; none for one of another store."""
         places = self._places.get(part_id)
-        return np.empty(0, np.int64) if places is None else places["number"]
+        return _NOTHING if places is None else places["number"]
 
     def records_in(self, block: Block, block_bytes: int) -> NDArray[np.int64] | None:
         """Returns the numbers of the records that may read a block; None while that is not known."""
         extents = self._extents.get((block.part_id, block.file))
         if extents is None:
-            return None
+            # Of a part that is being read the rest is in use no more: metadata, which its reader keeps.
+            return _NOTHING if block.part_id in self._learned else None
         # Records of a part lie side by side: both ends ascend.
         stop = int(np.searchsorted(extents.starts, (block.number + 1) * block_bytes, "left"))
         start = int(np.searchsorted(extents.ends, block.number * block_bytes, "right"))
