@@ -6,11 +6,16 @@ A web server in a process of its own answers every request after a fixed time. S
 (two threads, no features), each way for some seconds from the same position; `share_of_local` compares with
 the same store on the local disk without a cache, in the same run, and `rounds_hidden` is the share of samples
 that did not wait a whole latency. `raw` reads blocks of the store's files with as many requests in flight as
-the cache has, and nothing else. For late answers every fiftieth request takes ten times as long, and blocks
-are read one by one with and without second requests. One JSON row.
+the cache has, and nothing else; `fill` brings each block of the store into an empty cache, once. `eviction`
+counts blocks read of the store for three epochs with memory for a share of it, by the order's future and by
+what was used longest ago (no times: the counts do not depend on the machine). For late answers every fiftieth
+request takes ten times as long, and blocks are read one by one with and without second requests.
+
+One JSON row.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import http.server
 import random
@@ -33,7 +38,9 @@ from rows import emit
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.storage import open_blobs
+from foldfeed.loader import cached_reader
 from foldfeed.loader.cache.config import CacheConfig
+from foldfeed.loader.cache.eviction import unknown_uses
 from foldfeed.loader.cache.files import CachedFiles
 from foldfeed.loader.cache.tiers import Tiers
 from foldfeed.loader.cached_reader import CachedReader
@@ -188,6 +195,27 @@ def raw(url: str, store: FeatureStore, block_bytes: int, seconds: float) -> floa
     return total / 1e6 / (time.perf_counter() - started)
 
 
+def fill(url: str, store: FeatureStore, folder: str) -> float:
+    """Returns MB/s of bringing every block of the store into an empty cache; no folder for memory alone."""
+    config = CacheConfig(memory_bytes=1 << 30, folder=folder, in_flight=IN_FLIGHT, hedge=False)
+    tiers = Tiers(config, [])
+    files = CachedFiles(open_blobs(url), tiers)
+    started = time.perf_counter()
+    flights = []
+    for path in Path(store.url).glob("parts/*/*/c/**/*"):
+        if path.is_file():
+            file = files.file_of(path.relative_to(store.url).as_posix())
+            assert file is not None
+            # One by one, as samples ask for them; neighbours in one request would be faster.
+            for number in tiers.blocks_of(0, path.stat().st_size):
+                flights += tiers.bring(file, [number])
+    concurrent.futures.wait(flights)
+    spent = time.perf_counter() - started
+    counted = tiers.counters()["cache_store_bytes"]
+    tiers.close()
+    return counted / 1e6 / spent
+
+
 def late(folder: str, latency_s: float, hedge: bool, num_reads: int) -> dict[str, float]:
     """Reads blocks one by one where one answer in fifty is late."""
     path = max(Path(folder).glob("parts/*/msa/c/0/0/0"), key=lambda file: file.stat().st_size)
@@ -210,6 +238,24 @@ def late(folder: str, latency_s: float, hedge: bool, num_reads: int) -> dict[str
         "second_requests_share": counters["cache_hedges"] / num_reads,
         "second_requests_won": counters["cache_hedges_won"],
     }
+
+
+def eviction(reader: SampleReader, store_bytes: int, share: float) -> dict[str, float]:
+    """Reads three epochs, one sample after the other and nothing ahead."""
+    order = reader.order
+    config = CacheConfig(memory_bytes=max(1 << 20, int(share * store_bytes)), prefetch_bytes=0, hedge=False)
+    found = {}
+    for name, uses in (("future", cached_reader.BlockUse), ("lru", lambda *arguments: unknown_uses)):
+        before, cached_reader.BlockUse = cached_reader.BlockUse, uses  # type: ignore[misc]
+        try:
+            through = CachedReader(reader, config, range(order.virtual_shards))
+            for sample in range(3 * order.epoch_size):
+                through.read(sample)
+            found[f"{name}_store_reads"] = through.counters()["cache_store_hits"]
+            through.close()
+        finally:
+            cached_reader.BlockUse = before  # type: ignore[misc]
+    return found
 
 
 @contextlib.contextmanager
@@ -276,12 +322,31 @@ def main() -> None:
                 if redis_url is not None:
                     through("redis, filled by this run", redis_url=redis_url, **small)
                     through("warm from redis", redis_url=redis_url, **small)
-            results["raw"] = {"mb_per_s": raw(url, local, 256 << 10, arguments.seconds)}
+            rates: dict[str, list[float]] = {"raw": [], "fill memory": [], "fill a folder": []}
+            for number in range(3):
+                rates["raw"].append(raw(url, local, 256 << 10, 2.0))
+                rates["fill memory"].append(fill(url, local, ""))
+                rates["fill a folder"].append(fill(url, local, f"{folder}/filled-{number}"))
+            for name, found in rates.items():
+                rate = statistics.median(found)
+                results[name] = {
+                    "mb_per_s": rate,
+                    "share_of_raw": statistics.median(
+                        a / b for a, b in zip(found, rates["raw"], strict=True)
+                    ),
+                }
+        stored = sum(
+            file.stat().st_size for file in Path(local.url).rglob("parts/*/*/c/**/*") if file.is_file()
+        )
+        near = SampleReader(local, recipe, None, **settings)
+        for share in (0.2, 0.5):
+            results[f"eviction, memory for {share:.0%}"] = eviction(near, stored, share)
         results["late, one request"] = late(local.url, latency_s, False, 400)
         results["late, second requests"] = late(local.url, latency_s, True, 400)
     for row in results.values():
         if "samples_per_s" in row:
             row["share_of_local"] = row["samples_per_s"] / results["local, no cache"]["samples_per_s"]
+    about["store_mb"] = round(stored / 1e6, 1)
     config = {"latency_ms": arguments.latency_ms, "recipe": arguments.recipe, "in_flight": IN_FLIGHT} | about
     emit(NAME, config | {"seconds": arguments.seconds, "threads": NUM_THREADS}, results, arguments.output)
 

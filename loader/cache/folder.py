@@ -43,7 +43,7 @@ from foldfeed.loader.errors import LoaderConfigError
 
 MARKER = "foldfeed-cache.json"
 _SEPARATOR = "+"
-_NUM_FLIGHTS = 64
+_NUM_FLIGHTS = 256
 # Blocks side by side share the lock of a flight: one read usually brings several.
 _FLIGHT_BLOCKS = 16
 # Somebody who reads a block for longer is not waited for: two reads of a block are better than none.
@@ -85,6 +85,9 @@ class FolderTier:
         self._now = 0
         self._paused_until = 0.0
         self._told: set[str] = set()
+        # Locks of flights that this process holds: descriptor and number of threads.
+        self._boarding = threading.Lock()
+        self._flights: dict[int, list[int]] = {}
         self._state = self._users = -1
         try:
             claim(folder, block_bytes)
@@ -159,15 +162,39 @@ class FolderTier:
         # In one order everywhere, so that nobody waits in a circle.
         numbers = sorted({google_crc32c.value(name.encode()) % _NUM_FLIGHTS for name in names})
         stop = time.monotonic() + FLIGHT_WAIT_S
-        with contextlib.ExitStack() as held:
+        mine = []
+        try:
             for number in numbers:
-                handle = _open(self._folder / "flights" / f"{number:02}")
-                held.callback(os.close, handle)
-                while not _try_lock(handle):
+                while not self._board(number):
                     if time.monotonic() > stop or all(map(self.has, blocks)):
                         break
                     time.sleep(_POLL_S)
+                else:
+                    mine.append(number)
             yield any(map(self.has, blocks))
+        finally:
+            for number in mine:
+                self._leave(number)
+
+    def _board(self, number: int) -> bool:
+        """Takes the lock of a flight for this process, whose threads share it; returns whether it is free."""
+        with self._boarding:
+            if number not in self._flights:
+                handle = _open(self._folder / "flights" / f"{number:02x}")
+                if not _try_lock(handle):
+                    os.close(handle)
+                    return False
+                self._flights[number] = [handle, 0]
+            self._flights[number][1] += 1
+            return True
+
+    def _leave(self, number: int) -> None:
+        with self._boarding:
+            flight = self._flights[number]
+            flight[1] -= 1
+            if not flight[1]:
+                os.close(flight[0])
+                del self._flights[number]
 
     def close(self) -> None:
         """Gives the folder back; it stays as it is."""
