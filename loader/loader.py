@@ -187,6 +187,8 @@ class CropLoader:
     def sample(self, sample: int) -> dict[str, torch.Tensor]:
         """Returns one sample, a pure function of its global number: no leading axis, on this loader's device.
 
+        Read here and now, past the cache.
+
         Raises:
           LoaderConfigError: a negative number.
           SampleError: it could not be read.

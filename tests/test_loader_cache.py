@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,11 @@ def test_batches_are_those_without_a_cache_and_a_warm_one_asks_the_store_for_not
     alone = run(store, truth, CacheConfig(block_bytes=BLOCK), num_threads=1)
     assert alone["cache_store_hits"] <= cold["cache_store_hits"]
     assert alone["cache_memory_evictions"] == 0
+    # A loop that is left early, twice in one process, leaves nothing behind.
+    with make_loader(store, cache=cache) as one, make_loader(store, cache=cache) as other:
+        take(one, 1)
+        take(other, 1)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("foldfeed-")]
 
 
 def test_what_is_damaged_in_the_folder_is_removed_and_read_from_the_store(far, truth, tmp_path, caplog):
