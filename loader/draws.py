@@ -57,8 +57,8 @@ def whole_sample(reader: SampleReader, sample: int, device: torch.device) -> Fea
       SampleError: it could not be read.
     """
     recipe = reader.recipe
+    numbers = draw_numbers(recipe, sample, recipe.max_recycles)
     features = [
-        featurise(RawSample.of(reader.read(number)).to(device), recipe)
-        for number in draw_numbers(recipe, sample, recipe.max_recycles)
+        featurise(RawSample.of(read.arrays).to(device), recipe) for read in reader.read_together(numbers)
     ]
     return {name: tensor[0] for name, tensor in stacked_draws(recipe, features, 1).items()}
