@@ -21,6 +21,7 @@ import torch
 from foldfeed.loader.batch import ShardBatch, StepBatch
 from foldfeed.loader.errors import LoaderConfigError
 from foldfeed.loader.featurise import featurise
+from foldfeed.loader.host_features import host_features
 from foldfeed.loader.raw import RawSample
 from foldfeed.loader.recipe import Recipe
 
@@ -66,7 +67,7 @@ class CpuFeatures:
 
     def prepare(self, raw: RawSample) -> Features:
         """Returns the features."""
-        return featurise(raw, self._recipe)
+        return host_features(raw, self._recipe)
 
     def assemble(self, step: int, layout: Layout, prepared: list[Features]) -> ReadyStep:
         """Stacks the samples of each shard."""

@@ -24,6 +24,7 @@ from foldfeed.loader.batch import StepBatch
 from foldfeed.loader.device import ReadyStep, feature_maker, resolve_device
 from foldfeed.loader.errors import LoaderConfigError, LoaderUseError
 from foldfeed.loader.featurise import featurise
+from foldfeed.loader.host_features import host_features
 from foldfeed.loader.order import rank_shards
 from foldfeed.loader.plan import SamplePlan
 from foldfeed.loader.prefetch import StepPrefetcher
@@ -153,7 +154,10 @@ class CropLoader:
           SampleError: it could not be read.
         """
         self._check_usable()
-        return featurise(RawSample.of(self._reader.read(sample)).to(self.device), self.recipe)
+        raw = RawSample.of(self._reader.read(sample))
+        if self.device.type == "cpu":
+            return host_features(raw, self.recipe)
+        return featurise(raw.to(self.device), self.recipe)
 
     def __iter__(self) -> CropLoader:
         return self

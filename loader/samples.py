@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from foldfeed.loader.errors import LoaderConfigError
-from foldfeed.loader.featurise import featurise
+from foldfeed.loader.host_features import host_features
 from foldfeed.loader.raw import RawSample
 from foldfeed.loader.reader import SampleReader
 from foldfeed.loader.recipe import Recipe
@@ -80,7 +80,7 @@ class SampleSource:
         place = operator.index(index)
         if not 0 <= place < self._length:
             raise IndexError(f"index {place} is outside 0..{self._length - 1} of this source")
-        return featurise(RawSample.of(self._reader.read(self.first_sample + place)), self._reader.recipe)
+        return host_features(RawSample.of(self._reader.read(self.first_sample + place)), self._reader.recipe)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         """Returns several samples, as PyTorch's loader asks for a batch."""
