@@ -7,6 +7,10 @@ here, or in a reading_process, over wire, into slots of a ring of shared memory)
 features from a raw sample, with clusters) -> prefetch (ahead of the consumer, in order) -> device (to the
 accelerator). samples gives single ones by number, loader a stream of steps, state says where that stands.
 
+featurise is the general path. On the CPU host_features gives the same (with bit_counters), on an accelerator
+step_features does for a whole step, out of one step_block of a block_ring. feature_forms says what a compact
+form leaves out.
+
 Imports `foldfeed.feature_store` and torch; knows nothing of search tools or training.
 """
 
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
         SampleError,
         StateMismatchError,
     )
+    from foldfeed.loader.feature_forms import expand_features
     from foldfeed.loader.loader import CropLoader
     from foldfeed.loader.plan import SamplePlan
     from foldfeed.loader.recipe import Recipe
@@ -53,6 +58,7 @@ _HOMES = {
     "ShardBatch": "batch",
     "StateMismatchError": "errors",
     "StepBatch": "batch",
+    "expand_features": "feature_forms",
 }
 
 __all__ = [
@@ -73,6 +79,7 @@ __all__ = [
     "ShardBatch",
     "StateMismatchError",
     "StepBatch",
+    "expand_features",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

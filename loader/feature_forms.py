@@ -6,8 +6,8 @@ uint8, ``msa_feat`` and ``target_feat`` are left out in favour of what they are 
 or a squashed count is bfloat16, so it is rounded to 8 bits. Positions, frames and angles stay float32: in
 bfloat16 an atom 100 angstrom from the origin would move by up to 0.25 angstrom.
 
-`expanded` makes the usual form of the compact one, on any device and with any leading axes. Owns names and
-dtypes of both; does not own how they are computed (featurise, host_features, step_features).
+`expand_features` makes the usual form of the compact one, on any device and with any leading axes. Owns names
+and dtypes of both; does not own how they are computed (featurise, host_features, step_features).
 
 Shape legend: C cluster centres or rows, E extra rows, R residues; ``...`` any leading axes.
 """
@@ -20,12 +20,11 @@ import torch
 from torch.nn import functional
 
 from foldfeed.loader.clusters import NUM_CLASSES
+from foldfeed.loader.featurise import NUM_AATYPES
 
 FULL = "full"
 COMPACT = "compact"
 FORMS = (FULL, COMPACT)
-
-NUM_AATYPES = 21
 
 Features = dict[str, torch.Tensor]
 
@@ -42,7 +41,7 @@ _ROUNDED = (
 _LEFT_OUT = ("target_feat", "msa_feat", "has_deletion", "extra_has_deletion")
 
 
-def compacted(features: Mapping[str, torch.Tensor]) -> Features:
+def compact_features(features: Mapping[str, torch.Tensor]) -> Features:
     """Returns the compact form of features in the usual one.
 
     Args:
@@ -72,7 +71,7 @@ def compacted(features: Mapping[str, torch.Tensor]) -> Features:
     return found
 
 
-def expanded(compact: Mapping[str, torch.Tensor]) -> Features:
+def expand_features(compact: Mapping[str, torch.Tensor]) -> Features:
     """Returns the usual form of compact features.
 
     Equal to features that were never compact in all but the last bits of what was rounded to bfloat16.

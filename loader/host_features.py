@@ -44,13 +44,13 @@ class _Deletions(NamedTuple):
     Attributes:
       row: int64 (d,), places in the rows read.
       column: int64 (d,), of the crop.
-      count: int32 (d,), above 0.
+      deleted: int32 (d,), above 0.
       value: float32 (d,), see `foldfeed.loader.featurise.deletion_value`.
     """
 
     row: NDArray[np.int64]
     column: NDArray[np.int64]
-    count: NDArray[np.int32]
+    deleted: NDArray[np.int32]
     value: torch.Tensor
 
 
@@ -61,7 +61,8 @@ def host_features(raw: RawSample, recipe: Recipe, form: str = FULL) -> Features:
       raw: one sample as read, on the CPU.
       recipe: for the kind and the shapes.
       form: one of `foldfeed.loader.feature_forms.FORMS`.
-    Returns: see `foldfeed.loader.featurise.featurise`, or `foldfeed.loader.feature_forms.compacted` of that.
+    Returns: see `foldfeed.loader.featurise.featurise`, or that in another form, see
+      `foldfeed.loader.feature_forms.compact_features`.
     """
     sample = _Sample(raw, recipe, form)
     sample.add_target()
@@ -235,7 +236,7 @@ class _Sample:
         found = self._deletions
         cell = cluster_of[found.row] * width + found.column
         # Whole numbers below 2**53: the sums are exact, and rounded once.
-        sums = np.bincount(cell, weights=found.count, minlength=len(sizes) * width)
+        sums = np.bincount(cell, weights=found.deleted, minlength=len(sizes) * width)
         at = np.flatnonzero(sums)
         means = sums[at].astype(np.float32) / sizes[at // width]
         return at // width, at % width, deletion_value(torch.from_numpy(means))

@@ -21,14 +21,12 @@ from typing import Any
 import torch
 
 from foldfeed.loader.batch import StepBatch
-from foldfeed.loader.device import ReadyStep, feature_maker, resolve_device
+from foldfeed.loader.device import ReadyStep, feature_maker, features_of, resolve_device
 from foldfeed.loader.errors import LoaderConfigError, LoaderUseError
-from foldfeed.loader.featurise import featurise
-from foldfeed.loader.host_features import host_features
+from foldfeed.loader.feature_forms import FORMS, FULL
 from foldfeed.loader.order import rank_shards
 from foldfeed.loader.plan import SamplePlan
 from foldfeed.loader.prefetch import StepPrefetcher
-from foldfeed.loader.raw import RawSample
 from foldfeed.loader.reader import SampleReader
 from foldfeed.loader.reading import OwnThreads, ReadingProcesses, SampleSupply
 from foldfeed.loader.recipe import Recipe
@@ -58,6 +56,7 @@ class CropLoader:
       order: which record comes when.
       shards: the virtual shards of this rank.
       device: where the tensors of a batch are.
+      features: their form.
     """
 
     def __init__(
@@ -72,6 +71,7 @@ class CropLoader:
         rank: int = 0,
         world: int = 1,
         device: str | torch.device = "cpu",
+        features: str = FULL,
         num_threads: int = 2,
         prefetch_steps: int = 2,
         num_processes: int = 0,
@@ -90,6 +90,8 @@ class CropLoader:
           rank: this process, 0..world-1.
           world: processes that share a step, at most virtual_shards.
           device: ``cpu`` or ``cuda[:N]``.
+          features: ``full`` as models take them, or ``compact``: codes instead of one-hot channels and
+            bfloat16, a quarter of the bytes, see `foldfeed.loader.feature_forms`.
           num_threads: threads that read and prepare samples; no effect on the numbers.
           prefetch_steps: steps kept ready ahead of the consumer; bounds memory.
           num_processes: processes that read samples into shared memory, with ``num_threads`` threads each, so
@@ -116,7 +118,10 @@ class CropLoader:
         self.order = self._reader.order
         self.shards = rank_shards(self.order.virtual_shards, rank, world)
         self.device = resolve_device(device)
-        self._maker = feature_maker(recipe, self.device)
+        if features not in FORMS:
+            raise LoaderConfigError("features", features, f"must be one of {', '.join(map(repr, FORMS))}")
+        self.features = features
+        self._maker = feature_maker(recipe, self.device, features, prefetch_steps)
         for field, value, least in (
             ("num_processes", num_processes, 0),
             ("read_ahead_bytes", read_ahead_bytes, 1),
@@ -154,10 +159,7 @@ class CropLoader:
           SampleError: it could not be read.
         """
         self._check_usable()
-        raw = RawSample.of(self._reader.read(sample))
-        if self.device.type == "cpu":
-            return host_features(raw, self.recipe)
-        return featurise(raw.to(self.device), self.recipe)
+        return features_of(self._reader.read(sample), self.recipe, self.device, self.features)
 
     def __iter__(self) -> CropLoader:
         return self
@@ -278,22 +280,22 @@ class CropLoader:
     def _tasks(self, step: int) -> Sequence[Callable[[], Any]]:
         assert self._supply is not None
         self._ask(self._supply, step)
+        samples = [sample for _, numbers in self._layout(step) for sample in numbers]
         return [
-            functools.partial(self._prepared, self._supply, sample)
-            for _, samples in self._layout(step)
-            for sample in samples
+            functools.partial(self._prepared, self._supply, sample, (step, index, len(samples)))
+            for index, sample in enumerate(samples)
         ]
 
     def _layout(self, step: int) -> list[tuple[int, range]]:
         samples = ((shard, self.order.shard_samples(step, shard)) for shard in self.shards)
         return [(shard, numbers) for shard, numbers in samples if numbers]
 
-    def _prepared(self, supply: SampleSupply, sample: int) -> Any:
+    def _prepared(self, supply: SampleSupply, sample: int, place: tuple[int, int, int]) -> Any:
         read = supply.get(sample)
         num_bytes = read.arrays.num_bytes
         started = time.perf_counter()
         try:
-            prepared = self._maker.prepare(RawSample.of(read.arrays))
+            prepared = self._maker.prepare(*place, read.arrays)
         finally:
             read.release()
         self._add(bytes=num_bytes, fetch_s=read.read_s, prepare_s=time.perf_counter() - started)
@@ -324,6 +326,7 @@ class CropLoader:
             self._steps.close()
             self._waited_s += self._steps.wait_s
             self._steps = None
+        self._maker.drop()
 
     def _check_usable(self) -> None:
         if self._closed:

@@ -10,7 +10,7 @@ from records import make_record
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 from foldfeed.loader import Recipe, host_features
-from foldfeed.loader.feature_forms import COMPACT, FULL, compacted, expanded
+from foldfeed.loader.feature_forms import COMPACT, FULL, compact_features, expand_features
 from foldfeed.loader.featurise import featurise
 from foldfeed.loader.raw import RawSample
 from foldfeed.loader.reader import SampleReader
@@ -52,7 +52,7 @@ def test_fast_features_are_those_of_the_general_path(store, name):
     for raw in raw_samples(store, recipe):
         want = featurise(raw, recipe)
         assert_same_features(host_features.host_features(raw, recipe, FULL), want)
-        assert_same_features(host_features.host_features(raw, recipe, COMPACT), compacted(want))
+        assert_same_features(host_features.host_features(raw, recipe, COMPACT), compact_features(want))
 
 
 def test_clusters_counted_in_blocks_are_those_counted_at_once(store, monkeypatch):
@@ -89,8 +89,8 @@ def test_expanded_features_are_the_usual_ones_but_for_rounding_to_bfloat16(store
     recipe = RECIPES[name]
     for raw in raw_samples(store, recipe, 6):
         usual = featurise(raw, recipe)
-        compact = compacted(usual)
-        have = expanded(compact)
+        compact = compact_features(usual)
+        have = expand_features(compact)
         size = sum(tensor.nbytes for tensor in compact.values())
         assert size < 0.7 * sum(tensor.nbytes for tensor in usual.values())
         exact = {*usual} - {"msa_feat", "deletion_value", "extra_deletion_value", "profile", "deletion_mean"}
@@ -101,7 +101,7 @@ def test_expanded_features_are_the_usual_ones_but_for_rounding_to_bfloat16(store
         assert_same_features(have, want)
         # With leading axes, as in a batch.
         batch = {name: torch.stack([tensor, tensor]) for name, tensor in compact.items()}
-        assert_same_features({name: tensor[1] for name, tensor in expanded(batch).items()}, want)
+        assert_same_features({name: tensor[1] for name, tensor in expand_features(batch).items()}, want)
 
 
 def test_what_is_compact_has_the_documented_dtypes(store):
