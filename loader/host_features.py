@@ -205,28 +205,40 @@ class _Sample:
           sizes: float32 (C,).
         """
         num_centres, width = centres.shape
-        member_at = self._raw.member_at.numpy()
+        key = cluster_of[self._raw.member_at.numpy()]
         # Small integers are sorted by counting, in one pass.
-        key = cluster_of[member_at]
-        member_at = member_at[
-            np.argsort(key.astype(np.uint16) if num_centres < 2**16 else key, kind="stable")
-        ]
-        ends = np.cumsum(np.bincount(key, minlength=num_centres))
-        column = NUM_CLASSES * np.arange(width)
+        order = np.argsort(key.astype(np.uint16) if num_centres < 2**16 else key, kind="stable")
+        members = self._raw.member_at.numpy()[order]
+        ends = np.concatenate([[0], np.cumsum(np.bincount(key, minlength=num_centres))])
         together = max(1, COUNTERS_BLOCK_BYTES // (8 * width * NUM_CLASSES))
         for first in range(0, num_centres, together):
             some = slice(first, min(first + together, num_centres))
-            # A centre counts with its masked residues.
-            counts = np.zeros((some.stop - first, width, NUM_CLASSES), dtype=np.int64)
-            np.put_along_axis(counts, centres[some, :, None].astype(np.int64), 1, axis=2)
-            flat = counts.reshape(-1)
-            rows = member_at[ends[first - 1] if first else 0 : ends[some.stop - 1]]
-            for start in range(0, len(rows), COUNT_BLOCK_ROWS):
+            rows = members[ends[first] : ends[some.stop]]
+            cells = (some.stop - first) * width
+            counts = self._token_counts(rows[:COUNT_BLOCK_ROWS], cluster_of, first, cells)
+            for start in range(COUNT_BLOCK_ROWS, len(rows), COUNT_BLOCK_ROWS):
                 block = rows[start : start + COUNT_BLOCK_ROWS]
-                cells = (cluster_of[block, None] - first) * (width * NUM_CLASSES) + column
-                cells += self._msa[block, self._crop]
-                flat += np.bincount(cells.reshape(-1), minlength=len(flat))
-            np.divide(counts.astype(np.float32), sizes[some, None, None], out=profiles[some])
+                counts += self._token_counts(block, cluster_of, first, cells)
+            # A centre counts with its masked residues.
+            counts[NUM_CLASSES * np.arange(cells) + centres[some].reshape(-1)] += 1
+            means = counts.astype(np.float32).reshape(-1, width, NUM_CLASSES)
+            np.divide(means, sizes[some, None, None], out=profiles[some])
+
+    def _token_counts(
+        self, rows: NDArray[np.int64], cluster_of: NDArray[np.int64], first: int, cells: int
+    ) -> NDArray[np.int64]:
+        """Returns how often each token stands in the cells of some clusters, int64 (cells * 23,).
+
+        Args:
+          rows: int64 (k,), places in the rows read, of these clusters.
+          cluster_of: int64 (n,), of each row read.
+          first: of these clusters.
+          cells: clusters times r.
+        """
+        width = self._crop.stop - self._crop.start
+        places = (cluster_of[rows, None] - first) * (width * NUM_CLASSES) + NUM_CLASSES * np.arange(width)
+        places += self._msa[rows, self._crop]
+        return np.bincount(places.reshape(-1), minlength=cells * NUM_CLASSES)
 
     def _cluster_deletions(
         self, cluster_of: NDArray[np.int64], sizes: NDArray[np.float32]

@@ -1,11 +1,12 @@
 """`StepBlock`: what a rank reads for a step as one block of bytes, so that one copy takes it to a device.
 
-    header | sample | sample | ...      each sample: its arrays end to end
+    nothing | header | sample | sample | ...      each sample: its arrays end to end
 
-The header is int64 (samples, `HEADER`): for each array of a sample where it begins, counted in its own
-elements from the block's first byte, and the sample's sizes. It travels in the block, so a device finds
-everything by itself and the host needs to know no more than the largest sizes (`StepSizes`). Samples lie in
-the order in which they came; the header has them in the order of the step.
+The block begins with what is read where a sample has nothing: zeros for any dtype, and from `NO_CODE_AT` on
+bytes of `NO_CODE`. The header is int64 (samples, `HEADER`): for each array of a sample where it begins,
+counted in its own elements from the block's first byte, and the sample's sizes. It travels in the block, so a
+device finds everything by itself and the host needs to know no more than the largest sizes (`StepSizes`).
+Samples lie in the order in which they came; the header has them in the order of the step.
 
 Owns the layout. Does not own whose memory it is or when that may be written again (`foldfeed.loader.device`).
 
@@ -33,6 +34,9 @@ SIZES = (
     *("crop_start", "first_residue"),
 )
 HEADER = (*ARRAYS, *SIZES)
+# What stands where a sample has nothing: 0 at the block's first byte, and this code, which is none.
+NO_CODE = 255
+NO_CODE_AT = ALIGNMENT // 2
 # Memory is asked for in such pieces, so that steps of nearly the same size find it large enough.
 GRAIN_BYTES = 1 << 20
 
@@ -85,7 +89,7 @@ class StepBlock:
         self.memory = memory
         self._num_samples = num_samples
         self._header = np.zeros((num_samples, len(HEADER)), dtype=np.int64)
-        self._used = _padded(self._header.nbytes)
+        self._used = ALIGNMENT + _padded(self._header.nbytes)
         self._aside: list[tuple[int, SampleArrays]] = []
         self._lock = threading.Lock()
 
@@ -123,8 +127,10 @@ class StepBlock:
             for index, arrays in aside:
                 self.put(index, arrays)
         assert not self._aside
-        size = self._header.nbytes
-        self.memory.numpy()[:size] = self._header.view(np.uint8).reshape(-1)
+        start = self.memory.numpy()
+        start[:NO_CODE_AT] = 0
+        start[NO_CODE_AT:ALIGNMENT] = NO_CODE
+        start[ALIGNMENT : ALIGNMENT + self._header.nbytes] = self._header.view(np.uint8).reshape(-1)
         largest = dict(zip(HEADER, self._header.max(axis=0).tolist(), strict=True))
         return self.memory[: self._used], StepSizes(
             num_samples=self._num_samples,

@@ -30,15 +30,14 @@ from foldfeed.loader.feature_forms import COMPACT, FULL, Features, compact_dtype
 from foldfeed.loader.featurise import NUM_AATYPES, deletion_value
 from foldfeed.loader.plan import FROM_PROFILE, NOT_MASKED, SAME
 from foldfeed.loader.recipe import AF3, MASKED_LM, Recipe
-from foldfeed.loader.step_block import HEADER, StepSizes
+from foldfeed.loader.ring import ALIGNMENT
+from foldfeed.loader.step_block import HEADER, NO_CODE, NO_CODE_AT, StepSizes
 from foldfeed.loader.structure_labels import label_features
 
 # Bytes of the one-hot rows of a block of members; of AlphaFold 2's usual steps all members fit in one.
 ONE_HOT_BLOCK_BYTES = 512 << 20
 # Half precision holds every whole number up to here.
 HALF_EXACT = 2048
-# A code that is none: it agrees with nothing and counts nowhere.
-NO_CODE = 255
 
 
 def step_features(block: torch.Tensor, sizes: StepSizes, recipe: Recipe, form: str = FULL) -> Features:
@@ -96,8 +95,9 @@ class _Step:
             dtype: block.view(dtype)
             for dtype in (torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64)
         }
-        num_words = sizes.num_samples * len(HEADER)
-        self._header = self._flat[torch.int64][:num_words].view(sizes.num_samples, len(HEADER))
+        first, num_words = ALIGNMENT // 8, sizes.num_samples * len(HEADER)
+        header = self._flat[torch.int64][first : first + num_words]
+        self._header = header.view(sizes.num_samples, len(HEADER))
         self._residue = self._range(recipe.crop_residues)
         self._is_residue = self._residue < self._of("residues")
         # Columns of the crop among those read, (B, R); 0 where there is no residue.
@@ -187,7 +187,7 @@ class _Step:
         """Adds what was masked, and returns the masked centres, uint8 (B, C, W)."""
         rows, is_row = self._rows("centre_at", self._slot, "centres")
         codes = self._codes(rows, is_row)
-        action = self._all_columns("action", self._slot, self._is_slot, NOT_MASKED)
+        action = self._all_columns("action", self._slot, self._is_slot)
         is_target = self._cropped(action) != NOT_MASKED
         self._put("true_msa", self._in_cells(codes), torch.int64)
         self._put("bert_mask", is_target & self._is_cell, torch.float32)
@@ -282,12 +282,15 @@ class _Step:
 
     def _codes(self, rows: torch.Tensor, is_row: torch.Tensor) -> torch.Tensor:
         """Returns all columns of rows, uint8 (B, k, W)."""
-        return self._all_columns("msa", rows, is_row, NO_CODE)
+        return self._all_columns("msa", rows, is_row)
 
-    def _all_columns(self, name: str, rows: torch.Tensor, is_row: torch.Tensor, fill: int) -> torch.Tensor:
+    def _all_columns(self, name: str, rows: torch.Tensor, is_row: torch.Tensor) -> torch.Tensor:
+        """Returns uint8 (B, k, W), `NO_CODE` (which is `NOT_MASKED`) where a sample has nothing."""
         column = self._range(self._sizes.columns)
         is_cell = is_row[:, :, None] & (column < self._of("columns"))[:, None]
-        return self._read(name, torch.uint8, (rows * self._of("columns"))[..., None] + column, is_cell, fill)
+        return self._read(
+            name, torch.uint8, (rows * self._of("columns"))[..., None] + column, is_cell, NO_CODE_AT
+        )
 
     def _crop_codes(self, rows: torch.Tensor, is_row: torch.Tensor) -> torch.Tensor:
         """Returns the crop of rows, uint8 (B, k, R)."""
@@ -321,7 +324,7 @@ class _Step:
         return self._where(self._is_cell, self._cropped(values))
 
     def _read(
-        self, name: str, dtype: torch.dtype, at: torch.Tensor, exists: torch.Tensor, fill: int = 0
+        self, name: str, dtype: torch.dtype, at: torch.Tensor, exists: torch.Tensor, nothing: int = 0
     ) -> torch.Tensor:
         """Returns elements of an array of each sample.
 
@@ -330,12 +333,10 @@ class _Step:
           dtype: its dtype.
           at: int64 (...) or (B, ...), places in it.
           exists: bool (B, ...), where to read.
-          fill: what stands elsewhere.
+          nothing: place in the block to read elsewhere, see `foldfeed.loader.step_block`.
         """
         start = self._of(name).view(-1, *[1] * (exists.dim() - 1))
-        # Places that do not exist may lie outside of the block.
-        values = self._flat[dtype][self._where(exists, start + at)]
-        return self._where(exists, values, fill)
+        return self._flat[dtype][self._where(exists, start + at, nothing)]
 
     def _where(self, condition: torch.Tensor, values: torch.Tensor, other: int = 0) -> torch.Tensor:
         """Returns the values where a condition holds, and one number elsewhere.
@@ -360,3 +361,7 @@ class _Step:
     def _range(self, size: int) -> torch.Tensor:
         """Returns int64 (size,): 0, 1, 2, ...; a view."""
         return self._numbers[:size]
+
+
+# An action that does not exist masks nothing.
+assert NO_CODE == NOT_MASKED
