@@ -113,7 +113,7 @@ def test_a_step_runs_the_same_operators_whatever_its_samples_are_and_waits_for_n
     assert operators(block_of(samples), recipe) == one
     assert operators(block_of(samples[3:10]), recipe) == one
     launches = [name for name in one if name not in VIEWS]
-    assert len(launches) < (400 if recipe.labels else 250), len(launches)
+    assert len(launches) < (360 if recipe.labels else 215), len(launches)
 
 
 @pytest.mark.parametrize("call", ["nonzero", "item", "bincount", "mask"])
