@@ -2,9 +2,9 @@
 
 The same numbers to the last bit, by other ways (a test compares): agreement is counted in bits
 (`bit_counters`), profiles by counting cells, and deletions, of which alignments have few, are handled where
-they are and not at every cell. Features are written once, into tensors of their final shapes. One sample at a
-time is as fast as several here: what is alike in them is no launch of a kernel, and padding them to one shape
-would cost more than it saves.
+they are and not at every cell. Features are written once, into tensors of their final shapes. Samples are
+made one by one, by the threads that read them: padding several to one shape would cost more than it saves
+(`step_features`, made for a GPU, took a hundred times as long on a CPU).
 
 Thread safe (pure functions). Shape legend as in `foldfeed.loader.featurise`.
 """
