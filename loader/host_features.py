@@ -73,7 +73,8 @@ def host_features(raw: RawSample, recipe: Recipe, form: str = FULL) -> Features:
     else:
         sample.add_clusters()
         sample.add_extra()
-    if recipe.labels:
+    # Not every sample need be read with labels.
+    if recipe.labels and len(raw.resolution):
         sample.add_labels()
     return sample.features
 

@@ -31,7 +31,7 @@ from foldfeed.loader.slots import place
 # Sizes of a sample, in the header behind the places of its arrays.
 SIZES = (
     *("columns", "residues", "centres", "extras", "members", "replaced"),
-    *("crop_start", "first_residue"),
+    *("with_atoms", "crop_start", "first_residue"),
 )
 HEADER = (*ARRAYS, *SIZES)
 # What stands where a sample has nothing: 0 at the block's first byte, and this code, which is none.
@@ -72,7 +72,7 @@ def header_of(arrays: SampleArrays, start: int) -> list[int]:
     return [
         *places,
         *(arrays.msa.shape[1], len(arrays.aatype), len(arrays.centre_at), len(arrays.extra_at)),
-        *(len(arrays.member_at), len(arrays.profile_at)),
+        *(len(arrays.member_at), len(arrays.profile_at), len(arrays.atom_mask)),
         *(arrays.crop_in_columns[0], arrays.first_residue),
     ]
 

@@ -164,24 +164,24 @@ class _Step:
         self._put_deletions("extra_", self._crop_deletions(rows, is_row))
 
     def add_labels(self) -> None:
-        """Adds what the structures teach."""
-        residue = self._range(self._recipe.crop_residues + 1)
+        """Adds what the structures teach; zeros for samples that were read without labels."""
         # One residue more than the crop has: the one before it.
-        is_residue = residue <= self._of("residues")
+        residue = self._range(self._recipe.crop_residues + 1)
+        is_residue = residue < self._of("with_atoms")
         mask = self._atoms("atom_mask", torch.uint8, residue, is_residue, NUM_ATOMS)
         positions = self._atoms("atom_positions", torch.float32, residue, is_residue, 3 * NUM_ATOMS)
         labels = label_features(
             self._read("aatype", torch.uint8, self._residue, self._is_residue),
             positions.unflatten(2, (NUM_ATOMS, 3)),
             mask,
-            self._single("resolution")[:, None],
+            self._single("resolution"),
         )
         # The frame of a residue without atoms is the identity; behind the crop there is none.
         frames = labels["backbone_rigid_tensor"]
-        labels["backbone_rigid_tensor"] = self._where(self._is_residue[..., None, None], frames)
+        labels["backbone_rigid_tensor"] = self._where(is_residue[:, 1:, None, None], frames)
         for name, value in labels.items():
             self._put(name, value, value.dtype)
-        self.features["use_clamped_fape"] = self._single("clamped")
+        self.features["use_clamped_fape"] = self._single("clamped")[:, 0]
 
     def _add_truth(self) -> torch.Tensor:
         """Adds what was masked, and returns the masked centres, uint8 (B, C, W)."""
@@ -312,8 +312,8 @@ class _Step:
         return self._read(name, dtype, at, is_residue[..., None].expand(-1, -1, width))
 
     def _single(self, name: str) -> torch.Tensor:
-        """Returns float32 (B,), one number of each sample."""
-        return self._flat[torch.float32][self._of(name)[:, 0]]
+        """Returns float32 (B, 1), one number of each sample."""
+        return self._read(name, torch.float32, self._range(1), self._of("with_atoms") > 0)
 
     def _cropped(self, values: torch.Tensor) -> torch.Tensor:
         """Returns (B, k, R) of (B, k, W); behind the crop's end stands anything."""

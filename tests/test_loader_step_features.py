@@ -1,5 +1,6 @@
 """Features of whole steps from one block of bytes: equal to those of single samples, by fixed operations."""
 
+import dataclasses
 import random
 import threading
 
@@ -15,6 +16,7 @@ from foldfeed.loader.block_ring import BlockRing
 from foldfeed.loader.device import ALIGNMENT_BYTES, StepFeatures, split
 from foldfeed.loader.feature_forms import COMPACT, FULL, compact_features, expand_features
 from foldfeed.loader.featurise import featurise
+from foldfeed.loader.host_features import host_features
 from foldfeed.loader.raw import RawSample
 from foldfeed.loader.reader import SampleReader
 from foldfeed.loader.step_block import StepBlock
@@ -78,6 +80,25 @@ def test_steps_in_blocks_and_in_half_precision_are_the_same(store, name, monkeyp
     monkeypatch.setattr(step_features, "HALF_EXACT", 11)
     monkeypatch.setattr(step_features, "product_dtype", lambda device: torch.float16)
     assert_same_features(step_features.step_features(*block, recipe), whole)
+
+
+def test_samples_of_a_step_may_be_read_without_labels(store):
+    """At the block's end there is nothing behind them to read by mistake."""
+    recipe = RECIPES["crop_first"]
+    samples = arrays_of(store, recipe, range(4))
+    without = ("atom_positions", "atom_mask", "resolution", "clamped")
+    for index in (1, 3):
+        empty = {name: getattr(samples[index], name)[:0] for name in without}
+        samples[index] = dataclasses.replace(samples[index], **empty)
+    block = StepBlock(new_memory(1 << 20), len(samples))
+    for index, arrays in enumerate(samples):
+        block.put(index, arrays)
+    features = step_features.step_features(*block.whole(new_memory), recipe)
+    for index, arrays in enumerate(samples):
+        want = host_features(RawSample.of(arrays), recipe)
+        assert ("resolution" in want) == (index % 2 == 0)
+        assert_same_features({name: features[name][index] for name in want}, want)
+        assert all(not tensor[index].any() for name, tensor in features.items() if name not in want)
 
 
 class Operators(TorchDispatchMode):
