@@ -12,6 +12,10 @@ samples gives single ones by number, loader a stream of steps, state says where 
 What all of them do with their time is counted in meters (durations in histogram, the wait of a GPU by stall),
 told by meter_reports and metrics_server, and written event by event by trace.
 
+featurise is the general path. On the CPU host_features gives the same (with bit_counters), on an accelerator
+step_features does for a whole step, out of one step_block of a block_ring. feature_forms says what a compact
+form leaves out.
+
 Imports `foldfeed.feature_store` and torch; knows nothing of search tools or training.
 """
 
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
         SampleError,
         StateMismatchError,
     )
+    from foldfeed.loader.feature_forms import expand_features
     from foldfeed.loader.loader import CropLoader
     from foldfeed.loader.meter_reports import prometheus_text
     from foldfeed.loader.metrics_server import MetricsServer
@@ -65,6 +70,7 @@ _HOMES = {
     "StateMismatchError": "errors",
     "StepBatch": "batch",
     "Substitution": "unreadable",
+    "expand_features": "feature_forms",
     "prometheus_text": "meter_reports",
 }
 
@@ -89,6 +95,7 @@ __all__ = [
     "StateMismatchError",
     "StepBatch",
     "Substitution",
+    "expand_features",
     "prometheus_text",
 ]
 

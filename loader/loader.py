@@ -29,6 +29,7 @@ from foldfeed.loader.cached_reader import CachedReader
 from foldfeed.loader.device import ReadyStep, feature_maker, resolve_device
 from foldfeed.loader.draws import whole_sample
 from foldfeed.loader.errors import LoaderConfigError, LoaderUseError
+from foldfeed.loader.feature_forms import FORMS, FULL
 from foldfeed.loader.meters import ASSEMBLE, PREPARE, TRAIN, WAIT, Meters
 from foldfeed.loader.order import rank_shards
 from foldfeed.loader.placement import ORDER, PLACEMENTS, STORAGE, StoragePlacement
@@ -67,6 +68,7 @@ class CropLoader:
       order: which record comes when.
       shards: the virtual shards of this rank.
       device: where the tensors of a batch are.
+      features: their form.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class CropLoader:
         rank: int = 0,
         world: int = 1,
         device: str | torch.device = "cpu",
+        features: str = FULL,
         num_threads: int = 2,
         prefetch_steps: int = 2,
         num_processes: int = 0,
@@ -103,6 +106,8 @@ class CropLoader:
           rank: this process, 0..world-1.
           world: processes that share a step, at most virtual_shards.
           device: ``cpu`` or ``cuda[:N]``.
+          features: ``full`` as models take them, or ``compact``: codes instead of one-hot channels and
+            bfloat16, a quarter of the bytes, see `foldfeed.loader.feature_forms`.
           num_threads: threads that read and prepare samples; no effect on the numbers.
           prefetch_steps: steps kept ready ahead of the consumer; bounds memory.
           num_processes: processes that read samples into shared memory, with ``num_threads`` threads each, so
@@ -140,7 +145,10 @@ class CropLoader:
         self.order = self._reader.order
         self.shards = rank_shards(self.order.virtual_shards, rank, world)
         self.device = resolve_device(device)
-        self._maker = feature_maker(recipe, self.device)
+        if features not in FORMS:
+            raise LoaderConfigError("features", features, f"must be one of {', '.join(map(repr, FORMS))}")
+        self.features = features
+        self._maker = feature_maker(recipe, self.device, features, prefetch_steps)
         for field, value, least in (
             ("num_processes", num_processes, 0),
             ("read_ahead_bytes", read_ahead_bytes, 1),
@@ -206,7 +214,7 @@ class CropLoader:
           SampleError: it could not be read.
         """
         self._check_usable()
-        return whole_sample(self._reader, sample, self.device)
+        return whole_sample(self._reader, sample, self.device, self.features)
 
     def num_recycles(self, step: int) -> int:
         """Returns the recycling iterations of a step, on every rank, see `StepBatch`."""
@@ -441,6 +449,7 @@ class CropLoader:
             with self._lock:
                 self._cache_counts.update(supply.counters())
                 self._supply = None
+        self._maker.drop()
         self._meters.leave()
 
     def _check_usable(self) -> None:

@@ -22,7 +22,6 @@ from foldfeed.loader.device import FeatureMaker, Layout, ReadyStep
 from foldfeed.loader.draws import draw_numbers
 from foldfeed.loader.meters import ASSEMBLE, FETCH, PREPARE, Meters
 from foldfeed.loader.plan import draw_num_recycles
-from foldfeed.loader.raw import RawSample
 from foldfeed.loader.reader import SampleReader
 from foldfeed.loader.reading import SampleSupply
 from foldfeed.loader.unreadable import SUBSTITUTE, Substitution
@@ -132,8 +131,9 @@ class StepWork:
           num_numbers: of the whole step.
         """
         prepared, found = [], []
-        for number in numbers:
-            one, substitution = self._prepared_one(number)
+        places = [(step, first + place, num_numbers) for place in range(len(numbers))]
+        for number, place in zip(numbers, places, strict=True):
+            one, substitution = self._prepared_one(number, place)
             prepared.append(one)
             found.append(substitution)
         replaced = next(filter(None, found), None)
@@ -144,19 +144,21 @@ class StepWork:
             # Damage met some alignments and not others.
             with self._meters.stage(PREPARE).doing(FETCH, sample=replaced.sample):
                 reads = self._reader.read_together(numbers, max(attempts), replaced.reason)
-            prepared = [self._maker.prepare(RawSample.of(read.arrays)) for read in reads]
+            prepared = [
+                self._maker.prepare(*place, read.arrays) for read, place in zip(reads, places, strict=True)
+            ]
             assert reads[0].substitution is not None
             replaced = reads[0].substitution
         self._tell(replaced)
         return prepared
 
-    def _prepared_one(self, number: int) -> tuple[Any, Substitution | None]:
+    def _prepared_one(self, number: int, place: tuple[int, int, int]) -> tuple[Any, Substitution | None]:
         read = self._supply.get(number)
         num_bytes = read.arrays.num_bytes
         stage = self._meters.stage(PREPARE)
         try:
             with stage.doing(PREPARE, sample=number // self._recipe.num_draws) as doing:
-                prepared = self._maker.prepare(RawSample.of(read.arrays))
+                prepared = self._maker.prepare(*place, read.arrays)
         finally:
             read.release()
         self._count(bytes=num_bytes, fetch_s=read.read_s, prepare_s=doing.seconds)
