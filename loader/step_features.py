@@ -64,9 +64,7 @@ def step_features(block: torch.Tensor, sizes: StepSizes, recipe: Recipe, form: s
         step.add_extra()
     if recipe.labels:
         step.add_labels()
-    for name, slot in template_slots(recipe, block.device).items():
-        step.features[name] = slot.expand(sizes.num_samples, *slot.shape).contiguous()
-    return step.features
+    return step.features | template_slots(recipe, block.device, (sizes.num_samples,))
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

@@ -5,8 +5,12 @@ that cannot read them (EIO); each after another attempt that asked the store its
 that cannot be reached is no damage: what it holds is unknown, and a stream that depended on the network would
 be another one each time.
 
+Where a recipe draws several alignments for a sample (recycling), all that a step takes are of one record, the
+first of which all of them can be read: damage that none of them meets replaces nothing.
+
 Invariant: with ``substitute``, sample g is a function of (stores, sampling, recipe, seed, g) still, for
-stores that are damaged in the same places.
+stores that are damaged in the same places; with several alignments, of the recycling iterations of its step,
+too.
 """
 
 from __future__ import annotations

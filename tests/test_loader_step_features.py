@@ -84,7 +84,7 @@ def test_steps_in_blocks_and_in_half_precision_are_the_same(store, name, monkeyp
 
 @pytest.mark.parametrize("size", [0, 3000, 6000, 1 << 20])
 def test_a_sample_that_is_put_again_takes_the_place_of_the_one_before(store, size):
-    """Wherever there was room for either: the first may be kept aside and the second fit, as it is smaller."""
+    """Wherever there was room for either: the first may be kept aside and the second, a smaller one, fit."""
     recipe = RECIPES["crop_first"]
     samples = arrays_of(store, recipe, range(9))
     samples.sort(key=lambda arrays: -arrays.num_bytes)
@@ -149,7 +149,9 @@ def test_a_step_runs_the_same_operators_whatever_its_samples_are_and_waits_for_n
     assert operators(block_of(samples), recipe) == one
     assert operators(block_of(samples[3:10]), recipe) == one
     launches = [name for name in one if name not in VIEWS]
-    assert len(launches) < (360 if recipe.labels else 215), len(launches)
+    # Slots for templates are a dozen tensors of zeros.
+    most = (360 if recipe.labels else 215) + (12 if recipe.num_templates else 0)
+    assert len(launches) < most, len(launches)
 
 
 @pytest.mark.parametrize("call", ["nonzero", "item", "bincount", "mask"])
