@@ -188,10 +188,10 @@ def table(meters: Mapping[str, Any]) -> list[str]:
         values = "".join(f"{1000 * found[key]:>9.2f} ms" for key in (*_QUANTILES, "max_s"))
         lines.append(f"  {name:<16}{found['count']:>8}{values}")
     for title in ("queues", "cache"):
-        if meters[title]:
-            lines.append(
-                f"  {title}: " + ", ".join(f"{name} {value:,g}" for name, value in meters[title].items())
-            )
+        # Of a cache's many counters those that stand still say nothing.
+        told = {name: value for name, value in meters[title].items() if value or title == "queues"}
+        if told:
+            lines.append(f"  {title}: " + ", ".join(f"{name} {value:,.0f}" for name, value in told.items()))
     return lines
 
 
