@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -180,7 +180,7 @@ class ReadingProcesses:
         """Returns what the caches of all processes counted so far."""
         total: Counter[str] = Counter()
         for process in self._processes:
-            total.update(process.counters)
+            total.update(process.counted())
         return dict(total)
 
     def close(self) -> None:
@@ -201,7 +201,7 @@ class _Process:
         self._owed: dict[int, Future[ReadSample]] = {}
         self._num_deaths = 0
         # Of its cache; of all its lives.
-        self.counters: Counter[str] = Counter()
+        self._counters: Counter[str] = Counter()
         self._closed = False
         # Held, because a child that dies at once is heard before its life has its place here.
         with self._lock:
@@ -235,6 +235,16 @@ class _Process:
         for future in owed:
             if not future.done():
                 future.set_exception(ReadingProcessError(self.pid, "the loader was closed"))
+
+    def count(self, fresh: Mapping[str, float]) -> None:
+        """Takes what the cache of the process counted since the last sample."""
+        with self._lock:
+            self._counters.update(fresh)
+
+    def counted(self) -> Counter[str]:
+        """Returns what the caches of all its lives counted."""
+        with self._lock:
+            return Counter(self._counters)
 
     def arrived(self, sample: int, found: ReadSample | Exception) -> None:
         """Takes what a life has read; called by its thread."""
@@ -346,8 +356,7 @@ class _Life:
         replaced = note.get("substitution")
         if replaced is not None:
             slot = ASIDE
-        # One thread a life, and lives of a process follow each other.
-        self._owner.counters.update(note.get("counters", {}))
+        self._owner.count(note.get("counters", {}))
         return ReadSample(
             arrays=arrays,
             read_s=note["read_s"],

@@ -30,7 +30,7 @@ from foldfeed.loader.cache.files import CachedFiles
 from foldfeed.loader.cache.folder import FolderTier
 from foldfeed.loader.cache.future import RecordUse
 from foldfeed.loader.cache.memory import MemoryTier
-from foldfeed.loader.cache.requests import EXTRA_SHARE
+from foldfeed.loader.cache.requests import EXTRA_SHARE, Answer
 from foldfeed.loader.cache.tiers import Tiers
 from foldfeed.loader.order import SampleOrder
 from foldfeed.loader.sampling import JOIN
@@ -371,3 +371,37 @@ def test_an_error_is_raised_to_everybody_who_waits_and_closing_ends_all_waiting(
     with pytest.raises(Exception, match="cache is closed"):
         file(0, 10)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("foldfeed-request")]
+
+
+def test_an_answer_that_cannot_be_taken_is_an_error_to_those_who_wait():
+    got: list[object] = []
+
+    def take(found: bytes | BaseException) -> None:
+        got.append(found)
+        if isinstance(found, bytes):
+            raise MemoryError("no room")
+
+    assert Answer(lambda: b"data", take).ask()
+    assert got[0] == b"data"
+    assert isinstance(got[1], MemoryError)
+    assert len(got) == 2
+    # Of two requests the error of one is no answer while the other is under way.
+    release, failing = threading.Event(), iter([True, False])
+    results: list[object] = []
+
+    def fetch() -> bytes:
+        if next(failing):
+            release.wait(20)
+            raise OSError("cut")
+        release.set()
+        time.sleep(0.05)
+        return b"late"
+
+    answer = Answer(fetch, results.append)
+    first = threading.Thread(target=answer.ask)
+    first.start()
+    while not answer._asked:
+        time.sleep(0.001)
+    answer.ask()
+    first.join()
+    assert results == [b"late"]

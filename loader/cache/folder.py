@@ -127,6 +127,9 @@ class FolderTier:
 
     def put(self, block: Block, data: bytes) -> None:
         """Publishes a block unless it is here, or everything here is needed sooner, or the disk is full."""
+        if self._state < 0:
+            # A request that outlived the loader brought it.
+            return
         if time.monotonic() < self._paused_until:
             self.failures += 1
             return
@@ -140,6 +143,8 @@ class FolderTier:
 
     def drop(self, block: Block) -> None:
         """Removes a block."""
+        if self._state < 0:
+            return
         try:
             with self._changing():
                 self._set_total(self._total() - self._remove(block))

@@ -241,7 +241,12 @@ class Tiers:
         """Reads blocks whose flights are ours, on threads, neighbours together."""
         for run in _runs(sorted(flights), max(1, MAX_READ_BYTES // self._block_bytes)):
             mine = {block: flights[block] for block in run}
-            if not self._threads.submit(functools.partial(self._fly, file, mine)):
+            try:
+                taken = self._threads.submit(functools.partial(self._fly, file, mine))
+            except RuntimeError as error:
+                self._fail(mine, error)
+                continue
+            if not taken:
                 self._fail(mine, LoaderUseError("the cache is closed"))
 
     def _fly(self, file: FileOfPart, flights: Flights) -> None:
@@ -261,9 +266,9 @@ class Tiers:
             return left
         found = self.redis.get(left)
         for block, data in found.items():
+            self._land(block, data, REDIS, flights)
             if self.folder is not None:
                 self.folder.put(block, data)
-            self._land(block, data, REDIS, flights)
         return [block for block in left if block not in found]
 
     def _from_folder(self, flights: Flights) -> list[Block]:
