@@ -327,7 +327,7 @@ def test_a_late_answer_is_overtaken_by_a_second_request_and_these_are_few(tmp_pa
     (tmp_path / "parts" / "p" / "f").write_bytes(data)
     config = CacheConfig(block_bytes=1024, memory_bytes=8 * 1024, in_flight=4)
     with range_server(tmp_path) as (url, _), fault_proxy(url) as proxy:
-        tiers = Tiers(config, [])
+        tiers = Tiers(config, [proxy.url])
         file = CachedFiles(open_blobs(proxy.url), tiers).open_range("parts/p/f")
         for number in range(100):
             assert file(number * 1024, 1024) == data[number * 1024 : (number + 1) * 1024]

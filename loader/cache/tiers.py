@@ -97,7 +97,7 @@ class Tiers:
 
         Args:
           config: which ones.
-          store_urls: of the stores, which the folder must lie apart from.
+          store_urls: of the stores, which the folder must lie apart from; second requests are for URLs.
           next_uses: of blocks by this process, and by this machine.
         Raises:
           LoaderConfigError: the folder or the server cannot be used.
@@ -114,7 +114,9 @@ class Tiers:
             folder = Path(config.folder)
             check_place(folder, store_urls)
             self.folder = FolderTier(folder, config.folder_bytes, config.block_bytes, ours)
-        self.hedge = Hedge(config.in_flight) if config.hedge else None
+        far = any("://" in url for url in store_urls)
+        # A disk that is late is late for a second request, too.
+        self.hedge = Hedge(config.in_flight) if config.hedge and far else None
         self._threads = RequestThreads(config.in_flight, "foldfeed-request")
         self._lock = threading.Lock()
         self._flights: dict[Block, Future[bytes]] = {}
