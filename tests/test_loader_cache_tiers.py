@@ -230,6 +230,25 @@ def test_processes_that_share_a_folder_keep_its_limit_and_may_be_killed_at_any_t
     tier.close()
 
 
+def test_who_counts_anew_counts_what_others_are_writing(tmp_path):
+    size = SIZE + HEAD_BYTES
+    writer, other = (FolderTier(tmp_path, 2 * size, SIZE, unknown_uses) for _ in range(2))
+    with other._changing():
+        other._list()
+    with writer._changing():
+        assert writer._make_room(Block("p", "f", 0), size)
+        unfinished = writer._new / f"unfinished.{size}"
+        unfinished.touch()
+    writer.put(Block("p", "f", 1), bytes(SIZE))
+    # It knows of nothing that could go, so it counts.
+    other.put(Block("p", "f", 2), bytes(SIZE))
+    unfinished.write_bytes(bytes(size))
+    assert folder_bytes(tmp_path) == 2 * size
+    assert other.get(Block("p", "f", 2)) is not None
+    writer.close()
+    other.close()
+
+
 def test_a_process_that_is_stopped_holds_nobody_up(tmp_path, monkeypatch):
     from foldfeed.loader.cache import folder
 
