@@ -222,7 +222,7 @@ def late(folder: str, latency_s: float, hedge: bool, num_reads: int) -> dict[str
     block_bytes = max(1024, path.stat().st_size // num_reads)
     config = CacheConfig(block_bytes=block_bytes, memory_bytes=4 * block_bytes, hedge=hedge, in_flight=8)
     with Far(folder, latency_s, 50) as url:
-        tiers = Tiers(config, [])
+        tiers = Tiers(config, [url])
         read = CachedFiles(open_blobs(url), tiers).open_range(path.relative_to(folder).as_posix())
         took = []
         for number in range(num_reads):

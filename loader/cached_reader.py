@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import cast
 
+from foldfeed.feature_store.format.structure import ARRAYS as STRUCTURE_ARRAYS
 from foldfeed.feature_store.parts.shard_reader import FileRange
 from foldfeed.feature_store.storage import Blobs
 from foldfeed.loader.cache.ahead import Ahead
@@ -172,5 +173,5 @@ def _ranges_of(planned: PlannedSample) -> list[FileRange]:
     if plan.full_deletion_mean:
         arrays.append(("deletion_mean", plan.crop))
     if plan.labels:
-        arrays += [(name, plan.atoms) for name in _LABELS]
+        arrays += [(name, plan.atoms) for name in (STRUCTURE_ARRAYS if plan.min_plddt else _LABELS)]
     return planned.record.ranges(slice(*plan.columns), plan.selection, arrays)

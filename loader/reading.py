@@ -211,7 +211,7 @@ class ReadingProcesses:
         """Returns what the caches of all processes counted so far."""
         total: Counter[str] = Counter()
         for process in self._processes:
-            total.update(process.counters())
+            total.update(process.counted())
         return dict(total)
 
     def close(self) -> None:
@@ -263,15 +263,6 @@ class _Process:
         with self._lock:
             return len(self._owed), sum(future.done() for future in self._owed.values())
 
-    def count(self, amounts: Mapping[str, float]) -> None:
-        """Adds to what its cache counted."""
-        with self._lock:
-            self._counters.update(amounts)
-
-    def counters(self) -> Counter[str]:
-        with self._lock:
-            return self._counters.copy()
-
     def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -280,6 +271,16 @@ class _Process:
         for future in owed:
             if not future.done():
                 future.set_exception(ReadingProcessError(self.pid, "the loader was closed"))
+
+    def count(self, fresh: Mapping[str, float]) -> None:
+        """Takes what the cache of the process counted since the last sample."""
+        with self._lock:
+            self._counters.update(fresh)
+
+    def counted(self) -> Counter[str]:
+        """Returns what the caches of all its lives counted."""
+        with self._lock:
+            return Counter(self._counters)
 
     def arrived(self, sample: int, found: ReadSample | Exception) -> None:
         """Takes what a life has read; called by its thread."""

@@ -22,10 +22,19 @@ from test_loader_stream import RECIPE, assert_equal, build_store, by_sample, mak
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 from foldfeed.feature_store.care.copy import copy_store
 from foldfeed.feature_store.cli.main import main
-from foldfeed.loader import CacheConfig, CropLoader, LoaderConfigError, Recipe, Sampling, cached_reader
+from foldfeed.loader import (
+    CacheConfig,
+    Component,
+    CropLoader,
+    LoaderConfigError,
+    Recipe,
+    Sampling,
+    cached_reader,
+)
 from foldfeed.loader.cache import redis_server as tier
 from foldfeed.loader.cache.config import cache_of_options
 from foldfeed.loader.cache.eviction import unknown_uses
+from foldfeed.loader.reader import SampleReader
 from foldfeed.trainer.config import DataConfig, RunConfig
 
 pytestmark = pytest.mark.timeout(200)
@@ -358,3 +367,35 @@ def test_tls_is_spoken_and_a_certificate_that_nobody_knows_is_an_error(local, tm
         ) as one:
             take(one, 1)
             assert one.stats["cache_redis_outages"] == 0
+
+
+@pytest.mark.parametrize("row_order", ["rank", "permuted"])
+@pytest.mark.parametrize("name", ["af2_initial", "crop_first", "af3", "masked_lm"])
+def test_everything_that_a_sample_reads_is_brought_before_it_is_read(tmp_path, row_order, name):
+    settings = dataclasses.replace(
+        StoreSettings.with_row_order(row_order, 3 if row_order == "permuted" else None),
+        tile_rows=16,
+        tile_cols=8,
+    )
+    store = FeatureStore.create(tmp_path / "store", settings)
+    records = [make_record(f"r{n}", 9 + 20 * n, 13 + 6 * n, seed=n) for n in range(5)]
+    store.commit([write_part(store.url, records, settings).part_id], job_id="1")
+    sizes = {"crop_residues": 12, "num_clusters": 9, "labels": True}
+    recipe = Recipe.named(
+        name, **sizes, **({"num_extra": 7} if name in ("af2_initial", "crop_first") else {})
+    )
+    sampling = None
+    if name == "crop_first":
+        # Labels by confidence read more, other alignments of a sample none.
+        recipe = dataclasses.replace(recipe, max_recycles=1, resample_msa_in_recycling=True)
+        sampling = Sampling(components=(Component(min_plddt=50.0),))
+    reader = SampleReader(store, recipe, sampling, seed=2, global_batch=1, virtual_shards=1)
+    through = cached_reader.CachedReader(reader, CacheConfig(block_bytes=BLOCK), [0])
+    for sample in range(15):
+        with through._ahead.reading(sample):
+            brought = through.counters()["cache_store_hits"]
+            through._reader.read(sample)
+            assert through.counters()["cache_store_hits"] == brought, sample
+        # What other records brought must not hide what this one did not.
+        through.tiers.memory.clear()
+    through.close()

@@ -30,7 +30,7 @@ from foldfeed.loader.cache.files import CachedFiles
 from foldfeed.loader.cache.folder import FolderTier
 from foldfeed.loader.cache.future import RecordUse
 from foldfeed.loader.cache.memory import MemoryTier
-from foldfeed.loader.cache.requests import EXTRA_SHARE
+from foldfeed.loader.cache.requests import EXTRA_SHARE, Answer
 from foldfeed.loader.cache.tiers import Tiers
 from foldfeed.loader.order import SampleOrder
 from foldfeed.loader.sampling import JOIN
@@ -230,6 +230,25 @@ def test_processes_that_share_a_folder_keep_its_limit_and_may_be_killed_at_any_t
     tier.close()
 
 
+def test_who_counts_anew_counts_what_others_are_writing(tmp_path):
+    size = SIZE + HEAD_BYTES
+    writer, other = (FolderTier(tmp_path, 2 * size, SIZE, unknown_uses) for _ in range(2))
+    with other._changing():
+        other._list()
+    with writer._changing():
+        assert writer._make_room(Block("p", "f", 0), size)
+        unfinished = writer._new / f"unfinished.{size}"
+        unfinished.touch()
+    writer.put(Block("p", "f", 1), bytes(SIZE))
+    # It knows of nothing that could go, so it counts.
+    other.put(Block("p", "f", 2), bytes(SIZE))
+    unfinished.write_bytes(bytes(size))
+    assert folder_bytes(tmp_path) == 2 * size
+    assert other.get(Block("p", "f", 2)) is not None
+    writer.close()
+    other.close()
+
+
 def test_a_process_that_is_stopped_holds_nobody_up(tmp_path, monkeypatch):
     from foldfeed.loader.cache import folder
 
@@ -327,7 +346,7 @@ def test_a_late_answer_is_overtaken_by_a_second_request_and_these_are_few(tmp_pa
     (tmp_path / "parts" / "p" / "f").write_bytes(data)
     config = CacheConfig(block_bytes=1024, memory_bytes=8 * 1024, in_flight=4)
     with range_server(tmp_path) as (url, _), fault_proxy(url) as proxy:
-        tiers = Tiers(config, [])
+        tiers = Tiers(config, [proxy.url])
         file = CachedFiles(open_blobs(proxy.url), tiers).open_range("parts/p/f")
         for number in range(100):
             assert file(number * 1024, 1024) == data[number * 1024 : (number + 1) * 1024]
@@ -371,3 +390,37 @@ def test_an_error_is_raised_to_everybody_who_waits_and_closing_ends_all_waiting(
     with pytest.raises(Exception, match="cache is closed"):
         file(0, 10)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("foldfeed-request")]
+
+
+def test_an_answer_that_cannot_be_taken_is_an_error_to_those_who_wait():
+    got: list[object] = []
+
+    def take(found: bytes | BaseException) -> None:
+        got.append(found)
+        if isinstance(found, bytes):
+            raise MemoryError("no room")
+
+    assert Answer(lambda: b"data", take).ask()
+    assert got[0] == b"data"
+    assert isinstance(got[1], MemoryError)
+    assert len(got) == 2
+    # Of two requests the error of one is no answer while the other is under way.
+    release, failing = threading.Event(), iter([True, False])
+    results: list[object] = []
+
+    def fetch() -> bytes:
+        if next(failing):
+            release.wait(20)
+            raise OSError("cut")
+        release.set()
+        time.sleep(0.05)
+        return b"late"
+
+    answer = Answer(fetch, results.append)
+    first = threading.Thread(target=answer.ask)
+    first.start()
+    while not answer._asked:
+        time.sleep(0.001)
+    answer.ask()
+    first.join()
+    assert results == [b"late"]

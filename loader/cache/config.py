@@ -45,8 +45,8 @@ class CacheConfig:
       prefetch_bytes: of blocks brought into memory ahead of the samples that need them; half of memory_bytes
         when None.
       in_flight: requests to the store at a time, in each process.
-      hedge: ask a second time when an answer is later than 95 % of those before it, and take whichever comes
-        first; at most one request in twenty is such a second one.
+      hedge: ask a store behind a URL a second time when an answer is later than 95 % of those before it, and
+        take whichever comes first; at most one request in twenty is such a second one.
     """
 
     memory_bytes: int = MEMORY_BYTES

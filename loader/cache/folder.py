@@ -4,7 +4,7 @@
     FOLDER/state                      bytes of all blocks; its lock serialises every change of the folder
     FOLDER/users                      every process that uses the folder holds a shared lock on it
     FOLDER/flights/NN                 locks: who reads some blocks from the store just now
-    FOLDER/new/...                    being written
+    FOLDER/new/NAME.BYTES             being written
     FOLDER/blocks/PART/FILE+NUMBER    a sealed block
 
 Only files under ``blocks/`` and ``new/`` are ever removed, and only those of these names. No process relies
@@ -127,6 +127,9 @@ class FolderTier:
 
     def put(self, block: Block, data: bytes) -> None:
         """Publishes a block unless it is here, or everything here is needed sooner, or the disk is full."""
+        if self._state < 0:
+            # A request that outlived the loader brought it.
+            return
         if time.monotonic() < self._paused_until:
             self.failures += 1
             return
@@ -140,6 +143,8 @@ class FolderTier:
 
     def drop(self, block: Block) -> None:
         """Removes a block."""
+        if self._state < 0:
+            return
         try:
             with self._changing():
                 self._set_total(self._total() - self._remove(block))
@@ -205,13 +210,18 @@ class FolderTier:
 
     def _publish(self, block: Block, data: bytes) -> None:
         path, size = self._path(block), HEAD_BYTES + len(data)
+        # Whoever counts the folder anew learns from the name how much room is taken for it.
+        fresh = self._new / f"{uuid.uuid4().hex}.{size}"
         with self._changing():
             if path.exists() or not self._make_room(block, size):
                 return
-        # From here on the room is taken in `state`, whether or not this process lives to use it.
-        fresh = self._new / uuid.uuid4().hex
+            try:
+                fresh.touch()
+            except OSError:
+                self._set_total(self._total() - size)
+                raise
         try:
-            with fresh.open("xb") as file:
+            with fresh.open("r+b") as file:
                 file.write(seal(block, data))
                 file.write(data)
             with self._changing():
@@ -221,9 +231,8 @@ class FolderTier:
                 fresh.rename(path)
                 self._evictor.used(block, size, self._now)
         except BaseException as error:
-            with contextlib.suppress(OSError):
-                fresh.unlink(missing_ok=True)
             with self._changing():
+                fresh.unlink(missing_ok=True)
                 self._set_total(self._total() - size)
             # Another process had the same block.
             if not isinstance(error, FileExistsError):
@@ -270,8 +279,8 @@ class FolderTier:
         return size
 
     def _list(self) -> int:
-        """Takes all blocks of the folder into the list of what could go; returns their bytes."""
-        total = 0
+        """Takes all blocks into the list of what could go; returns their bytes, unfinished ones' too."""
+        total = sum(int(unfinished.name.rpartition(".")[2]) for unfinished in self._new.iterdir())
         for folder in os.scandir(self._blocks):
             for entry in os.scandir(folder.path) if folder.is_dir() else ():
                 block, size = _block_of(folder.name, entry.name), entry.stat().st_size

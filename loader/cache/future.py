@@ -32,8 +32,13 @@ HORIZON = 1 << 16
 # Epochs in which a sample of ours is looked for.
 _EPOCHS = 4
 # What a crop and its labels read, besides the metadata of a part.
-_ARRAYS = (*TILED, "deletion_overflow", "aatype", "profile", "deletion_mean", "atom_positions", "atom_mask")
+_ARRAYS = (*TILED, "deletion_overflow", "aatype", "profile", "deletion_mean", *STRUCTURE_ARRAYS)
 
+# Of the index, what says where these lie: with the number, 64 bytes a record.
+_COLUMNS = (
+    *("depth", "length", "first_tile", "first_residue"),
+    *("first_overflow", "num_overflow", "first_structure_residue"),
+)
 _NOTHING = np.empty(0, np.int64)
 
 
@@ -121,7 +126,7 @@ class FutureUse:
         """Takes the records of each part.
 
         Args:
-          places: by part, int64 columns of `PLACE_COLUMNS` and ``number``, of the records of the selection.
+          places: see `places_by_part`.
         """
         self._places = places
         self._extents: dict[tuple[str, str], _Extents] = {}
@@ -228,8 +233,7 @@ def places_by_part(
 
 def _split(rows: pa.Table, numbers: NDArray[np.int64]) -> Iterator[tuple[str, dict[str, NDArray[np.int64]]]]:
     """Yields each part of some records and their columns."""
-    names = [name for name in rows.column_names if name not in ("part_id", "record_id")]
-    values = {name: rows[name].fill_null(-1).to_numpy().astype(np.int64) for name in names}
+    values = {name: rows[name].fill_null(-1).to_numpy().astype(np.int64) for name in _COLUMNS}
     parts = rows["part_id"].combine_chunks()
     if not pa.types.is_dictionary(parts.type):
         parts = parts.dictionary_encode()

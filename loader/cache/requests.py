@@ -40,15 +40,25 @@ class RequestThreads:
         self._closed = False
 
     def submit(self, call: Callable[[], None]) -> bool:
-        """Runs a call, which must not raise, when a thread is free; returns False after `close`."""
+        """Runs a call, which must not raise, when a thread is free; returns False after `close`.
+
+        Raises:
+          RuntimeError: the system starts no thread, and there is none.
+        """
         with self._changed:
             if self._closed:
                 return False
-            self._waiting.append(call)
-            if self._idle < len(self._waiting) and len(self._threads) < self._num_threads:
+            if self._idle <= len(self._waiting) and len(self._threads) < self._num_threads:
                 thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:
+                    # With fewer threads it goes on, more slowly.
+                    if not self._threads:
+                        raise
+                else:
+                    self._threads.append(thread)
+            self._waiting.append(call)
             self._changed.notify()
         return True
 
@@ -86,7 +96,7 @@ class Answer:
 
         Args:
           fetch: one request.
-          done: gets the answer or the error, once.
+          done: gets the answer or the error, once; what it raises for an answer it gets as an error.
         """
         self._fetch = fetch
         self._done = done
@@ -116,7 +126,10 @@ class Answer:
             if self._over or (self._asked and isinstance(found, BaseException)):
                 return False
             self._over = True
-        self._done(found)
+        try:
+            self._done(found)
+        except BaseException as error:  # noqa: BLE001  whoever waits must not wait for ever
+            self._done(error)
         return True
 
 

@@ -97,7 +97,7 @@ class Tiers:
 
         Args:
           config: which ones.
-          store_urls: of the stores, which the folder must lie apart from.
+          store_urls: of the stores, which the folder must lie apart from; second requests are for URLs.
           next_uses: of blocks by this process, and by this machine.
         Raises:
           LoaderConfigError: the folder or the server cannot be used.
@@ -114,7 +114,9 @@ class Tiers:
             folder = Path(config.folder)
             check_place(folder, store_urls)
             self.folder = FolderTier(folder, config.folder_bytes, config.block_bytes, ours)
-        self.hedge = Hedge(config.in_flight) if config.hedge else None
+        far = any("://" in url for url in store_urls)
+        # A disk that is late is late for a second request, too.
+        self.hedge = Hedge(config.in_flight) if config.hedge and far else None
         self._threads = RequestThreads(config.in_flight, "foldfeed-request")
         self._lock = threading.Lock()
         self._flights: dict[Block, Future[bytes]] = {}
@@ -241,7 +243,12 @@ class Tiers:
         """Reads blocks whose flights are ours, on threads, neighbours together."""
         for run in _runs(sorted(flights), max(1, MAX_READ_BYTES // self._block_bytes)):
             mine = {block: flights[block] for block in run}
-            if not self._threads.submit(functools.partial(self._fly, file, mine)):
+            try:
+                taken = self._threads.submit(functools.partial(self._fly, file, mine))
+            except RuntimeError as error:
+                self._fail(mine, error)
+                continue
+            if not taken:
                 self._fail(mine, LoaderUseError("the cache is closed"))
 
     def _fly(self, file: FileOfPart, flights: Flights) -> None:
@@ -261,9 +268,9 @@ class Tiers:
             return left
         found = self.redis.get(left)
         for block, data in found.items():
+            self._land(block, data, REDIS, flights)
             if self.folder is not None:
                 self.folder.put(block, data)
-            self._land(block, data, REDIS, flights)
         return [block for block in left if block not in found]
 
     def _from_folder(self, flights: Flights) -> list[Block]:
