@@ -316,9 +316,10 @@ class CropLoader:
     def meters(self) -> dict[str, Any]:
         """Returns what was counted since the loader was made, as plain data (JSON-able).
 
-        What `foldfeed.loader.meters.Meters.report` says, and: ``bytes`` of raw samples; ``wait_s`` inside of
-        ``next()`` and ``stall_s`` that the consumer's work stood still (`foldfeed.loader.stall`); ``queues``
-        now; ``cache``, the counters of tiers. `foldfeed.loader.meter_reports` makes tables and text of it.
+        What `foldfeed.loader.meters.Meters.report` says, and: ``bytes`` of raw samples; ``substituted``, how
+        many samples received are made from another record; ``wait_s`` inside of ``next()`` and ``stall_s``
+        that the consumer's work stood still (`foldfeed.loader.stall`); ``queues`` now; ``cache``, the
+        counters of tiers. `foldfeed.loader.meter_reports` makes tables and text of it.
         """
         steps, supply, stats, report = self._steps, self._supply, self.stats, self._meters.report()
         queues = {"steps_ready": steps.num_ready(), "steps_ahead": self._prefetch_steps} if steps else {}
@@ -326,6 +327,7 @@ class CropLoader:
         return {
             **report,
             "bytes": stats["bytes"],
+            "substituted": stats["substituted"],
             "wait_s": wait_s,
             "stall_s": wait_s if self._stall is None else self._stall.seconds,
             "queues": queues | (supply.queued() if supply else {}),

@@ -7,7 +7,7 @@ than their own (`foldfeed.loader.unreadable`) until the consumer has them. Owns 
 
 Invariant: all alignments of a sample in a step are of the same record.
 
-Thread safe.
+`StepWork.tasks` is for one thread, in the order of the steps; all else is thread safe.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 from foldfeed.loader import CacheConfig, CropLoader, Recipe, SampleError, loader
 from foldfeed.loader.device import HostFeatures, StepFeatures
 from foldfeed.loader.draws import draw_numbers, stacked_draws
+from foldfeed.loader.feature_forms import COMPACT, FULL
 from foldfeed.loader.host_features import host_features
+from foldfeed.loader.meter_reports import prometheus_text, table
 from foldfeed.loader.raw import RawSample
 from foldfeed.loader.reader import SampleReader
 from foldfeed.loader.recipe import RESAMPLED
@@ -89,10 +91,10 @@ def test_samples_are_the_same_whatever_ways_are_taken_together(store, tmp_path, 
             cache = CacheConfig(
                 folder=tmp_path / f"{recipe_name}", block_bytes=1024, memory_bytes=24 << 10, hedge=False
             )
-            alone = open_loader(store, recipe)
-            with open_loader(
-                far if is_cached else store, recipe, cache=cache if is_cached else None, **way
-            ) as us:
+            values = {"features": COMPACT if maker == "whole steps" and is_cached else FULL}
+            alone = open_loader(store, recipe, **values)
+            values |= way | ({"cache": cache} if is_cached else {})
+            with open_loader(far if is_cached else store, recipe, **values) as us:
                 num_read = 0
                 for step in range(STEPS):
                     batch = next(us)
@@ -158,7 +160,11 @@ def test_all_draws_of_a_sample_are_of_the_same_substitute(damaged, monkeypatch, 
                 num_mixed += len(set(firsts)) > 1
                 num_replaced += attempt > 0
         assert us.stats["substituted"] == num_replaced
-        assert us.meters()["samples_read"] >= us.meters()["samples"]
+        meters = us.meters()
+        assert meters["substituted"] == num_replaced
+        assert meters["samples_read"] >= meters["samples"]
+    assert f"samples_substituted_total {num_replaced}" in prometheus_text(meters)
+    assert f"{num_replaced} samples were made from another record" in "\n".join(table(meters))
     assert num_mixed > 3, "every sample met damage in all of its draws: this test has tested little"
 
 
