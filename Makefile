@@ -6,6 +6,8 @@
 #   make bench    benchmarks; one JSON row each
 #   make s3-server  build the server that the tests of object stores need (Go, two minutes); without it they skip
 #   make test-spark builds on a real Spark with two workers (Java 17 and Maven; 700 MB the first time)
+#   make test-neon the fast scan's ARM kernel under an emulator (gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user)
+#   make spark      fetch that Spark, or say why it cannot run here
 #   make clean    remove the demo's output and the environment
 
 VENV ?= .venv
@@ -20,7 +22,7 @@ STAMP := $(VENV)/.ready-$(shell (echo "$(PY_FILES)"; cat pyproject.toml constrai
 # Where HMMER's tutorial lies: unpacked beside the environment where the system leaves documentation out.
 EXAMPLES = $$([ -d "$(VENV)/examples/tutorial" ] && echo "$(abspath $(VENV))/examples" || echo "$${FOLDFEED_EXAMPLES:-/usr/share/doc/hmmer/examples}")
 
-.PHONY: demo test test-spark check lint format types wheel bench clean setup s3-server
+.PHONY: demo test spark test-spark test-neon check lint format types wheel bench clean setup s3-server
 
 setup: $(STAMP)
 
@@ -34,10 +36,18 @@ demo: setup
 test: setup
 	FOLDFEED_EXAMPLES="$(EXAMPLES)" $(BIN)/python -m pytest -p xdist -n $(TEST_PROCESSES) --dist loadfile
 
-test-spark: setup
+spark: setup
+	@bash deploy/spark/local_cluster.sh fetch "$(SPARK)" "$(abspath $(BIN))/python"
+
+# SPARK_TESTS: options of pytest, e.g. -m "not slow" for the part that CI runs.
+test-spark: spark
 	@bash deploy/spark/local_cluster.sh up "$(SPARK)" "$(abspath $(BIN))/python"
-	@FOLDFEED_EXAMPLES="$(EXAMPLES)" FOLDFEED_SPARK="$(abspath $(SPARK))" $(BIN)/python -m pytest tests/test_pipelines_spark.py; \
+	@FOLDFEED_EXAMPLES="$(EXAMPLES)" FOLDFEED_SPARK="$(abspath $(SPARK))" $(BIN)/python -m pytest $(SPARK_TESTS) tests/test_pipelines_spark.py; \
 	    status=$$?; bash deploy/spark/local_cluster.sh down "$(SPARK)"; exit $$status
+
+test-neon:
+	aarch64-linux-gnu-gcc -O3 -Wall -Wextra -Werror -static tests/kernels_agree.c -o kernels_agree.so -lm
+	qemu-aarch64 kernels_agree.so; status=$$?; rm -f kernels_agree.so; exit $$status
 
 check: lint types wheel test
 

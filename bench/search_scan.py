@@ -5,7 +5,8 @@
 Targets and queries are real proteins where FOLDFEED_TEST_DATA points to some, filled up with shuffled copies;
 without it they are drawn, with roughly Swiss-Prot's composition. A cell is a query residue times a target
 residue. CPU seconds per query are user plus system of this process and its children, with the database in
-memory (fast) or in the page cache (jackhmmer); reading the database into memory is given apart.
+memory (fast, with every kernel that this processor runs) or in the page cache (jackhmmer); reading the
+database into memory is given apart, and what a query costs in one that does not stay there.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from rows import emit
 
-from foldfeed.pipelines import scan
-from foldfeed.pipelines.fast_jackhmmer import F1, FastJackhmmer
+from foldfeed.pipelines import scan, scan_database, scan_memory
+from foldfeed.pipelines.fast_jackhmmer import F1, FastJackhmmer, forget_profiles, passing_extents
 from foldfeed.pipelines.jackhmmer import Jackhmmer
+from foldfeed.pipelines.scan_choice import best_kernel
 from foldfeed.pipelines.scan_database import ScanDatabase, open_database
-from foldfeed.pipelines.scan_kernels import kernels
+from foldfeed.pipelines.scan_kernels import Kernel, kernels
 from foldfeed.pipelines.search_speed import cpu_seconds
 
 # Roughly Swiss-Prot's, percent.
@@ -120,55 +122,82 @@ def timed(function):
 
 
 def measure(path: str, queries: list[str]) -> dict[str, object]:
-    fast = FastJackhmmer.find(database=path, cpus=1, timeout_s=3600)
     plain = Jackhmmer.find(database=path, cpus=1, timeout_s=3600)
-    (chunks, database), read_s = timed(lambda: (list(open_database(path).chunks()), open_database(path)))
-    residues = sum(chunk.num_residues for chunk in chunks)
-    cells = residues * sum(map(len, queries))
-    profiles, profile_s = timed(lambda: [scan.profile_of(query) for query in queries])
-    rates = {}
-    for kernel in kernels():
-        # Plain C is the reference of the others and a hundred times slower than them.
-        if not kernel.usable or kernel.name == "plain":
-            continue
-        packed = list(ScanDatabase(path, kernel).chunks())
-        for way, groups in (("batch", [profiles]), ("single", [[profile] for profile in profiles])):
-            started = time.process_time()
-            for chunk in packed:
-                for group in groups:
-                    scan.best_cells(group, chunk, kernel=kernel)
-            took = time.process_time() - started
-            rates[f"{kernel.name}_{way}"] = round(cells / took / 1e9, 1)
-    found, scan_s = timed(
-        lambda: [scan.survivors([p], c, f1=F1, kernel=database.kernel) for p in profiles for c in chunks]
-    )
-    through = sum(len(each[0].records) for each in found)
-    answers, fast_s = timed(lambda: [fast.search(query) for query in queries])
     expected, plain_s = timed(lambda: [plain.search(query) for query in queries])
-    pairs = list(zip(answers, expected, strict=True))
-    rows = sum(answer.table.count(b"\n") for answer in expected)
-    number = len(queries)
+    number, profiles = len(queries), [scan.profile_of(query) for query in queries]
+    residues = sum(chunk.num_residues for chunk in ScanDatabase(path, best_kernel()).chunks())
+    cells = residues * sum(map(len, queries))
+    # Plain C is the reference of the others and a hundred times slower than them.
+    used = [kernel for kernel in kernels() if kernel.usable and kernel.name != "plain"]
+    by_kernel = {kernel.name: measure_kernel(path, kernel, queries, profiles, cells) for kernel in used}
+    for one in by_kernel.values():
+        answers = one.pop("answers")
+        pairs = list(zip(answers, expected, strict=True))
+        one["equal_alignments"] = sum(a.alignment == b.alignment for a, b in pairs)
+        one["equal_tables"] = sum(a.table.split() == b.table.split() for a, b in pairs)
+        one["times_less_cpu"] = round(plain_s / number / one["fast"], 2)
     return {
         "residues": residues,
-        "gcells_per_s": rates,
         "jackhmmer_gcells_per_cpu_s": round(cells / plain_s / 1e9, 1),
-        "share_let_through": round(through / number / database.num_records, 6),
-        "msv_share": round(sum(each[0].num_msv for each in found) / number / database.num_records, 6),
-        "read_database_cpu_s": round(read_s, 3),
-        "cpu_s_per_query": {
-            "jackhmmer": round(plain_s / number, 4),
-            "fast": round(fast_s / number, 4),
-            "fast_profile": round(profile_s / number, 4),
-            "fast_scan": round(scan_s / number, 4),
-            "fast_jackhmmer_on_survivors": round((fast_s - scan_s - profile_s) / number, 4),
-        },
-        "times_less_cpu": round(plain_s / fast_s, 2),
-        "rows": rows,
-        "equal_alignments": sum(a.alignment == b.alignment for a, b in pairs),
-        "equal_tables": sum(
-            a.table.split() == b.table.split() for a, b in zip(answers, expected, strict=True)
-        ),
+        "jackhmmer_cpu_s_per_query": round(plain_s / number, 4),
+        "kernel_chosen": best_kernel().name,
+        "by_kernel": by_kernel,
+        "streamed_cpu_s_per_query": measure_streamed(path, profiles),
+        "rows": sum(answer.table.count(b"\n") for answer in expected),
     }
+
+
+def measure_kernel(
+    path: str, kernel: Kernel, queries: list[str], profiles: list[scan.FilterProfile], cells: int
+) -> dict[str, object]:
+    """Rates of the scan, and CPU seconds a query by stage with the database in memory."""
+    number = len(queries)
+    with mock.patch.object(scan_database, "best_kernel", return_value=kernel):
+        tool = FastJackhmmer.find(database=path, cpus=1, timeout_s=3600)
+        database = open_database(path)
+        chunks, read_s = timed(lambda: list(database.chunks()))
+        rates = {}
+        for way, groups in (("batch", [profiles]), ("single", [[profile] for profile in profiles])):
+            _, took = timed(
+                lambda groups=groups: [scan.best_cells(g, c, kernel=kernel) for c in chunks for g in groups]
+            )
+            rates[way] = round(cells / took / 1e9, 1)
+        found, scan_s = timed(
+            lambda: [scan.survivors([p], c, f1=F1, kernel=kernel) for p in profiles for c in chunks]
+        )
+        forget_profiles()
+        _, profile_s = timed(lambda: [scan.profile_of(query) for query in queries])
+        answers, fast_s = timed(lambda: [tool.search(query) for query in queries])
+        total = number * database.num_records
+        database.forget()
+    return {
+        "gcells_per_s": rates,
+        "read_database_cpu_s": round(read_s, 3),
+        "share_let_through": round(sum(len(one.records) for each in found for one in each) / total, 6),
+        "msv_share": round(sum(one.num_msv for each in found for one in each) / total, 6),
+        "fast": round(fast_s / number, 4),
+        "of_it_profile": round(profile_s / number, 4),
+        "of_it_scan": round(scan_s / number, 4),
+        "of_it_jackhmmer_on_what_passes": round((fast_s - scan_s - profile_s) / number, 4),
+        "answers": answers,
+    }
+
+
+def measure_streamed(path: str, profiles: list[scan.FilterProfile]) -> dict[str, float]:
+    """CPU seconds a query of reading and scanning a database that does not stay in memory."""
+    with mock.patch.object(scan_memory, "RESIDENT_SHARE", 0.0):
+        database = ScanDatabase(path, best_kernel())
+        sizes = {"one_query": 1, "batch_of_4": 4, "batch_of_16": 16}
+        taken = {}
+        for name, size in sizes.items():
+            batches = [profiles[start : start + size] for start in range(0, len(profiles), size)]
+            # Once before, so that neither starts with memory that the system has to clear first.
+            passing_extents(batches[0], database, threads=1)
+            _, took = timed(
+                lambda batches=batches: [passing_extents(b, database, threads=1) for b in batches]
+            )
+            taken[name] = round(took / len(profiles), 4)
+    return taken
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ fi
 
 say "installing foldfeed and its extras into $venv (the first time this downloads a few GB: torch, Beam)"
 "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt \
-    --config-settings editable_mode=strict -e '.[pipelines,train,dev,s3]'
+    --config-settings editable_mode=strict -e '.[pipelines,train,dev,s3,dataflow]'
 
 missing=()
 command -v jackhmmer >/dev/null || missing+=(hmmer)

@@ -293,6 +293,24 @@ class CropLoader:
         self._stop()
         self._step = found.step
 
+    def redivide(self, step: int, rank: int, world: int) -> None:
+        """Goes to a position as another part of the ranks; what was made ahead is dropped.
+
+        Args:
+          step: the next step to be consumed.
+          rank: this process, 0..world-1.
+          world: processes that share a step from now on.
+        Raises:
+          LoaderConfigError: a value that cannot work. Nothing has changed then.
+        """
+        self._check_usable()
+        shards = rank_shards(self.order.virtual_shards, rank, world)
+        state = self.state_dict(step)
+        # First, because what is under way belongs to the part that this was.
+        self._stop()
+        self.shards = shards
+        self.load_state_dict(state)
+
     @property
     def stats(self) -> dict[str, float]:
         """Counters since the loader was made.

@@ -5,12 +5,15 @@ The data's way, by what a file is about:
     queries      fasta -> sequences
     databases    databases (what a build is given) <- registry, manifest, database_files (known by name)
     tools        search_tool (the contract) <- jackhmmer, hhblits, fast_jackhmmer (scan, scan_database,
-                 scan_kernels), sharded_jackhmmer (several files); subprocess_runner and warden run programs;
-                 tools chooses
-    search       plan (units) -> search (one of them) -> results (kept by content); hits (what one found)
+                 scan_memory, scan_choice, scan_kernels), sharded_jackhmmer (several files;
+                 scan_names); subprocess_runner and warden run programs; tools chooses
+    search       plan (units) -> search (one of them) -> results (kept by content); hits (what one found);
+                 unchanged (the database is still the planned one)
     records      msa (merge) -> features (a record) -> parts (into the store)
     a build      build_config -> job -> run -> outcome; forecast, costs, ledger, progress, interrupt
-    on Beam      graph, engine, engine_errors, runners
+    an array     share (who searches what) -> array_task (one task of an array of jobs)
+    on Beam      graph, runners, engine (dataflow, flink: what one engine needs; engine_words), engine_errors;
+                 submit (without waiting) <- template (the launcher of Dataflow's flex template)
     commands     cli, database_cli, ledger_cli, search_speed_cli (what a search costs here: search_speed)
 
 Importing this package does not import Beam; only a run does.

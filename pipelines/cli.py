@@ -12,6 +12,8 @@ import click
 
 from foldfeed.feature_store.cli.tools import row_order_options
 from foldfeed.feature_store.index.transactions import ON_EXISTING
+from foldfeed.pipelines.array_task import lines_of as share_lines
+from foldfeed.pipelines.array_task import search_share
 from foldfeed.pipelines.build_config import (
     DEFAULT_MAX_RESIDUES,
     DEFAULT_TIMEOUT_S,
@@ -27,6 +29,8 @@ from foldfeed.pipelines.forecast import lines_of as forecast_lines
 from foldfeed.pipelines.interrupt import StoppedBySignal
 from foldfeed.pipelines.job import forecast_build, run_build
 from foldfeed.pipelines.registry import Registry, database_of
+from foldfeed.pipelines.runners import RUNNERS
+from foldfeed.pipelines.share import Share
 
 # Dead letters printed on the terminal; the file holds all of them.
 MAX_SHOWN_LETTERS = 20
@@ -99,7 +103,16 @@ MAX_SHOWN_LETTERS = 20
     is_flag=True,
     help="Read the databases again; else files of known size, time and inode count as unchanged.",
 )
-@click.option("--runner", default="FnApiRunner", show_default=True, help="Beam runner.")
+@click.option(
+    "--runner", default="FnApiRunner", show_default=True, help=f"Beam runner: {', '.join(RUNNERS)}."
+)
+@click.option(
+    "--task",
+    type=int,
+    metavar="I",
+    help="Search only the share of task I of an array of jobs, 0 to N - 1, and commit nothing.",
+)
+@click.option("--tasks", type=int, metavar="N", help="Tasks of the array.")
 @click.option(
     "--dry-run", is_flag=True, help="Say what would be searched and what that costs; search nothing."
 )
@@ -128,6 +141,8 @@ def build(
     on_existing: str,
     check_databases: bool,
     runner: str,
+    task: int | None,
+    tasks: int | None,
     dry_run: bool,
     price_per_cpu_hour: float | None,
     fail_on_dead_letters: bool,
@@ -145,8 +160,10 @@ def build(
       foldfeed build --queries a.fa.gz --queries b.fa --store my-store \\
           --database uniref90=/db/uniref90.fasta --database mgnify=/db/mgnify.fasta \\
           --database uniref30=/db/UniRef30_2023_02:hhblits --cpus-per-search 2
-      foldfeed build --queries gs://b/q.fa --database uniref90=/db/u.fasta --store gs://b/store \\
-          --runner FlinkRunner -- --flink_master=host:8081 --environment_type=EXTERNAL
+      foldfeed build --queries s3://b/q.fa --database uniref90=/db/u.fasta --store s3://b/store \\
+          --runner flink --workers 64 -- --flink_master=host:8081 --flink_job_server_jar=/jars/server.jar \\
+          --environment_type=EXTERNAL --environment_config=localhost:50000
+      foldfeed build --queries q.fasta --database uniref90=/db/u.fasta --store my-store --task 3 --tasks 16
     """
     try:
         config = BuildConfig(
@@ -168,10 +185,15 @@ def build(
             runner=runner,
             beam_options=beam_options,
         )
+        share = _share_of(task, tasks)
+        if dry_run and share is not None:
+            raise ConfigError("--dry-run speaks of the whole build; leave --task and --tasks out")
         if dry_run:
             for line in forecast_lines(forecast_build(config), price_per_cpu_hour):
                 click.echo(line)
             return
+        if share is not None:
+            ctx.exit(_search_share(config, share, fail_on_dead_letters))
         report = run_build(config, say=_say)
     except (ConfigError, EngineError) as error:
         raise click.UsageError(str(error), ctx) from error
@@ -181,11 +203,29 @@ def build(
             f"{config.results_url}; the same command goes on from there",
             err=True,
         )
+        if stop.problem:
+            click.echo(f"the job may run on: {stop.problem}", err=True)
         # As a shell counts: 130 after Ctrl-C, 143 after SIGTERM.
         ctx.exit(128 + stop.number)
     _print_report(report, price_per_cpu_hour)
     if report.dead_letters and fail_on_dead_letters:
         ctx.exit(1)
+
+
+def _share_of(task: int | None, tasks: int | None) -> Share | None:
+    if task is None and tasks is None:
+        return None
+    if task is None or tasks is None:
+        raise ConfigError("--task and --tasks belong together, e.g. --task 3 --tasks 16")
+    return Share(task=task, tasks=tasks)
+
+
+def _search_share(config: BuildConfig, share: Share, fail_on_dead_letters: bool) -> int:
+    """Searches and reports; returns the exit code."""
+    report = search_share(config, share)
+    for line in share_lines(report):
+        click.echo(line)
+    return int(bool(report.failures) and fail_on_dead_letters)
 
 
 def _say(line: str) -> None:

@@ -223,7 +223,7 @@ def shard_digests(spec: DatabaseSpec, cache: Blobs | None = None) -> list[str]:
     The name is left out: a release that takes over files of the one before may number them anew.
     """
     return [
-        digest_of(spec.tool, [("shard", num_bytes, sha256)])
+        shard_digest_of(spec.tool, num_bytes, sha256)
         for _, num_bytes, sha256 in _contents(spec, cache, False)
     ]
 
@@ -235,9 +235,14 @@ def _contents(spec: DatabaseSpec, cache: Blobs | None, check: bool) -> list[tupl
     for path in spec.files():
         file = known.get(path)
         unchanged = file is not None and not check and file.state == file_state(path)
-        sha256 = file.sha256 if unchanged and file is not None else _cached_sha256(path, cache, check)
+        sha256 = file.sha256 if unchanged and file is not None else cached_sha256(path, cache, check)
         contents.append((path, os.path.getsize(path), sha256))
     return contents
+
+
+def shard_digest_of(tool: str, num_bytes: int, sha256: str) -> str:
+    """Returns the digest of one file of a database, whatever its name."""
+    return digest_of(tool, [("shard", num_bytes, sha256)])
 
 
 def digest_of(tool: str, contents: Sequence[tuple[str, int, str]]) -> str:
@@ -246,8 +251,11 @@ def digest_of(tool: str, contents: Sequence[tuple[str, int, str]]) -> str:
     return hashlib.sha256(json.dumps([tool, named]).encode()).hexdigest()
 
 
-def _cached_sha256(path: str, cache: Blobs | None, check: bool) -> str:
-    """Returns the content hash of a file; one file per remembered hash, so that writers never meet."""
+def cached_sha256(path: str, cache: Blobs | None, check: bool) -> str:
+    """Returns the content hash of a file, from a cache where it is known there.
+
+    In the cache one file holds one hash, so that writers never meet.
+    """
     if cache is None:
         return file_sha256(path)
     key = file_state(path)

@@ -24,14 +24,26 @@ _STAGE = re.compile(r"\[while running '([^']*)'\]")
 # Portable engines see a step's name with what made it unique behind it.
 _UNIQUE_SUFFIX = re.compile(r"[-_]ptransform[-_]\d+$|_\d+$")
 _NOISE = re.compile(
-    r"\s+at [\w$.<>/]+\(|\s*\.\.\. \d+ (more|common frames)|Driver stacktrace:|\s*Suppressed:|\s*$"
+    # Frames; those of another thread that are part of a message have no "at".
+    r"\s+at [\w$.<>/]+\(|[\w$.<>/]+\([\w$]+\.(?:java|scala):\d+\)$"
+    r"|\s*\.\.\. \d+ (more|common frames)|Driver stacktrace:|\s*Suppressed:|\s*$"
 )
+# What Beam's client puts before the engine's words.
+_JOB_STATE = re.compile(r"^Pipeline \S+ failed in state \w+: ")
 _TRACEBACK = "Traceback (most recent call last):"
 _PYTHON_ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Warning|Iteration)\b(?::.*)?$")
 _LOST_TASK = re.compile(
     r"Lost task (?P<task>[\d.]+ in stage [\d.]+) \(TID \d+\)(?: \((?P<where>[^)]*)\))?: *"
 )
 _CAUSED_BY = re.compile(r"\s*Caused by: (.*)")
+# One job server is one Spark driver.
+_BUSY = "Only one SparkContext should be running in this JVM"
+_ENDED = "cancelled because SparkContext was shut down"
+# Exit codes of `deploy/spark/boot.py`.
+_BOOT_CODES = {
+    81: "the Python that boot.py starts on a worker has no foldfeed; install foldfeed[pipelines] there",
+    82: "a worker has another version of foldfeed than this machine; install the same one on all",
+}
 # How Java says that the Python process is gone: its connections end, or the process that was started does.
 _LOST_WORKER = re.compile(
     r"StatusRuntimeException: (?:CANCELLED|UNAVAILABLE)|Process died with exit code"
@@ -43,6 +55,7 @@ _LOST_WORKER = re.compile(
 
 def failure_of(text: str) -> PipelineFailedError:
     """Returns the typed error for what an engine says about a failed run."""
+    text = _JOB_STATE.sub("", text)
     stages = _STAGE.findall(text)
     ours = list(_WORKER_ERROR.finditer(text))
     if ours:
@@ -64,6 +77,13 @@ def _cause(text: str) -> str:
     causes = [found.group(1) for line in lines if (found := _CAUSED_BY.match(line))]
     lost = [line for line in lines if _LOST_TASK.search(line)]
     cause = _plain(causes[-1] if causes else _LOST_TASK.split(lost[-1])[-1] if lost else lines[-1])
+    if _BUSY in text:
+        return f"this job server runs another job, and Beam's runner for Spark takes one at a time ({cause})"
+    if _ENDED in text:
+        return f"Spark ended the job: its master did not answer, or the cluster was taken away ({cause})"
+    for code, words in _BOOT_CODES.items():
+        if f"Process died with exit code {code}" in text:
+            return words
     if _LOST_WORKER.search(text):
         return f"a worker process was lost, killed perhaps or out of memory ({cause})"
     return cause

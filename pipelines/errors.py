@@ -12,7 +12,9 @@
         │   ├── ToolFailedError           non-zero exit or killed by a signal
         │   ├── ToolTimeoutError          ran longer than allowed; its process group was killed
         │   ├── ToolOutputError           exit 0, but the output is missing, cut or not of this query
-        │   └── QueryTooLongError         longer than the tool can take without cutting it silently
+         │   ├── DatabaseChangedError      the database is not the one that the build was planned with
+         │   ├── QueryTooLongError         longer than the tool can take without cutting it silently
+         │   └── UnreadableDatabaseError   the fast scan cannot read the database (any more)
         ├── CancelledError                the run was stopped: by the person, or because a step failed
         ├── CorruptResultError            a stored search result does not match its checksum
         ├── EngineError                   a Beam runner or option that is refused, with the reason
@@ -178,6 +180,25 @@ class ToolOutputError(SearchError):
         return f"{self.tool} exited without error, but {self.reason}"
 
 
+class DatabaseChangedError(SearchError):
+    """A database that is another one than when the build was planned, or on this worker than elsewhere.
+
+    Attributes:
+      path: of the file that differs; several with commas where only their common digest is known.
+      reason: how.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(path, reason)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path!r} {self.reason}, so no result of it is kept; the same command again plans with "
+            "what is there then"
+        )
+
+
 class QueryTooLongError(SearchError):
     """A query that a tool would cut without saying so.
 
@@ -195,6 +216,25 @@ class QueryTooLongError(SearchError):
         return (
             f"{self.num_residues} residues; {self.tool} takes at most {self.limit} and cuts longer queries "
             "silently, so it was not run. Split the sequence or search it without that database."
+        )
+
+
+class UnreadableDatabaseError(SearchError):
+    """The fast scan cannot read a database, or not any more: gone, changed, cut, or no FASTA.
+
+    Attributes:
+      path: of the file.
+      reason: what is wrong.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(path, reason)
+
+    def __str__(self) -> str:
+        return (
+            f"the fast scan cannot read {self.path!r}: {self.reason}. Put the file back as it was and run "
+            "the build again"
         )
 
 
@@ -249,8 +289,8 @@ class PipelineFailedError(PipelineError):
     def __str__(self) -> str:
         where = f" in step {self.stage!r}" if self.stage else ""
         return (
-            f"the run failed{where}: {self.reason} Nothing was committed; finished searches are kept, "
-            "run the same command again to go on."
+            f"the run failed{where}: {self.reason.rstrip(' .')}. Nothing was committed; finished searches "
+            "are kept, run the same command again to go on."
         )
 
 

@@ -12,15 +12,20 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines import scan
 from foldfeed.pipelines.errors import ToolNotFoundError, ToolTimeoutError
-from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, run_jackhmmer
+from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, JackhmmerRun, run_jackhmmer
+from foldfeed.pipelines.scan_choice import best_kernel
 from foldfeed.pipelines.scan_database import ScanDatabase, open_database
-from foldfeed.pipelines.scan_kernels import best_kernel
+from foldfeed.pipelines.scan_memory import describe_room
 from foldfeed.pipelines.search_tool import SearchResult, ToolIdentity
 from foldfeed.pipelines.subprocess_runner import raise_if_cancelled
 
@@ -82,101 +87,135 @@ class FastJackhmmer:
         return None
 
     def describe_scan(self) -> str:
-        """Returns kernel and libraries of the scan in words."""
-        return f"the fast scan ({best_kernel().name} kernel, profiles by pyhmmer {scan.pyhmmer_version()})"
+        """Returns kernel and libraries of the scan in words, and where the database has no room in memory."""
+        return describe_scan([self.database])
 
     def search(self, sequence: str) -> SearchResult:
         """Searches one sequence; see `foldfeed.pipelines.search_tool.SearchTool`."""
-        started, started_cpu = time.monotonic(), time.thread_time()
+        started, started_cpu = time.monotonic(), scan.thread_seconds()
         with tempfile.TemporaryDirectory(prefix="foldfeed-jackhmmer-") as name:
             folder = Path(name)
-            targets = folder / "targets"
-            with disk_full_is_typed(folder):
-                database = open_database(self.database)
-                write_survivors(
-                    sequence, database, targets, threads=self.cpus, check=lambda: self._check(started)
-                )
-            scanned_s, scanned_cpu_s = time.monotonic() - started, time.thread_time() - started_cpu
-            self._check(started)
-            result = run_jackhmmer(
+            candidates = self.candidates([sequence])
+            with disk_full_is_typed(folder), (folder / "targets").open("wb") as out:
+                candidates.copy(0, out)
+            scanned_s, scanned_cpu_s = time.monotonic() - started, scan.thread_seconds() - started_cpu
+            self._check(started, self.timeout_s)
+            found = run_on_candidates(
                 dataclasses.replace(self, timeout_s=self.timeout_s - scanned_s),
                 sequence,
-                folder=folder,
-                database=str(targets),
-                extra_flags=("-Z", str(database.num_records)),
+                folder,
+                candidates.num_targets,
             )
         usage = dataclasses.replace(
-            result.usage, wall_s=result.usage.wall_s + scanned_s, cpu_s=result.usage.cpu_s + scanned_cpu_s
+            found.usage, wall_s=found.usage.wall_s + scanned_s, cpu_s=found.usage.cpu_s + scanned_cpu_s
         )
-        return dataclasses.replace(result, usage=usage)
+        return dataclasses.replace(found, usage=usage)
 
-    def write_candidates(self, sequence: str, path: Path, started: float) -> int:
-        """Writes the targets that the first filter lets through, none where it lets none through.
+    def candidates(self, sequences: Sequence[str]) -> Candidates:
+        """Returns which targets the first filter lets through for some queries; the database is read once.
 
-        Args:
-          sequence: the query.
-          path: of the file to write.
-          started: when the time limit began, `time.monotonic`.
-        Returns:
-          How many targets the database has.
+        The time limit is that of one search times the number of queries.
 
         Raises:
-          SearchError, StorageFullError: as of `search`.
+          UnreadableDatabaseError: the database is no FASTA file that HMMER reads, or changed meanwhile.
+          ToolTimeoutError: it took too long.
+          CancelledError: the run was stopped.
         """
-        with disk_full_is_typed(path.parent):
-            database = open_database(self.database)
-            _write_passing(sequence, database, path, threads=self.cpus, check=lambda: self._check(started))
-            return database.num_records
+        started, limit_s = time.monotonic(), self.timeout_s * len(sequences)
+        database = open_database(self.database)
+        profiles = [_profile_of(sequence) for sequence in sequences]
+        extents = passing_extents(
+            profiles, database, threads=self.cpus, check=lambda: self._check(started, limit_s)
+        )
+        return Candidates(database=database, num_targets=database.num_records, extents=tuple(extents))
 
-    def _check(self, started: float) -> None:
+    def _check(self, started: float, limit_s: float) -> None:
         raise_if_cancelled("the fast scan")
-        if time.monotonic() - started >= self.timeout_s:
-            raise ToolTimeoutError(self.identity.name, self.timeout_s)
+        if time.monotonic() - started >= limit_s:
+            raise ToolTimeoutError(self.identity.name, limit_s)
 
 
-def write_survivors(
-    sequence: str,
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """Targets of one database that the first filter lets through for some queries.
+
+    Attributes:
+      database: where they are.
+      num_targets: of the whole database, HMMER's Z.
+      extents: of each query, int64 (passing, 2), where they start and end, in the file's order.
+    """
+
+    database: ScanDatabase
+    num_targets: int
+    extents: tuple[NDArray[np.int64], ...]
+
+    def copy(self, query: int, out: BinaryIO) -> None:
+        """Writes the records that are one query's candidates, as they stand in the database.
+
+        Raises:
+          UnreadableDatabaseError: the file is not what it was when it was scanned.
+        """
+        self.database.copy_extents(self.extents[query], out)
+
+
+def describe_scan(paths: Sequence[str]) -> str:
+    """Returns `FastJackhmmer.describe_scan` of a database of several files."""
+    libraries = f"{best_kernel().name} kernel, profiles by pyhmmer {scan.pyhmmer_version()}"
+    return f"the fast scan ({libraries}{describe_room(paths)})"
+
+
+def passing_extents(
+    profiles: Sequence[scan.FilterProfile],
     database: ScanDatabase,
-    path: Path,
     *,
     threads: int,
     check: Callable[[], None] = lambda: None,
-) -> int:
-    """Writes the targets that a query's first filter lets through, as they stand in the database.
+) -> list[NDArray[np.int64]]:
+    """Returns, for each query, where the records stand that its first filter lets through.
+
+    The database is read once for all of them, a chunk at a time.
 
     Args:
-      sequence: the query.
+      profiles: of the queries.
       database: to scan.
-      path: of the file to write.
       threads: of the scan.
       check: called before each chunk; raises to stop.
-    Returns:
-      How many. One target is written where none passes, because HMMER refuses an empty file; its filter
-      drops it.
+    Returns: for each query int64 (passing, 2), starts and ends of records in the file, in its order.
 
     Raises:
-      DatabaseError: the database is no FASTA file that HMMER reads.
+      UnreadableDatabaseError: the database is no FASTA file that HMMER reads, or not the same any more.
     """
-    number = _write_passing(sequence, database, path, threads=threads, check=check)
-    if number == 0:
-        chunk = next(iter(database.chunks()))
-        with path.open("wb") as out:
-            database.copy_records(chunk, chunk.order[-1:], out)
-    return number
+    found: list[list[NDArray[np.int64]]] = [[np.empty((0, 2), dtype=np.int64)] for _ in profiles]
+    for chunk in database.chunks():
+        check()
+        passing = scan.survivors(profiles, chunk, f1=F1, kernel=database.kernel, threads=threads)
+        for extents, one in zip(found, passing, strict=True):
+            extents.append(chunk.extents(one.records))
+    whole = [np.concatenate(extents) for extents in found]
+    # Chunks come in the order in which searches that run together read them.
+    return [extents[np.argsort(extents[:, 0])] for extents in whole]
 
 
-def _write_passing(
-    sequence: str, database: ScanDatabase, path: Path, *, threads: int, check: Callable[[], None]
-) -> int:
-    profile = _profile_of(sequence)
-    number = 0
-    with path.open("wb") as out:
-        for chunk in database.chunks():
-            check()
-            found = scan.survivors([profile], chunk, f1=F1, kernel=database.kernel, threads=threads)[0]
-            database.copy_records(chunk, found.records, out)
-            number += len(found.records)
-    return number
+def run_on_candidates(tool: JackhmmerRun, sequence: str, folder: Path, num_targets: int) -> SearchResult:
+    """Runs jackhmmer on the file ``targets`` of a folder as if it were the whole database.
+
+    Args:
+      tool: whose program, settings and identity.
+      sequence: the query.
+      folder: of the file, and for jackhmmer's own.
+      num_targets: of the whole database.
+    Raises:
+      SearchError: no usable result for this query.
+      StorageFullError: no space for the tool's files.
+    """
+    targets = folder / "targets"
+    if not targets.stat().st_size:
+        # HMMER refuses an empty file, and never reports a target without residues.
+        with disk_full_is_typed(folder):
+            targets.write_bytes(b">none\n")
+    return run_jackhmmer(
+        tool, sequence, folder=folder, database=str(targets), extra_flags=("-Z", str(num_targets))
+    )
 
 
 @functools.lru_cache(maxsize=32)

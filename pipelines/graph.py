@@ -4,7 +4,8 @@
                                   +-> first of each id -+-> losers as dead letters --+
                                                         +-> units -> SEARCH -> receipts
                                                         |   (in a database of several files, before:
-                                                        |    shard units -> SCAN -> receipts, by unit)
+                                                        |    shard units -> by shard -> batches of
+                                                        |    queries -> SCAN -> receipts, by unit)
                                                         +------------------------+
                                        complete? <- group by record <------------+
                                            |                                     |
@@ -21,8 +22,8 @@ arrive; alignments never travel through Beam.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import apache_beam as beam
 
@@ -37,7 +38,9 @@ from foldfeed.pipelines.search import (
     ShardUnit,
     WorkUnit,
     join_units,
-    scan_shard,
+    scan_batches,
+    scan_group,
+    scan_shards,
     search_unit,
     shard_ids_of,
     shard_units,
@@ -46,6 +49,8 @@ from foldfeed.pipelines.search import (
 from foldfeed.pipelines.search_tool import require_same_binary
 from foldfeed.pipelines.sequences import DeadLetter, QuerySequence
 from foldfeed.pipelines.subprocess_runner import cancel_all, follow_parent
+
+T = TypeVar("T")
 
 
 def _as_text(error: FoldfeedError, what: str = "") -> WorkerError:
@@ -95,7 +100,7 @@ class _Searching(beam.DoFn):
         except FoldfeedError as error:
             raise _as_text(error) from error
 
-    def _guarded(self, unit: WorkUnit, search: Callable[[], Receipt]) -> Receipt:
+    def _guarded(self, unit: WorkUnit, search: Callable[[], T]) -> T:
         try:
             return search()
         except Exception as error:
@@ -108,14 +113,12 @@ class _Searching(beam.DoFn):
 
 
 class ScanShard(_Searching):
-    """A shard unit -> (id of the whole unit, a receipt)."""
+    """Shard units of one shard -> (id of the whole unit, a receipt) of each."""
 
-    def process(self, element: ShardUnit) -> Iterator[tuple[str, Receipt]]:
-        """Searches one shard, or finds its candidates in the result store."""
-        yield (
-            element.unit.unit_id,
-            self._guarded(element.unit, lambda: scan_shard(element, self._context)),
-        )
+    def process(self, element: list[ShardUnit]) -> Iterator[tuple[str, Receipt]]:
+        """Searches one shard for some queries, or finds their candidates in the result store."""
+        for receipt in self._guarded(element[0].unit, lambda: scan_shards(element, self._context)):
+            yield receipt.unit_id, receipt
 
 
 class SearchUnit(_Searching):
@@ -180,6 +183,16 @@ def _shard_units(element: tuple[str, WorkUnit], context: JobContext) -> list[Sha
     return shard_units(element[1], context)
 
 
+def _by_group(part: ShardUnit) -> tuple[tuple[int, int, int], ShardUnit]:
+    return scan_group(part), part
+
+
+def _batches(
+    element: tuple[tuple[int, int, int], Iterable[ShardUnit]], context: JobContext
+) -> Iterator[list[ShardUnit]]:
+    return scan_batches(element[1], context)
+
+
 def _with_scans(
     element: tuple[str, dict[str, Iterable[Any]]],
 ) -> tuple[str, tuple[WorkUnit, tuple[Receipt, ...]]]:
@@ -237,10 +250,11 @@ class ReadQueries(beam.PTransform):
 class SearchAll(beam.PTransform):
     """Queries -> queries that every database answered, and dead letters for the others."""
 
-    def __init__(self, context: JobContext, stop_together: bool) -> None:
+    def __init__(self, context: JobContext, stop_together: bool, hints: Mapping[str, str]) -> None:
         super().__init__()
         self._context = context
         self._stop_together = stop_together
+        self._hints = hints
 
     def expand(self, queries: beam.PCollection) -> beam.PCollection:
         """Returns complete queries and dead letters in one collection."""
@@ -254,9 +268,9 @@ class SearchAll(beam.PTransform):
         receipts = (
             self._with_scans(units)
             | "Search"
-            >> beam.ParDo(SearchUnit(self._context, self._stop_together)).with_output_types(
-                tuple[str, Receipt]
-            )
+            >> beam.ParDo(SearchUnit(self._context, self._stop_together))
+            .with_output_types(tuple[str, Receipt])
+            .with_resource_hints(**self._hints)
             | "Receipts" >> beam.Reshuffle()
             | "ReceiptsByRecord" >> beam.FlatMap(_receipts_by_record).with_output_types(tuple[str, Receipt])
         )
@@ -274,11 +288,14 @@ class SearchAll(beam.PTransform):
         scans = (
             units
             | "ShardUnits" >> beam.FlatMap(_shard_units, self._context)
-            | "SpreadShards" >> beam.Reshuffle()
+            | "ByGroup" >> beam.Map(_by_group).with_output_types(tuple[tuple[int, int, int], ShardUnit])
+            | "GroupScans" >> beam.GroupByKey()
+            | "ScanBatches" >> beam.FlatMap(_batches, self._context)
+            | "SpreadScans" >> beam.Reshuffle()
             | "ScanShards"
-            >> beam.ParDo(ScanShard(self._context, self._stop_together)).with_output_types(
-                tuple[str, Receipt]
-            )
+            >> beam.ParDo(ScanShard(self._context, self._stop_together))
+            .with_output_types(tuple[str, Receipt])
+            .with_resource_hints(**self._hints)
         )
         return (
             {"unit": units, "scans": scans}
@@ -318,10 +335,24 @@ def _part_numbers(_: int, num_parts: int) -> range:
 
 
 def build_graph(
-    pipeline: beam.Pipeline, urls: Sequence[str], context: JobContext, *, stop_together: bool
+    pipeline: beam.Pipeline,
+    urls: Sequence[str],
+    context: JobContext,
+    *,
+    stop_together: bool,
+    hints: Mapping[str, str],
 ) -> None:
-    """Adds the whole build to a pipeline; for ``stop_together`` see `SearchUnit`."""
+    """Adds the whole build to a pipeline.
+
+    Args:
+      pipeline: an empty one.
+      urls: FASTA files.
+      context: of the build.
+      stop_together: see `SearchUnit`.
+      hints: Beam's resource hints of the steps that search. An engine gives these steps workers of their own
+        then, also one that uses no hints, so only engines that use them get any.
+    """
     queries, dead = pipeline | "ReadQueries" >> ReadQueries(urls, context.max_residues)
-    searched = queries | "SearchAll" >> SearchAll(context, stop_together)
+    searched = queries | "SearchAll" >> SearchAll(context, stop_together, hints)
     entries = (searched, dead) | "AllEntries" >> beam.Flatten()
     _ = entries | "WriteParts" >> WriteParts(context)

@@ -60,7 +60,7 @@ def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) 
 
         options = beam_options(config, runner)
         refuse_foreign_store(config)
-    databases, plan, job_id, num_parts = _planned(config)
+    databases, plan, job_id, num_parts = planned(config)
     found = find_finished(config, job_id, plan)
     if found is not None:
         return _nothing_to_do(config, plan, *found, started)
@@ -83,7 +83,7 @@ def forecast_build(config: BuildConfig) -> Forecast:
       PipelineError: the build cannot work.
     """
     choose_runner(config.runner)
-    databases, plan, job_id, _ = _planned(config)
+    databases, plan, job_id, _ = planned(config)
     return make_forecast(
         config.queries,
         databases,
@@ -91,10 +91,12 @@ def forecast_build(config: BuildConfig) -> Forecast:
         plan,
         ResultStore(config.results_url),
         is_finished=find_finished(config, job_id, plan) is not None,
+        num_workers=config.num_workers,
+        cpus_per_search=config.cpus_per_search,
     )
 
 
-def _planned(config: BuildConfig) -> tuple[tuple[SearchedDatabase, ...], Plan, str, int]:
+def planned(config: BuildConfig) -> tuple[tuple[SearchedDatabase, ...], Plan, str, int]:
     """Returns databases, plan, the job's name and its number of parts."""
     databases = prepare_databases(
         config.databases,

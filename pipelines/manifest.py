@@ -91,3 +91,8 @@ def file_state(path: str) -> str:
     """
     stat = os.stat(path)
     return json.dumps([os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+
+
+def num_bytes_of(state: str) -> int:
+    """Returns the size in a `file_state`."""
+    return json.loads(state)[1]

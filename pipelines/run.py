@@ -14,6 +14,7 @@ import importlib
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from foldfeed.feature_store.errors import MissingExtraError
@@ -34,6 +35,7 @@ from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.sequences import DeadLetter
 
 if TYPE_CHECKING:
+    import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
 
 
@@ -48,9 +50,9 @@ def beam_options(config: BuildConfig, runner: str) -> PipelineOptions:
       EngineError: an option is refused.
     """
     _import_beam()
-    from foldfeed.pipelines.engine import make_options
+    from foldfeed.pipelines.engine import options_of
 
-    return make_options(runner, config.num_workers, config.beam_options)
+    return options_of(config, runner)
 
 
 def refuse_foreign_store(config: BuildConfig) -> None:
@@ -88,7 +90,7 @@ def run_and_commit(
       StorageFullError: no space left; nothing was committed.
     """
     started = time.monotonic()
-    context = _context(config, databases, plan, job_id, num_parts)
+    context = context_of(config, databases, plan, job_id, num_parts)
     reused, _ = count_done(plan, context)
     receipts: list[PartReceipt] = []
     if plan.num_queries:
@@ -176,9 +178,10 @@ def _settings(config: BuildConfig) -> StoreSettings | None:
         raise ConfigError(str(error)) from error
 
 
-def _context(
+def context_of(
     config: BuildConfig, databases: tuple[SearchedDatabase, ...], plan: Plan, job_id: str, num_parts: int
 ) -> JobContext:
+    """Returns what the steps of a build need to know; makes the store where there is something to build."""
     settings = _settings(config)
     if plan.num_queries:
         settings = FeatureStore.create(config.store, settings).settings
@@ -197,12 +200,23 @@ def _context(
 
 def _run_on_beam(config: BuildConfig, context: JobContext, runner: str, options: PipelineOptions) -> None:
     from foldfeed.pipelines.engine import quiet_beam, run_pipeline
+
+    with quiet_beam():
+        run_pipeline(options, graph_of(config, context, runner))
+
+
+def graph_of(config: BuildConfig, context: JobContext, runner: str) -> Callable[[beam.Pipeline], None]:
+    """Returns what adds the graph of a build to an empty pipeline."""
+    from foldfeed.pipelines.engine import search_hints
     from foldfeed.pipelines.graph import build_graph
 
-    stop_together = runner == LOCAL_RUNNER
-    build = functools.partial(build_graph, urls=config.queries, context=context, stop_together=stop_together)
-    with quiet_beam():
-        run_pipeline(options, build)
+    return functools.partial(
+        build_graph,
+        urls=config.queries,
+        context=context,
+        stop_together=runner == LOCAL_RUNNER,
+        hints=search_hints(config, runner),
+    )
 
 
 def _dead_letters(receipts: list[PartReceipt]) -> tuple[DeadLetter, ...]:

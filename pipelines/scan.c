@@ -5,8 +5,11 @@
    fail return a negative number. Every pointer is to memory of the caller, who keeps the sizes that scan_kernels.py
    states. */
 
+/* Without Python for a test on another processor (tests/kernels_agree.c). */
+#ifndef FOLDFEED_WITHOUT_PYTHON
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#endif
 
 #include <math.h>
 #include <stddef.h>
@@ -14,10 +17,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define TILE 8         /* rows that a query is taken through at a time */
+#define TILE 16        /* blocks have a multiple of so many rows; a kernel takes them ROWS at a time */
 #define MAX_LETTERS 32 /* different columns among the profiles of a batch */
 #define PAD 31         /* code after the end of a sequence; costs most in every table */
 #define MAX_LANES 64
+#define UNROLL _Pragma("GCC unroll 16")
 #define ALIGNED __attribute__((aligned(64)))
 #define EXPORT __attribute__((visibility("default")))
 
@@ -79,6 +83,7 @@ static inline vec_plain plain_look_up(table_plain t, const uint8_t *index) {
 #define NAME(x) plain_##x
 #define TARGET
 #define LANES 16
+#define ROWS 8
 #define VEC vec_plain
 #define TABLE32 table_plain
 #define LOAD(p) plain_load(p)
@@ -117,6 +122,7 @@ PAIR(512, __m512i)
 #define NAME(x) sse41_##x
 #define TARGET __attribute__((target("sse4.1")))
 #define LANES 16
+#define ROWS 8
 #define VEC __m128i
 #define TABLE32 table_128
 #define LOAD(p) _mm_loadu_si128((const __m128i *)(p))
@@ -138,6 +144,7 @@ PAIR(512, __m512i)
 #define NAME(x) avx2_##x
 #define TARGET __attribute__((target("avx2")))
 #define LANES 32
+#define ROWS 8
 #define VEC __m256i
 #define TABLE32 table_256
 #define LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
@@ -159,6 +166,7 @@ PAIR(512, __m512i)
 #define NAME(x) avx512_##x
 #define TARGET __attribute__((target("avx512f,avx512bw")))
 #define LANES 64
+#define ROWS 16
 #define VEC __m512i
 #define TABLE32 table_512
 #define LOAD(p) _mm512_loadu_si512((const void *)(p))
@@ -191,6 +199,7 @@ static inline uint8x16_t neon_max_i8(uint8x16_t a, uint8x16_t b) {
 #define NAME(x) neon_##x
 #define TARGET
 #define LANES 16
+#define ROWS 8
 #define VEC uint8x16_t
 #define TABLE32 uint8x16x2_t
 #define LOAD(p) vld1q_u8(p)
@@ -246,6 +255,9 @@ static int runs_here(int number) {
 #endif
     return 1;
 }
+
+/* Raised with every change of what is exported here or of the sizes that a caller keeps; compared by its caller. */
+EXPORT int foldfeed_interface(void) { return 2; }
 
 /* Name and lanes of kernel `number`; NULL past the last one. `*usable` says whether this processor runs it. */
 EXPORT const char *foldfeed_kernel(int number, int *lanes, int *usable) {
@@ -306,6 +318,8 @@ EXPORT void foldfeed_length_costs(const int64_t *lengths, int64_t number, float 
     }
 }
 
+#define IS_SPACE(c) ((c) == ' ' || ((c) >= '\t' && (c) <= '\r'))
+
 enum { FAULT_START = -1, FAULT_NAME = -2, FAULT_RESIDUE = -3 };
 
 /* Residue codes of FASTA text, read as HMMER reads it.
@@ -316,7 +330,6 @@ enum { FAULT_START = -1, FAULT_NAME = -2, FAULT_RESIDUE = -3 };
 EXPORT int64_t foldfeed_digitise(const uint8_t *text, int64_t size, const uint8_t *map, uint8_t *codes,
                                  int64_t *record_starts, int64_t *code_starts, int64_t *fault) {
     int64_t at = 0, num_codes = 0, records = 0;
-#define IS_SPACE(c) ((c) == ' ' || ((c) >= '\t' && (c) <= '\r'))
     while (at < size && IS_SPACE(text[at])) at++;
     while (at < size) {
         *fault = at;
@@ -336,7 +349,6 @@ EXPORT int64_t foldfeed_digitise(const uint8_t *text, int64_t size, const uint8_
             }
         }
     }
-#undef IS_SPACE
     record_starts[records] = size;
     code_starts[records] = num_codes;
     return records;
@@ -348,17 +360,110 @@ EXPORT int64_t foldfeed_count_byte(const uint8_t *text, int64_t size, int byte) 
     return number;
 }
 
+/* Compares a name with one of the sorted list: as Python compares bytes. */
+static int compare_names(const uint8_t *a, int64_t a_size, const uint8_t *b, int64_t b_size) {
+    int order = memcmp(a, b, (size_t)(a_size < b_size ? a_size : b_size));
+    return order ? order : (a_size > b_size) - (a_size < b_size);
+}
+
+/* Place of a name in a sorted list, -1 where it is not in it. */
+static int64_t place_of(const uint8_t *name, int64_t size, const uint8_t *names, const int64_t *starts,
+                        int64_t number) {
+    int64_t low = 0, high = number;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        int order = compare_names(names + starts[middle], starts[middle + 1] - starts[middle], name, size);
+        if (order == 0) return middle;
+        if (order < 0) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return -1;
+}
+
+static int64_t find_byte(const uint8_t *text, int64_t from, int64_t to, int byte) {
+    const uint8_t *found = from < to ? memchr(text + from, byte, (size_t)(to - from)) : NULL;
+    return found == NULL ? to : found - text;
+}
+
+/* Records of FASTA text that have one of some sorted names: start, end and place of the name of each to `found`,
+   which has room for max_found. Text that is not the `ended` file's last may end within a record, which is left
+   out. Returns how many; *resume is where the first record starts that was not looked at, or the end. */
+EXPORT int64_t foldfeed_find_named(const uint8_t *text, int64_t size, int ended, const uint8_t *names,
+                                   const int64_t *name_starts, int64_t num_names, int64_t *found,
+                                   int64_t max_found, int64_t *resume) {
+    int64_t number = 0, at = find_byte(text, 0, size, '>');
+    while (at < size && number < max_found) {
+        int64_t header_end = find_byte(text, at, size, '\n');
+        header_end = find_byte(text, at, header_end, '\r');
+        int64_t following = find_byte(text, header_end, size, '>');
+        if (following == size && !ended) break;
+        int64_t name = at + 1, name_end;
+        while (name < header_end && IS_SPACE(text[name])) name++;
+        for (name_end = name; name_end < header_end && !IS_SPACE(text[name_end]);) name_end++;
+        int64_t place = name < name_end ? place_of(text + name, name_end - name, names, name_starts, num_names) : -1;
+        if (place >= 0) {
+            int64_t *one = found + 3 * number++;
+            one[0] = at, one[1] = following, one[2] = place;
+        }
+        at = following;
+    }
+    *resume = at;
+    return number;
+}
+
+/* Swaps the bits of `a` above `shift` that `mask` names with those of `b`. */
+#define SWAP_BITS(a, b, shift, mask)                     \
+    do {                                                 \
+        uint64_t change = (((a) >> (shift)) ^ (b)) & (mask); \
+        (b) ^= change;                                   \
+        (a) ^= change << (shift);                        \
+    } while (0)
+
+/* Eight residues of eight targets: residue `row` of target `lane` becomes to[row * lanes + lane]. */
+static inline void transpose_8x8(const uint8_t *const from[8], int64_t at, uint8_t *to, int lanes) {
+    uint64_t x[8];
+    for (int lane = 0; lane < 8; lane++) memcpy(&x[lane], from[lane] + at, 8);
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    for (int i = 0; i < 4; i++) SWAP_BITS(x[i], x[i + 4], 32, 0x00000000ffffffffu);
+    for (int i = 0; i < 6; i += i == 1 ? 3 : 1) SWAP_BITS(x[i], x[i + 2], 16, 0x0000ffff0000ffffu);
+    for (int i = 0; i < 8; i += 2) SWAP_BITS(x[i], x[i + 1], 8, 0x00ff00ff00ff00ffu);
+    for (int row = 0; row < 8; row++) memcpy(to + (at + row) * lanes, &x[row], 8);
+#else
+    for (int row = 0; row < 8; row++) {
+        for (int lane = 0; lane < 8; lane++) to[(at + row) * lanes + lane] = from[lane][at + row];
+    }
+#endif
+}
+
+/* Puts eight sequences side by side, from the given lane on. */
+static void pack_eight(const uint8_t *const from[8], const int64_t length[8], int lanes, uint8_t *to) {
+    int64_t common = length[0];
+    for (int lane = 1; lane < 8; lane++) common = length[lane] < common ? length[lane] : common;
+    common -= common % 8;
+    for (int64_t at = 0; at < common; at += 8) transpose_8x8(from, at, to, lanes);
+    for (int lane = 0; lane < 8; lane++) {
+        for (int64_t row = common; row < length[lane]; row++) to[row * lanes + lane] = from[lane][row];
+    }
+}
+
 /* Puts sequences side by side: target order[i] becomes lane i % lanes of block i / lanes. */
 EXPORT void foldfeed_pack(const uint8_t *codes, const int64_t *code_starts, const int64_t *order, int64_t number,
                           int lanes, const int64_t *offsets, const int32_t *rows, uint8_t *out) {
     for (int64_t block = 0; block * lanes < number; block++) {
         uint8_t *to = out + offsets[block];
         memset(to, PAD, (size_t)rows[block] * lanes);
-        for (int lane = 0; lane < lanes && block * lanes + lane < number; lane++) {
-            int64_t target = order[block * lanes + lane];
-            const uint8_t *from = codes + code_starts[target];
-            int64_t length = code_starts[target + 1] - code_starts[target];
-            for (int64_t row = 0; row < length; row++) to[row * lanes + lane] = from[row];
+        for (int lane = 0; lane < lanes; lane += 8) {
+            const uint8_t *from[8];
+            int64_t length[8];
+            for (int i = 0; i < 8; i++) {
+                int64_t place = block * lanes + lane + i, target = place < number ? order[place] : order[0];
+                from[i] = codes + code_starts[target];
+                length[i] = place < number ? code_starts[target + 1] - code_starts[target] : 0;
+            }
+            pack_eight(from, length, lanes, to + lane);
         }
     }
 }
@@ -379,6 +484,8 @@ EXPORT void foldfeed_gather(const uint8_t *from, const int64_t *from_offsets, co
     }
 }
 
+#ifndef FOLDFEED_WITHOUT_PYTHON
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_scan", NULL, -1, NULL, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__scan(void) { return PyModule_Create(&definition); }
+#endif

@@ -20,7 +20,9 @@ Why the result is JackHMMER's own
    passed already (MSV can only be higher). A cell of 0 or more in signed bytes means HMMER's overflow, a
    pass, or MSV decides.
 3. Profile, bias, costs, mu and lambda come from HMMER's own code (pyhmmer's builder with jackhmmer's
-   defaults: BLOSUM62, popen 0.02, pextend 0.4, seed 42), unpacked from its vectors. Null model, P-value and
+   defaults: BLOSUM62, popen 0.02, pextend 0.4, seed 42), unpacked from its vectors. Only the simulations for
+   the later filters are shorter than jackhmmer's: they come after that for MSV, from the same generator, and
+   nothing here rests on them (jackhmmer makes its own on what passes). Null model, P-value and
    length cost follow HMMER's formulas in its precisions; because libraries' logarithms may differ in the
    last bit, a target passes already `SAFETY_BITS` below the threshold. Scores are multiples of 1/3 bit, so
    this lets hardly any more through, and more is harmless by 1.
@@ -32,10 +34,11 @@ longest name (of 20 letters or more) in a list that also holds targets it will n
 E-value was good enough against the targets read so far. The result is that of jackhmmer with ``-Z``, byte
 for byte, and that of jackhmmer without ``-Z`` word for word.
 
-Where it is no faster: few targets (starting jackhmmer and calibrating a profile, twice, takes 0.05 s and
-more); queries whose homologs are a large part of the database, or low-complexity queries that pass
-thousands by chance (the survivors cost what they cost); more than one iteration, which it does not do;
-databases larger than memory with one query at a time, where reading the file takes as long as scanning it.
+Where it is no faster: few targets (starting jackhmmer and calibrating a profile takes 0.03 s and more, with
+nothing to search too); queries whose homologs are a large part of the database, or low-complexity queries
+that pass thousands by chance (the survivors cost what they cost); more than one iteration, which it does not
+do. A database without room in memory is read again for every batch of queries, which costs about as much as
+scanning it for one or two of them (`scan_memory`; bench/README.md has the numbers).
 
 Source: Eddy 2011, PLoS Comput Biol 7:e1002195 (MSV, P-values); comments of HMMER 3.3.2
 ``impl_sse/ssvfilter.c`` (Knudsen) and ``msvfilter.c``; user guide of HMMER 3.
@@ -48,6 +51,7 @@ import dataclasses
 import functools
 import math
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +60,8 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store.errors import MissingExtraError
 from foldfeed.pipelines import scan_kernels
-from foldfeed.pipelines.scan_database import SYMBOLS, Chunk
-from foldfeed.pipelines.scan_kernels import MAX_LETTERS, NUM_CODES, Kernel
+from foldfeed.pipelines.scan_database import SYMBOLS
+from foldfeed.pipelines.scan_kernels import MAX_LETTERS, NUM_CODES, Chunk, Kernel
 
 if TYPE_CHECKING:
     from pyhmmer.plan7 import OptimizedProfile
@@ -75,6 +79,10 @@ BATCH = 32
 _PROFILE_LANES = 16
 _SCORES = 256
 
+# Mu and lambda of Viterbi and Forward are simulated after MSV's, with the same generator, and are not used
+# here: nine tenths of a profile's time. The builder has no way to leave them out.
+_SHORT_SIMULATIONS = {"EvL": 2, "EvN": 2, "EfL": 10, "EfN": 10}
+
 _local = threading.local()
 
 
@@ -83,7 +91,9 @@ class FilterProfile:
     """What HMMER's first filter knows of a query.
 
     Attributes:
-      biased: uint8 (residues, `NUM_CODES`), rbv: cost of a code at a position, plus `bias`.
+      columns: uint8 (different, `NUM_CODES`), cost of every code at positions that are alike, plus `bias`; a
+        single sequence has at most 27 different ones.
+      letters: uint8 (residues,), which of them a position has.
       base: score of the begin state.
       bias: added to every cost.
       tbm: cost of B to a match state.
@@ -93,7 +103,8 @@ class FilterProfile:
       slope: its lambda.
     """
 
-    biased: NDArray[np.uint8]
+    columns: NDArray[np.uint8]
+    letters: NDArray[np.uint8]
     base: int
     bias: int
     tbm: int
@@ -103,12 +114,22 @@ class FilterProfile:
     slope: float
 
     def __len__(self) -> int:
-        return len(self.biased)
+        return len(self.letters)
+
+    @property
+    def biased(self) -> NDArray[np.uint8]:
+        """HMMER's rbv: uint8 (residues, `NUM_CODES`), cost of a code at a position, plus `bias`."""
+        return self.columns[self.letters]
+
+    @property
+    def signed_columns(self) -> NDArray[np.int8]:
+        """int8 (different, `NUM_CODES`), `columns` without bias, at most 127."""
+        return np.minimum(self.columns.astype(np.int16) - self.bias, 127).astype(np.int8)
 
     @property
     def signed(self) -> NDArray[np.int8]:
-        """sbv: int8 (residues, `NUM_CODES`), the costs without bias, at most 127."""
-        return np.minimum(self.biased.astype(np.int16) - self.bias, 127).astype(np.int8)
+        """HMMER's sbv: int8 (residues, `NUM_CODES`), the costs without bias."""
+        return self.signed_columns[self.letters]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,10 +154,17 @@ def profile_of(sequence: str) -> FilterProfile:
     plan7, easel = _pyhmmer()
     if not hasattr(_local, "builder"):
         alphabet = easel.Alphabet.amino()
-        _local.builder = plan7.Builder(alphabet, seed=42, popen=0.02, pextend=0.4, score_matrix="BLOSUM62")
+        words = {"seed": 42, "popen": 0.02, "pextend": 0.4, "score_matrix": "BLOSUM62"}
+        _local.builder = plan7.Builder(alphabet, **words)
+        _local.quick = plan7.Builder(alphabet, **words, **_SHORT_SIMULATIONS)
         _local.background = plan7.Background(alphabet)
     query = easel.TextSequence(sequence=sequence).digitize(_local.builder.alphabet)
-    return unpack_profile(_local.builder.build(query, _local.background)[2])
+    try:
+        built = _local.quick.build(query, _local.background)
+    except ValueError:
+        # So few scores of the later filters, all equal perhaps, may fit no distribution.
+        built = _local.builder.build(query, _local.background)
+    return unpack_profile(built[2])
 
 
 def pyhmmer_version() -> str:
@@ -166,10 +194,12 @@ def unpack_profile(profile: OptimizedProfile) -> FilterProfile:
     position = np.arange(profile.M)
     biased = np.full((profile.M, NUM_CODES), 255, dtype=np.uint8)
     biased[:, : len(SYMBOLS)] = striped[:, position % vectors, position // vectors].T
+    columns, letters = np.unique(biased, axis=0, return_inverse=True)
     # The order is HMMER's: mu and lambda of MSV, then of Viterbi, then of Forward.
     parameters = profile.evalue_parameters.as_vector()
     return FilterProfile(
-        biased=biased,
+        columns=columns,
+        letters=np.ascontiguousarray(letters.ravel(), dtype=np.uint8),
         base=profile.base_b,
         bias=profile.bias_b,
         tbm=profile.tbm,
@@ -218,12 +248,8 @@ def best_cells(
     Raises:
       ValueError: the profiles have more than 32 different columns; those of single sequences have at most 27.
     """
-    columns = np.concatenate([profile.signed for profile in profiles])
-    table, letters = np.unique(columns, axis=0, return_inverse=True)
-    if len(table) > MAX_LETTERS:
-        raise ValueError(f"{len(table)} different columns; profiles of single sequences have at most 27")
+    table, codes = _joined(profiles)
     starts = np.concatenate([[0], np.cumsum([len(profile) for profile in profiles])]).astype(np.int64)
-    codes = np.ascontiguousarray(letters.ravel(), dtype=np.uint8)
     blocks = chunk.blocks
     out = np.empty((len(profiles), len(blocks) * kernel.lanes), dtype=np.int8)
     # Blocks of equal numbers of rows take equal times.
@@ -231,15 +257,36 @@ def best_cells(
     cuts = np.searchsorted(rows, np.linspace(0, rows[-1] if len(rows) else 0, threads + 1)[1:-1])
     ends = [0, *(int(cut) for cut in cuts), len(blocks)]
 
-    def scan(part: int) -> None:
+    def scan(part: int) -> float:
+        started = time.thread_time()
         scan_kernels.ssv(kernel, blocks, table, codes, starts, first=ends[part], last=ends[part + 1], out=out)
+        return time.thread_time() - started
 
     if threads == 1:
         scan(0)
     else:
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            list(pool.map(scan, range(threads)))
+            _local.helped_s = getattr(_local, "helped_s", 0.0) + sum(pool.map(scan, range(threads)))
     return out
+
+
+def _joined(profiles: Sequence[FilterProfile]) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
+    """Returns the different signed columns of some profiles, and which of them each position has."""
+    if len(profiles) == 1:
+        return profiles[0].signed_columns, profiles[0].letters
+    columns = np.concatenate([profile.signed_columns for profile in profiles])
+    table, places = np.unique(columns, axis=0, return_inverse=True)
+    if len(table) > MAX_LETTERS:
+        raise ValueError(f"{len(table)} different columns; profiles of single sequences have at most 27")
+    places = places.ravel().astype(np.uint8)
+    before = np.cumsum([0, *(len(profile.columns) for profile in profiles)])
+    letters = [places[first + profile.letters] for first, profile in zip(before, profiles, strict=False)]
+    return table, np.concatenate(letters)
+
+
+def thread_seconds() -> float:
+    """Returns CPU seconds of this thread and of those that scanned for it."""
+    return time.thread_time() + getattr(_local, "helped_s", 0.0)
 
 
 def _passing(
@@ -250,31 +297,35 @@ def _passing(
     kernel: Kernel,
     safety_bits: float,
 ) -> Survivors:
-    lengths, of_lane = np.unique(chunk.lengths, return_inverse=True)
+    lengths, counts = chunk.distinct_lengths
     least_j, length_costs = _least_j(profile, lengths, f1, safety_bits)
     begin_costs = length_costs.astype(np.int64) + profile.tbm
     # In steps above the begin score: what passes or overflows, and from where J may have been used.
     least = np.minimum(least_j + profile.tec, 255 - profile.bias) - (profile.base - begin_costs)
     j_used = begin_costs + profile.tec
-    steps = best[: len(of_lane)].astype(np.int16) + 128
+    steps = best[: chunk.num_records].astype(np.int16) + np.int16(128)
     # From 128 on a cell may have wrapped past what it stands for, but came from one of at least 128 - bias.
     exact = steps < 128
-    certain = np.where(exact, steps, 128 - profile.bias)
-    passes = certain >= least[of_lane]
-    doubtful = np.flatnonzero(~passes & (~exact | (steps > j_used[of_lane])))
+    certain = np.where(exact, steps, np.int16(128 - profile.bias))
+    passes = certain >= _of_lanes(least, counts)
+    doubtful = np.flatnonzero(~passes & (~exact | (steps > _of_lanes(j_used, counts))))
     if len(doubtful):
         ends = msv_scores(profile, chunk, doubtful, kernel=kernel)
-        passes[doubtful] = (ends >= least_j[of_lane[doubtful]]) | (ends == 255)
+        passes[doubtful] = (ends >= _of_lanes(least_j, counts)[doubtful]) | (ends == 255)
     passes &= chunk.lengths > 0
     passes |= chunk.lengths > MAX_TARGET
     return Survivors(np.sort(chunk.order[passes]), len(doubtful))
+
+
+def _of_lanes(of_lengths: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int16]:
+    """Returns what each lane has of something that depends on its length alone; lanes lie by length."""
+    return np.repeat(of_lengths.astype(np.int16), counts)
 
 
 def msv_scores(
     profile: FilterProfile, chunk: Chunk, lanes: NDArray[np.int64], *, kernel: Kernel
 ) -> NDArray[np.uint8]:
     """Returns uint8 (chosen,): xJ at the end of HMMER's MSV recurrence for chosen lanes; 255 on overflow."""
-    table, letters = np.unique(profile.biased, axis=0, return_inverse=True)
     lengths = chunk.lengths[lanes]
     blocks = scan_kernels.gather(chunk.blocks, lanes, lengths)
     begin_costs = np.zeros(len(blocks) * kernel.lanes, dtype=np.uint8)
@@ -283,8 +334,8 @@ def msv_scores(
     return scan_kernels.msv(
         kernel,
         blocks,
-        table,
-        np.ascontiguousarray(letters.ravel(), dtype=np.uint8),
+        profile.columns,
+        profile.letters,
         base=profile.base,
         bias=profile.bias,
         tec=profile.tec,
@@ -298,8 +349,14 @@ def _least_j(
     """Returns, for target lengths, the smallest xJ that passes (256: none does) and tjb."""
     costs = scan_kernels.length_costs(lengths, profile.scale)
     least_bits = least_score(f1, profile.mu, profile.slope) - safety_bits
-    bits = filter_bits(np.arange(_SCORES), costs[:, None], lengths[:, None], profile.base, profile.scale)
-    return np.count_nonzero(bits < least_bits, axis=1).astype(np.int64), costs
+    # The score grows with xJ, in its rounded form too, so where it reaches the threshold is found by halving.
+    low, high = np.zeros(len(lengths), dtype=np.int64), np.full(len(lengths), _SCORES)
+    for _ in range(_SCORES.bit_length()):
+        middle = (low + high) // 2
+        bits = filter_bits(middle, costs, lengths, profile.base, profile.scale)
+        below = (middle < high) & (bits < least_bits)
+        low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
+    return low, costs
 
 
 def filter_bits(

@@ -18,36 +18,26 @@ TARGET static void NAME(costs_of_rows)(const uint8_t *codes, int rows, const uin
     }
 }
 
-#define STEP(row, before, most) \
-    d##row = SUBS_I8(before, LOAD(cost + row * LANES)); \
-    most = MAX_I8(most, d##row);
-
-/* Extends every diagonal of one query by TILE rows. `column[k]` holds the last row above for query position k
-   and receives the last row of the tile; the TILE rows between live in registers. */
+/* Extends every diagonal of one query by ROWS rows. `column[k]` holds the last row above for query position k
+   and receives the last row of the tile; the rows between live in registers. Four maxima instead of one,
+   because a chain of them would take longer than everything else. */
 TARGET static void NAME(ssv_tile)(const uint8_t *query, int length, const uint8_t *costs, uint8_t *column,
                                   uint8_t *best) {
-    const VEC floor = SPLAT((uint8_t)-128);
-    VEC d0 = floor, d1 = floor, d2 = floor, d3 = floor, d4 = floor, d5 = floor, d6 = floor, d7 = floor;
-    VEC above = floor;
-    VEC most0 = LOAD(best), most1 = most0;
+    VEC d[ROWS], most[4], above = SPLAT((uint8_t)-128);
+    UNROLL for (int row = 0; row < ROWS; row++) d[row] = SPLAT((uint8_t)-128);
+    UNROLL for (int i = 0; i < 4; i++) most[i] = LOAD(best);
     for (int k = 0; k < length; k++) {
-        const uint8_t *cost = costs + (size_t)query[k] * (TILE * LANES);
+        const uint8_t *cost = costs + (size_t)query[k] * (ROWS * LANES);
         VEC here = LOAD(column + (size_t)k * LANES);
-        STEP(7, d6, most0)
-        STEP(6, d5, most1)
-        STEP(5, d4, most0)
-        STEP(4, d3, most1)
-        STEP(3, d2, most0)
-        STEP(2, d1, most1)
-        STEP(1, d0, most0)
-        STEP(0, above, most1)
-        STORE(column + (size_t)k * LANES, d7);
+        UNROLL for (int row = ROWS - 1; row >= 0; row--) {
+            d[row] = SUBS_I8(row ? d[row - 1] : above, LOAD(cost + row * LANES));
+            most[row % 4] = MAX_I8(most[row % 4], d[row]);
+        }
+        STORE(column + (size_t)k * LANES, d[ROWS - 1]);
         above = here;
     }
-    STORE(best, MAX_I8(most0, most1));
+    STORE(best, MAX_I8(MAX_I8(most[0], most[1]), MAX_I8(most[2], most[3])));
 }
-
-#undef STEP
 
 /* Best SSV cell of every lane for each of `num_queries` queries: out[query * stride + lane]. */
 TARGET static void NAME(ssv_block)(const uint8_t *codes, int rows, const uint8_t *table, int letters,
@@ -57,8 +47,8 @@ TARGET static void NAME(ssv_block)(const uint8_t *codes, int rows, const uint8_t
     uint8_t *columns = best + (size_t)num_queries * LANES;
     size_t vectors = (size_t)(starts[num_queries] - starts[0]) + num_queries;
     memset(best, 0x80, vectors * LANES);
-    for (int row = 0; row < rows; row += TILE) {
-        NAME(costs_of_rows)(codes + (size_t)row * LANES, TILE, table, letters, costs);
+    for (int row = 0; row < rows; row += ROWS) {
+        NAME(costs_of_rows)(codes + (size_t)row * LANES, ROWS, table, letters, costs);
         for (int q = 0; q < num_queries; q++) {
             NAME(ssv_tile)(queries + starts[q], (int)(starts[q + 1] - starts[q]), costs,
                            columns + (size_t)(starts[q] - starts[0]) * LANES, best + (size_t)q * LANES);
@@ -101,6 +91,7 @@ TARGET static void NAME(msv_block)(const uint8_t *codes, int rows, const uint8_t
 #undef NAME
 #undef TARGET
 #undef LANES
+#undef ROWS
 #undef VEC
 #undef TABLE32
 #undef LOAD

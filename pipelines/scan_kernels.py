@@ -1,9 +1,8 @@
 """The compiled kernels of the fast scan, called on arrays.
 
-Owns the binding to ``scan.c``, the choice of an instruction set and the check of sizes. Does not own what the
-scores mean (`foldfeed.pipelines.scan`). The kernels are an optional part of an installation: they are there
-where a C compiler was. Invariant: a kernel is used only after it gave the plain C kernel's scores on drawn
-input, in this process; so a build for an instruction set that nobody has tried yet cannot give wrong ones.
+Owns the binding to ``scan.c``, how targets lie in memory and the check of sizes. Does not own which kernel is
+used (`scan_choice`) nor what the scores mean (`foldfeed.pipelines.scan`). The kernels are an optional part of
+an installation: they are there where a C compiler was.
 
 Safe from any thread; the calls release the interpreter's lock.
 """
@@ -14,12 +13,13 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foldfeed.pipelines.errors import KernelError, ToolNotFoundError
+from foldfeed.pipelines.errors import ToolNotFoundError
 
 # Codes below it are residues; the kernels' tables have as many columns.
 NUM_CODES = 32
@@ -27,7 +27,10 @@ NUM_CODES = 32
 PAD = 31
 MAX_LETTERS = 32
 # Blocks have a multiple of so many rows.
-TILE = 8
+TILE = 16
+
+# Of the C, see `foldfeed_interface` there.
+_INTERFACE = 2
 
 # What the text of a sequence becomes besides codes: skipped, refused.
 SKIPPED, REFUSED = 64, 128
@@ -71,10 +74,57 @@ class Blocks:
         return len(self.rows)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive records of a database, packed for one kernel.
+
+    Attributes:
+      starts: int64 (records + 1,), where the records start in the file; the last is where the chunk ends.
+      order: int64 (records,), record of each lane, by length.
+      lengths: int64 (records,), residues of each lane.
+      distinct_lengths: int64 (different,) twice: the lengths that occur, ascending, and how often.
+      blocks: the lanes.
+    """
+
+    starts: NDArray[np.int64]
+    order: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    distinct_lengths: tuple[NDArray[np.int64], NDArray[np.int64]]
+    blocks: Blocks
+
+    @property
+    def num_records(self) -> int:
+        """Records, those without residues counted."""
+        return len(self.order)
+
+    @property
+    def num_residues(self) -> int:
+        """Residues of all records."""
+        return int(self.lengths.sum())
+
+    def extents(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns int64 (records, 2): where records start and end in the file."""
+        return np.stack([self.starts[records], self.starts[records + 1]], axis=1)
+
+
 def library_path() -> str | None:
     """Returns the path of the compiled kernels; None where they were not built."""
     spec = importlib.util.find_spec("foldfeed.pipelines._scan")
     return spec.origin if spec is not None else None
+
+
+def is_current(library: ctypes.CDLL) -> bool:
+    """Returns whether kernels were compiled from the C that belongs to this file."""
+    try:
+        return library.foldfeed_interface() == _INTERFACE
+    except AttributeError:
+        return False
+
+
+def is_usable() -> bool:
+    """Returns whether there are compiled kernels, of this version."""
+    path = library_path()
+    return path is not None and is_current(ctypes.CDLL(path))
 
 
 @functools.cache
@@ -88,8 +138,15 @@ def _library() -> ctypes.CDLL:
             "'--engine binary'",
         )
     library = ctypes.CDLL(path)
+    if not is_current(library):
+        raise ToolNotFoundError(
+            "fast scan",
+            f"its compiled kernels ({path}) are of another version than the Python beside them; install "
+            "foldfeed again ('pip install --force-reinstall --no-deps foldfeed', in a clone "
+            "'pip install -e .'), or use '--engine binary'",
+        )
     library.foldfeed_kernel.restype = ctypes.c_char_p
-    for name in ("digitise", "count_byte"):
+    for name in ("digitise", "count_byte", "find_named"):
         getattr(library, f"foldfeed_{name}").restype = ctypes.c_int64
     return library
 
@@ -108,47 +165,6 @@ def kernels() -> tuple[Kernel, ...]:
     ) is not None:
         found.append(Kernel(name.decode(), len(found), lanes.value, bool(usable.value)))
     return tuple(found)
-
-
-@functools.cache
-def best_kernel() -> Kernel:
-    """Returns the fastest kernel that this processor runs, after comparing its scores with plain C.
-
-    Raises:
-      ToolNotFoundError: none were compiled.
-      KernelError: it gives other scores.
-    """
-    kernel = [kernel for kernel in kernels() if kernel.usable][-1]
-    check_kernel(kernel)
-    return kernel
-
-
-def check_kernel(kernel: Kernel) -> None:
-    """Compares a kernel with the plain one on drawn targets, profiles and costs.
-
-    Raises:
-      KernelError: their scores differ.
-    """
-    random = np.random.default_rng(0)
-    lengths = random.integers(0, 150, size=2 * kernel.lanes + 1)
-    codes = random.integers(0, PAD, size=int(lengths.sum()), dtype=np.uint8)
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    letters = random.integers(0, MAX_LETTERS, size=180, dtype=np.uint8)
-    query_starts = np.array([0, 1, 70, 180], dtype=np.int64)
-    signed = random.integers(-30, 20, size=(MAX_LETTERS, NUM_CODES)).astype(np.int8)
-    biased = (signed.astype(np.int64) + 30).astype(np.uint8)
-    signed[:, PAD], biased[:, PAD] = 127, 255
-    order = np.argsort(lengths, kind="stable")
-    answers = []
-    for each in (kernels()[0], kernel):
-        blocks = pack(codes, starts, order, each.lanes)
-        begin = np.full(len(blocks) * each.lanes, 60, dtype=np.uint8)
-        scores = ssv(each, blocks, signed, letters, query_starts)[:, : len(order)]
-        full = msv(each, blocks, biased, letters, base=190, bias=30, tec=3, begin_costs=begin)
-        answers.append(np.concatenate([scores.view(np.uint8).ravel(), full[: len(order)]]))
-    wrong = int((answers[0] != answers[1]).sum())
-    if wrong:
-        raise KernelError(kernel.name, wrong, len(answers[0]))
 
 
 def _pointer(array: NDArray[Any], dtype: type) -> ctypes.c_void_p:
@@ -191,6 +207,43 @@ def digitise(
         raise ValueError(FAULTS[records], fault.value)
     code_starts = code_starts[: records + 1].copy()
     return codes[: code_starts[-1]], record_starts[: records + 1].copy(), code_starts
+
+
+# Records that one call gives back at most; a call more finds the others.
+_FOUND_AT_ONCE = 65_536
+
+
+def find_named(text: bytes, wanted: Sequence[bytes], ended: bool) -> tuple[list[tuple[int, int, int]], int]:
+    """Returns the records of FASTA text that have one of some names.
+
+    Args:
+      text: from the start of a record, or what stands before the first.
+      wanted: names, sorted.
+      ended: whether the file ends here; else the last record may be cut and is left out.
+    Returns: start, end and place in `wanted` of each record; where the first starts that was left out.
+    """
+    names = np.frombuffer(b"".join(wanted) or b"\0", dtype=np.uint8)
+    starts = np.concatenate([[0], np.cumsum([len(name) for name in wanted])]).astype(np.int64)
+    data = np.frombuffer(text or b"\0", dtype=np.uint8)
+    room = np.empty((min(_FOUND_AT_ONCE, text.count(b">") + 1), 3), dtype=np.int64)
+    found: list[tuple[int, int, int]] = []
+    at, resume = 0, ctypes.c_int64()
+    while True:
+        number = _library().foldfeed_find_named(
+            _pointer(data[at:], np.uint8),
+            ctypes.c_int64(len(text) - at),
+            ctypes.c_int(ended),
+            _pointer(names, np.uint8),
+            _pointer(starts, np.int64),
+            ctypes.c_int64(len(wanted)),
+            _pointer(room, np.int64),
+            ctypes.c_int64(len(room)),
+            ctypes.byref(resume),
+        )
+        found += [(at + start, at + end, place) for start, end, place in room[:number].tolist()]
+        at += resume.value
+        if number < len(room):
+            return found, at
 
 
 def pack(codes: NDArray[np.uint8], starts: NDArray[np.int64], order: NDArray[np.int64], lanes: int) -> Blocks:

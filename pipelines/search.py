@@ -1,11 +1,11 @@
 """One unit of search: a query sequence against a database, with its answer in the result store.
 
 Owns the decision what happens to a unit: reuse, search, retry, or give up with a reason. Does not own tools
-or storage. No Beam here; DoFns of `foldfeed.pipelines.graph` are shells over `scan_shard` and `search_unit`.
+or storage. No Beam here; DoFns of `foldfeed.pipelines.graph` are shells over `scan_shards` and `search_unit`.
 Invariants: an answer is stored only after it was parsed and found to be of this query; searching a unit
 twice is harmless.
 
-In a database of several files a unit has a part for every shard, which `scan_shard` may do anywhere and in
+In a database of several files a unit has a part for every shard, which `scan_shards` may do anywhere and in
 any order; `search_unit` joins what they left in the result store, and does itself what is missing or damaged
 there.
 """
@@ -13,24 +13,38 @@ there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.format.settings import StoreSettings
 from foldfeed.feature_store.storage import open_blobs
-from foldfeed.pipelines.errors import CorruptResultError, SearchError, ToolFailedError, ToolTimeoutError
+from foldfeed.pipelines.errors import (
+    CorruptResultError,
+    DatabaseChangedError,
+    SearchError,
+    ToolFailedError,
+    ToolTimeoutError,
+)
 from foldfeed.pipelines.hits import read_hits
 from foldfeed.pipelines.results import ResultStore, SearchFacts, unit_id_of
 from foldfeed.pipelines.search_tool import SearchedDatabase, SearchResult
 from foldfeed.pipelines.sequences import QuerySequence
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
+from foldfeed.pipelines.unchanged import as_planned, shard_as_planned
 
 # A signal (the kernel's out-of-memory killer, a lost node) may not come again; one more try is cheap.
 ATTEMPTS_AFTER_SIGNAL = 2
+
+# Queries that the fast scan takes through a file together. Reading a file that does not stay in memory costs
+# as much as scanning it for one or two of 300 residues (bench/search_scan.py); 16 leave a sixteenth to each.
+SCAN_BATCH = 16
+# Into so many groups the queries of a file are divided before: few queries still keep several workers busy.
+SCAN_GROUPS = 8
 
 Status = Literal["ok", "retryable", "poison"]
 
@@ -158,20 +172,50 @@ def shard_units(unit: WorkUnit, context: JobContext) -> list[ShardUnit]:
     return [] if not parts or ResultStore(context.results_url).shows(unit.unit_id) else parts
 
 
-def scan_shard(part: ShardUnit, context: JobContext) -> Receipt:
-    """Makes sure that the candidates of one shard are in the result store, or says why they are not.
+def scan_batches(parts: Iterable[ShardUnit], context: JobContext) -> Iterator[list[ShardUnit]]:
+    """Yields parts of one shard as batches to be scanned together; each alone where that saves nothing.
 
-    Returns: a receipt of the whole unit.
+    Nothing is held beyond one batch.
+    """
+    batch: list[ShardUnit] = []
+    for part in parts:
+        tool = context.databases[part.unit.database_index].tool
+        batch.append(part)
+        if len(batch) == (SCAN_BATCH if isinstance(tool, ShardedJackhmmer) and tool.fast else 1):
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def scan_group(part: ShardUnit) -> tuple[int, int, int]:
+    """Returns which parts may be scanned together: those of one shard, in a few groups by their sequences."""
+    spread = int(part.unit_id[:8], 16) % SCAN_GROUPS
+    return part.unit.database_index, part.number, spread
+
+
+def scan_shards(parts: Sequence[ShardUnit], context: JobContext) -> list[Receipt]:
+    """Makes sure that the candidates of some queries in one shard are in the result store.
+
+    Args:
+      parts: of one shard.
+      context: of the build.
+    Returns: a receipt of each whole unit, which says why where its candidates are not there.
 
     Raises:
       StorageFullError: no space for the tool's files or for the candidates.
       CancelledError: the run was stopped.
     """
+    results = ResultStore(context.results_url)
+    missing = [part for part in parts if not results.holds(part.unit_id)]
+    failed: dict[str, Receipt] = {}
     try:
-        _candidates(part, context)
+        for part, found in zip(missing, _scan(missing, context), strict=True):
+            _keep_candidates(part, found, context)
     except SearchError as error:
-        return _failed(part.unit, context, error)
-    return _receipt(part.unit, "ok")
+        left = [part for part in missing if not results.holds(part.unit_id)]
+        failed = {part.unit_id: _failed(part.unit, context, error) for part in left}
+    return [failed.get(part.unit_id) or _receipt(part.unit, "ok") for part in parts]
 
 
 def search_unit(unit: WorkUnit, context: JobContext, scans: Iterable[Receipt] = ()) -> Receipt:
@@ -214,9 +258,11 @@ def failure_folder(context: JobContext) -> str:
 
 
 def _search(unit: WorkUnit, context: JobContext) -> SearchResult:
-    tool = context.databases[unit.database_index].tool
+    database = context.databases[unit.database_index]
+    tool = database.tool
     if not isinstance(tool, ShardedJackhmmer):
-        return _once_more_after_a_signal(lambda: tool.search(unit.sequence))
+        with as_planned(database, context.results_url):
+            return _once_more_after_a_signal(lambda: tool.search(unit.sequence))
     candidates = [_candidates(part, context) for part in _parts_of(unit, context)]
     return _once_more_after_a_signal(lambda: tool.join(unit.sequence, candidates))
 
@@ -228,19 +274,40 @@ def _parts_of(unit: WorkUnit, context: JobContext) -> list[ShardUnit]:
 
 def _candidates(part: ShardUnit, context: JobContext) -> SearchResult:
     """Returns the candidates of a shard from the result store, after a search if they are not there."""
-    results = ResultStore(context.results_url)
     try:
-        return results.get(part.unit_id)
+        return ResultStore(context.results_url).get(part.unit_id)
     except (KeyError, CorruptResultError):
         pass
+    (found,) = _scan([part], context)
+    _keep_candidates(part, found, context)
+    return found
+
+
+def _scan(parts: Sequence[ShardUnit], context: JobContext) -> Iterator[SearchResult]:
+    """Yields the candidates of parts of one shard, each while the shard is still the planned one."""
+    if not parts:
+        return
+    database = context.databases[parts[0].unit.database_index]
+    tool, number = database.tool, parts[0].number
+    assert isinstance(tool, ShardedJackhmmer), tool
+    sequences = [part.unit.sequence for part in parts]
+    many = tool.scan_many(sequences, number) if tool.fast else None
+    for sequence in sequences:
+        with shard_as_planned(database, tool.shards[number], context.results_url):
+            if many is None:
+                found = _once_more_after_a_signal(functools.partial(tool.scan, sequence, number))
+            else:
+                found = next(many)
+        yield found
+
+
+def _keep_candidates(part: ShardUnit, found: SearchResult, context: JobContext) -> None:
     database = context.databases[part.unit.database_index]
     tool = database.tool
     assert isinstance(tool, ShardedJackhmmer), tool
-    found = _once_more_after_a_signal(lambda: tool.scan(part.unit.sequence, part.number))
     name = f"{database.name}, shard {part.number + 1} of {len(tool.shards)}"
     facts = _facts(part.unit, context, name, tool.shards[part.number].digest, None)
-    results.put(part.unit_id, found, facts)
-    return found
+    ResultStore(context.results_url).put(part.unit_id, found, facts)
 
 
 def _once_more_after_a_signal(search: Callable[[], SearchResult]) -> SearchResult:
@@ -274,7 +341,7 @@ def _failed(unit: WorkUnit, context: JobContext, error: Exception) -> Receipt:
 
 def _status(error: Exception) -> Status:
     killed = isinstance(error, ToolFailedError) and error.exit_code < 0
-    return "retryable" if killed or isinstance(error, ToolTimeoutError) else "poison"
+    return "retryable" if killed or isinstance(error, ToolTimeoutError | DatabaseChangedError) else "poison"
 
 
 def _receipt(unit: WorkUnit, status: Status, reason: str = "", kind: str = "") -> Receipt:

@@ -113,8 +113,7 @@ def measure_search(
       engines: of ``binary`` and ``fast``.
     Raises:
       ToolNotFoundError, MissingExtraError: an engine is not there.
-      SearchError: a search failed.
-      DatabaseError: HMMER would refuse the database.
+      SearchError: a search failed, or the database cannot be read.
     """
     measured = {"binary": _measure_binary, "fast": _measure_fast}
     with tempfile.TemporaryDirectory(prefix="foldfeed-bench-") as name:

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import Literal, Protocol
@@ -131,12 +132,14 @@ class SearchedDatabase:
       digest: sha256 (hex) of its manifest.
       tool: what searches it.
       max_hits: most rows taken from its alignment, the query counted; None for all.
+      files: whose content the digest is of; none where nothing on disk is searched.
     """
 
     name: str
     digest: str
     tool: SearchTool
     max_hits: int | None
+    files: tuple[str, ...]
 
 
 def find_binary(name: str) -> str:
@@ -235,11 +238,12 @@ def require_same_binary(tool: SearchTool) -> None:
     Raises:
       ToolNotFoundError: it is missing here, or another one.
     """
+    here = socket.gethostname()
     if not os.access(tool.binary, os.X_OK):
-        raise ToolNotFoundError(tool.identity.name, f"{tool.binary} is not on this worker")
+        raise ToolNotFoundError(tool.identity.name, f"{tool.binary} is not on this worker ({here})")
     if binary_sha256(tool.binary) != tool.identity.binary_sha256:
         raise ToolNotFoundError(
             tool.identity.name,
-            f"{tool.binary} on this worker is not the program the build was planned with; "
+            f"{tool.binary} on this worker ({here}) is not the program the build was planned with; "
             "install the same one",
         )

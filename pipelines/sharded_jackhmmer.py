@@ -25,31 +25,26 @@ It holds for one iteration (``-N 1``) only: with more, the profile depends on al
 from __future__ import annotations
 
 import dataclasses
-import mmap
+import io
 import re
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines.errors import ToolOutputError
-from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
+from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, describe_scan, run_on_candidates
 from foldfeed.pipelines.jackhmmer import (
     FLAGS,
     NAME,
     Jackhmmer,
     read_table,
-    run_jackhmmer,
 )
+from foldfeed.pipelines.scan import thread_seconds
+from foldfeed.pipelines.scan_names import copy_named
 from foldfeed.pipelines.search_tool import QUERY_NAME, SearchResult, Shard, ToolIdentity
-from foldfeed.pipelines.subprocess_runner import (
-    Usage,
-    raise_if_cancelled,
-    require_success,
-    run_program,
-)
+from foldfeed.pipelines.subprocess_runner import Usage, require_success, run_program
 
 # Part of the identity of answers and of candidates; raise it when either may become others.
 JOIN_VERSION = 1
@@ -61,7 +56,6 @@ SCAN_FLAGS = tuple(
 _TARGETS = re.compile(rb"^Target sequences?:\s+(\d+)\s", re.MULTILINE)
 # The line stands at the report's end; what is before grows with the hits.
 _REPORT_END_BYTES = 8192
-_RECORDS_BETWEEN_CHECKS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,28 +118,40 @@ class ShardedJackhmmer:
         return self.join(sequence, [self.scan(sequence, number) for number in range(len(self.shards))])
 
     def scan(self, sequence: str, number: int) -> SearchResult:
-        """Returns the candidates of one shard.
+        """Returns the candidates of one shard; see `scan_many`."""
+        (found,) = self.scan_many([sequence], number)
+        return found
 
-        Returns: the text of their FASTA records as the alignment; the shard's number of targets as the table.
+    def scan_many(self, sequences: Sequence[str], number: int) -> Iterator[SearchResult]:
+        """Yields the candidates of some queries in one shard, in their order.
+
+        Behind the fast scan the shard is read once for all of them, and the text of one query's candidates
+        is in memory at a time.
+
+        Returns: the text of FASTA records as the alignment; the shard's number of targets as the table.
 
         Raises:
-          SearchError: no usable result for this query.
+          SearchError: no usable result; of a fast scan, for all that are still to come.
           StorageFullError: no space for the tool's files.
         """
         path = self.shards[number].path
-        with tempfile.TemporaryDirectory(prefix="foldfeed-jackhmmer-") as name:
-            folder = Path(name)
-            if self.fast:
-                num_targets, usage = self._scan_fast(sequence, path, folder)
-            else:
-                num_targets, usage = self._scan_binary(sequence, path, folder)
-            return SearchResult(
-                tool=self.scan_identity,
-                format="fasta",
-                alignment=(folder / "candidates").read_bytes(),
-                table=f"{num_targets}\n".encode(),
-                usage=usage,
-            )
+        if self.fast:
+            yield from self._scan_fast(sequences, path)
+            return
+        for sequence in sequences:
+            with tempfile.TemporaryDirectory(prefix="foldfeed-jackhmmer-") as name:
+                num_targets, usage = self._scan_binary(sequence, path, Path(name))
+                found = (Path(name) / "candidates").read_bytes()
+            yield self._found(found, num_targets, usage)
+
+    def _found(self, candidates: bytes, num_targets: int, usage: Usage) -> SearchResult:
+        return SearchResult(
+            tool=self.scan_identity,
+            format="fasta",
+            alignment=candidates,
+            table=f"{num_targets}\n".encode(),
+            usage=usage,
+        )
 
     def join(self, sequence: str, candidates: Sequence[SearchResult]) -> SearchResult:
         """Returns the answer of the whole database.
@@ -165,16 +171,7 @@ class ShardedJackhmmer:
             with disk_full_is_typed(folder), (folder / "targets").open("wb") as out:
                 for one in candidates:
                     out.write(one.alignment)
-                if not any(one.alignment for one in candidates):
-                    # HMMER refuses an empty file, and never reports a target without residues.
-                    out.write(b">none\n")
-            found = run_jackhmmer(
-                self._as_plain(),
-                sequence,
-                folder=folder,
-                database=str(folder / "targets"),
-                extra_flags=("-Z", str(num_targets)),
-            )
+            found = run_on_candidates(self._as_plain(), sequence, folder, num_targets)
         return dataclasses.replace(found, usage=_total([*costs, found.usage]))
 
     def _as_plain(self) -> Jackhmmer:
@@ -185,7 +182,7 @@ class ShardedJackhmmer:
 
     def describe_scan(self) -> str | None:
         """Returns kernel and libraries of the fast scan in words; None without it."""
-        return self._as_fast(self.shards[0].path).describe_scan() if self.fast else None
+        return describe_scan([shard.path for shard in self.shards]) if self.fast else None
 
     def _as_fast(self, path: str) -> FastJackhmmer:
         return FastJackhmmer(
@@ -196,13 +193,19 @@ class ShardedJackhmmer:
             timeout_s=self.timeout_s,
         )
 
-    def _scan_fast(self, sequence: str, path: str, folder: Path) -> tuple[int, Usage]:
-        started, started_cpu = time.monotonic(), time.thread_time()
-        num_targets = self._as_fast(path).write_candidates(sequence, folder / "candidates", started)
+    def _scan_fast(self, sequences: Sequence[str], path: str) -> Iterator[SearchResult]:
+        started, started_cpu = time.monotonic(), thread_seconds()
+        candidates = self._as_fast(path).candidates(sequences)
+        # Of a scan for several queries each has its share.
         cost = Usage(
-            wall_s=time.monotonic() - started, cpu_s=time.thread_time() - started_cpu, max_rss_bytes=0
+            wall_s=(time.monotonic() - started) / len(sequences),
+            cpu_s=(thread_seconds() - started_cpu) / len(sequences),
+            max_rss_bytes=0,
         )
-        return num_targets, cost
+        for query in range(len(sequences)):
+            text = io.BytesIO()
+            candidates.copy(query, text)
+            yield self._found(text.getvalue(), candidates.num_targets, cost)
 
     def _scan_binary(self, sequence: str, path: str, folder: Path) -> tuple[int, Usage]:
         paths = {key: folder / key for key in ("query", "report", "table")}
@@ -232,47 +235,6 @@ class ShardedJackhmmer:
             wall_s=done.usage.wall_s + time.monotonic() - started,
             cpu_s=done.usage.cpu_s + time.thread_time() - started_cpu,
         )
-
-
-def copy_named(path: str, names: Collection[bytes], out: BinaryIO) -> set[bytes]:
-    """Writes the records of a FASTA file that have one of some names, in the file's order.
-
-    Records are HMMER's: one begins at any '>' that stands behind the end of a header, which is the first line
-    feed or carriage return. Of records that share a name all are written: more candidates than needed change
-    nothing.
-
-    Args:
-      path: of the file.
-      names: first words of headers.
-      out: open for writing.
-    Returns: the names that were found.
-
-    Raises:
-      CancelledError: the run was stopped.
-    """
-    found: set[bytes] = set()
-    if not names:
-        return found
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        start = text.find(b">")
-        number = 0
-        while start >= 0:
-            number += 1
-            if number % _RECORDS_BETWEEN_CHECKS == 0:
-                raise_if_cancelled("the copy of candidates")
-            line_end = text.find(b"\n", start)
-            header_end = line_end if line_end >= 0 else len(text)
-            # Looked for in the header alone: in a file without carriage returns it would be far.
-            carriage = text.find(b"\r", start, header_end)
-            header_end = carriage if carriage >= 0 else header_end
-            following = text.find(b">", header_end)
-            header = text[start + 1 : header_end].split(maxsplit=1)
-            if header and header[0] in names:
-                found.add(header[0])
-                record = text[start : following if following >= 0 else len(text)]
-                out.write(record if record.endswith((b"\n", b"\r")) else record + b"\n")
-            start = following
-    return found
 
 
 def _num_targets(report: Path) -> int:

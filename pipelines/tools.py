@@ -103,6 +103,7 @@ def prepare_databases(
             digest=database_digest(spec, digests, check=check),
             tool=find_tool(spec, cpus=cpus, timeout_s=timeout_s, engine=engine, digests=digests),
             max_hits=max_hits.get(spec.name, spec.default_max_hits),
+            files=spec.files(),
         )
         for spec in ordered
     )

@@ -227,3 +227,21 @@ def test_a_source_works_in_pytorch_s_loader_over_any_number_of_workers(store, nu
     assert [len(batch["aatype"]) for batch in batches] == [5, 5, 5, 5, 3]
     stacked = torch.cat([batch["msa_feat"] for batch in batches])
     assert torch.equal(stacked, torch.stack([source[g]["msa_feat"] for g in range(NUM_RECORDS)]))
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_a_loader_that_is_redivided_goes_on_as_one_made_anew(store, name):
+    with CropLoader(store, RECIPE, seed=3, global_batch=8, sampling=SAMPLINGS[name]) as loader:
+        first = shards_of(itertools.islice(loader, 4))
+        for step, rank, world in ((2, 1, 3), (3, 0, 2), (0, 3, 4)):
+            loader.redivide(step, rank, world)
+            with pytest.raises(LoaderConfigError):
+                loader.redivide(1, world, world)
+            again = shards_of(itertools.islice(loader, 4 - step))
+            owned = rank_shards(8, rank, world)
+            assert again
+            assert set(again) == {key for key in first if key[0] >= step and key[1] in owned}
+            for key, shard in again.items():
+                assert shard.samples == first[key].samples
+                for feature, values in shard.features.items():
+                    assert torch.equal(values, first[key].features[feature])

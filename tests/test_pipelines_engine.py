@@ -1,11 +1,24 @@
 """Which Beam runners and options are taken, which are refused, and how an engine's failure reads."""
 
-import pytest
-from apache_beam.options.pipeline_options import DirectOptions, PortableOptions, StandardOptions
+import os
+import runpy
+import signal
+import socket
+import time
 
-from foldfeed.pipelines.engine import make_options, quiet_beam
+import pytest
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    DirectOptions,
+    PortableOptions,
+    StandardOptions,
+)
+from pipelines_data import ROOT
+
+from foldfeed.pipelines.engine import make_options, quiet_beam, run_pipeline
 from foldfeed.pipelines.engine_errors import failure_of
-from foldfeed.pipelines.errors import EngineError
+from foldfeed.pipelines.errors import EngineError, PipelineFailedError
+from foldfeed.pipelines.interrupt import StoppedBySignal, hold_back_interrupts, stop_searches_on_interrupt
 from foldfeed.pipelines.runners import choose_runner
 
 
@@ -170,3 +183,78 @@ def test_what_spark_says_of_a_killed_worker_names_worker_and_task():
     )
     assert reason.endswith("[task 0.3 in stage 2.0, 127.0.0.1 executor 1].")
     assert len(reason.splitlines()) == 1
+
+
+# What Spark 3.5.0 really said of a second job while the first one ran, with fewer frames.
+BUSY = """Pipeline x_76ab failed in state FAILED: org.apache.spark.SparkException: \
+Only one SparkContext should be running in this JVM (see SPARK-2243).\
+The currently running SparkContext was created at:
+org.apache.spark.api.java.JavaSparkContext.<init>(JavaSparkContext.scala:58)
+org.apache.beam.runners.spark.translation.SparkContextFactory.createSparkContext(SparkContextFactory.java:175)
+java.base/java.lang.Thread.run(Thread.java:840)"""
+
+
+def test_a_job_server_with_another_job_is_said_so():
+    reason = failure_of(BUSY).reason
+    assert reason.startswith(
+        "this job server runs another job, and Beam's runner for Spark takes one at a time"
+    )
+    assert "Thread" not in reason
+    assert len(reason.splitlines()) == 1
+
+
+def test_a_worker_that_does_not_start_is_a_lost_worker_without_the_jobs_long_name():
+    said = "Pipeline BeamApp-root-1_d2 failed in state FAILED: java.lang.IllegalStateException: "
+    assert failure_of(said + "Process died with exit code 1").reason == (
+        "a worker process was lost, killed perhaps or out of memory "
+        "(java.lang.IllegalStateException: Process died with exit code 1)."
+    )
+
+
+def test_a_cluster_that_is_not_there_is_said_so():
+    """What Spark 3.5.0 really said 77 s after a job was sent to a cluster whose master was dead."""
+    said = "org.apache.spark.SparkException: Job 0 cancelled because SparkContext was shut down"
+    assert failure_of(f"Pipeline x failed in state FAILED: {said}\n\tat a.b.C.d(E.java:1)\n").reason == (
+        f"Spark ended the job: its master did not answer, or the cluster was taken away ({said})."
+    )
+
+
+def test_a_worker_without_foldfeed_or_with_another_one_is_said_in_words():
+    said = "Pipeline x failed in state FAILED: java.lang.IllegalStateException: Process died with exit code "
+    boot = runpy.run_path(str(ROOT / "deploy" / "spark" / "boot.py"))
+    assert "has no foldfeed" in failure_of(f"{said}{boot['NO_FOLDFEED']}").reason
+    assert "another version of foldfeed" in failure_of(f"{said}{boot['OTHER_FOLDFEED']}").reason
+    sent = make_options("FlinkRunner", 1, ["--experiments=mine"]).view_as(DebugOptions).experiments
+    assert boot["is_planned_version"]({"beam:option:experiments:v1": sent})
+    assert not boot["is_planned_version"]({"beam:option:experiments:v1": ["mine", "foldfeed_version=0.0.7"]})
+    assert boot["is_planned_version"]({"beam:option:experiments:v1": None})
+
+
+def test_a_job_server_that_is_not_there_is_named():
+    with socket.socket() as taken:
+        # Bound and not listening: nobody answers, and nobody else can begin to.
+        taken.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
+        options = make_options("PortableRunner", 1, [f"--job_endpoint={endpoint}", "--job_server_timeout=1"])
+        with pytest.raises(PipelineFailedError) as caught:
+            run_pipeline(options, lambda pipeline: None)
+    assert str(caught.value).startswith(
+        f"the run failed: no job server answered at {endpoint} (--job_endpoint) within 1 s"
+    )
+
+
+def test_a_signal_while_a_job_is_handed_over_takes_effect_right_after_it():
+    done = []
+    with pytest.raises(StoppedBySignal) as caught, stop_searches_on_interrupt():  # noqa: PT012 -- the order is the test
+        with hold_back_interrupts():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            done.append("handed over")
+        done.append("waited")
+    assert done == ["handed over"]
+    assert caught.value.number == signal.SIGTERM
+    # Nothing is held back for the next build.
+    with stop_searches_on_interrupt(), hold_back_interrupts():
+        done.append("again")
+    assert done == ["handed over", "again"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import json
 import os
 import re
 import subprocess
@@ -16,15 +17,17 @@ from pipelines_data import GLOBINS, config_of, globins, make_databases, needs_hm
 from scan_data import RESIDUES, drawn
 
 from foldfeed.feature_store.errors import MissingExtraError
-from foldfeed.pipelines import fast_jackhmmer, run_build, scan, scan_kernels
+from foldfeed.pipelines import fast_jackhmmer, run_build, scan, scan_choice, scan_kernels, scan_memory
 from foldfeed.pipelines.errors import (
     CancelledError,
     ConfigError,
-    DatabaseError,
+    NothingCommittedError,
+    SearchError,
     ToolNotFoundError,
     ToolTimeoutError,
+    UnreadableDatabaseError,
 )
-from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, write_survivors
+from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, passing_extents
 from foldfeed.pipelines.jackhmmer import Jackhmmer, run_jackhmmer
 from foldfeed.pipelines.scan_database import open_database
 from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all
@@ -161,7 +164,8 @@ def test_nothing_passes(tmp_path):
     database = tmp_path / "t.fasta"
     database.write_text(">a\nAAAA\n>b\nGGGGGGGG\n")
     query = next(iter(globins(1).values()))
-    assert write_survivors(query, open_database(str(database)), tmp_path / "out", threads=1) == 0
+    (passing,) = passing_extents([scan.profile_of(query)], open_database(str(database)), threads=1)
+    assert passing.shape == (0, 2)
     plain, fast = both(database)
     assert fast.search(query).alignment == plain.search(query).alignment
     assert fast.search(query).table == b""
@@ -178,11 +182,81 @@ def test_a_changed_database_is_read_again(tmp_path):
     assert fast.search(query).table.count(b"\n") == 3
 
 
-def test_text_that_is_no_sequence_is_an_error_not_an_empty_answer(tmp_path):
-    database = tmp_path / "t.fasta"
-    database.write_text(">a\nAA1AA\n")
-    with pytest.raises(DatabaseError, match="byte 5"):
-        both(database)[1].search("MKTAYIAKQR")
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            lambda path: path.write_text(">a\nAA1AA\n"),
+            "no residue, which HMMER refuses too, at byte 5 (b'1')",
+        ),
+        (lambda path: path.write_text(">\nAAAA\n"), "a header without a name"),
+        (lambda path: path.write_text(""), "the file is empty"),
+        (lambda path: path.unlink(), "cannot be opened: No such file"),
+    ],
+    ids=["residue", "name", "empty", "missing"],
+)
+def test_a_spoilt_database_ends_a_search_as_it_does_jackhmmers(tmp_path, spoil, words):
+    """One search fails with an error of the kind of jackhmmer's own; the next one reads the file anew."""
+    database = write_fasta(tmp_path / "t.fasta", globins(2))
+    query = next(iter(globins(1).values()))
+    plain, fast = both(database)
+    whole = database.read_bytes()
+    assert fast.search(query).table.count(b"\n") == 2
+    spoil(database)
+    with pytest.raises(SearchError):
+        plain.search(query)
+    with pytest.raises(UnreadableDatabaseError, match=re.escape(words)):
+        fast.search(query)
+    database.write_bytes(whole)
+    assert fast.search(query).table.count(b"\n") == 2
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("change", ["cut", "replaced"])
+def test_a_database_that_changes_under_a_search_is_no_mixture(tmp_path, monkeypatch, resident, change):
+    """Between the scan of a chunk and the copy of what passed, when texts of two files could meet."""
+    monkeypatch.setattr(scan_memory, "RESIDENT_SHARE", 0.25 * resident)
+    database = write_fasta(tmp_path / "t.fasta", globins(9))
+    query = next(iter(globins(1).values()))
+    fast = both(database)[1]
+    survivors = scan.survivors
+
+    def changed_meanwhile(*args, **words):
+        found = survivors(*args, **words)
+        if change == "cut":
+            os.truncate(database, 50)
+        else:
+            os.replace(write_fasta(tmp_path / "new", globins(9)), database)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan, "survivors", changed_meanwhile)
+        with pytest.raises(UnreadableDatabaseError, match="changed while it was searched"):
+            fast.search(query)
+
+
+def test_a_spoilt_database_makes_dead_letters_not_the_end_of_a_build(tmp_path):
+    """A file that goes after the build looked at it: each query is answered for, whatever the engine."""
+    good = make_databases(tmp_path / "databases") / "uniref90.fasta"
+    queries = write_fasta(tmp_path / "q.fasta", globins(2))
+    for engine in ("binary", "fast"):
+        bad = tmp_path / f"{engine}.fasta"
+        # jackhmmer and the scan refuse this digit; a look at the head of the file does not find it.
+        bad.write_text(good.read_text() + ">last\nAC7\n")
+        config = config_of(
+            tmp_path,
+            queries,
+            [f"uniref90={bad}"],
+            store=str(tmp_path / engine),
+            results=str(tmp_path / "results"),
+            engine=engine,
+        )
+        with pytest.raises(NothingCommittedError, match=r"2 dead letters.*search in 'uniref90'"):
+            run_build(config)
+        failed = [json.loads(path.read_text()) for path in (tmp_path / "results").rglob("failed/*.json")]
+        kinds = {one["kind"] for one in failed}
+        assert {one["status"] for one in failed} == {"poison"}
+        assert ("UnreadableDatabaseError" if engine == "fast" else "ToolFailedError") in kinds
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
@@ -199,7 +273,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
         patch.setattr(fast_jackhmmer, "best_kernel", lambda: scan_kernels.kernels()[0])
         with pytest.raises(ToolNotFoundError, match="slower than jackhmmer"):
             FastJackhmmer.find(**words)
-    scan_kernels.best_kernel.cache_clear()
+    scan_choice.best_kernel.cache_clear()
     scan_kernels.kernels.cache_clear()
     scan_kernels._library.cache_clear()
     monkeypatch.setattr(scan_kernels, "library_path", lambda: None)
@@ -227,6 +301,18 @@ def test_a_build_with_the_fast_engine_makes_the_same_store(tmp_path):
     receipts = [path.read_text() for path in (tmp_path / "results").rglob("units/*/*.json")]
     assert len(receipts) == 8
     assert sum("{scan 1:database}" in text for text in receipts) == 4
+
+
+def test_a_database_without_room_in_memory_is_searched_all_the_same_and_said(tmp_path, monkeypatch):
+    database = write_fasta(tmp_path / "t.fasta", globins(9))
+    query = next(iter(globins(1).values()))
+    plain, fast = both(database)
+    assert "memory" not in fast.describe_scan()
+    monkeypatch.setattr(scan_memory, "RESIDENT_SHARE", 0.0)
+    assert re.search(r"its [\d.e-]+ GB do not stay in memory here \(0 GB of", fast.describe_scan())
+    found = fast.search(query)
+    assert found.alignment == plain.search(query).alignment
+    assert open_database(str(database))._passes.num_kept == 0
 
 
 def test_an_unknown_engine_is_refused(tmp_path):

@@ -37,7 +37,7 @@ def make_context(tmp_path, num_parts=1) -> JobContext:
     store = FeatureStore.create(tmp_path / "store")
     names = ("uniref90", "mgnify")
     databases = tuple(
-        SearchedDatabase(name=name, digest=name, tool=Answering(), max_hits=None) for name in names
+        SearchedDatabase(name=name, digest=name, tool=Answering(), max_hits=None, files=()) for name in names
     )
     return JobContext(
         store_url=store.url,

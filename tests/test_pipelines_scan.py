@@ -2,7 +2,9 @@
 
 import itertools
 import math
-import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +17,11 @@ from hypothesis import strategies as st
 from pyhmmer import easel
 from scan_data import digital, drawn, drawn_query, drawn_targets, hmmer_profile, write_targets
 
-from foldfeed.pipelines import scan, scan_database, scan_kernels
-from foldfeed.pipelines.errors import DatabaseError, KernelError, ToolNotFoundError
+from foldfeed.pipelines import scan, scan_choice, scan_kernels, scan_memory
+from foldfeed.pipelines.errors import KernelError, ToolNotFoundError, UnreadableDatabaseError
+from foldfeed.pipelines.scan_choice import best_kernel, check_kernel, seconds_per_cell
 from foldfeed.pipelines.scan_database import SYMBOLS, ScanDatabase, codes_of_bytes
-from foldfeed.pipelines.scan_kernels import PAD, best_kernel, check_kernel, digitise, kernels
+from foldfeed.pipelines.scan_kernels import PAD, digitise, kernels
 
 if scan_kernels.library_path() is None:
     pytest.skip("installed without the scan's kernels (no C compiler)", allow_module_level=True)
@@ -149,6 +152,19 @@ def test_chunks_batches_and_threads_change_nothing(tmp_path):
         assert found(path.stat().st_size // parts, 3, parts == 7) == whole
 
 
+def test_the_least_score_that_passes_is_that_of_a_list_of_all():
+    lengths = np.unique(np.geomspace(1, 100_000, 400).astype(np.int64))
+    for query in ("M", "W" * 60, drawn(np.random.default_rng(4), 700)):
+        profile = scan.profile_of(query)
+        for f1 in (1.0, 0.9, 0.02, 0.0005, 1e-12, 1e-300):
+            found, costs = scan._least_j(profile, lengths, f1, scan.SAFETY_BITS)
+            scores = scan.filter_bits(
+                np.arange(256), costs[:, None], lengths[:, None], profile.base, profile.scale
+            )
+            least = scan.least_score(f1, profile.mu, profile.slope) - scan.SAFETY_BITS
+            assert (found == (scores < least).sum(axis=1)).all(), (query, f1)
+
+
 def test_length_costs_are_hmmers():
     profile = hmmer_profile("MKTAYIAKQR")
     lengths = np.unique(np.concatenate([np.arange(1, 3000), np.geomspace(3000, 100_000, 200).astype(int)]))
@@ -170,6 +186,24 @@ def test_profiles_do_not_depend_on_what_was_built_before():
     assert (striped[:, position % 2, position // 2] == first.signed[:, : len(SYMBOLS)].T).all()
 
 
+def test_short_simulations_leave_the_first_filters_statistics_as_they_are(monkeypatch):
+    """Mu and lambda are those of HMMER's own lengths, to the bit; also where the short ones fit nothing."""
+    random = np.random.default_rng(9)
+    queries = ["M", "WW", "A" * 120, "X" * 30, "QQQQPQ" * 30, drawn(random, 1500)]
+    queries += [drawn_query(random) for _ in range(25)]
+    for query in queries:
+        profile, hmmer = scan.profile_of(query), hmmer_profile(query)
+        assert (profile.mu, profile.slope) == tuple(hmmer.evalue_parameters.as_vector()[:2]), query
+
+    class FitsNothing:
+        def build(self, *_):
+            raise ValueError("Could not build HMM: failed to determine fwd tau")
+
+    monkeypatch.setattr(scan._local, "quick", FitsNothing())
+    again = scan.profile_of(queries[-1])
+    assert (again.mu, again.slope) == (profile.mu, profile.slope)
+
+
 def test_a_target_that_hmmer_refuses_is_left_to_hmmer(tmp_path):
     path = tmp_path / "t.fasta"
     write_targets(path, ["A" * 100_001, "", "G" * 100_000])
@@ -182,6 +216,27 @@ def test_a_target_that_hmmer_refuses_is_left_to_hmmer(tmp_path):
 @pytest.mark.parametrize("kernel", USABLE, ids=lambda kernel: kernel.name)
 def test_kernels_agree_with_plain_c(kernel):
     check_kernel(kernel)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+def test_kernels_stay_within_their_memory(tmp_path):
+    """The same comparison in C, where every access outside a buffer and every undefined step is an error."""
+    program = tmp_path / "kernels_agree"
+    source = Path(__file__).parent / "kernels_agree.c"
+    flags = (
+        "-O1",
+        "-DROUNDS=3",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    )
+    subprocess.run(["gcc", *flags, str(source), "-o", str(program), "-lm"], check=True, timeout=120)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    words = [kernel.name for kernel in USABLE if kernel.name != "plain"]
+    assert done.stdout.startswith(" ".join([*words, "against plain C: 0 of"]))
 
 
 def test_a_kernel_with_other_scores_is_refused(monkeypatch):
@@ -197,6 +252,18 @@ def test_a_kernel_with_other_scores_is_refused(monkeypatch):
         check_kernel(USABLE[-1])
 
 
+def test_the_fastest_kernel_is_taken_whatever_its_width(monkeypatch):
+    assert all(seconds_per_cell(kernel) > 0 for kernel in USABLE)
+    for slow in USABLE[-2:]:
+        monkeypatch.setattr(scan_choice, "seconds_per_cell", lambda kernel, slow=slow: kernel == slow)
+        best_kernel.cache_clear()
+        chosen = best_kernel()
+        assert chosen.name != "plain"
+        assert chosen in USABLE[-2:]
+        assert chosen != slow or len(USABLE) < 3
+    best_kernel.cache_clear()
+
+
 def test_a_score_may_not_cross_the_end_of_a_sequence(tmp_path):
     write_targets(tmp_path / "t.fasta", ["MKTAYIAK"])
     (chunk,) = ScanDatabase(str(tmp_path / "t.fasta"), best_kernel()).chunks()
@@ -210,6 +277,17 @@ def test_missing_kernels_are_named(monkeypatch):
     monkeypatch.setattr(scan_kernels, "library_path", lambda: None)
     with pytest.raises(ToolNotFoundError, match="C compiler"):
         scan_kernels.length_costs(np.array([1]), 1.0)
+
+
+def test_kernels_of_another_version_are_named_and_not_used(monkeypatch):
+    monkeypatch.setattr(scan_kernels, "_INTERFACE", -1)
+    scan_kernels._library.cache_clear()
+    try:
+        with pytest.raises(ToolNotFoundError, match="another version than the Python beside them"):
+            scan_kernels.length_costs(np.array([1]), 1.0)
+        assert not scan_kernels.is_usable()
+    finally:
+        scan_kernels._library.cache_clear()
 
 
 LINES = st.text(alphabet=scan_data.RESIDUES + "acxXBZJUO* \t\r", max_size=30)
@@ -242,32 +320,73 @@ def test_fasta_is_read_as_hmmer_reads_it(tmp_path_factory, records, ends):
 def test_text_that_hmmer_refuses_is_refused_with_its_place(tmp_path, text, kind, position):
     path = tmp_path / "x.fasta"
     path.write_bytes(text)
-    with pytest.raises(DatabaseError, match=kind) as caught:
+    with pytest.raises(UnreadableDatabaseError, match=kind) as caught:
         list(ScanDatabase(str(path), best_kernel()).chunks())
     assert f"byte {position} " in str(caught.value)
 
 
 def test_databases_in_memory_stay_below_their_share(tmp_path, monkeypatch):
     """Those that are read keep their place, idle ones go, and what has no room is streamed."""
-    monkeypatch.setattr(scan_database, "_memory_bytes", lambda: 4 * 2500)
-    kernel = scan_kernels.best_kernel()
+    monkeypatch.setattr(scan_memory, "_memory_bytes", lambda: 4 * 2500)
+    kernel = best_kernel()
     found = []
     for name in "abcd":
         path = tmp_path / name
         path.write_text("".join(f">{name}{number}\n{'ACDEFGHIKL' * 9}\n" for number in range(10)))
         found.append(ScanDatabase(str(path), kernel))
     a, b, c, d = found
-    size = os.path.getsize(a.path)
-    assert 2 * size < 2500 < 3 * size
+    assert 2 * a.num_bytes < 2500 < 3 * a.num_bytes
     reading_a, reading_b = a.chunks(), b.chunks()
     assert next(reading_a).num_records == next(reading_b).num_records == 10
     # Both are being read: no room for a third, which is read all the same and not kept.
     assert [chunk.num_records for chunk in c.chunks()] == [10]
-    assert (a._kept is None, b._kept is None, c._kept is None) == (False, False, True)
+    assert [one._passes.num_kept for one in (a, b, c)] == [1, 1, 0]
     list(reading_a)
     # Now the first is idle and makes room.
     assert [chunk.num_records for chunk in d.chunks()] == [10]
-    assert (a._kept is None, b._kept is None, d._kept is None) == (True, False, False)
+    assert [one._passes.num_kept for one in (a, b, d)] == [0, 1, 1]
     reading_b.close()
     assert a.num_records == 10
-    assert not scan_database._RESIDENT._readers
+    assert not scan_memory._RESIDENT._readers
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_searches_that_run_together_share_the_reading(tmp_path, monkeypatch, share):
+    """Whoever joins, whenever: every chunk once; what does not stay in memory is not read once for each."""
+    monkeypatch.setattr(scan_memory, "RESIDENT_SHARE", share)
+    path = tmp_path / "t.fasta"
+    path.write_text("".join(f">t{number}\n{'ACDEFGHIKL' * (1 + number % 7)}\n" for number in range(500)))
+    database = ScanDatabase(str(path), best_kernel(), chunk_bytes=path.stat().st_size // 9)
+    expected = [int(chunk.starts[0]) for chunk in database.chunks()]
+    assert len(expected) > 9
+    assert expected == sorted(expected)
+    reads: list[int] = []
+    read_chunk = database.read_chunk
+
+    def counted(start):
+        reads.append(start)
+        return read_chunk(start)
+
+    monkeypatch.setattr(database, "read_chunk", counted)
+    # The k-th reader comes when the first has had k chunks; all go on in step, in another order each time.
+    random = np.random.default_rng(3)
+    readers = [database.chunks()]
+    seen: list[list[int]] = [[]]
+    ended = 0
+    while ended < 4:
+        ended = 0
+        for number in random.permutation(len(readers)):
+            chunk = next(readers[number], None)
+            ended += chunk is None
+            if chunk is not None:
+                seen[number].append(int(chunk.starts[0]))
+        if len(readers) < 4:
+            readers.append(database.chunks())
+            seen.append([])
+            ended = 0
+    assert all(sorted(one) == expected for one in seen)
+    assert seen[3] != expected or share
+    # Alone each would have read all.
+    assert len(reads) == 0 if share else len(reads) <= 2 * len(expected)
+    assert database.num_records == 500
+    assert database._passes._shown is None

@@ -20,8 +20,9 @@ from foldfeed.pipelines.errors import ConfigError, ToolOutputError
 from foldfeed.pipelines.hits import read_hits
 from foldfeed.pipelines.jackhmmer import Jackhmmer, run_jackhmmer
 from foldfeed.pipelines.results import ResultStore
+from foldfeed.pipelines.scan_names import copy_named
 from foldfeed.pipelines.search_tool import Shard
-from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer, _num_targets, copy_named
+from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer, _num_targets
 from foldfeed.pipelines.tools import find_tool
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
@@ -148,14 +149,20 @@ def test_real_proteins_and_odd_entries(tmp_path, number, engine):
         st.sampled_from([">", "a", "b", "ab", " ", "\n", "\r", "\t", "AC", "\n>", "\x01", "#"]), max_size=40
     ),
     st.sets(st.sampled_from(["a", "b", "ab", "AC", "aAC", "#a"])),
+    st.sampled_from([1, 2, 7, 1000]),
+    st.booleans(),
 )
-def test_records_are_copied_by_name(tmp_path_factory, pieces, names):
+def test_records_are_copied_by_name(tmp_path_factory, pieces, names, block_bytes, compiled):
     """As HMMER divides a file: a header ends with its line, and behind it any '>' begins a record."""
     text = "".join(pieces)
     path = tmp_path_factory.mktemp("copy") / "x.fasta"
     path.write_bytes((text or "\n").encode())
     out = io.BytesIO()
-    found = copy_named(str(path), {name.encode() for name in names}, out)
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setattr(scan_kernels, "library_path", lambda: None)
+        patch.setattr(scan_kernels, "_FOUND_AT_ONCE", 2)
+        found = copy_named(str(path), {name.encode() for name in names}, out, block_bytes=block_bytes)
     expected, seen = [], set()
     for header, body in re.findall(r">([^\n\r]*)([^>]*)", text):
         name = (header.split() or [""])[0]
@@ -333,12 +340,13 @@ def test_damaged_and_missing_candidates_are_searched_again(tmp_path, shards):
 
 @pytest.mark.external_tool
 @needs_hmmer
-def test_a_shard_that_cannot_be_searched_fails_its_records_and_names_itself(tmp_path, shards):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_shard_that_cannot_be_searched_fails_its_records_and_names_itself(tmp_path, shards, engine):
     queries = write_fasta(tmp_path / "q.fasta", globins(2))
     text = shards[1].read_text()
     shards[1].write_text(text + ">broken\nAC7\n")
     small = write_fasta(tmp_path / "small.fasta", globins(4))
-    config = config_of(tmp_path, queries, [names_of(shards), f"mgnify={small}"])
+    config = config_of(tmp_path, queries, [names_of(shards), f"mgnify={small}"], engine=engine)
     with pytest.raises(Exception, match="no record could be built") as caught:
         run_build(config)
     assert "uniref90" in str(caught.value)

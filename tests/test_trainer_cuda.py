@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from test_trainer_cli import TINY
 from trainer_ranks import train_synthetic
 
+from foldfeed.feature_store import FeatureStore
+from foldfeed.trainer import prove
 from foldfeed.trainer.buckets import plan_buckets
+from foldfeed.trainer.elastic import Launcher, Plan
 from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.reducer import TreeReducer
@@ -54,3 +62,30 @@ def test_the_side_stream_waits_for_every_gradient() -> None:
 def test_a_run_on_the_device_repeats_to_the_bit(tmp_path: Path) -> None:
     outcomes = [train_synthetic(alone(), tmp_path / name, device="cuda") for name in ("a", "b")]
     assert outcomes[0].weights_digest == outcomes[1].weights_digest
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each rank, two of them")
+@pytest.mark.timeout(300)
+def test_a_rank_dies_and_nccl_is_made_anew(tmp_path: Path, small_store: FeatureStore) -> None:
+    """Two GPUs; one rank is killed amid its steps and replaced. Equal weights, and nothing hangs."""
+
+    def digest_of(name: str, *, kill: bool) -> str:
+        output = tmp_path / name
+        arguments = ["--store", small_store.url, "--output", str(output), *TINY, "--no-tensorboard"]
+        arguments += ["--steps", "60", "--device", "cuda"]
+        launcher = Launcher(Plan(ranks=2), arguments, ranks=2, respawns=1)
+        try:
+            launcher.start()
+            deadline = time.monotonic() + 240
+            while (code := launcher.poll()) is None:
+                assert time.monotonic() < deadline
+                if kill and prove._last_step(output) >= 5:
+                    os.kill(int(prove.members_of(output)[-1].identity["pid"]), signal.SIGKILL)
+                    kill = False
+                time.sleep(0.02)
+        finally:
+            launcher.kill()
+        assert code == 0
+        return str(json.loads((output / "result.json").read_text())["weights_digest"])
+
+    assert digest_of("whole", kill=False) == digest_of("disturbed", kill=True)

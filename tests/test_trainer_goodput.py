@@ -20,6 +20,7 @@ from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer import goodput
 from foldfeed.trainer.errors import TrainerError
 from foldfeed.trainer.goodput import GOODPUT_FILE, MEANINGS, PRODUCTIVE, RECOVERY, WASTED, Ledger, account
+from foldfeed.trainer.metrics import Metrics
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -173,3 +174,58 @@ def test_sigterm_prints_the_ledger(tmp_path: Path, small_store: FeatureStore) ->
     assert first.returncode == 0
     assert "goodput: " in said
     assert lines_of(tmp_path / "run" / GOODPUT_FILE)[-1]["reason"] == "stopped"
+
+
+def test_the_ledger_changes_hands_while_the_run_goes_on(tmp_path: Path) -> None:
+    """A first rank is stopped, another one goes on with the file, and the first one wakes up and writes."""
+    began = time.time()
+    one, two = Ledger(tmp_path, active=True, began=began), Ledger(tmp_path, active=False, began=began)
+    one.start(step=0, world=2)
+    two.regroup(False, step=0, world=2, generation=1)
+    for step in (1, 2):
+        time.sleep(0.05)
+        for ledger in (one, two):
+            ledger.mark(PRODUCTIVE)
+            ledger.step(step)
+    one._file.write(b'{"event": "st')  # stopped amid a line
+    one._file.flush()
+    time.sleep(0.1)
+    two.mark(WASTED)
+    two.move(WASTED, goodput.DETECTION, 0.08)
+    two.regroup(True, step=2, world=1, generation=2)
+    one.step(3)
+    time.sleep(0.05)
+    two.mark(PRODUCTIVE)
+    two.step(3)
+    found = two.end("finished")
+    assert found is not None
+    assert sum(found.parts.values()) == pytest.approx(found.wall_s, abs=1e-6)
+    assert (found.starts, found.failures, found.regroups) == (1, 0, 1)
+    assert found.parts[goodput.DETECTION] == pytest.approx(0.08)
+    assert found.parts[PRODUCTIVE] >= 0.15
+    assert [entry.get("step") for entry in lines_of(tmp_path / GOODPUT_FILE)] == [0, 1, 2, 2, 3, None]
+    assert "1 changes of ranks" in found.lines()[0]
+    one._file.close()
+
+
+def test_metrics_change_hands_and_hold_every_step_once(tmp_path: Path) -> None:
+    scalars = dict.fromkeys(("loss_metrics/global_avg_loss", "grad_norm", "lr", "train/skipped"), 1.0)
+    scalars |= dict.fromkeys(("throughput(samples/s)", "throughput(residues/s)"), 1.0)
+    scalars |= dict.fromkeys(("time_metrics/data_loading(%)", "comm/exposed_ms"), 1.0)
+    one, two = (Metrics(tmp_path, active=first, tensorboard=False, log_every=9) for first in (True, False))
+    one.start(0)
+    for step in (1, 2):
+        one.log(step, scalars)
+    for step in (1, 2, 3):
+        two.log(step, {**scalars, "grad_norm": float("nan")})
+    one._file.write('{"step": 3, ')  # it was stopped amid the line of the step that both completed
+    one._file.flush()
+    two.lead(3, two.last)
+    one.log(3, scalars)
+    two.log(4, scalars)
+    two.follow()
+    two.log(5, scalars)
+    found = lines_of(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    assert found[2]["grad_norm"] is None
+    one.close()

@@ -252,3 +252,26 @@ def test_residues_per_second_count_residues_that_exist(tmp_path: Path, small_sto
         per_sample = scalars["throughput(residues/s)"] / scalars["throughput(samples/s)"]
         assert 0 < per_sample <= longest + 1e-6
     assert "samples/s: " in done.stdout
+
+
+def test_the_ranks_of_an_elastic_run_hold_one_lease_after_another(tmp_path: Path) -> None:
+    first, second, other = (lease_of(tmp_path, [], lease_s=0.6) for _ in range(3))
+    first.take()
+    second.share(first.token)
+    first.let_go()
+    second.hold()
+    second.require()
+    # The former first rank, left out, gives nothing back that is not its own any more.
+    first.release()
+    second.require()
+    # It woke up late and signed once more: the holder signs again with its next beat.
+    write_lease(tmp_path, token=second.token, pid=1)
+    deadline = time.monotonic() + 10
+    while json.loads((tmp_path / LEASE_FILE).read_text())["pid"] != os.getpid():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    other.share("of another run")
+    with pytest.raises(LeaseLostError):
+        other.hold()
+    second.release()
+    assert not list(tmp_path.iterdir())

@@ -27,7 +27,7 @@ def test_faults_are_drawn_from_the_seed() -> None:
 @pytest.mark.parametrize(
     ("chaos", "text"),
     [
-        ("cut=1", "chaos 'cut=1' is not one of kill=NUMBER, stop=NUMBER"),
+        ("burn=1", "chaos 'burn=1' is not one of kill=NUMBER, stop=NUMBER, cut=NUMBER, join=NUMBER."),
         ("kill", "chaos 'kill' is not one of"),
         ("kill=0", "proves nothing"),
         ("", "proves nothing"),
@@ -41,12 +41,29 @@ def test_chaos_that_cannot_be_is_refused(chaos: str, text: str, capsys: pytest.C
     assert text in capsys.readouterr().err
 
 
+def test_a_machine_without_namespaces_refuses_cuts_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "ip"
+    tool.write_text("#!/bin/sh\necho 'RTNETLINK answers: Operation not permitted' >&2\nexit 2\n")
+    tool.chmod(0o755)
+    for path, text in (
+        (str(tmp_path), "Operation not permitted"),
+        (str(tmp_path / "none"), "needs the command ip"),
+    ):
+        monkeypatch.setenv("PATH", path)
+        output = str(tmp_path / "proof")
+        assert prove.main(["--store", "s", "--chaos", "cut=1", "--output", output]) == 2
+        assert text in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(280)
-def test_a_killed_run_ends_with_the_same_weights(
+def test_a_disturbed_run_ends_with_the_same_weights(
     tmp_path: Path, small_store: FeatureStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--store", small_store.url, "--ranks", "3", "--steps", "9", "--chaos", "kill=1"]
+    """Real processes, started by the launcher: one is killed, a spare takes its place, another one joins."""
+    arguments = ["--store", small_store.url, "--ranks", "2", "--steps", "14", "--chaos", "kill=1,join=1"]
     arguments += ["--seed", "4", "--limit-s", "240", "--output", str(tmp_path / "proof")]
     assert prove.main(arguments) == 0, capsys.readouterr()
     said = capsys.readouterr().out
@@ -54,16 +71,20 @@ def test_a_killed_run_ends_with_the_same_weights(
     assert len(digests) == 2
     assert digests[0] == digests[1]
     assert re.search(r"recovery_s: p50 (\d+\.\d) max \1\n", said)
-    assert said.count("kill: rank") == 1
-    log = (tmp_path / "proof" / "disturbed.log").read_text()
-    assert "resumed: step" in log
+    assert (said.count("kill: rank"), said.count("join: after")) == (1, 1)
     ledger = (tmp_path / "proof" / "disturbed" / "goodput.jsonl").read_text().splitlines()
-    assert [json.loads(line)["event"] for line in ledger].count("start") == 2
+    events = [json.loads(line)["event"] for line in ledger]
+    assert events.count("start") == 1
+    # The beginning, the death, the spare and the one that joined (two of them may come together).
+    assert events.count("regroup") in (3, 4)
+    worlds = [json.loads(line)["world"] for line in ledger if '"regroup"' in line]
+    assert (worlds[0], worlds[-1]) == (2, 3)
     assert prove.main(arguments) == 2
     assert "exists; give another --output" in capsys.readouterr().err
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(120)
 def test_different_weights_and_a_failing_run_are_no_proof(
     tmp_path: Path,
     small_store: FeatureStore,
@@ -82,6 +103,6 @@ def test_different_weights_and_a_failing_run_are_no_proof(
         patched.setattr(prove, "run_disturbed", finish)
         assert prove.main(arguments) == 1
     assert "the weights differ; both runs are in" in capsys.readouterr().err
-    broken = ["--store", str(tmp_path / "nowhere"), "--ranks", "1", "--steps", "4", "--chaos", "kill=1"]
+    broken = ["--store", str(tmp_path / "nowhere"), "--ranks", "2", "--steps", "4", "--chaos", "kill=1"]
     assert prove.main([*broken, "--output", str(tmp_path / "other")]) == 1
     assert "ended with code 1; see" in capsys.readouterr().err

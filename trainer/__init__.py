@@ -1,12 +1,15 @@
 """foldfeed.trainer: a lean data-parallel trainer whose weights do not depend on the number of ranks.
 
     torchrun --nproc-per-node 4 -m foldfeed.trainer --store URL --output runs/a
+    python -m foldfeed.trainer.elastic --ranks 4 -- --store URL --output runs/a      ranks may die and join
 
-Read in this order: loop.py (the step), commit.py (what ranks agree on), reducer.py and dyadic.py (how
-gradients are summed), snapshot.py, tiers.py and resume.py (how a run survives), goodput.py and watch.py (how
-it is watched), task.py, model.py and losses.py (what is trained), held_out.py (how well); prove.py, export.py
-and curve.py are commands of their own. Names are imported on first use, so that the command line can print
-its help without waiting for torch.
+Read in this order: loop.py (the step; source.py: of batches), commit.py (what ranks agree on), reducer.py and
+dyadic.py (how gradients are summed), exchange.py, two_level.py, ring.py, probe.py and transports.py (how they
+travel), snapshot.py, tiers.py, mirror.py and resume.py (how a run survives), elastic_rank.py, agreement.py,
+membership.py and wire.py (how its ranks survive each other), goodput.py and watch.py (how it is watched),
+task.py, model.py and losses.py (what is trained), held_out.py (how well); elastic.py, prove.py, export.py and
+curve.py are commands of their own. Names are imported on first use, so that the command line can print its
+help without waiting for torch.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
         CommunicationError,
         DependencyError,
         DivergedError,
+        ExcludedError,
         GradientError,
         InvalidSnapshotError,
         LeaseHeldError,
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
         SnapshotMismatchError,
         TrainerConfigError,
         TrainerError,
+        WireError,
     )
     from foldfeed.trainer.flat import FlatParameters
     from foldfeed.trainer.launch import run
@@ -56,6 +61,7 @@ _HOMES = {
     "DependencyError": "errors",
     "DivergedError": "errors",
     "EvoformerTask": "task",
+    "ExcludedError": "errors",
     "FlatParameters": "flat",
     "GradientError": "errors",
     "HeldOutConfig": "config",
@@ -80,6 +86,7 @@ _HOMES = {
     "TrainerError": "errors",
     "TreeReducer": "reducer",
     "Task": "task",
+    "WireError": "errors",
     "distogram_loss": "losses",
     "masked_msa_loss": "losses",
     "run": "launch",
@@ -92,6 +99,7 @@ __all__ = [
     "DependencyError",
     "DivergedError",
     "EvoformerTask",
+    "ExcludedError",
     "FlatParameters",
     "GradientError",
     "HeldOutConfig",
@@ -116,6 +124,7 @@ __all__ = [
     "TrainerConfigError",
     "TrainerError",
     "TreeReducer",
+    "WireError",
     "distogram_loss",
     "masked_msa_loss",
     "run",

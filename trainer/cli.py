@@ -7,6 +7,7 @@ It fills one `RunConfig` and calls `run`. Exit codes: 0 done (or stopped by SIGT
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import inspect
 import os
@@ -30,6 +31,7 @@ from foldfeed.trainer.config import (
     RunConfig,
     SnapshotConfig,
 )
+from foldfeed.trainer.elastic import VARIABLE, Plan
 from foldfeed.trainer.errors import TrainerConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -93,6 +95,7 @@ SNAPSHOTS = {
     "resume": "resume",
     "memory": "memory_snapshots",
     "memory_every": "memory_every",
+    "mirror": "mirror_snapshots",
     "mtbf_s": "mtbf",
 }
 RUN = [
@@ -212,14 +215,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _runner() -> Callable[[RunConfig], object]:
-    """Returns `launch.run`; imported late, so that help and usage errors do not wait for torch."""
+    """Returns what trains; imported late, so that help and usage errors do not wait for torch."""
+    plan = Plan.from_environment()
     try:
+        from foldfeed.trainer import elastic_rank
         from foldfeed.trainer.launch import run
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise MissingExtraError("torch", "train") from error
-    return run
+    return run if plan is None else functools.partial(elastic_rank.run, plan=plan)
 
 
 def leave_with(work: Callable[[], int]) -> None:
@@ -233,7 +238,7 @@ def leave_with(work: Callable[[], int]) -> None:
     except Exception:  # noqa: BLE001 - reported in full; the exit below must happen in every case
         traceback.print_exc()
         code = 1
-    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if code and (int(os.environ.get("WORLD_SIZE", "1")) > 1 or VARIABLE in os.environ):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

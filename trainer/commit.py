@@ -28,6 +28,7 @@ class Commit:
       num_residues: that exist in the step's crops, padding left out.
       bad_shards: virtual shards whose loss is not finite.
       parts: mean of each part of the loss over its own counted samples.
+      regroup: a rank wants to join an elastic run.
     """
 
     mean_loss: float
@@ -40,6 +41,7 @@ class Commit:
     num_residues: int
     bad_shards: list[int]
     parts: dict[str, float]
+    regroup: bool
 
 
 def shard_scalars(losses: Mapping[int, Loss], num_shards: int, parts: Sequence[str]) -> list[float]:
@@ -58,17 +60,17 @@ def shard_scalars(losses: Mapping[int, Loss], num_shards: int, parts: Sequence[s
     return [value for column in columns for value in column]
 
 
-# Of a rank's row at the commit point: stop, save_failed, data_s, residues, compute_s. Then come 3 * V, and
-# 2 * V for each part of the loss.
-NUM_PLAIN_SCALARS = 5
+# Of a rank's row at the commit point: stop, save_failed, regroup, data_s, residues, compute_s. Then come V
+# numbers three times, and V twice for each part of the loss.
+NUM_PLAIN_SCALARS = 6
 
 
 def combine(rows: Sequence[Sequence[float]], num_shards: int, parts: Sequence[str] = ()) -> Commit:
     """Returns what the ranks' scalars say together; each shard's entries are zero except on its owner.
 
     Args:
-      rows: per rank [stop, save_failed, data_s, residues, compute_s, V losses, V counts, V largest losses,
-        and for each part V sums, V counts].
+      rows: per rank the `NUM_PLAIN_SCALARS`, then V losses, V counts, V largest losses, and for each part V
+        sums, V counts.
       num_shards: V.
       parts: names of the parts of the loss.
     """
@@ -88,9 +90,10 @@ def combine(rows: Sequence[Sequence[float]], num_shards: int, parts: Sequence[st
         num_samples=num_samples,
         stop=any(row[0] for row in rows),
         save_failed=any(row[1] for row in rows),
-        data_s=[row[2] for row in rows],
-        compute_s=[row[4] for row in rows],
-        num_residues=int(sum(row[3] for row in rows)),
+        regroup=any(row[2] for row in rows),
+        data_s=[row[3] for row in rows],
+        compute_s=[row[5] for row in rows],
+        num_residues=int(sum(row[4] for row in rows)),
         bad_shards=[shard for shard, loss in enumerate(losses) if not math.isfinite(loss)],
         parts={name: value / count for name, (value, count) in sums.items() if count},
     )

@@ -269,6 +269,8 @@ class SnapshotConfig:
       memory: folder in memory for snapshots every few steps, lost with the machine; ``none`` for none.
       memory_every: steps between snapshots in memory; 0 chooses from what they cost (1 % of the time, or what
         fits --mtbf).
+      mirror: URL of a folder of this run alone to which snapshots on disk are copied in the background; a
+        start in an empty folder fetches the newest from there. None when empty.
       mtbf_s: mean time between failures of the whole run, in seconds; intervals that are not given are then
         chosen from it and the measured cost of a snapshot (Young, Daly); 0 when unknown.
     """
@@ -278,6 +280,7 @@ class SnapshotConfig:
     resume: str = "auto"
     memory: str = "/dev/shm"
     memory_every: int = 0
+    mirror: str = ""
     mtbf_s: float = 0.0
 
     def __post_init__(self) -> None:

@@ -100,7 +100,7 @@ def open_held_out(config: RunConfig, task: Task, recipe: Recipe, ranks: Ranks) -
 
 
 class LoaderMeters:
-    """What a loader counted, in the trainer's words, see `foldfeed.trainer.loop.SourceMeters`."""
+    """What a loader counted, in the trainer's words, see `foldfeed.trainer.source.SourceMeters`."""
 
     def __init__(self, loader: CropLoader) -> None:
         self._loader = loader

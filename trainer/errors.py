@@ -5,6 +5,9 @@
         ├── TrainerConfigError (ValueError)   an option, or a combination, that cannot work
         ├── GradientError                     a gradient that the flat buffers cannot take
         ├── CommunicationError                a collective failed: a rank died or stalled
+        ├── WireError                         a connection between two ranks failed
+        ├── RanksChangeError                  a rank wants to join: the ranks meet anew
+        ├── ExcludedError                     the other ranks went on without this one
         ├── PeerError                         another rank failed at something it does for all
         ├── ReplicaMismatchError              ranks that must hold equal bits do not
         ├── MeetingPointError                 the port where ranks meet is taken
@@ -66,6 +69,39 @@ class CommunicationError(TrainerError):
         super().__init__(
             f"rank {rank} lost its peers during {phase}: {reason} "
             "Look for the first rank that failed; a restart continues from the last snapshot."
+        )
+
+
+class WireError(TrainerError):
+    """A connection between two ranks failed, or its other side does not belong to the run."""
+
+
+class RanksChangeError(TrainerError):
+    """A rank wants to join an elastic run, so all ranks meet anew; raised by all of them after a step.
+
+    Attributes:
+      step: completed steps.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(f"the ranks meet anew after step {step}, because one wants to join")
+
+
+class ExcludedError(TrainerError):
+    """The other ranks of an elastic run went on without this one, and it found no way back.
+
+    Attributes:
+      generation: of the ranks that train now.
+      reason: why it did not come back.
+    """
+
+    def __init__(self, generation: int, reason: str) -> None:
+        self.generation = generation
+        self.reason = reason
+        super().__init__(
+            f"the run goes on without this rank, in generation {generation} ({reason}). Nothing is lost with "
+            "it; start it again to join, once the others can be reached from here"
         )
 
 

@@ -16,11 +16,10 @@ Owns: the message buffers, sized for the largest bucket and reused. Does not own
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from foldfeed.trainer.buckets import Bucket
 from foldfeed.trainer.dyadic import Block, blocks_of_ranks, tree_sum
@@ -71,7 +70,7 @@ class TreeExchange:
         self._recv = torch.zeros(received, dtype=torch.float32, device=output.device)
         self._chunk = torch.zeros(chunk, dtype=torch.float32, device=output.device)
         self._gathered = torch.zeros(world * chunk, dtype=torch.float32, device=output.device)
-        self._in_flight: tuple[Any, Bucket] | None = None
+        self._in_flight: tuple[Callable[[], None], Bucket] | None = None
 
     def reduce(self, bucket: Bucket, blocks: Sequence[torch.Tensor]) -> None:
         """Exchanges one bucket, see `Exchange.reduce`."""
@@ -87,19 +86,18 @@ class TreeExchange:
             return
         self._chunk[:chunk].copy_(summed)
         with self._ranks.guard(f"the all-gather of gradient bucket {bucket.index}"):
-            work = dist.all_gather_into_tensor(
-                self._gathered[: world * chunk], self._chunk[:chunk], group=self._ranks.gather, async_op=True
-            )
-        self._in_flight = (work, bucket)
+            assert self._ranks.gather is not None, "ranks of a world have groups"
+            wait = self._ranks.gather.all_gather(self._gathered[: world * chunk], self._chunk[:chunk])
+        self._in_flight = (wait, bucket)
 
     def drain(self) -> None:
         """Finishes the all-gather that is under way, if any."""
         if self._in_flight is None:
             return
-        work, bucket = self._in_flight
+        wait, bucket = self._in_flight
         self._in_flight = None
         with self._ranks.guard(f"the all-gather of gradient bucket {bucket.index}"):
-            work.wait()
+            wait()
         # The last chunks may be padding: world * chunk >= numel.
         self._output[bucket.start : bucket.stop].copy_(self._gathered[: bucket.numel])
 
@@ -109,16 +107,13 @@ class TreeExchange:
         mine = counts[self._ranks.rank]
         received = self._recv[: sum(counts) * chunk]
         with self._ranks.guard(f"the all-to-all of gradient bucket {bucket.index}"):
-            work = dist.all_to_all_single(
+            assert self._ranks.scatter is not None, "ranks of a world have groups"
+            self._ranks.scatter.all_to_all(
                 received,
                 self._send[: world * mine * chunk],
-                output_split_sizes=[count * chunk for count in counts],
-                input_split_sizes=[mine * chunk] * world,
-                group=self._ranks.scatter,
-                async_op=True,
+                [count * chunk for count in counts],
+                [mine * chunk] * world,
             )
-            assert work is not None, "async_op returns a handle"
-            work.wait()
         return received.view(sum(counts), chunk).unbind(0)
 
 

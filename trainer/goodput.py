@@ -41,6 +41,9 @@ PREPARATION = "training_prep"
 WASTED = "wasted_progress_from_disruption"
 RECOVERY = "infrastructure_recovery_from_disruption"
 EVALUATION = "evaluation"
+DETECTION = "failure_detection"
+REFORM = "membership_reform"
+TRANSFER = "state_transfer"
 IDLE = "idle"
 OTHER = "other"
 
@@ -56,6 +59,9 @@ MEANINGS = {
     WASTED: "steps done again after a failure",
     RECOVERY: "from the last step before a failure to the next start",
     EVALUATION: "looking at held-out records",
+    DETECTION: "ranks that were gone or stopped, until it was noticed (elastic runs)",
+    REFORM: "agreeing on who goes on, and connecting (elastic runs)",
+    TRANSFER: "bringing ranks that are new or behind to the others' step (elastic runs)",
     IDLE: "between a stop that was asked for and the next start",
     OTHER: "the rest: metrics, the result",
 }
@@ -70,12 +76,14 @@ class Account:
       wall_s: from the first process's start to the last line.
       starts: how often the run was started.
       failures: how many starts ended neither done nor by request, the present one left out.
+      regroups: how often the ranks changed while they ran.
     """
 
     parts: Mapping[str, float]
     wall_s: float
     starts: int
     failures: int
+    regroups: int = 0
 
     @property
     def goodput(self) -> float:
@@ -87,7 +95,7 @@ class Account:
         times = "once" if self.starts == 1 else f"{self.starts} times"
         table = [
             f"goodput: {100 * self.goodput:.1f} % of {self.wall_s:.1f} s (started {times}, "
-            f"{self.failures} failures)"
+            f"{self.failures} failures" + (f", {self.regroups} changes of ranks)" if self.regroups else ")")
         ]
         for name, seconds in sorted(self.parts.items(), key=lambda part: -part[1]):
             if seconds >= 0.05:
@@ -129,14 +137,17 @@ def _sum_up(entries: Sequence[Mapping[str, Any]]) -> Account:
     parts = dict.fromkeys(MEANINGS, 0.0)
     steps: list[Mapping[str, Any]] = []
     last: Mapping[str, Any] | None = None
-    starts = failures = 0
+    starts = failures = regroups = 0
     for entry in entries:
-        if entry["event"] == "start":
-            starts += 1
+        # The first one is the beginning.
+        regroups += entry["event"] == "regroup" and entry["generation"] > 1
+        if entry["event"] in ("start", "regroup"):
+            asked_for = last is not None and last["event"] == "end" and last["reason"] != "failed"
             if last is not None:
-                asked_for = last["event"] == "end" and last["reason"] != "failed"
-                failures += not asked_for
                 parts[IDLE if asked_for else RECOVERY] += entry["began"] - last["time"]
+            if entry["event"] == "start":
+                starts += 1
+                failures += last is not None and not asked_for
             # What was done after the snapshot that this start went back to is done again.
             lost = [done for done in steps if done["step"] > entry["step"]]
             steps = [done for done in steps if done["step"] <= entry["step"]]
@@ -150,7 +161,7 @@ def _sum_up(entries: Sequence[Mapping[str, Any]]) -> Account:
             parts[name] += seconds
         last = entry
     wall_s = last["time"] - entries[0]["began"] if last is not None else 0.0
-    return Account(parts=parts, wall_s=wall_s, starts=starts, failures=failures)
+    return Account(parts=parts, wall_s=wall_s, starts=starts, failures=failures, regroups=regroups)
 
 
 def process_start() -> float:
@@ -168,6 +179,9 @@ class Ledger:
     """Times one process; the first rank's also writes.
 
     Between two calls of `mark` every second belongs to the second call's name.
+
+    Attributes:
+      active: whether this rank writes.
     """
 
     def __init__(self, folder: Path, *, active: bool, began: float | None = None) -> None:
@@ -179,10 +193,11 @@ class Ledger:
           began: when the process started; now when None.
         """
         self.path = folder / GOODPUT_FILE
-        self._active = active
+        self.active = active
         self._clock = time.time() - time.monotonic()
         self._began = self._now() if began is None else began
         self._marked = self._began
+        self._written = self._began
         self._parts: dict[str, float] = {}
         self._file: Any = None
 
@@ -208,14 +223,38 @@ class Ledger:
           step: completed steps that the snapshot gave.
           world: number of ranks.
         """
-        if not self._active:
+        if not self.active:
             self._parts = {}
             return
         raw = self.path.read_bytes() if self.path.exists() else b""
-        before = _whole_lines(self.path, raw)
-        if before:
+        _whole_lines(self.path, raw)
+        self._open(raw)
+        self._write("start", began=self._began, step=step, world=world)
+
+    def regroup(self, first: bool, **values: Any) -> None:
+        """Notes that the ranks of an elastic run changed, after the times for it were marked.
+
+        Args:
+          first: whether this rank writes from now on. The file is made anew by a new first rank, so that a
+            former one that wakes up writes into one without a name.
+          values: of the line: step, world, generation, why, and the budget of the recovery.
+        """
+        self.active = first
+        self._began = self._written
+        if not first and self._file is not None:
+            self._file.close()
+            self._file = None
+        elif first and self._file is None:
+            self._open(self.path.read_bytes() if self.path.exists() else b"")
+        self._write("regroup", began=self._began, **values)
+
+    def _open(self, raw: bytes) -> None:
+        """Opens a copy of the ledger without a torn last line, and takes what it has counted out of ours."""
+        stop = raw.rfind(b"\n") + 1
+        if stop:
+            (last,) = _whole_lines(self.path, raw[raw.rfind(b"\n", 0, stop - 1) + 1 : stop])
             # A process that runs twice, or a clock that was set back: no second counts twice.
-            excess = before[-1]["time"] - self._began
+            excess = last["time"] - self._began
             for name in list(self._parts):
                 if excess <= 0:
                     break
@@ -223,11 +262,11 @@ class Ledger:
                 self._parts[name] -= taken
                 self._began += taken
                 excess -= taken
-        self._file = self.path.open("r+b" if raw else "w+b")
-        # A torn last line is cut off.
-        self._file.seek(raw.rfind(b"\n") + 1)
-        self._file.truncate()
-        self._write("start", began=self._began, step=step, world=world)
+        temporary = self.path.with_suffix(".tmp")
+        self._file = temporary.open("wb")
+        self._file.write(raw[:stop])
+        self._file.flush()
+        temporary.replace(self.path)
 
     def step(self, step: int) -> None:
         """Writes what went by up to the end of a step, ``step`` completed ones."""
@@ -250,6 +289,7 @@ class Ledger:
 
     def _write(self, event: str, **values: Any) -> None:
         parts, self._parts = self._parts, {}
+        self._written = self._marked
         if self._file is None:
             return
         line = {"event": event, "time": self._marked, **values, "parts": parts}

@@ -52,6 +52,11 @@ class HeldOut:
         self._task = task
         self._ranks = ranks
 
+    def redivide(self, ranks: Ranks) -> None:
+        """Takes another part of each look, among other ranks."""
+        self._ranks = ranks
+        self._loader.redivide(0, ranks.rank, ranks.world)
+
     def look(self, model: nn.Module) -> dict[str, float]:
         """Returns the mean loss and the mean of each of its parts. A collective.
 

@@ -3,7 +3,7 @@
     OUTPUT/run.json         run id, digests and the resolved settings of the last start
     OUTPUT/snapshots/       generations (snapshot.py); more of them in memory while the run lives (tiers.py)
     OUTPUT/run.lease        while a run lives there (lease.py)
-    OUTPUT/metrics.jsonl    one line per step;  OUTPUT/tb/  TensorBoard
+    OUTPUT/metrics.jsonl    one line per step, and one per look at held-out records;  OUTPUT/tb/  TensorBoard
     OUTPUT/goodput.jsonl    where the time went (goodput.py)
     OUTPUT/stacks.txt       stacks of the ranks, when they hung or got SIGUSR1 (watch.py)
     OUTPUT/result.json      only when the last step is done: weights digest, steps, digests
@@ -24,7 +24,7 @@ import json
 import os
 import secrets
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,13 @@ from foldfeed.trainer.errors import SnapshotMismatchError, TrainerConfigError, T
 from foldfeed.trainer.goodput import INITIALIZATION, PREPARATION, RESTORE, STARTUP, Ledger, process_start
 from foldfeed.trainer.held_out import HeldOut
 from foldfeed.trainer.lease import Lease
-from foldfeed.trainer.loop import BatchSource, Outcome, SourceMeters, Trainer
+from foldfeed.trainer.loop import Outcome, Trainer
 from foldfeed.trainer.metrics import Metrics
+from foldfeed.trainer.mirror import Mirror, fetch
 from foldfeed.trainer.ranks import Ranks, joined, pick_device, world_from_environment
 from foldfeed.trainer.resume import check_belongs, environment, named_generation, newest_valid
 from foldfeed.trainer.snapshot import SnapshotFolder
+from foldfeed.trainer.source import BatchSource, SourceMeters
 from foldfeed.trainer.task import Task, identity, load_task
 from foldfeed.trainer.tiers import Saver, memory_folder
 from foldfeed.trainer.watch import StackWatch
@@ -161,31 +163,32 @@ def train(
             "environment": numerics,
         }
         header["run_id"] = ranks.first_does(
-            lambda: _claim(output, config, header, lease), "opening the run's folder"
+            lambda: claim(output, config, header, lease, metrics.say), "opening the run's folder"
         )
         folder = SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep, before_write=lease.require)
         memory = memory_folder(config.snapshots.memory, str(header["run_id"]))
         if memory is not None and ranks.is_first:
             memory.before_write = lease.require
-        saver = Saver(folder, memory, ranks, config.snapshots, metrics.say)
+        mirror = mirror_of(config, metrics.say)
+        saver = Saver(folder, memory, ranks, config.snapshots, metrics.say, mirror=mirror)
         ledger.mark(PREPARATION)
-        _continue(trainer, folder, memory, header)
+        continue_run(trainer, folder, memory, header)
         metrics.start(trainer.step)
         ledger.mark(RESTORE)
         ranks.first_does(lambda: ledger.start(trainer.step, ranks.world), "opening the ledger")
-        _describe(trainer, header)
+        describe(trainer, header)
         watch = StackWatch(output, ranks.rank, ranks.world, config.timeout_s, metrics.say)
-        with _stop_on_sigterm(trainer), _watching(watch):
+        with stop_on_sigterm(trainer), watching(watch):
             outcome = trainer.run(saver, header, ledger, watch)
-        ranks.first_does(lambda: _conclude(output, header, outcome), "writing the result")
-        _report(metrics, outcome, ledger, meters)
+        ranks.first_does(lambda: conclude(output, header, outcome), "writing the result")
+        report(metrics, outcome, ledger, meters)
     except BaseException:
         trainer.reducer.close(wait=False)
         if saver is not None:
             saver.close()
         # A full disk must not hide the error that ends the run.
         with contextlib.suppress(OSError):
-            _report_goodput(metrics, ledger, "failed")
+            report_goodput(metrics, ledger, "failed")
         metrics.close()
         raise
     finally:
@@ -210,13 +213,26 @@ def _require_one_environment(numerics: dict[str, Any], ranks: Ranks) -> None:
         )
 
 
-def _claim(output: Path, config: RunConfig, header: dict[str, Any], lease: Lease) -> str:
+def mirror_of(config: RunConfig, say: Callable[[str], None]) -> Mirror | None:
+    """Returns what copies the snapshots of a run to a URL; None where none is given."""
+    url = config.snapshots.mirror
+    return Mirror(url, config.snapshots.keep, say) if url else None
+
+
+def claim(
+    output: Path, config: RunConfig, header: dict[str, Any], lease: Lease, say: Callable[[str], None]
+) -> str:
     """Makes the folder this run's, or checks that it is; returns the run id. First rank only.
+
+    An empty folder gets what the run's URL of copies holds.
 
     Raises:
       LeaseHeldError: another run lives there.
+      NoValidSnapshotError: there are copies, and none is valid.
     """
     lease.take(wait=_is_restart())
+    if config.snapshots.mirror:
+        fetch(config.snapshots.mirror, output, say)
     path = output / RUN_FILE
     run_id = secrets.token_hex(8)
     bound = ("config_digest", "layout_hash", "store_fingerprint")
@@ -270,7 +286,7 @@ def _changed_settings(found: dict[str, Any], now: dict[str, Any], prefix: str = 
     return changed
 
 
-def _continue(
+def continue_run(
     trainer: Trainer, folder: SnapshotFolder, memory: SnapshotFolder | None, header: dict[str, Any]
 ) -> None:
     """Restores the newest valid snapshot, or the named one, if there is any."""
@@ -297,7 +313,8 @@ def _continue(
     say(f"resumed: step {trainer.step}  {generation.path}  (made by {generation.manifest['world']} ranks)")
 
 
-def _describe(trainer: Trainer, header: dict[str, Any]) -> None:
+def describe(trainer: Trainer, header: dict[str, Any]) -> None:
+    """Tells the person at the terminal what is trained."""
     config, ranks = trainer.config, trainer.ranks
     sizes = [4 * bucket.numel for bucket in trainer.buckets]
     trainer.metrics.say(
@@ -308,7 +325,7 @@ def _describe(trainer: Trainer, header: dict[str, Any]) -> None:
     )
 
 
-def _conclude(output: Path, header: dict[str, Any], outcome: Outcome) -> None:
+def conclude(output: Path, header: dict[str, Any], outcome: Outcome) -> None:
     """Writes the result of a finished run; a stopped one has none. First rank only."""
     if outcome.stopped:
         return
@@ -322,14 +339,16 @@ def _conclude(output: Path, header: dict[str, Any], outcome: Outcome) -> None:
     _write_json(output / RESULT_FILE, result)
 
 
-def _report_goodput(metrics: Metrics, ledger: Ledger, reason: str) -> None:
+def report_goodput(metrics: Metrics, ledger: Ledger, reason: str) -> None:
+    """Closes the ledger and prints where the time went, on the rank that keeps it."""
     found = ledger.end(reason)
     for line in found.lines() if found is not None else []:
         metrics.say(line)
 
 
-def _report(metrics: Metrics, outcome: Outcome, ledger: Ledger, meters: SourceMeters | None) -> None:
-    _report_goodput(metrics, ledger, "stopped" if outcome.stopped else "finished")
+def report(metrics: Metrics, outcome: Outcome, ledger: Ledger, meters: SourceMeters | None = None) -> None:
+    """Prints how the run ended."""
+    report_goodput(metrics, ledger, "stopped" if outcome.stopped else "finished")
     for line in meters.lines() if meters is not None else []:
         metrics.say(line)
     if outcome.stopped:
@@ -345,7 +364,8 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _watching(watch: StackWatch) -> Iterator[None]:
+def watching(watch: StackWatch) -> Iterator[None]:
+    """Watches while the block runs."""
     watch.start()
     try:
         yield
@@ -354,7 +374,7 @@ def _watching(watch: StackWatch) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm(trainer: Trainer) -> Iterator[None]:
+def stop_on_sigterm(trainer: Trainer) -> Iterator[None]:
     """Turns the first SIGTERM into a request to stop; a second one ends the process as usual."""
 
     def on_signal(number: int, _: object) -> None:

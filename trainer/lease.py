@@ -86,8 +86,50 @@ class Lease:
                 self._say(
                     f"took over the lease of process {holder.get('pid')} on {holder.get('host')}: {why}"
                 )
+        self._start_to_beat()
+
+    @property
+    def token(self) -> str:
+        """Of the lease; the ranks of an elastic run have one together."""
+        return self._token
+
+    def share(self, token: str) -> None:
+        """Takes part in a lease that another rank of this run took."""
+        self._token = token
+
+    def hold(self) -> None:
+        """Keeps the shared lease fresh from now on; whoever is first does.
+
+        Raises:
+          LeaseLostError: another run has taken it over.
+        """
+        if self._beat is not None:
+            return
+        holder = self._read()
+        if holder and holder.get("token") != self._token:
+            raise LeaseLostError(str(self.path), str(holder.get("host")))
+        self._sign()
+        self._start_to_beat()
+
+    def let_go(self) -> None:
+        """Leaves the lease to another rank of this run."""
+        if self._beat is not None:
+            self._ended.set()
+            self._beat.join()
+            self._beat = None
+
+    def _start_to_beat(self) -> None:
+        self._ended.clear()
         self._beat = threading.Thread(target=self._keep_fresh, name="lease", daemon=True)
         self._beat.start()
+
+    def _text(self) -> str:
+        return json.dumps({"token": self._token, **identity()}, indent=1) + "\n"
+
+    def _sign(self) -> None:
+        temporary = self.path.with_name(f"{LEASE_FILE}.{secrets.token_hex(8)}")
+        temporary.write_text(self._text(), encoding="utf-8")
+        temporary.replace(self.path)
 
     def _remove_stale(self, token: str) -> bool:
         """Removes a stale lease; returns whether it was this process that did.
@@ -127,25 +169,21 @@ class Lease:
         """Gives the lease back, if it was taken and is still ours."""
         if self._beat is None:
             return
-        self._ended.set()
-        self._beat.join()
-        self._beat = None
+        self.let_go()
         holder = self._read()
         if holder is not None and holder.get("token") == self._token:
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        token = secrets.token_hex(8)
-        text = json.dumps({"token": token, **identity()}, indent=1) + "\n"
+        self._token = secrets.token_hex(8)
         try:
             number = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
         with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(self._text())
             file.flush()
             os.fsync(file.fileno())
-        self._token = token
         return True
 
     def _read(self) -> dict[str, Any] | None:
@@ -180,6 +218,8 @@ class Lease:
                 holder = self._read()
                 if holder is not None and holder.get("token") not in (None, self._token):
                     return
+                if holder and any(holder.get(name) != value for name, value in identity().items()):
+                    self._sign()  # over that of a former first rank of this run, which woke up late
                 # The path is set to the file system's own time, not to this machine's.
                 os.utime(self.path)
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import google_crc32c
 import torch
@@ -27,7 +27,7 @@ from foldfeed.trainer.commit import Commit, combine, shard_scalars
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.ddp import DdpReducer
 from foldfeed.trainer.dyadic import owned_shards
-from foldfeed.trainer.errors import DivergedError
+from foldfeed.trainer.errors import DivergedError, RanksChangeError
 from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.goodput import DATA, EVALUATION, OTHER, PRODUCTIVE, SAVE, SKIPPED, Ledger
 from foldfeed.trainer.held_out import HeldOut
@@ -38,71 +38,11 @@ from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.reducer import Reducer, TreeReducer
 from foldfeed.trainer.rng import seed_initial_weights, seed_shard
 from foldfeed.trainer.snapshot import BUFFERS, Generation, SnapshotFolder, checksum
+from foldfeed.trainer.source import BatchSource, SourceMeters, StepLike
 from foldfeed.trainer.task import Task
 from foldfeed.trainer.tiers import Capture, Saver
 from foldfeed.trainer.transports import choose, ranks_per_node
 from foldfeed.trainer.watch import StackWatch, Stragglers
-
-
-class ShardLike(Protocol):
-    """One virtual shard of a step, as the loader makes it."""
-
-    @property
-    def v(self) -> int:
-        """Its number, 0 .. V-1."""
-        ...
-
-    @property
-    def samples(self) -> Sequence[int]:
-        """Global sample numbers, one per leading index of the features."""
-        ...
-
-    @property
-    def features(self) -> Mapping[str, torch.Tensor]:
-        """Tensors with a leading sample axis."""
-        ...
-
-
-class StepLike(Protocol):
-    """This rank's part of a step."""
-
-    @property
-    def step(self) -> int:
-        """Number of the step, from 0."""
-        ...
-
-    @property
-    def shards(self) -> Sequence[ShardLike]:
-        """This rank's virtual shards, ascending."""
-        ...
-
-
-class BatchSource(Protocol):
-    """What the loop needs of a loader."""
-
-    def __iter__(self) -> Iterator[StepLike]:
-        """Returns an endless iterator of steps."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns JSON-able state: the next step to be consumed and what it depends on."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a state; raises when it belongs to other data."""
-        ...
-
-
-class SourceMeters(Protocol):
-    """What a source of batches says about itself."""
-
-    def scalars(self) -> dict[str, float]:
-        """Returns numbers for a step's metrics, by name."""
-        ...
-
-    def lines(self) -> list[str]:
-        """Returns a table for the end of a run."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +71,9 @@ class Trainer:
       flat: its buffers.
       step: completed steps.
       num_skipped: steps skipped so far.
+      saved: completed steps of the newest snapshot on disk, as far as this rank knows.
       stop_requested: set it (from a signal handler) to stop at the next commit point.
+      invites: asked at each commit point whether the ranks should meet anew.
     """
 
     def __init__(
@@ -169,27 +111,60 @@ class Trainer:
         self._meters = meters if ranks.is_first else None
         self.step = 0
         self.num_skipped = 0
+        self.saved = 0
         self.stop_requested = False
+        self.invites: Callable[[], bool] = lambda: False
         self._not_finite_since = 0
+        # The last step that looked at held-out records; a snapshot is taken after its step's look.
+        self._looked = 0
         seed_initial_weights(config.seed)
         self.model = task.build()
         self.flat = FlatParameters(self.model, ranks.device)
         total = 4 * self.flat.numel
-        bucket_bytes = int(config.bucket_mb * 2**20) or auto_bucket_bytes(total)
+        self._bucket_bytes = int(config.bucket_mb * 2**20) or auto_bucket_bytes(total)
         self.buckets = plan_buckets(
-            [segment.padded for segment in self.flat.segments], bucket_bytes=bucket_bytes
+            [segment.padded for segment in self.flat.segments], bucket_bytes=self._bucket_bytes
         )
         self.optimizer = FlatAdamW(self.flat.params, self.buckets, config.optimizer)
         ranks.require_equal(self.flat.layout_hash.encode(), "the parameter layout at the start")
         ranks.require_equal(self._digests()[1], "the initial weights")
         self.transport = "ddp"
-        self.reducer = self._make_reducer(bucket_bytes)
+        self.reducer = self._make_reducer()
         self._forward: nn.Module = self.reducer.wrap(self.model)
 
-    def _make_reducer(self, bucket_bytes: int) -> Reducer:
+    def meet(self, ranks: Ranks, state: Mapping[str, Any]) -> None:
+        """Goes on among other ranks: fresh message buffers, the same model and loader.
+
+        Args:
+          ranks: the new ones.
+          state: `small_state` of a rank that completed as many steps as this one.
+        """
+        self.reducer.close()
+        self.ranks = ranks
+        self.num_skipped = int(state["num_skipped"])
+        self._not_finite_since = int(state["not_finite_since"])
+        self._looked = int(state["looked"])
+        self.reducer = self._make_reducer()
+        self._forward = self.reducer.wrap(self.model)
+        self.source.redivide(self.step, ranks.rank, ranks.world)
+        if self.held_out is not None:
+            self.held_out.redivide(ranks)
+
+    def small_state(self) -> dict[str, int]:
+        """Returns what belongs to the state besides the flat buffers."""
+        return {
+            "step": self.step,
+            "num_updates": self.optimizer.num_updates,
+            "num_skipped": self.num_skipped,
+            "not_finite_since": self._not_finite_since,
+            "saved": self.saved,
+            "looked": self._looked,
+        }
+
+    def _make_reducer(self) -> Reducer:
         num_shards = self.config.data.num_shards
         if self.config.reducer == "ddp":
-            return DdpReducer(self.flat, self.ranks, num_shards, bucket_bytes)
+            return DdpReducer(self.flat, self.ranks, num_shards, self._bucket_bytes)
         found = choose(self.config, self.ranks, self.flat.segments, ranks_per_node())
         self.transport = f"{found.name} ({len(found.buckets)} buckets)"
         if found.why:
@@ -204,9 +179,14 @@ class Trainer:
           header: manifest entries of this run (run id, digests, environment).
           ledger: counts where the time goes.
           watch: is told when steps begin.
+        Raises:
+          CommunicationError: a rank died or stalled.
+          RanksChangeError: a rank wants to join.
         """
         saver.begin(self.step)
-        saved = self.step
+        # A look that lost a rank is taken again.
+        self._look()
+        ledger.mark(EVALUATION)
         stopped = False
         steps = iter(self.source)
         num_shards, world = self.config.data.num_shards, self.ranks.world
@@ -224,9 +204,7 @@ class Trainer:
             ledger.mark(kind)
             # While another rank still waited for its batch, this one waited for that rank.
             ledger.move(kind, DATA, min(max(commit.data_s) - data_s, self.reducer.times["exposed"]))
-            looked = self._look()
-            ledger.mark(EVALUATION)
-            self._log(commit, update, seconds, stall_ms, looked)
+            self._log(commit, update, seconds, stall_ms)
             if line := stragglers.feed(commit.data_s, commit.compute_s, seconds):
                 self.metrics.say(line)
             if commit.save_failed:
@@ -234,6 +212,8 @@ class Trainer:
             stopped = commit.stop
             stall_ms = 0.0
             ledger.mark(OTHER)
+            self._look()
+            ledger.mark(EVALUATION)
             self._watch_divergence(commit, update, saver)
             # While steps are skipped nothing changes, and the snapshots that are kept stay the ones before.
             memory, disk = (False, False) if self._not_finite_since else saver.due(self.step)
@@ -244,10 +224,14 @@ class Trainer:
                 stall_s = time.perf_counter() - started
                 stall_ms = 1e3 * stall_s
                 saver.learn(stall_s, seconds, disk=disk)
-                saved = self.step if disk else saved
+                self.saved = self.step if disk else self.saved
             ledger.mark(SAVE)
             ledger.step(self.step)
-        if saved != self.step:
+            if commit.regroup and not stopped and self.step < self.config.steps:
+                # Nobody leaves before all have applied the step: it need not be brought to them.
+                self.ranks.gather_floats([0.0], "the end of a generation")
+                raise RanksChangeError(self.step)
+        if self.saved != self.step:
             saver.save(self.capture(header), memory=False, disk=True)
         saver.finish()
         ledger.mark(SAVE)
@@ -286,6 +270,7 @@ class Trainer:
             [
                 float(self.stop_requested),
                 float(save_failed),
+                float(self.invites()),
                 data_s,
                 residues,
                 time.perf_counter() - started,
@@ -301,17 +286,19 @@ class Trainer:
             self._explain_skip(commit, batch, losses)
         return commit, update
 
-    def _look(self) -> dict[str, float]:
-        """Returns the losses of held-out records where this step looks at them. All ranks decide alike."""
+    def _look(self) -> None:
+        """Says how held-out records fare where this step looks at them. All ranks decide alike."""
         every = self.config.held_out.eval_every
-        if self.held_out is None or (self.step % every and self.step != self.config.steps):
-            return {}
+        due = self.step > self._looked and (self.step % every == 0 or self.step == self.config.steps)
+        if self.held_out is None or not due:
+            return
         found = self.held_out.look(self.model)
+        self._looked = self.step
         self.metrics.say(
             f"held out: step {self.step}  "
             + "  ".join(f"{name}: {value:.4f}" for name, value in found.items())
         )
-        return {f"eval/{name}": value for name, value in found.items()}
+        self.metrics.note(self.step, {f"eval/{name}": value for name, value in found.items()})
 
     def _watch_divergence(self, commit: Commit, update: Update, saver: Saver) -> None:
         """Ends a run whose steps are all skipped. All ranks decide alike, from what they agreed on."""
@@ -351,9 +338,7 @@ class Trainer:
             f"step {self.step} skipped on all ranks: {why}" + (f" ({'; '.join(who)})" if who else "")
         )
 
-    def _log(
-        self, commit: Commit, update: Update, seconds: float, stall_ms: float, looked: Mapping[str, float]
-    ) -> None:
+    def _log(self, commit: Commit, update: Update, seconds: float, stall_ms: float) -> None:
         samples = self.config.data.global_batch
         exposed, total = self.reducer.times["exposed"], self.reducer.times["total"]
         scalars = {
@@ -371,22 +356,23 @@ class Trainer:
             "comm/hidden_pct": 100.0 * max(0.0, 1.0 - exposed / total) if total else 0.0,
             "ckpt/stall_ms": stall_ms,
             "ft/world_size": float(self.ranks.world),
+            "ft/generation": float(self.ranks.generation),
             "train/skipped": float(update.skipped),
             "train/num_skipped": float(self.num_skipped),
             **memory_scalars(self.ranks.device),
             **{f"loss_metrics/{name}": value for name, value in commit.parts.items()},
-            **looked,
             **({} if self._meters is None else self._meters.scalars()),
         }
         self.metrics.log(self.step, scalars)
 
-    def _host_buffers(self) -> dict[str, torch.Tensor]:
+    def host_buffers(self) -> dict[str, torch.Tensor]:
+        """Returns parameters and moments on the CPU, by name; there they alias the live ones."""
         tensors = (self.flat.params, self.optimizer.exp_avg, self.optimizer.exp_avg_sq)
         return {name: tensor.cpu() for name, tensor in zip(BUFFERS, tensors, strict=True)}
 
     def _digests(self) -> tuple[dict[str, int], bytes]:
         """Returns the crc32c of each buffer in memory, and 8 bytes: of the parameters, of the moments."""
-        return _checksums(self._host_buffers())
+        return _checksums(self.host_buffers())
 
     def capture(self, header: Mapping[str, Any]) -> Capture:
         """Returns the state after this step, once all ranks showed that theirs is equal.
@@ -394,7 +380,7 @@ class Trainer:
         Raises:
           ReplicaMismatchError: a rank's parameters or moments differ.
         """
-        buffers = self._host_buffers()
+        buffers = self.host_buffers()
         checksums, digest = _checksums(buffers)
         self.ranks.require_equal(digest, f"parameters and moments after step {self.step}")
         manifest = {
@@ -425,13 +411,23 @@ class Trainer:
 
     def restore(self, generation: Generation) -> None:
         """Continues from a validated generation; the next step is its ``step``."""
-        self.flat.params.copy_(generation.buffers["params"])
-        self.optimizer.exp_avg.copy_(generation.buffers["exp_avg"])
-        self.optimizer.exp_avg_sq.copy_(generation.buffers["exp_avg_sq"])
-        self.optimizer.num_updates = int(generation.manifest["num_updates"])
+        self.take_over(generation.buffers, generation.manifest)
         self.num_skipped = int(generation.manifest["num_skipped"])
-        self.step = generation.step
+        self.saved = self._looked = self.step
         self.source.load_state_dict(generation.manifest["loader"])
+
+    def take_over(self, buffers: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        """Sets parameters, moments and counts to those of a snapshot or of another rank.
+
+        Args:
+          buffers: fp32 (numel,) on the CPU, by name.
+          state: ``step`` and ``num_updates``.
+        """
+        self.flat.params.copy_(buffers["params"])
+        self.optimizer.exp_avg.copy_(buffers["exp_avg"])
+        self.optimizer.exp_avg_sq.copy_(buffers["exp_avg_sq"])
+        self.optimizer.num_updates = int(state["num_updates"])
+        self.step = int(state["step"])
 
     def weights_digest(self) -> str:
         """Returns the sha256 (hex) of the flat parameters."""

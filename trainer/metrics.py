@@ -26,24 +26,39 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes the metrics of one rank; silent on all ranks but the first."""
+    """Writes the metrics of one rank; silent on all ranks but the first.
 
-    def __init__(self, folder: Path, *, active: bool, tensorboard: bool, log_every: int) -> None:
+    Attributes:
+      active: whether this rank writes.
+      last: the newest step and its scalars (not finite ones as None), on every rank.
+    """
+
+    def __init__(
+        self, folder: Path, *, active: bool, tensorboard: bool, log_every: int, may_lead: bool = False
+    ) -> None:
         """Keeps the settings; `start` opens the files.
+
+        Args:
+          folder: of the run.
+          active: whether this rank writes.
+          tensorboard: write its scalars, too.
+          log_every: steps between console lines.
+          may_lead: it may have to write later (`lead`), without a wait for imports.
 
         Raises:
           DependencyError: TensorBoard was asked for and is not installed.
         """
         self._folder = folder
-        self._active = active
+        self.active = active
         self._log_every = log_every
         self._file: Any = None
         self._writer: Any = None
-        self._writer_class = _summary_writer() if active and tensorboard else None
+        self._writer_class = _summary_writer() if (active or may_lead) and tensorboard else None
+        self.last: tuple[int, dict[str, float | None]] = (0, {})
 
     def start(self, step: int) -> None:
         """Opens the files to go on after ``step`` completed steps."""
-        if not self._active:
+        if not self.active:
             return
         path = self._folder / METRICS_FILE
         _drop_after(path, step)
@@ -51,9 +66,31 @@ class Metrics:
         if self._writer_class is not None:
             self._writer = self._writer_class(str(self._folder / "tb"), purge_step=step + 1)
 
+    def lead(self, step: int, last: tuple[int, Mapping[str, float | None]]) -> None:
+        """Goes on as the first of an elastic run's ranks, after ``step`` completed steps.
+
+        The file is made anew: a former first rank that was stopped and wakes up writes into the old one,
+        which has no name any more.
+
+        Args:
+          step: that the ranks agreed on.
+          last: `last` of a rank that completed it; written if the former first rank did not get to it.
+        """
+        self.close()
+        self.active = True
+        kept = _drop_after(self._folder / METRICS_FILE, step)
+        self.start(step)
+        if last[0] == step and kept < step:
+            self._write(step, last[1])
+
+    def follow(self) -> None:
+        """Is silent from now on: another rank is first."""
+        self.close()
+        self.active = False
+
     def say(self, line: str) -> None:
         """Prints a line on the first rank."""
-        if self._active:
+        if self.active:
             print(line, flush=True)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -63,24 +100,43 @@ class Metrics:
           step: completed steps, 1 after the first.
           scalars: by name; must hold the console line's fields.
         """
-        if not self._active:
-            return
         # JSON has no NaN: a skipped step's loss and norm are null.
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
+        self.last = step, {k: value if math.isfinite(value) else None for k, value in scalars.items()}
+        if not self.active:
+            return
+        self._write(step, self.last[1])
         if self._writer is not None:
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, step)
         if step % self._log_every == 0 or step == 1:
             self.say(console_line(step, scalars))
 
+    def note(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes further scalars of a step that is logged, on a line of their own.
+
+        Args:
+          step: completed steps.
+          scalars: by name.
+        """
+        if not self.active:
+            return
+        self._write(step, {k: value if math.isfinite(value) else None for k, value in scalars.items()})
+        if self._writer is not None:
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
+
+    def _write(self, step: int, finite: Mapping[str, float | None]) -> None:
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._file.flush()
+
     def close(self) -> None:
         """Flushes and closes the files."""
         if self._file is not None:
             self._file.close()
+            self._file = None
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
 
 
 def console_line(step: int, scalars: Mapping[str, float]) -> str:
@@ -124,14 +180,22 @@ def _summary_writer() -> Any:
     return SummaryWriter
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Removes the lines of steps after ``step`` (and a torn last line) from a metrics file."""
+def _drop_after(path: Path, step: int) -> int:
+    """Removes the lines of steps after ``step`` (and a torn last line) from a metrics file.
+
+    Returns: the last step that is left, 0 for none. Steps ascend, so only the end is parsed.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
+        return 0
+    raw = path.read_bytes()
+    stop, last = raw.rfind(b"\n") + 1, 0
+    while stop:
+        start = raw.rfind(b"\n", 0, stop - 1) + 1
+        last = int(json.loads(raw[start:stop])["step"])
+        if last <= step:
+            break
+        stop, last = start, 0
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(raw[:stop])
     os.replace(temporary, path)
+    return last

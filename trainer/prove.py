@@ -1,12 +1,14 @@
 """``python -m foldfeed.trainer.prove``: a training left alone and one disturbed end in equal weights.
 
-    undisturbed: 9e70846a...          torchrun with so many ranks, left alone
-    disturbed: 9e70846a...            the same, while ranks are killed (SIGKILL) and stopped (SIGSTOP)
-    recovery_s: p50 14.2 max 19.8     from each fault to the next step that was not done before
+    undisturbed: 9e70846a...          so many ranks, left alone
+    disturbed: 9e70846a...            the same, while ranks are killed, stopped, cut off and added
+    recovery_s: p50 0.4 max 3.1       from each fault to the next step that was not done before
 
-Which rank meets which fault before which step is drawn from the seed. A killed rank's torchrun restarts all
-ranks; a stopped one is noticed by the collectives' timeout of the others. All processes are children of this
-one and end with it. Exit codes: 0 equal, 1 different or failed, 2 wrong usage.
+Which rank meets which fault after which step is drawn from the seed. Both runs are elastic (elastic.py): each
+rank fails alone, dead ones are replaced by spares that stand by. A stopped rank (SIGSTOP) goes on after the
+others did without it, a rank that was cut off gets its link back: both must find that they were left out, and
+come back. For cuts every rank lives in a network namespace of its own (network.py, which needs root). All
+processes are children of this one and end with it. Exit codes: 0 equal, 1 different or failed, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -20,26 +22,30 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import click
 
+from foldfeed.trainer.agreement import FolderRegister, Member
+from foldfeed.trainer.elastic import Launcher, Plan
 from foldfeed.trainer.errors import TrainerConfigError, TrainerError
 from foldfeed.trainer.exit_code import exit_code
+from foldfeed.trainer.network import Network
 
-KINDS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+KINDS = ("kill", "stop", "cut", "join")
 # A small model and small crops: what is proved does not depend on the size.
 SETTINGS = (
     *("--recipe", "crop_first", "--crop-residues", "32", "--num-clusters", "8", "--num-extra", "16"),
     *("--global-batch", "8", "--warmup-steps", "3", "--lr", "0.003", "--num-blocks", "1"),
     *("--snapshot-every", "5", "--device", "cpu", "--no-tensorboard"),
 )
-POLL_S = 0.02
+POLL_S = 0.01
+# For which a rank stays stopped or cut off after the others went on.
+AWAY_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -49,7 +55,7 @@ class Fault:
     Attributes:
       after_step: as soon as so many steps are completed.
       rank: to whom.
-      kind: ``kill`` or ``stop``.
+      kind: of `KINDS`.
       delay_s: after that step was written, so that faults meet every phase of a step.
     """
 
@@ -70,8 +76,7 @@ def plan_faults(chaos: str, ranks: int, steps: int, seed: int) -> list[Fault]:
         kind, _, number = part.partition("=")
         if kind not in KINDS or not number.isdigit():
             raise TrainerConfigError(
-                f"chaos {part!r} is not one of {', '.join(f'{name}=NUMBER' for name in KINDS)}; links that "
-                "are cut and ranks that join need a trainer that changes its ranks while it runs."
+                f"chaos {part!r} is not one of {', '.join(f'{name}=NUMBER' for name in KINDS)}."
             )
         counts[kind] = counts.get(kind, 0) + int(number)
     total = sum(counts.values())
@@ -79,6 +84,8 @@ def plan_faults(chaos: str, ranks: int, steps: int, seed: int) -> list[Fault]:
         raise TrainerConfigError("chaos asks for no fault, which proves nothing; give for example kill=2.")
     if total > steps - 2:
         raise TrainerConfigError(f"{total} faults need at least {total + 2} steps, not {steps}.")
+    if ranks < 2:
+        raise TrainerConfigError(f"{ranks} ranks: the only rank of a run has nobody to go on without it.")
     draw = random.Random(seed)
     kinds = [kind for kind, count in sorted(counts.items()) for _ in range(count)]
     draw.shuffle(kinds)
@@ -97,7 +104,6 @@ class Launch:
       store: of the feature store.
       ranks: processes.
       steps: of each run.
-      timeout_s: of the collectives.
       limit_s: after which a run counts as hanging.
       options: more options of the trainer.
     """
@@ -105,92 +111,137 @@ class Launch:
     store: str
     ranks: int
     steps: int
-    timeout_s: float
     limit_s: float
     options: Sequence[str] = ()
 
-    def command(self, output: Path, restarts: int) -> list[str]:
-        """Returns the torchrun command of a run."""
+    def arguments(self, output: Path) -> list[str]:
+        """Returns the trainer's options for a run."""
         return [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc-per-node={self.ranks}", f"--max-restarts={restarts}", "-m", "foldfeed.trainer"),
             *("--store", self.store, "--output", str(output), "--steps", str(self.steps)),
-            *("--timeout-s", str(self.timeout_s), *SETTINGS, *self.options),
+            *SETTINGS,
+            *self.options,
         ]
 
 
 def run_disturbed(launch: Launch, output: Path, faults: Sequence[Fault]) -> list[float]:
-    """Runs torchrun to its end while the faults happen; returns the seconds until each was made good.
+    """Runs ranks to their end while the faults happen; returns the seconds until each was made good.
 
     Raises:
       TrainerError: the run failed, or hangs.
     """
-    recoveries: list[float] = []
-    waiting = list(faults)
-    pending: tuple[float, int] | None = None
+    kinds = [fault.kind for fault in faults]
+    kills, joins = kinds.count("kill"), kinds.count("join")
     log = output.with_name(f"{output.name}.log")
-    command = launch.command(output, restarts=len(faults))
-    deadline = time.monotonic() + launch.limit_s
-    with _running(command, log) as torchrun:
-        while (code := torchrun.poll()) is None:
-            step = _last_step(output)
-            if pending is not None and step > pending[1]:
-                recoveries.append(time.monotonic() - pending[0])
-                pending = None
-            if pending is None and waiting and step >= waiting[0].after_step:
-                fault = waiting.pop(0)
-                time.sleep(fault.delay_s)
-                # The steps that were completed meanwhile are not the recovery.
-                pid = ranks_of(torchrun.pid).get(fault.rank)
-                if pid is None:
-                    waiting.insert(0, fault)
-                else:
-                    os.kill(pid, KINDS[fault.kind])
-                    pending = (time.monotonic(), _last_step(output))
-                    click.echo(f"  {fault.kind}: rank {fault.rank} after step {pending[1]}")
-            if time.monotonic() > deadline:
-                raise TrainerError(f"{output} hangs: not done after {launch.limit_s:.0f} s; see {log}")
-            time.sleep(POLL_S)
-    if code != 0:
-        raise TrainerError(f"the run in {output} ended with code {code}; see {log}")
-    if waiting or pending is not None:
-        raise TrainerError(
-            f"{len(waiting) + (pending is not None)} faults did not happen or came too late in {output}; "
-            "give more --steps"
+    with contextlib.ExitStack() as stack:
+        network = None
+        if "cut" in kinds:
+            network = stack.enter_context(Network(launch.ranks + kills + joins))
+        launcher = Launcher(
+            Plan(ranks=launch.ranks, max_ranks=launch.ranks + joins),
+            launch.arguments(output),
+            ranks=launch.ranks,
+            spares=kills + joins,
+            respawns=kills,
+            log=stack.enter_context(log.open("wb")),
+            place=network.place if network is not None else None,
         )
-    return recoveries
+        stack.callback(launcher.kill)
+        return Disturbance(launcher, output, network, faults).run(launch.limit_s, log)
 
 
-@contextlib.contextmanager
-def _running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with log.open("ab") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                # torchrun first, or it would start them again; then its ranks, stopped ones too.
-                ranks = list(ranks_of(process.pid).values())
-                process.kill()
-                for pid in ranks:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                process.wait()
+class Disturbance:
+    """Faults that happen to a run, one after another: the next one waits until the last was made good."""
+
+    def __init__(
+        self, launcher: Launcher, output: Path, network: Network | None, faults: Sequence[Fault]
+    ) -> None:
+        self.recoveries: list[float] = []
+        self._launcher = launcher
+        self._output = output
+        self._network = network
+        self._waiting = list(faults)
+        # The present fault: its kind, when it happened, and what must come to pass.
+        self._pending: tuple[str, float, Callable[[], bool]] | None = None
+        self._amends: list[tuple[float, Callable[[], None]]] = []
+
+    def run(self, limit_s: float, log: Path) -> list[float]:
+        """Runs to the end of the training; see `run_disturbed`."""
+        deadline = time.monotonic() + limit_s
+        self._launcher.start()
+        while (code := self._launcher.poll()) is None:
+            self._look()
+            if time.monotonic() > deadline:
+                raise TrainerError(f"{self._output} hangs: not done after {limit_s:.0f} s; see {log}")
+            time.sleep(POLL_S)
+        if code != 0:
+            raise TrainerError(f"the run in {self._output} ended with code {code}; see {log}")
+        left = len(self._waiting) + (self._pending is not None)
+        if left:
+            raise TrainerError(
+                f"{left} faults did not happen or came too late in {self._output}; give more --steps"
+            )
+        return self.recoveries
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if self._pending is not None and self._pending[2]():
+            kind, since, _ = self._pending
+            if kind != "join":
+                self.recoveries.append(now - since)
+            self._pending = None
+            self._amends = [(now + AWAY_S, amend) for _, amend in self._amends]
+        for due in [entry for entry in self._amends if self._pending is None and now >= entry[0]]:
+            self._amends.remove(due)
+            due[1]()
+        if self._pending is None and not self._amends and self._waiting:
+            fault = self._waiting[0]
+            if _last_step(self._output) >= fault.after_step:
+                time.sleep(fault.delay_s)
+                if self._happens(fault):
+                    self._waiting.pop(0)
+
+    def _happens(self, fault: Fault) -> bool:
+        """Makes a fault happen; returns False where it would end the run, or nobody is there for it."""
+        members = members_of(self._output)
+        if fault.kind == "join":
+            self._launcher.add()
+            there = {member.uid for member in members}
+            self._pending = "join", time.monotonic(), lambda: self._has_new(there)
+            click.echo(f"  join: after step {_last_step(self._output)}")
+            return True
+        slots = {process.pid: slot for slot, process in self._launcher.processes.items()}
+        pids = [int(member.identity["pid"]) for member in members]
+        if len(pids) < 2 or any(self._launcher.processes[slots[pid]].poll() is not None for pid in pids):
+            return False
+        pid = pids[fault.rank % len(pids)]
+        if fault.kind == "cut":
+            assert self._network is not None
+            network, slot = self._network, slots[pid]
+            network.cut(slot)
+            self._amends.append((0.0, lambda: network.heal(slot)))
+        else:
+            os.kill(pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+        if fault.kind == "stop":
+            self._amends.append((0.0, lambda: os.kill(pid, signal.SIGCONT)))
+        # The steps that were completed meanwhile are not the recovery.
+        step = _last_step(self._output)
+        self._pending = fault.kind, time.monotonic(), lambda: _last_step(self._output) > step
+        click.echo(f"  {fault.kind}: rank {pids.index(pid)} of {len(pids)} after step {step}")
+        return True
+
+    def _has_new(self, there: set[str]) -> bool:
+        return bool({member.uid for member in members_of(self._output)} - there)
 
 
-def ranks_of(torchrun: int) -> dict[int, int]:
-    """Returns the pid of each rank that a torchrun of ours is running."""
-    found = {}
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                values = dict(entry.split(b"=", 1) for entry in environment if b"=" in entry)
-                if b"TORCHELASTIC_RUN_ID" in values:
-                    found[int(values[b"RANK"])] = int(pid)
-    return found
+def members_of(output: Path) -> tuple[Member, ...]:
+    """Returns the ranks of the newest generation of an elastic run."""
+    folder = output / "elastic"
+    try:
+        session = json.loads((folder / "session.json").read_text(encoding="utf-8"))["session"]
+    except FileNotFoundError:
+        return ()
+    latest = FolderRegister(folder / session).latest()
+    return () if latest is None else latest.members
 
 
 def _last_step(output: Path) -> int:
@@ -214,13 +265,26 @@ def weights_digest(output: Path) -> str:
     return str(json.loads(path.read_text(encoding="utf-8"))["weights_digest"])
 
 
+@contextlib.contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """Lets SIGTERM end this process like Ctrl-C, so that its ranks end with it."""
+
+    def on_signal(number: int, _: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--store", required=True, help="Folder or URL of the feature store.")
 @click.option("--ranks", default=4, show_default=True, help="Processes; 4 or an odd number prove most.")
 @click.option("--steps", default=60, show_default=True, help="Steps of each run.")
 @click.option("--chaos", default="kill=6,stop=1", show_default=True, help="How many of which faults.")
 @click.option("--seed", default=11, show_default=True, help="Draws steps, ranks and order of the faults.")
-@click.option("--timeout-s", default=20.0, show_default=True, help="Of the collectives: notices a stop.")
 @click.option("--limit-s", default=1800.0, show_default=True, help="After which a run counts as hanging.")
 @click.option("--output", default="", help="Keep both runs there; a temporary folder otherwise.")
 @click.argument("options", nargs=-1)
@@ -230,26 +294,28 @@ def command(
     steps: int,
     chaos: str,
     seed: int,
-    timeout_s: float,
     limit_s: float,
     output: str,
     options: tuple[str, ...],
 ) -> bool:
     """Train twice, once disturbed, and compare the weights; OPTIONS after `--` go to the trainer."""
     faults = plan_faults(chaos, ranks, steps, seed)
-    launch = Launch(
-        store=store, ranks=ranks, steps=steps, timeout_s=timeout_s, limit_s=limit_s, options=options
-    )
+    launch = Launch(store=store, ranks=ranks, steps=steps, limit_s=limit_s, options=options)
     folder = Path(output or tempfile.mkdtemp(prefix="foldfeed-prove-"))
     undisturbed, disturbed = folder / "undisturbed", folder / "disturbed"
     for run in (undisturbed, disturbed):
         if run.exists():
             raise TrainerConfigError(f"{run} exists; give another --output.")
-    run_disturbed(launch, undisturbed, [])
-    click.echo(f"undisturbed: {weights_digest(undisturbed)}")
-    recoveries = run_disturbed(launch, disturbed, faults)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(fault.kind == "cut" for fault in faults):
+        Network(1).check()
+    with _ended_by_signal():
+        run_disturbed(launch, undisturbed, [])
+        click.echo(f"undisturbed: {weights_digest(undisturbed)}")
+        recoveries = run_disturbed(launch, disturbed, faults)
     click.echo(f"disturbed: {weights_digest(disturbed)}")
-    click.echo(f"recovery_s: p50 {statistics.median(recoveries):.1f} max {max(recoveries):.1f}")
+    if recoveries:
+        click.echo(f"recovery_s: p50 {statistics.median(recoveries):.1f} max {max(recoveries):.1f}")
     equal = weights_digest(undisturbed) == weights_digest(disturbed)
     if equal and not output:
         shutil.rmtree(folder)

@@ -18,7 +18,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,62 @@ from foldfeed.trainer.errors import (
     PeerError,
     ReplicaMismatchError,
     TrainerConfigError,
+    WireError,
 )
 
-Group = dist.ProcessGroup | None
+
+class Group(Protocol):
+    """The collectives that gradients and scalars need; gloo, NCCL or own sockets stand behind them."""
+
+    def all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
+    ) -> None:
+        """Sends each rank its run of ``sent``; ``received`` gets the runs of all, in rank order."""
+        ...
+
+    def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> Callable[[], None]:
+        """Starts to gather every rank's equally long tensor; returns what waits for it."""
+        ...
+
+    def abort(self, reason: str) -> None:
+        """Makes whatever waits for a peer end with an error, soon; from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Gives everything back."""
+        ...
+
+
+class TorchGroup:
+    """torch's process groups. NCCL can be aborted; gloo cannot (wire.py), and is not asked to."""
+
+    def __init__(self, group: Any) -> None:
+        """Takes a ``ProcessGroup``, or a backend such as ``ProcessGroupNCCL``."""
+        self._group = group
+
+    def all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
+    ) -> None:
+        """See `Group`."""
+        self._group.alltoall_base(received, sent, received_sizes, sent_sizes).wait()
+
+    def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> Callable[[], None]:
+        """See `Group`."""
+        work = self._group._allgather_base(gathered, mine)
+        return lambda: work.wait() and None
+
+    def all_reduce(self, tensor: torch.Tensor) -> Callable[[], None]:
+        """Starts to sum a tensor over the ranks, in place and in the backend's order; returns what waits."""
+        work: Any = dist.all_reduce(tensor, group=self._group, async_op=True)
+        return lambda: work.wait() and None
+
+    def abort(self, reason: str) -> None:
+        """See `Group`."""
+        self._group.abort()
+
+    def close(self) -> None:
+        """See `Group`."""
+        self._group.shutdown()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,15 +97,17 @@ class Ranks:
       device: where this rank's tensors live.
       scatter: group of the reducer's first phase; None in a single process.
       gather: group of the reducer's second phase.
-      control: gloo group for scalars and digests.
+      control: group for scalars and digests, on the CPU.
+      generation: how often the ranks of an elastic run have changed; 0 otherwise.
     """
 
     rank: int
     world: int
     device: torch.device
-    scatter: Group = None
-    gather: Group = None
-    control: Group = None
+    scatter: Group | None = None
+    gather: Group | None = None
+    control: Group | None = None
+    generation: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -67,14 +122,15 @@ class Ranks:
         """
         if self.world == 1:
             return [payload]
+        assert self.control is not None, "ranks of a world have groups"
         with self.guard(phase):
             size = torch.tensor([len(payload)], dtype=torch.int64)
             sizes = torch.empty(self.world, dtype=torch.int64)
-            dist.all_gather_into_tensor(sizes, size, group=self.control)
+            self.control.all_gather(sizes, size)()
             width = max(1, int(sizes.max()))
             mine = torch.frombuffer(bytearray(payload.ljust(width, b"\0")), dtype=torch.uint8)
             everyone = torch.empty(self.world * width, dtype=torch.uint8)
-            dist.all_gather_into_tensor(everyone, mine, group=self.control)
+            self.control.all_gather(everyone, mine)()
         rows = everyone.view(self.world, width)
         return [rows[rank, : int(sizes[rank])].numpy().tobytes() for rank in range(self.world)]
 
@@ -88,8 +144,9 @@ class Ranks:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64)
         everyone = torch.empty(self.world * len(values), dtype=torch.float64)
+        assert self.control is not None, "ranks of a world have groups"
         with self.guard(phase):
-            dist.all_gather_into_tensor(everyone, mine, group=self.control)
+            self.control.all_gather(everyone, mine)()
         rows: list[list[float]] = everyone.view(self.world, len(values)).tolist()
         return rows
 
@@ -128,7 +185,7 @@ class Ranks:
         """Turns a backend's failure into a `CommunicationError` that names the phase."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, WireError) as error:
             # torch raises DistBackendError, DistNetworkError and plain RuntimeError, all RuntimeErrors.
             raise CommunicationError(self.rank, phase, _first_line(error)) from error
 
@@ -203,10 +260,10 @@ def _meeting_point(rank: int, world: int, timeout: datetime.timedelta) -> dist.S
     return dist.PrefixStore(f"foldfeed/attempt{attempt}", store)
 
 
-def _new_group(backend: str, timeout: datetime.timedelta) -> dist.ProcessGroup:
+def _new_group(backend: str, timeout: datetime.timedelta) -> Group:
     group = dist.new_group(backend=backend, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup), "a group of all ranks includes this one"
-    return group
+    return TorchGroup(group)
 
 
 @contextlib.contextmanager

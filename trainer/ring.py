@@ -6,14 +6,12 @@ so bits depend on the number of ranks and on the bucket plan. Use `exchange.Tree
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 
 from foldfeed.trainer.buckets import Bucket
-from foldfeed.trainer.ranks import Ranks
+from foldfeed.trainer.ranks import Ranks, TorchGroup
 
 
 class RingExchange:
@@ -28,9 +26,11 @@ class RingExchange:
           max_numel: elements of the largest bucket; not needed here.
           output: fp32 (flat numel,), receives the summed buckets.
         """
+        assert ranks.world == 1 or isinstance(ranks.gather, TorchGroup), "only torch's groups all-reduce"
         self._ranks = ranks
+        self._group = ranks.gather
         self._output = output
-        self._in_flight: list[tuple[Any, Bucket]] = []
+        self._in_flight: list[tuple[Callable[[], None], Bucket]] = []
 
     def reduce(self, bucket: Bucket, blocks: Sequence[torch.Tensor]) -> None:
         """Exchanges one bucket, see `exchange.Exchange.reduce`."""
@@ -39,15 +39,15 @@ class RingExchange:
         mine.copy_(first)
         for block in others:
             mine.add_(block)
-        if self._ranks.world == 1:
+        if not isinstance(self._group, TorchGroup):
             return
         with self._ranks.guard(f"the all-reduce of gradient bucket {bucket.index}"):
-            work = dist.all_reduce(mine, group=self._ranks.gather, async_op=True)
-        self._in_flight.append((work, bucket))
+            wait = self._group.all_reduce(mine)
+        self._in_flight.append((wait, bucket))
 
     def drain(self) -> None:
         """Finishes the all-reduces that are under way."""
         under_way, self._in_flight = self._in_flight, []
-        for work, bucket in under_way:
+        for wait, bucket in under_way:
             with self._ranks.guard(f"the all-reduce of gradient bucket {bucket.index}"):
-                work.wait()
+                wait()

@@ -2,6 +2,7 @@
 
     live state --crc32c, compared on all ranks--> a copy --thread--> /dev/shm/foldfeed-RUN/step-*
                                              +--> a copy --thread--> OUTPUT/snapshots/step-*
+                                                                         +--thread--> a URL (mirror.py)
 
 The training loop pays for the checksums, the comparison and one copy. Each tier has its own copy and its own
 thread, so a slow disk never holds the memory tier up; a tier that is still writing when its next snapshot is
@@ -31,6 +32,7 @@ from foldfeed.feature_store.errors import StorageFullError
 from foldfeed.trainer.config import SnapshotConfig
 from foldfeed.trainer.errors import SnapshotError
 from foldfeed.trainer.interval import Interval
+from foldfeed.trainer.mirror import Mirror
 from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.snapshot import SnapshotFolder
 
@@ -188,6 +190,8 @@ class Saver:
         ranks: Ranks,
         config: SnapshotConfig,
         say: Callable[[str], None] = lambda line: None,
+        before: Saver | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         """Finds out who writes. A collective.
 
@@ -197,17 +201,36 @@ class Saver:
           ranks: the groups.
           config: intervals.
           say: prints a line on the first rank.
+          before: of the same process among other ranks: what is under way there goes on.
+          mirror: gets what is written to disk; of this process, whatever its number.
         """
         self.disk = disk
         self._ranks = ranks
         self._memory_on = memory is not None
+        if before is not None:
+            # A moment: what is left of a write in memory is swept away below.
+            before.settle_memory()
         writes = prepare_memory(memory, ranks)
-        self._memory = Lane(memory, "memory", lambda path: None) if memory is not None and writes else None
-        self._disk = Lane(
-            disk, "disk", lambda path: say(f"snapshot: step {int(path.name.split('-')[1])}  {path}")
-        )
+        self._memory: Lane | None = None
+        if memory is not None and writes:
+            self._memory = Lane(memory, "memory", lambda path: None)
+        self._mirror = mirror
+
+        def published(path: Path) -> None:
+            say(f"snapshot: step {int(path.name.split('-')[1])}  {path}")
+            if mirror is not None:
+                mirror.offer(path)
+
+        self._disk = Lane(disk, "disk", published)
+        if before is not None and ranks.is_first:
+            self._disk = before._disk
         self._on_disk = Interval(config.disk_every, config.mtbf_s)
         self._in_memory = Interval(config.memory_every or -1, config.mtbf_s)
+
+    def settle_memory(self) -> None:
+        """Waits for the write to memory that is under way, if any."""
+        if self._memory is not None:
+            self._memory.close()
 
     def begin(self, step: int) -> None:
         """Goes on after ``step`` completed steps; newer generations in memory are those that were refused."""
@@ -285,6 +308,8 @@ class Saver:
         Raises: as `check`.
         """
         self.check()
+        if self._mirror is not None:
+            self._mirror.close()
         if self._memory is not None:
             self._memory.close()
             shutil.rmtree(self._memory.folder.path, ignore_errors=True)
@@ -293,6 +318,8 @@ class Saver:
     def close(self) -> None:
         """Lets writes under way end, after a failure; what is in memory stays for the restart."""
         self._disk.close()
+        if self._mirror is not None:
+            self._mirror.close()
         if self._memory is not None:
             self._memory.close()
             if not self._memory.folder.steps():

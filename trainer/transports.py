@@ -67,8 +67,9 @@ def choose(config: RunConfig, ranks: Ranks, segments: Sequence[Segment], ranks_p
     def plan(bucket_bytes: int) -> list[Bucket]:
         return plan_buckets(sizes, bucket_bytes=int(config.bucket_mb * 2**20) or bucket_bytes)
 
-    if config.reducer == "ring" or ranks.world == 1:
-        # The ring's bits depend on the plan, so it must not depend on a measurement.
+    if config.reducer == "ring" or ranks.world == 1 or ranks.generation:
+        # The ring's bits depend on the plan, so it must not depend on a measurement. And the ranks of an
+        # elastic run meet anew in less time than one takes.
         name = "ring" if config.reducer == "ring" else "tree"
         made = RingExchange if name == "ring" else TreeExchange
         usual = plan(auto_bucket_bytes(total_bytes))

@@ -32,7 +32,7 @@ from foldfeed.trainer.dyadic import (
     tree_sum,
 )
 from foldfeed.trainer.exchange import add_in_place, pack
-from foldfeed.trainer.ranks import Ranks
+from foldfeed.trainer.ranks import Group, Ranks, TorchGroup
 
 
 class NodeGroups(NamedTuple):
@@ -45,8 +45,8 @@ class NodeGroups(NamedTuple):
     """
 
     ranks_per_node: int
-    inside: dist.ProcessGroup
-    between: dist.ProcessGroup
+    inside: Group
+    between: Group
 
 
 def node_groups(ranks: Ranks, ranks_per_node: int, timeout_s: float) -> NodeGroups:
@@ -61,13 +61,13 @@ def node_groups(ranks: Ranks, ranks_per_node: int, timeout_s: float) -> NodeGrou
     nodes = [range(start, start + ranks_per_node) for start in range(0, ranks.world, ranks_per_node)]
     places = [range(place, ranks.world, ranks_per_node) for place in range(ranks_per_node)]
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    mine: list[dist.ProcessGroup] = []
+    mine: list[Group] = []
     for members in (*nodes, *places):
         # Every rank makes every group, in the same order: torch asks for it.
         group = dist.new_group(list(members), backend=backend, timeout=datetime.timedelta(seconds=timeout_s))
         if ranks.rank in members:
             assert isinstance(group, dist.ProcessGroup), group
-            mine.append(group)
+            mine.append(TorchGroup(group))
     inside, between = mine
     return NodeGroups(ranks_per_node, inside, between)
 
@@ -135,22 +135,21 @@ class TwoLevelExchange:
         return tree_sum(known, self._num_shards, add_in_place)
 
     def _exchange(
-        self, group: dist.ProcessGroup, packed: torch.Tensor, counts: Sequence[int], chunk: int, name: str
+        self, group: Group, packed: torch.Tensor, counts: Sequence[int], chunk: int, name: str
     ) -> Sequence[torch.Tensor]:
         """Runs an all-to-all of blocks; returns everybody's blocks of this rank's chunk, in shard order."""
         received = self._buffer(name, sum(counts) * chunk)
-        dist.all_to_all_single(
+        group.all_to_all(
             received,
             packed.flatten(),
-            output_split_sizes=[count * chunk for count in counts],
-            input_split_sizes=[packed.shape[1] * chunk] * packed.shape[0],
-            group=group,
+            [count * chunk for count in counts],
+            [packed.shape[1] * chunk] * packed.shape[0],
         )
         return received.view(sum(counts), chunk).unbind(0)
 
-    def _gather(self, group: dist.ProcessGroup, mine: torch.Tensor, parts: int, name: str) -> torch.Tensor:
+    def _gather(self, group: Group, mine: torch.Tensor, parts: int, name: str) -> torch.Tensor:
         everyone = self._buffer(name, parts * mine.numel())
-        dist.all_gather_into_tensor(everyone, mine.contiguous(), group=group)
+        group.all_gather(everyone, mine.contiguous())()
         return everyone
 
     def _buffer(self, name: str, numel: int) -> torch.Tensor:

@@ -1,0 +1,224 @@
+"""One task of a job array: searches its share of a build into the shared result store, without any engine.
+
+Owns the order of the steps and what a task reports. Does not own the split (`foldfeed.pipelines.share`) or
+a search (`foldfeed.pipelines.search`). Neither Beam nor the store's writer is needed. Nothing is committed:
+when all tasks are done, the same build without a task finds every answer, searches nothing and commits.
+
+Invariants: a task may run twice, or two of the same at once, and only time is lost, because a search that is
+there is not done again and equal searches publish equal bytes; a task that ends well has tried every search
+of its share.
+
+A search in a database of several files is joined from its parts, which several tasks search. Every task joins
+at its end what has all parts and no answer: whoever is last sees all parts, so nothing is left over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+from foldfeed.feature_store.format.settings import StoreSettings
+from foldfeed.feature_store.storage import open_blobs
+from foldfeed.pipelines.build_config import BuildConfig
+from foldfeed.pipelines.errors import ConfigError
+from foldfeed.pipelines.fasta import open_query_file
+from foldfeed.pipelines.interrupt import stop_searches_on_interrupt
+from foldfeed.pipelines.job import planned
+from foldfeed.pipelines.plan import Plan
+from foldfeed.pipelines.progress import search_progress
+from foldfeed.pipelines.results import ResultStore
+from foldfeed.pipelines.runners import LOCAL_RUNNER, choose_runner
+from foldfeed.pipelines.search import (
+    JobContext,
+    Receipt,
+    WorkUnit,
+    scan_batches,
+    scan_group,
+    scan_shards,
+    search_unit,
+)
+from foldfeed.pipelines.search_tool import SearchedDatabase
+from foldfeed.pipelines.share import Share, WorkItem, items_of, shard_units_of, sharded_units
+from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all, drive_build
+
+_Work = TypeVar("_Work", list[WorkItem], WorkUnit)
+
+# Failed searches that are shown on the terminal; the final build tries them again and lists all.
+MAX_SHOWN_FAILURES = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ShareReport:
+    """What a task did.
+
+    Attributes:
+      share: which task.
+      job_id: of the build, equal for all tasks that have the same queries, databases and programs.
+      results: URL of the result store.
+      num_items: searches of its share; in a database of several files each file counts.
+      num_searched: of these, done in this run.
+      num_reused: of these, found in the result store.
+      failures: what came of the others.
+      num_joined: searches in databases of several files whose parts this task joined.
+      num_planned: searches of the whole build.
+      num_answered: of these, with an answer when the task ended.
+      seconds: wall time.
+    """
+
+    share: Share
+    job_id: str
+    results: str
+    num_items: int
+    num_searched: int
+    num_reused: int
+    failures: tuple[Receipt, ...]
+    num_joined: int
+    num_planned: int
+    num_answered: int
+    seconds: float
+
+
+def search_share(config: BuildConfig, share: Share) -> ShareReport:
+    """Searches one task's share of a build into its result store.
+
+    Args:
+      config: of the build, the same for every task and for the build that commits.
+      share: which task.
+    Raises:
+      ConfigError: an engine was asked for.
+      PipelineError: a database or tool is not there, or the run was stopped.
+      StorageFullError: no space left; what was finished is kept.
+    """
+    started = time.monotonic()
+    allow_all()
+    drive_build()
+    _refuse_engine(config)
+    for url in config.queries:
+        open_query_file(url).close()
+    databases, plan, job_id, num_parts = planned(config)
+    context = _context(config, databases, job_id, num_parts)
+    results = ResultStore(context.results_url)
+    items = items_of(config.queries, databases, config.max_residues, share)
+    there = results.present({item.unit_id for item in items})
+    todo = [item for item in items if item.unit_id not in there]
+    with stop_searches_on_interrupt(), search_progress(plan, context):
+        receipts = _all(lambda work: _search(work, context), _batches(todo, context), config.num_workers)
+        joined = _all(
+            lambda unit: [search_unit(unit, context)],
+            _joinable(config, context, share),
+            config.num_workers,
+        )
+    failures = tuple(receipt for receipt in [*receipts, *joined] if receipt.status != "ok")
+    return ShareReport(
+        share=share,
+        job_id=job_id,
+        results=results.url,
+        num_items=len(items),
+        num_searched=sum(receipt.status == "ok" for receipt in receipts),
+        num_reused=len(items) - len(todo),
+        failures=failures,
+        num_joined=sum(receipt.status == "ok" for receipt in joined),
+        num_planned=len(plan.unit_ids),
+        num_answered=_count(plan, results),
+        seconds=time.monotonic() - started,
+    )
+
+
+def lines_of(report: ShareReport) -> Iterator[str]:
+    """Yields a report as lines for a person."""
+    yield (
+        f"task {report.share.task} of {report.share.tasks}: {report.num_items} searches in its share, "
+        f"{report.num_searched} done, {report.num_reused} reused, {len(report.failures)} failed in "
+        f"{report.seconds:.1f} s (kept in {report.results})"
+    )
+    if report.num_joined:
+        yield f"joined from the files of their databases: {report.num_joined} searches"
+    for failure in report.failures[:MAX_SHOWN_FAILURES]:
+        yield f"  {', '.join(failure.record_ids)}: {failure.reason} ({failure.status})"
+    if len(report.failures) > MAX_SHOWN_FAILURES:
+        yield f"  ... and {len(report.failures) - MAX_SHOWN_FAILURES} more"
+    left = report.num_planned - report.num_answered
+    yield (
+        f"job {report.job_id}: {report.num_answered} of {report.num_planned} searches have an answer; "
+        + (f"{left} are left to other tasks or failed" if left else "the same command without --task commits")
+    )
+
+
+def _refuse_engine(config: BuildConfig) -> None:
+    runner, _ = choose_runner(config.runner)
+    if runner != LOCAL_RUNNER or config.beam_options:
+        asked = f"--runner {config.runner}" if runner != LOCAL_RUNNER else config.beam_options[0]
+        raise ConfigError(f"{asked} cannot take effect with --task, which runs no engine; leave it out")
+
+
+def _context(
+    config: BuildConfig, databases: tuple[SearchedDatabase, ...], job_id: str, num_parts: int
+) -> JobContext:
+    """Returns what a search needs to know; the store, which tasks do not touch, is not made."""
+    return JobContext(
+        store_url=open_blobs(config.store).url,
+        settings=StoreSettings(),
+        results_url=open_blobs(config.results_url).url,
+        databases=databases,
+        job_id=job_id,
+        run_id=f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}",
+        num_parts=num_parts,
+        max_residues=config.max_residues,
+    )
+
+
+def _batches(items: Iterable[WorkItem], context: JobContext) -> Iterator[list[WorkItem]]:
+    """Yields what is searched in one go: a search, or what one file may be scanned for at once; in order."""
+    parts: dict[tuple[int, int, int], list[WorkItem]] = {}
+    for item in items:
+        if item.part is None:
+            yield [item]
+        else:
+            parts.setdefault(scan_group(item.part), []).append(item)
+    for group in parts.values():
+        items_of_part = {item.unit_id: item for item in group}
+        for batch in scan_batches((item.part for item in group if item.part is not None), context):
+            yield [items_of_part[part.unit_id] for part in batch]
+
+
+def _search(items: list[WorkItem], context: JobContext) -> list[Receipt]:
+    parts = [item.part for item in items if item.part is not None]
+    return scan_shards(parts, context) if parts else [search_unit(items[0].unit, context)]
+
+
+def _all(search: Callable[[_Work], list[Receipt]], work: Iterable[_Work], num_workers: int) -> list[Receipt]:
+    """Returns the receipts of some work, in its order; the first error ends all searches and is raised."""
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="foldfeed-search") as pool:
+        futures = [pool.submit(search, one) for one in work]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException as error:
+            cancel_all(f"another search failed: {error}")
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return [receipt for future in futures for receipt in future.result()]
+
+
+def _joinable(config: BuildConfig, context: JobContext, share: Share) -> list[WorkUnit]:
+    """Returns the searches that have all their parts and no answer, those first that others take last."""
+    results = ResultStore(context.results_url)
+    units = list(sharded_units(config.queries, context.databases, config.max_residues))
+    parts = {
+        unit.unit_id: [part.unit_id for part in shard_units_of(unit, context.databases)] for unit in units
+    }
+    there = results.present({*parts, *(name for names in parts.values() for name in names)})
+    found = [unit for unit in units if unit.unit_id not in there and there.issuperset(parts[unit.unit_id])]
+    # Tasks that end together begin at different places of the same circle.
+    return sorted(
+        found, key=lambda unit: ((int(unit.unit_id[:8], 16) - share.task) % share.tasks, unit.unit_id)
+    )
+
+
+def _count(plan: Plan, results: ResultStore) -> int:
+    return len(results.present(plan.unit_ids))

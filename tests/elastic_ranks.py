@@ -1,0 +1,314 @@
+"""Elastic runs of real processes for tests, the campaign and the benchmark, with faults at chosen places.
+
+Importing torch costs seconds per process, so a *nursery* imports once and forks the ranks (it has made no
+tensor yet, so no thread is lost). It is the launcher, too: a killed rank is replaced by a fork, a stopped one
+continued after `AWAY_S`. The ranks are the trainer's own `ElasticRank` over the synthetic source.
+
+    python tests/elastic_ranks.py FOLDER      reads scenarios (JSON) from stdin, one a line; answers likewise
+
+A fault {"phase": P, "step": K, "signal": S, "rank": R} strikes the process that was started R-th: at the
+first time that its step is at least K and it is at P, one of `PHASES`. Ranks that are started later, as
+replacements, are counted on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+AWAY_S = 3.2
+# Where a fault can strike: what is called there, and whether before or after it.
+PHASES = {
+    "forward": ("model", "CompactEvoformer.forward", "before"),
+    "hook": ("flat", "FlatParameters.check_gradient", "before"),
+    "collective": ("exchange", "Exchange.reduce", "before"),
+    "mid-collective": ("wire", "_Flow.send", "after"),
+    "commit": ("loop", "combine", "before"),
+    "optimizer": ("optimizer", "FlatAdamW.step", "before"),
+    "applied": ("optimizer", "FlatAdamW.step", "after"),
+    "snapshot": ("snapshot", "SnapshotFolder.write", "before"),
+    "publish": ("snapshot", "SnapshotFolder._retire", "before"),
+    "agree": ("agreement", "FolderRegister.claim", "before"),
+    "agreed": ("agreement", "FolderRegister.claim", "after"),
+    "connect": ("membership", "Membership.connect", "before"),
+    "transfer": ("elastic_rank", "transfer", "before"),
+    "transferred": ("elastic_rank", "transfer", "after"),
+}
+
+
+# ---------------------------------------------------------------- the test's side
+
+
+class Nursery:
+    """A process that imports torch once and runs scenarios, one at a time; a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = (folder / "nursery.log").open("wb")
+        self.log = folder / "nursery.log"
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE), str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    def run(self, **scenario: Any) -> dict[str, Any]:
+        """Runs one scenario: see `run_scenario`."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(scenario).encode() + b"\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the nursery died: {self.log.read_text()[-3000:]}"
+        found: dict[str, Any] = json.loads(answer)
+        assert "error" not in found, f"{found}\n{self.log.read_text()[-6000:]}"
+        return found
+
+    def __enter__(self) -> Nursery:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # Its session holds its ranks alone, stopped ones too.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+        self._log.close()
+
+
+# ---------------------------------------------------------------- the nursery's side
+
+
+def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
+    """Runs ranks until all have ended; returns digest, exit codes, generations and times.
+
+    Args:
+      folder: of the run.
+      scenario: ``ranks``, ``steps``; ``faults``, a list; ``respawns``, ``joins`` (steps after which one more
+        rank is started), ``max_ranks``, ``limit_s``, ``config`` (changes of `tiny_config`), ``pause_s``;
+        ``folder`` of an earlier run to go on with.
+    """
+    limit = time.monotonic() + scenario.get("limit_s", 60.0)
+    respawns, joins = scenario.get("respawns", 0), sorted(scenario.get("joins", ()))
+    joined = 0
+    pids: dict[int, int] = {}
+    codes: dict[int, int] = {}
+    stopped: dict[int, float] = {}
+    for number in range(scenario["ranks"]):
+        pids[number] = fork_rank(folder, scenario, number)
+    try:
+        while len(codes) < len(pids):
+            if time.monotonic() > limit:
+                return {"error": f"hangs: {codes} of {pids}", "log": tail(folder)}
+            for number, pid in pids.items():
+                if number not in codes and (code := reaped(pid, stopped, number)) is not None:
+                    codes[number] = code
+            dead = sum(code < 0 for code in codes.values())
+            while joins and last_step(folder) >= joins[0]:
+                joins.pop(0)
+                joined += 1
+            missing = scenario["ranks"] + min(dead, respawns) + joined - len(pids)
+            for _ in range(missing):
+                # Who comes after the end finds that it is over; that is tested, too.
+                pids[len(pids)] = fork_rank(folder, scenario, len(pids))
+            for number, since in list(stopped.items()):
+                if time.monotonic() - since > AWAY_S:
+                    del stopped[number]
+                    os.kill(pids[number], signal.SIGCONT)
+            time.sleep(0.002)
+    finally:
+        for number, pid in pids.items():
+            if number not in codes:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+    numbers = {pid: number for number, pid in pids.items()}
+    return {"codes": [codes[number] for number in sorted(codes)], **results(folder, numbers)}
+
+
+def reaped(pid: int, stopped: dict[int, float], number: int) -> int | None:
+    """Returns a process's exit code, as Popen gives it; None while it lives. Notes when it was stopped."""
+    found, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+    if not found:
+        return None
+    if os.WIFSTOPPED(status):
+        stopped[number] = time.monotonic()
+        return None
+    return os.waitstatus_to_exitcode(status)
+
+
+def results(folder: Path, numbers: dict[int, int]) -> dict[str, Any]:
+    """Returns what a run left; processes by number, as they were started."""
+    result = folder / "result.json"
+    generations = [json.loads(p.read_text()) for p in sorted(folder.glob("elastic/*/generation-*.json"))]
+    metrics = folder / "metrics.jsonl"
+    ledger = folder / "goodput.jsonl"
+    return {
+        "digest": json.loads(result.read_text())["weights_digest"] if result.exists() else "",
+        "generations": generations,
+        "members": [[numbers[m["identity"]["pid"]] for m in view["members"]] for view in generations],
+        "steps": [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+        if metrics.exists()
+        else [],
+        "ledger": [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else [],
+        "said": (said := (folder / "ranks.log").read_text()),
+        "struck": [json.loads(line[7:]) for line in said.splitlines() if line.startswith("STRUCK ")],
+        "folder": folder.name,
+        "snapshots": sorted(path.name for path in folder.glob("snapshots/*")),
+    }
+
+
+def tail(folder: Path) -> str:
+    return (folder / "ranks.log").read_text()[-5000:]
+
+
+def last_step(folder: Path) -> int:
+    from foldfeed.trainer.prove import _last_step
+
+    return _last_step(folder)
+
+
+def fork_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
+    """Forks a rank; the child never returns."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        with (folder / "ranks.log").open("ab", buffering=0) as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        code = be_rank(folder, scenario, number)
+    except BaseException:  # noqa: BLE001 - reported, and the child must not go on as its parent
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
+    import torch
+    from trainer_ranks import tiny_config
+
+    from foldfeed.trainer.elastic import Plan
+    from foldfeed.trainer.elastic_rank import ElasticRank
+    from foldfeed.trainer.errors import TrainerError
+    from foldfeed.trainer.goodput import Ledger
+    from foldfeed.trainer.launch import prepare_numerics
+    from foldfeed.trainer.ranks import Ranks
+    from foldfeed.trainer.source import Source
+    from foldfeed.trainer.task import load_task
+
+    print(f"---- process {number} is {os.getpid()} at {time.time():.3f}", flush=True)
+    founds = number == 0
+    config = tiny_config(folder, steps=scenario["steps"], **scenario.get("config", {}))
+    prepare_numerics(config)
+    plan = Plan(
+        founds=founds,
+        refounds=number >= scenario["ranks"],
+        ranks=scenario["ranks"],
+        max_ranks=scenario.get("max_ranks", 0),
+        silent_s=scenario.get("silent_s", 2.0),
+        wait_s=scenario.get("wait_s", 30.0),
+    )
+    alone = Ranks(rank=0, world=1, device=torch.device("cpu"))
+    source = divisible_source(config, scenario.get("pause_s", 0.0))
+    ledger = Ledger(folder, active=founds)
+    rank = ElasticRank(config, plan, alone, Source(source, "f" * 16), load_task(config), None, ledger)
+    for fault in scenario.get("faults", ()):
+        if fault["rank"] == number:
+            set_trap(rank, fault)
+    try:
+        rank.train()
+    except TrainerError as error:
+        print(f"---- process {number} ends with {type(error).__name__}: {error}", flush=True)
+        return 1
+    return 0
+
+
+def divisible_source(config: Any, pause_s: float) -> Any:
+    from trainer_ranks import SyntheticSource
+
+    from foldfeed.trainer.ranks import Ranks
+
+    class Source(SyntheticSource):
+        def redivide(self, step: int, rank: int, world: int) -> None:
+            self.step = step
+            self.ranks = Ranks(rank=rank, world=world, device=self.ranks.device)
+
+    import torch
+
+    alone = Ranks(rank=0, world=1, device=torch.device("cpu"))
+    return Source(config.data, config.seed, alone, {"pause_s": pause_s})
+
+
+def set_trap(rank: Any, fault: dict[str, Any]) -> None:
+    """Makes this process kill or stop itself at a phase; see the module docstring."""
+    import importlib
+
+    module_name, path, when = PHASES[fault["phase"]]
+    module = importlib.import_module(f"foldfeed.trainer.{module_name}")
+    *outer, name = path.split(".")
+    owner: Any = module
+    for part in outer:
+        owner = getattr(owner, part)
+    original: Callable[..., Any] = getattr(owner, name)
+    armed = [True]
+
+    def spring() -> None:
+        # In recovery alone, where the phase is one of it: the beginning is a meeting, too.
+        ready = rank.membership is not None and rank.membership.view.generation >= 1
+        if armed[0] and ready and rank.trainer.step >= fault["step"]:
+            armed[0] = False
+            os.write(1, b"STRUCK " + json.dumps(fault).encode() + b"\n")
+            os.kill(os.getpid(), getattr(signal, f"SIG{fault['signal']}"))
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        if when == "before":
+            spring()
+        result = original(*args, **kwargs)
+        if when == "after":
+            spring()
+        return result
+
+    setattr(owner, name, replacement)
+
+
+def scenarios(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        yield json.loads(line)
+
+
+def main(arguments: Sequence[str]) -> None:
+    sys.path.insert(0, str(HERE.parent))
+    import torch
+    import trainer_ranks
+
+    import foldfeed.trainer.elastic_rank  # noqa: F401 - for the children
+
+    assert trainer_ranks.HERE.exists()
+    torch.set_num_threads(1)
+    # Imports nine hundred modules.
+    torch.use_deterministic_algorithms(True)
+    base = Path(arguments[0])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    for number, scenario in enumerate(scenarios(iter(sys.stdin.readline, ""))):
+        folder = base / scenario.get("folder", f"run{number}")
+        folder.mkdir(exist_ok=True)
+        answers.write(json.dumps(run_scenario(folder, scenario)) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

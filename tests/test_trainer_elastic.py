@@ -1,0 +1,128 @@
+"""Elastic runs of real processes: whatever strikes, the weights are those of one rank that was left alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from elastic_ranks import Nursery
+
+from foldfeed.trainer.elastic import Plan
+from foldfeed.trainer.errors import TrainerConfigError
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nursery: Nursery) -> str:
+    found = nursery.run(ranks=1, steps=STEPS)
+    assert found["codes"] == [0]
+    return str(found["digest"])
+
+
+def fault(rank: int, step: int, phase: str, signal: str = "KILL") -> dict[str, Any]:
+    return {"rank": rank, "step": step, "phase": phase, "signal": signal}
+
+
+def check(found: dict[str, Any], digest: str, codes: list[int]) -> list[list[int]]:
+    """Checks what must hold for every run; returns who trained, by generation and rank."""
+    assert found["codes"] == codes, found["said"]
+    assert found["digest"] == digest, found["said"]
+    # Every step is in the metrics once, whoever was first.
+    assert found["steps"] == list(range(1, STEPS + 1))
+    assert f"step-{STEPS:08d}" in found["snapshots"]
+    generations = found["generations"]
+    assert [view["generation"] for view in generations] == list(range(len(generations)))
+    assert all(before["step"] <= after["step"] for before, after in itertools.pairwise(generations))
+    parts = sum(sum(line["parts"].values()) for line in found["ledger"])
+    gaps = sum(
+        max(0.0, line["began"] - before["time"])
+        for before, line in itertools.pairwise(found["ledger"])
+        if "began" in line
+    )
+    wall = found["ledger"][-1]["time"] - found["ledger"][0]["began"]
+    assert parts + gaps == pytest.approx(wall, rel=0.005)
+    return list(found["members"])
+
+
+def test_the_first_rank_dies_amid_a_collective_and_is_replaced(nursery: Nursery, undisturbed: str) -> None:
+    found = nursery.run(ranks=4, steps=STEPS, respawns=1, faults=[fault(0, 3, "mid-collective")])
+    members = check(found, undisturbed, [-9, 0, 0, 0, 0])
+    assert members[0] == [0]
+    assert sorted(members[1]) == [0, 1, 2, 3]
+    # The three that are left go on as they are, in their order; then the new one comes last.
+    assert members[2:] == [members[1][1:], [*members[1][1:], 4]]
+    assert found["generations"][3]["step"] < STEPS
+
+
+def test_two_of_four_die_at_once_and_nobody_comes(nursery: Nursery, undisturbed: str) -> None:
+    faults = [fault(0, 5, "commit"), fault(2, 5, "optimizer")]
+    members = check(nursery.run(ranks=4, steps=STEPS, faults=faults), undisturbed, [-9, 0, -9, 0])
+    assert sorted(members[-1]) == [1, 3]
+
+
+@pytest.mark.parametrize("phase", ["agree", "agreed", "connect", "transfer"])
+def test_the_first_rank_dies_while_the_ranks_recover(nursery: Nursery, undisturbed: str, phase: str) -> None:
+    """One of three dies, and then the one that leads the recovery; the last one goes on alone."""
+    faults = [fault(1, 4, "hook"), fault(0, 4, phase)]
+    members = check(nursery.run(ranks=3, steps=STEPS, faults=faults), undisturbed, [-9, -9, 0])
+    assert members[-1] == [2]
+
+
+def test_a_writer_that_was_stopped_publishes_nothing_and_comes_back(
+    nursery: Nursery, undisturbed: str
+) -> None:
+    """SIGSTOP just before a snapshot of the first rank is published; the others go on with another first."""
+    found = nursery.run(
+        ranks=3, steps=STEPS, pause_s=0.4, silent_s=1.0, faults=[fault(0, 4, "snapshot", "STOP")]
+    )
+    members = check(found, undisturbed, [0, 0, 0])
+    assert members[2] == members[1][1:]
+    # Under another name, at the end of the ranks, and with the state of the others.
+    assert members[-1] == [*members[1][1:], 0]
+    assert "joining again" in found["said"]
+    lost = [line for line in found["ledger"] if line["event"] == "regroup" and line.get("detect_s", 0) >= 1.0]
+    assert len(lost) == 1
+
+
+def test_all_ranks_die_and_their_replacements_go_on_from_the_snapshot(
+    nursery: Nursery, undisturbed: str
+) -> None:
+    faults = [fault(number, 6, "forward") for number in range(2)]
+    found = nursery.run(ranks=2, steps=STEPS, respawns=2, faults=faults)
+    members = check(found, undisturbed, [-9, -9, 0, 0])
+    assert {number for view in members for number in view} <= {2, 3}
+    assert "resumed: step 4" in found["said"]
+    assert [line["event"] for line in found["ledger"]].count("start") == 2
+
+
+def test_ranks_join_as_there_are_shards_for_them(nursery: Nursery, undisturbed: str) -> None:
+    found = nursery.run(ranks=2, steps=STEPS, joins=[2, 4, 4], max_ranks=4, pause_s=0.1)
+    members = check(found, undisturbed, [0, 0, 0, 0, 0])
+    assert len(members[-1]) == 4
+    # The fifth one waited as a spare, and learnt that it was not needed.
+    assert len({number for view in members for number in view}) == 4
+
+
+def test_kills_at_many_places_one_after_another(nursery: Nursery, undisturbed: str) -> None:
+    phases = ("forward", "hook", "collective", "commit", "optimizer", "applied", "publish", "transferred")
+    faults = [fault(rank, 1 + rank, phase) for rank, phase in enumerate(phases)]
+    found = nursery.run(ranks=4, steps=STEPS, respawns=8, faults=faults, pause_s=0.1)
+    assert found["codes"].count(-9) >= 5
+    check(found, undisturbed, [code if code == -9 else 0 for code in found["codes"]])
+
+
+def test_plans_that_cannot_work_are_refused() -> None:
+    with pytest.raises(TrainerConfigError, match="max_ranks is 2, but the run begins with 3"):
+        Plan(ranks=3, max_ranks=2)
+    with pytest.raises(TrainerConfigError, match="silent_s is 0; it must be positive"):
+        Plan(ranks=3, silent_s=0)

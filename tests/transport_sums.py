@@ -1,0 +1,62 @@
+"""What every transport makes of the same random gradients; runs on the ranks of `trainer_ranks`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from foldfeed.trainer.buckets import Bucket
+from foldfeed.trainer.dyadic import blocks_of_ranks, owned_shards, subtree_sum
+from foldfeed.trainer.exchange import TreeExchange, add_in_place
+from foldfeed.trainer.probe import measure
+from foldfeed.trainer.ring import RingExchange
+from foldfeed.trainer.two_level import TwoLevelExchange, node_groups
+
+
+def sums_by_transport(ranks: Any, ranks_per_node: Sequence[int], shard_counts: Sequence[int]) -> Any:
+    """Returns each transport's sums by name, number of shards and ranks per node, and a measured link."""
+    results: dict[str, Any] = {}
+    for local in ranks_per_node:
+        groups = node_groups(ranks, local, 30.0)
+        for num_shards in shard_counts:
+            # Sizes that nothing divides, one smaller than the world; a large one follows a small one.
+            sizes = [1009, 3, 4099, 1]
+            total = sum(sizes)
+            shards = {
+                v: torch.randn(total, generator=torch.Generator().manual_seed(v)) for v in range(num_shards)
+            }
+            leaves = {(v, 1): value for v, value in shards.items()}
+            for name in ("tree", "two_level", "ring"):
+                output = torch.full((total,), torch.nan)
+                if name == "two_level":
+                    exchange: Any = TwoLevelExchange(ranks, num_shards, max(sizes), output, groups)
+                else:
+                    kind = TreeExchange if name == "tree" else RingExchange
+                    exchange = kind(ranks, num_shards, max(sizes), output)
+                start = 0
+                for index, size in enumerate(sizes):
+                    span = slice(start, start + size)
+                    mine = [
+                        subtree_sum(
+                            {key: value[span].clone() for key, value in leaves.items()},
+                            block,
+                            num_shards,
+                            add_in_place,
+                        )
+                        for block in blocks_of_ranks(num_shards, ranks.world)[ranks.rank]
+                    ]
+                    exchange.reduce(
+                        Bucket(index=index, start=start, stop=start + size, segments=range(1)), mine
+                    )
+                    start += size
+                exchange.drain()
+                results[f"{name} {num_shards} {local}"] = output.tolist()
+            exact = sum(value.double() for value in shards.values())
+            results[f"exact {num_shards} {local}"] = exact.tolist()
+            assert owned_shards(num_shards, ranks.world, ranks.rank)
+    count = len(blocks_of_ranks(8, ranks.world)[ranks.rank])
+    link = measure(ranks, lambda output, numel: TreeExchange(ranks, 8, numel, output), count)
+    results["link"] = [link.latency_s, link.bytes_per_s]
+    return results

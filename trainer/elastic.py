@@ -1,0 +1,307 @@
+"""``python -m foldfeed.trainer.elastic``: a run whose ranks may come and go.
+
+    python -m foldfeed.trainer.elastic --ranks 4 --respawn 8 -- --store URL --output runs/a --steps 1000
+    python -m foldfeed.trainer.elastic --ranks 4 --join --host 10.0.0.2 -- (the same)      on further machines
+
+Each rank is a process of its own and fails alone: the others go on with what they have in memory. A dead one
+is started again as a new rank, so many times. Ranks need neither this process nor each other to go on, only
+the folder; that is why more of them can join from anywhere, and why the launcher itself may die.
+
+Does not own: what a rank does (elastic_rank.py). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import IO
+
+import click
+
+from foldfeed.trainer.errors import TrainerConfigError
+from foldfeed.trainer.exit_code import exit_code
+
+VARIABLE = "FOLDFEED_ELASTIC"
+POLL_S = 0.05
+# For ranks that are not needed any more, after the run finished.
+LEAVE_S = 30.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How a rank begins.
+
+    Attributes:
+      founds: it begins the run; the others join it.
+      refounds: it replaces a dead rank; when all are gone that it would join, it begins the run again, from
+        its last snapshot.
+      standby: it builds everything, then stops itself (SIGSTOP) until it is needed.
+      ranks: to wait for at the beginning.
+      max_ranks: that train at once, at most; 0 for as many as there are virtual shards. More wait as spares.
+      host: address by which the other ranks reach this one.
+      local_rank: number of its device.
+      silent_s: without a sign of life after which a rank counts as lost.
+      wait_s: for the others at the beginning, and for a member of the run to be found.
+    """
+
+    founds: bool = True
+    refounds: bool = False
+    standby: bool = False
+    ranks: int
+    max_ranks: int = 0
+    host: str = "127.0.0.1"
+    local_rank: int = 0
+    silent_s: float = 2.0
+    wait_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "silent_s", "wait_s"):
+            if not getattr(self, name) > 0:
+                raise TrainerConfigError(f"{name} is {getattr(self, name)}; it must be positive.")
+        if 0 < self.max_ranks < self.ranks:
+            raise TrainerConfigError(
+                f"max_ranks is {self.max_ranks}, but the run begins with {self.ranks}; raise --max-ranks."
+            )
+
+    @classmethod
+    def from_environment(cls) -> Plan | None:
+        """Returns the plan that the launcher left; None outside an elastic run."""
+        text = os.environ.get(VARIABLE)
+        return None if text is None else cls(**json.loads(text))
+
+
+class Launcher:
+    """The ranks of one machine.
+
+    Attributes:
+      processes: by slot; a rank that takes a dead one's place has a slot of its own.
+      respawns: how many more dead ranks are replaced.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        arguments: Sequence[str],
+        *,
+        ranks: int,
+        spares: int = 0,
+        respawns: int = 0,
+        log: IO[bytes] | None = None,
+        place: Callable[[int], tuple[list[str], str]] | None = None,
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+          plan: of the first slot; the others join.
+          arguments: of the trainer's command line.
+          ranks: to start here.
+          spares: processes that are kept ready, so that a replacement comes in at once.
+          respawns: see the class.
+          log: where ranks write; with this process's output when None.
+          place: returns, for a slot, what comes before its command, and its host.
+        """
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.respawns = respawns
+        self._plan = plan
+        self._arguments = list(arguments)
+        self._ranks = ranks
+        self._spares = spares
+        self._standby: list[int] = []
+        # Devices of dead ranks that are to be replaced, and of ranks to be added.
+        self._missing: list[int] = []
+        self._devices: list[int] = []
+        self._log = log
+        self._place = place or (lambda slot: ([], plan.host))
+        self._codes: dict[int, int] = {}
+        self._deadline: float | None = None
+
+    def start(self) -> None:
+        """Starts all ranks and spares."""
+        for number in range(self._ranks):
+            self._spawn(number, founds=self._plan.founds and number == 0)
+        for _ in range(self._spares):
+            self._standby.append(self._spawn(0, standby=True))
+
+    def _spawn(self, device: int, *, founds: bool = False, standby: bool = False) -> int:
+        slot = len(self.processes)
+        self._devices.append(device)
+        prefix, host = self._place(slot)
+        plan = dataclasses.replace(
+            self._plan,
+            founds=founds,
+            refounds=self._plan.founds and (standby or slot >= self._ranks),
+            standby=standby,
+            host=host,
+            local_rank=device,
+        )
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, VARIABLE: json.dumps(dataclasses.asdict(plan))}
+        self.processes[slot] = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "foldfeed.trainer", *self._arguments],
+            env=environment,
+            stdout=self._log,
+            stderr=self._log,
+        )
+        return slot
+
+    def add(self) -> None:
+        """Adds a rank to the run: a spare that is ready, or will be; a new process where there is none."""
+        self._missing.append(self._ranks)
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._missing:
+            ready = [slot for slot in self._standby if _is_stopped(self.processes[slot].pid)]
+            if not ready and self._standby:
+                return
+            device = self._missing.pop(0)
+            if not ready:
+                self._spawn(device)
+                continue
+            self._standby.remove(ready[0])
+            self.processes[ready[0]].send_signal(signal.SIGCONT)
+            if self.respawns > len(self._standby):
+                self._standby.append(self._spawn(0, standby=True))
+
+    def poll(self) -> int | None:
+        """Looks after the ranks once; returns the exit code of the run when all have ended."""
+        for slot, process in self.processes.items():
+            code = process.poll()
+            if code is not None and slot not in self._codes:
+                self._codes[slot] = code
+                if slot in self._standby:
+                    self._standby.remove(slot)
+                elif code < 0 and self.respawns > 0:
+                    click.echo(f"rank in slot {slot} died of {signal.Signals(-code).name}", err=True)
+                    self.respawns -= 1
+                    self._missing.append(self._devices[slot])
+        running = [slot for slot in self.processes if slot not in self._codes and slot not in self._standby]
+        if 0 in self._codes.values():
+            return self._wind_down(running)
+        if not running:
+            return self._begin_again()
+        self._fill()
+        return None
+
+    def _wind_down(self, running: Sequence[int]) -> int | None:
+        """The run has ended for one rank, so for all; who is stopped or cut off is not waited for long."""
+        if not running:
+            return 0
+        self._deadline = self._deadline or time.monotonic() + LEAVE_S
+        if time.monotonic() > self._deadline:
+            for slot in running:
+                self.processes[slot].kill()
+        return None
+
+    def _begin_again(self) -> int | None:
+        """All ranks are gone: if they were killed, and may be replaced, the last snapshot goes on."""
+        if any(code > 0 for code in self._codes.values()) or not self._missing or not self._plan.founds:
+            return max(1, *self._codes.values())
+        click.echo("all ranks are gone; the run goes on from its last snapshot", err=True)
+        self._spawn(self._missing.pop(0), founds=True)
+        return None
+
+    def terminate(self) -> None:
+        """Asks all ranks to stop after their step, with a snapshot."""
+        self.respawns, self._missing = 0, []
+        for slot, process in self.processes.items():
+            if slot not in self._standby and process.poll() is None:
+                process.terminate()
+
+    def kill(self) -> None:
+        """Ends all ranks, stopped ones too."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def run_ranks(launcher: Launcher) -> int:
+    """Runs the ranks to their end; SIGTERM and Ctrl-C stop them with a snapshot. Returns the exit code."""
+    asked: list[int] = []
+
+    def on_signal(number: int, _: object) -> None:
+        asked.append(number)
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        launcher.start()
+        told = False
+        while (code := launcher.poll()) is None:
+            if asked and not told:
+                told = True
+                launcher.terminate()
+            if len(asked) > 1:
+                return 130
+            time.sleep(POLL_S)
+        return code
+    finally:
+        launcher.kill()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _is_stopped(pid: int) -> bool:
+    """Returns whether a process of ours is stopped by a signal (proc(5): the state follows the name)."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--ranks", default=1, show_default=True, help="Ranks to start on this machine.")
+@click.option("--join", is_flag=True, help="Join the run that lives in --output, instead of beginning one.")
+@click.option("--wait-for", default=0, help="Ranks to wait for before the first step; those of --ranks if 0.")
+@click.option("--max-ranks", default=0, help="Ranks that train at once; more wait as spares. 0: all shards.")
+@click.option("--respawn", default=0, show_default=True, help="How many dead ranks are replaced.")
+@click.option("--spares", default=0, show_default=True, help="Processes kept ready to replace dead ranks.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address of this machine for the others."
+)
+@click.option(
+    "--silent-s", default=2.0, show_default=True, help="Without a sign of life a rank counts as lost."
+)
+@click.option("--wait-s", default=60.0, show_default=True, help="For ranks at the beginning, and for a run.")
+@click.argument("trainer", nargs=-1, required=True)
+def command(
+    ranks: int,
+    join: bool,
+    wait_for: int,
+    max_ranks: int,
+    respawn: int,
+    spares: int,
+    host: str,
+    silent_s: float,
+    wait_s: float,
+    trainer: tuple[str, ...],
+) -> int:
+    """Train with ranks that may die, stop and join; TRAINER are the trainer's own options, after `--`.
+
+    Weights are the same to the bit as those of an undisturbed run with any number of ranks. Without --join
+    the run begins, or goes on from its last snapshot.
+    """
+    plan = Plan(
+        founds=not join,
+        ranks=wait_for or ranks,
+        max_ranks=max_ranks,
+        host=host,
+        silent_s=silent_s,
+        wait_s=wait_s,
+    )
+    return run_ranks(Launcher(plan, trainer, ranks=ranks, spares=spares, respawns=respawn))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    return exit_code(command, "foldfeed.trainer.elastic", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,508 @@
+"""One rank of an elastic run: ranks may die, stop, be cut off and come while the others keep what they have.
+
+    OUTPUT/elastic/session.json     key and folder of the present session, for those who may read the folder
+    OUTPUT/elastic/SESSION/         one file per generation of ranks (agreement.py)
+
+A rank that loses a peer drops its wires, not its process: memory, model, loader and device stay. The ranks
+that are left agree on a generation (membership.py), connect, bring those that are behind or new to the
+furthest one's step (raw bytes and crc32c, from live peers), divide the virtual shards anew and run the broken
+step again. Equal bits follow from the reducer, for whom the number of ranks makes no difference.
+
+The first rank writes: metrics, ledger, snapshots. A new first rank takes all three over; a former one that
+wakes up finds a later generation before it publishes anything (`Membership.require_current`), joins again as
+a new rank and gets the state from the others.
+
+Does not own: starting processes (elastic.py), who is a member, the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foldfeed.trainer import launch
+from foldfeed.trainer.agreement import FolderRegister, Member, View
+from foldfeed.trainer.config import RunConfig, digest_of
+from foldfeed.trainer.data import LoaderMeters, open_held_out, open_loader, serving
+from foldfeed.trainer.elastic import Plan
+from foldfeed.trainer.errors import (
+    CommunicationError,
+    ExcludedError,
+    LeaseHeldError,
+    RanksChangeError,
+    TrainerConfigError,
+    TrainerError,
+)
+from foldfeed.trainer.goodput import (
+    DETECTION,
+    INITIALIZATION,
+    OTHER,
+    PREPARATION,
+    REFORM,
+    RESTORE,
+    STARTUP,
+    TRANSFER,
+    WASTED,
+    Ledger,
+    process_start,
+)
+from foldfeed.trainer.held_out import HeldOut
+from foldfeed.trainer.lease import Lease, identity
+from foldfeed.trainer.loop import Outcome, Trainer
+from foldfeed.trainer.membership import Limits, Membership
+from foldfeed.trainer.metrics import Metrics
+from foldfeed.trainer.ranks import Group, Ranks, pick_device
+from foldfeed.trainer.resume import environment
+from foldfeed.trainer.snapshot import SnapshotFolder
+from foldfeed.trainer.source import Source
+from foldfeed.trainer.task import Task, load_task
+from foldfeed.trainer.task import identity as run_identity
+from foldfeed.trainer.tiers import Saver, memory_folder
+from foldfeed.trainer.transfer import nccl_groups, transfer
+from foldfeed.trainer.watch import StackWatch
+from foldfeed.trainer.wire import Channel, MeshGroup
+
+FOLDER = "elastic"
+SESSION_FILE = "session.json"
+CHANNELS = ("scatter", "gather", "scalars", "state")
+# Changes of ranks in a row without a completed step, after which something must be wrong for good.
+MAX_FRUITLESS = 20
+# For others to come where all were lost: they may as well join later.
+REFOUND_WAIT_S = 5.0
+
+
+def run(config: RunConfig, plan: Plan) -> Outcome | None:
+    """Trains as one rank of an elastic run; returns None when the run ended without needing this one.
+
+    Raises:
+      TrainerConfigError: the settings do not fit.
+      TrainerError: this rank failed; the others go on without it if they can.
+    """
+    if config.reducer != "tree":
+        raise TrainerConfigError(
+            f"--reducer {config.reducer} cannot change its ranks while it runs: its sums depend on their "
+            "number, or its groups on their nodes. Use tree."
+        )
+    config.check_world(plan.ranks)
+    task = load_task(config)
+    recipe = task.recipe(config.data)
+    ledger = Ledger(Path(config.output), active=plan.founds, began=process_start())
+    ledger.mark(STARTUP)
+    launch.prepare_numerics(config)
+    alone = Ranks(rank=0, world=1, device=pick_device(config.device, plan.local_rank))
+    if plan.standby and alone.device.type != "cpu":
+        raise TrainerConfigError(
+            "--spares works on the CPU only: a spare cannot know whose GPU will be free."
+        )
+    ledger.mark(INITIALIZATION)
+    trace = _own_file(config.loader_trace)
+    with (
+        open_loader(config.data, recipe, config.seed, alone, trace=trace) as (loader, fingerprint),
+        open_held_out(config, task, recipe, alone) as held_out,
+        serving(loader, config.metrics_port, alone, plan.local_rank),
+    ):
+        source = Source(loader, fingerprint, LoaderMeters(loader))
+        return ElasticRank(config, plan, alone, source, task, held_out, ledger).train()
+
+
+def _own_file(trace: str) -> str:
+    """Returns where this process writes its loader's trace: a rank's number may change, a process's not."""
+    return f"{trace}.process{os.getpid()}" if trace else ""
+
+
+class ElasticRank:
+    """State of one rank over all generations; see the module docstring."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        alone: Ranks,
+        source: Source,
+        task: Task,
+        held_out: HeldOut | None,
+        ledger: Ledger,
+    ) -> None:
+        """Builds model and buffers; meets nobody yet.
+
+        Args:
+          config: settings.
+          plan: how to begin.
+          alone: this process without others.
+          source: of batches.
+          task: what is trained.
+          held_out: whose loss is looked at now and then.
+          ledger: that has counted the time since the process started.
+        """
+        self.output = Path(config.output)
+        self.config, self.plan, self.alone, self.ledger = config, plan, alone, ledger
+        self.metrics = Metrics(
+            self.output,
+            active=plan.founds,
+            tensorboard=config.tensorboard,
+            log_every=config.log_every,
+            may_lead=True,
+        )
+        self.meters = source.meters
+        self.trainer = Trainer(config, alone, source.batches, self.metrics, task, held_out, source.meters)
+        self.trainer.invites = lambda: self.membership is not None and self.membership.invites()
+        self.lease = Lease(self.output, config.lease_s, self.metrics.say)
+        settings = run_identity(config, task)
+        self.header: dict[str, Any] = {
+            "run_id": "",
+            "config_digest": digest_of(settings),
+            "identity": settings,
+            "layout_hash": self.trainer.flat.layout_hash,
+            "store_fingerprint": source.fingerprint,
+            "environment": environment(alone.device, torch.get_num_threads(), config.deterministic),
+        }
+        self.mirror = launch.mirror_of(config, self.metrics.say)
+        self.membership: Membership | None = None
+        self.saver: Saver | None = None
+        self._groups: list[Group] = []
+        self._has_state = False
+        self._fruitless = 0
+        self._phases: dict[str, float] = {}
+
+    # ---------------------------------------------------------------- the run
+
+    def train(self) -> Outcome | None:
+        """Runs until the last step, a stop that was asked for, or an error of this rank's own."""
+        reason = "finished"
+        if self.plan.standby:
+            # All is built; the launcher wakes it when a rank is needed.
+            os.kill(os.getpid(), signal.SIGSTOP)
+        try:
+            view = self._found() if self.plan.founds else self._join(refounds=self.plan.refounds)
+            if view is None:
+                return None
+            with launch.stop_on_sigterm(self.trainer):
+                return self._train(view)
+        except BaseException as error:
+            reason = f"failed: {type(error).__name__}"
+            if self.saver is not None:
+                self.saver.close()
+            # A full disk must not hide the error that ends this rank.
+            with contextlib.suppress(OSError):
+                launch.report_goodput(self.metrics, self.ledger, "failed")
+            raise
+        finally:
+            if self.membership is not None:
+                self.membership.leave(reason)
+            self._part()
+            self.lease.release()
+            self.metrics.close()
+
+    def _train(self, view: View | None) -> Outcome | None:
+        while view is not None:
+            step = self.trainer.step
+            try:
+                ranks, saver = self._meet(view)
+                watch = StackWatch(
+                    self.output, ranks.rank, ranks.world, self.config.timeout_s, self.metrics.say
+                )
+                with launch.watching(watch):
+                    outcome = self.trainer.run(saver, self.header, self.ledger, watch)
+                self._conclude(ranks, outcome)
+                return outcome
+            except (CommunicationError, RanksChangeError) as error:
+                self._fruitless = 0 if self.trainer.step > step else self._fruitless + 1
+                if self._fruitless > MAX_FRUITLESS:
+                    raise CommunicationError(
+                        self.trainer.ranks.rank, f"{MAX_FRUITLESS} meetings in a row", str(error)
+                    ) from error
+                view = self._regroup(error)
+        return None
+
+    def _conclude(self, ranks: Ranks, outcome: Outcome) -> None:
+        ranks.first_does(lambda: launch.conclude(self.output, self.header, outcome), "writing the result")
+        launch.report(self.metrics, outcome, self.ledger, self.meters)
+
+    def _regroup(self, error: Exception) -> View | None:
+        """Leaves the generation that is over; returns the next one of this rank, None if the run ended."""
+        assert self.membership is not None, "only a member can lose the others"
+        stopped = time.monotonic()
+        self.ledger.mark(OTHER if isinstance(error, RanksChangeError) else WASTED)
+        self._part()
+        ending = self.membership.ending
+        noticed = min(ending.noticed, stopped) if ending.reason else stopped
+        # What the lost one was silent for before it was noticed, and what this rank did until it stopped.
+        self._phases = {"detect_s": ending.silent_s, "stop_s": stopped - noticed}
+        self.ledger.move(WASTED, DETECTION, ending.silent_s)
+        print(f"generation {self.membership.view.generation} is over: {ending.reason or error}", flush=True)
+        try:
+            view: View | None = self.membership.regroup(self.trainer.step if self._has_state else -1)
+        except ExcludedError as excluded:
+            print(f"{excluded}; joining again", flush=True)
+            view = self._come_back()
+        self._phases["agree_s"] = time.monotonic() - stopped
+        return view
+
+    def _come_back(self) -> View | None:
+        """Joins again after the others went on; what this rank holds may be behind and is not used."""
+        assert self.membership is not None
+        self.membership.leave("excluded")
+        self._has_state = False
+        # Writes under way end by themselves and publish nothing: this rank is not first any more.
+        self.saver = None
+        self._follow()
+        return self._join(refounds=True)
+
+    def _part(self) -> None:
+        """Gives the wires of a generation back: first they are cut, so that no thread is left in them."""
+        for group in self._groups:
+            group.abort("the ranks part")
+        self.trainer.reducer.close()
+        for group in self._groups:
+            group.close()
+        self._groups = []
+
+    # ---------------------------------------------------------------- beginning
+
+    def _found(self) -> View:
+        """Opens the run's folder, restores the newest snapshot and waits for the others."""
+        self.metrics.active = self.ledger.active = True
+        self.header["run_id"] = self._claim()
+        self._restore()
+        self.ledger.start(self.trainer.step, 1)
+        session, key = secrets.token_hex(8), secrets.token_bytes(32)
+        folder = self.output / FOLDER
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / session).mkdir(mode=0o700, parents=True)
+        membership = self._membership(session, key)
+        membership.found()
+        temporary = folder / f".{SESSION_FILE}"
+        number = os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600)
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            json.dump({"session": session, "key": key.hex()}, file)
+        temporary.replace(folder / SESSION_FILE)
+        ranks, wait_s = self.plan.ranks, self.plan.wait_s if self.plan.founds else REFOUND_WAIT_S
+        if (came := membership.gather(ranks, wait_s)) < ranks:
+            self.metrics.say(f"{came} of {ranks} ranks came within {wait_s:g} s; the others may join later")
+        self.ledger.mark(INITIALIZATION)
+        return membership.regroup(self.trainer.step)
+
+    def _claim(self) -> str:
+        return launch.claim(self.output, self.config, self.header, self.lease, self.metrics.say)
+
+    def _restore(self) -> None:
+        """Goes to the newest valid snapshot, where nobody has the state in memory."""
+        folder, memory = self._folders()
+        self.ledger.mark(PREPARATION)
+        self.trainer.ranks = self.alone
+        launch.continue_run(self.trainer, folder, memory, self.header)
+        self.metrics.start(self.trainer.step)
+        self.ledger.mark(RESTORE)
+        self._has_state = True
+
+    def _join(self, *, refounds: bool) -> View | None:
+        """Joins the session that lives in the folder; None when it finished without this rank.
+
+        Args:
+          refounds: to begin the run again when all its ranks are gone.
+        """
+        deadline = time.monotonic() + self.plan.wait_s
+        tried = ""
+        while True:
+            session, key = self._session()
+            if session != tried:
+                tried = session
+                membership = self._membership(session, key)
+                try:
+                    return membership.join(self.plan.wait_s, functools.partial(self._superseded, tried))
+                except ExcludedError:
+                    membership.leave("nobody is there")
+                    self.membership = None
+                if (self.output / launch.RESULT_FILE).exists() and self._session()[0] == tried:
+                    return None
+                if refounds:
+                    # Of several that do, the lease lets one begin; the others find its session.
+                    with contextlib.suppress(LeaseHeldError):
+                        return self._found()
+            if time.monotonic() > deadline:
+                raise TrainerError(
+                    f"no run lives in {self.output}: none of its ranks could be reached for "
+                    f"{self.plan.wait_s:g} s. Start it without --join, and look whether --host is right"
+                )
+            time.sleep(0.1)
+
+    def _superseded(self, session: str) -> bool:
+        return self._session()[0] != session
+
+    def _session(self) -> tuple[str, bytes]:
+        """Returns name and key of the session in the folder; "" when there is none yet."""
+        path = self.output / FOLDER / SESSION_FILE
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return str(found["session"]), bytes.fromhex(found["key"])
+        except FileNotFoundError:
+            return "", b""
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainerError(f"{path} cannot be read: {error!r}") from error
+
+    def _membership(self, session: str, key: bytes) -> Membership:
+        listener = socket.create_server((self.plan.host, 0), backlog=1024)
+        me = Member(
+            uid=secrets.token_hex(8),
+            host=self.plan.host,
+            port=listener.getsockname()[1],
+            identity=identity(),
+        )
+        shards = self.config.data.num_shards
+        limits = Limits(
+            silent_s=self.plan.silent_s,
+            timeout_s=self.config.timeout_s,
+            max_members=min(self.plan.max_ranks or shards, shards),
+        )
+        register = FolderRegister(self.output / FOLDER / session)
+        self.membership = Membership(me, listener, key, register, limits)
+        return self.membership
+
+    # ---------------------------------------------------------------- a generation
+
+    def _meet(self, view: View) -> tuple[Ranks, Saver]:
+        """Connects the members, brings them to one step, and hands out what the first rank does."""
+        assert self.membership is not None
+        started = time.monotonic()
+        ranks, state = self._connect(view)
+        self._phases["form_s"] = time.monotonic() - started
+        self.ledger.mark(REFORM)
+        rows = self._compare(ranks)
+        if max(row["small"]["step"] for row in rows) < 0:
+            # Those who had the state are gone, and those who came for it are left: back to a snapshot.
+            if ranks.is_first:
+                if not self.header["run_id"]:
+                    self.header["run_id"] = self._claim()
+                self._restore()
+            rows = self._compare(ranks)
+        row = transfer(state, self.trainer, [row["small"] for row in rows], ranks)
+        donor = rows[row]
+        self._has_state = True
+        self.header["run_id"] = donor["run_id"]
+        self.trainer.meet(ranks, donor["small"])
+        # What a first rank that is gone was about to write may be missing: all write once more at the end.
+        self.trainer.saved = donor["small"]["saved"] if view.generation == 1 else -1
+        self._phases["transfer_s"] = time.monotonic() - started - self._phases["form_s"]
+        self.ledger.mark(TRANSFER)
+        self.lease.share(donor["lease"])
+        if ranks.is_first:
+            self.lease.hold()
+            self.metrics.lead(self.trainer.step, (donor["last"][0], donor["last"][1]))
+        else:
+            self._follow()
+        self._note(view, ranks)
+        folder, memory = self._folders()
+        self.saver = Saver(
+            folder,
+            memory,
+            ranks,
+            self.config.snapshots,
+            self.metrics.say,
+            before=self.saver,
+            mirror=self.mirror,
+        )
+        if view.generation == 1:
+            launch.describe(self.trainer, self.header)
+        return ranks, self.saver
+
+    def _follow(self) -> None:
+        self.metrics.follow()
+        self.lease.let_go()
+
+    def _folders(self) -> tuple[SnapshotFolder, SnapshotFolder | None]:
+        folder = SnapshotFolder(
+            self.output / launch.SNAPSHOTS, self.config.snapshots.keep, before_write=self._may_write
+        )
+        memory = memory_folder(self.config.snapshots.memory, str(self.header["run_id"]))
+        if memory is not None:
+            memory.before_write = self._may_write
+        return folder, memory
+
+    def _may_write(self) -> None:
+        assert self.membership is not None
+        self.lease.require()
+        self.membership.require_current()
+
+    def _connect(self, view: View) -> tuple[Ranks, Channel]:
+        """Makes the groups of a generation; returns them, and the channel for states."""
+        assert self.membership is not None
+        self._phases.setdefault("agree_s", 0.0)
+        channels = dict(zip(CHANNELS, self.membership.connect(CHANNELS), strict=True))
+        groups: list[Group] = [MeshGroup(channels[name]) for name in CHANNELS[:3]]
+        self._groups = groups
+        ranks = Ranks(
+            rank=view.uids.index(self.membership.me.uid),
+            world=len(view.members),
+            device=self.alone.device,
+            scatter=groups[0],
+            gather=groups[1],
+            control=groups[2],
+            generation=view.generation,
+        )
+        if ranks.device.type == "cuda" and ranks.world > 1:
+            pair = nccl_groups(ranks, self.plan.host, self.config.timeout_s)
+            for group in pair:
+                self.membership.attach(group)
+            self._groups += pair
+            ranks = dataclasses.replace(ranks, scatter=pair[0], gather=pair[1])
+        return ranks, channels["state"]
+
+    def _compare(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """Returns what every rank says of itself.
+
+        Raises:
+          TrainerConfigError: on a rank whose settings are not those of the first one with a state.
+          CommunicationError: on the others; they meet again without it.
+        """
+        keys = ("config_digest", "layout_hash", "store_fingerprint")
+        settings = {name: self.header[name] for name in keys}
+        if self.config.deterministic:
+            settings["environment"] = self.header["environment"]
+        small = self.trainer.small_state()
+        mine = {
+            "settings": settings,
+            "small": small if self._has_state else {**small, "step": -1},
+            "run_id": self.header["run_id"],
+            "lease": self.lease.token,
+            "last": self.metrics.last,
+        }
+        rows = ranks.gather_json(mine, "the meeting of the ranks")
+        right = max(rows, key=lambda row: int(row["small"]["step"] >= 0))["settings"]
+        odd = [rank for rank, row in enumerate(rows) if row["settings"] != right]
+        if ranks.rank in odd:
+            differ = [name for name, value in settings.items() if right.get(name) != value]
+            raise TrainerConfigError(
+                f"this rank cannot join: its {', '.join(differ)} differ from the run's; equal bits "
+                "need equal settings, store, software and processors"
+            )
+        if odd:
+            raise CommunicationError(ranks.rank, "the meeting", f"ranks {odd} have other settings.")
+        return list(rows)
+
+    def _note(self, view: View, ranks: Ranks) -> None:
+        """Tells ledger and person who trains now, and what the change cost."""
+        budget = {name: round(seconds, 4) for name, seconds in self._phases.items()}
+        self.ledger.mark(REFORM)
+        self.ledger.regroup(
+            ranks.is_first,
+            step=self.trainer.step,
+            world=ranks.world,
+            generation=view.generation,
+            **budget,
+        )
+        costs = "  ".join(f"{name.removesuffix('_s')} {seconds:.3f} s" for name, seconds in budget.items())
+        self.metrics.say(
+            f"generation {view.generation}: {ranks.world} ranks go on from step {self.trainer.step}  {costs}"
+        )

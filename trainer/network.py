@@ -1,0 +1,91 @@
+"""Network namespaces for `foldfeed.trainer.prove`: every rank a machine of its own, whose link can be cut.
+
+Each slot gets a namespace with one veth pair, whose other end is a port of a bridge. Cutting sets the port
+down: packets vanish, no connection is closed, as when a cable is pulled. Needs root and ``ip`` (iproute2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from types import TracebackType
+
+from foldfeed.trainer.errors import TrainerConfigError
+
+
+class Network:
+    """A bridge and one namespace per slot; a context manager."""
+
+    def __init__(self, slots: int) -> None:
+        """Makes nothing yet.
+
+        Args:
+          slots: at most 250.
+        """
+        self._slots = slots
+        # Interface names have at most 15 characters; the process number keeps two runs apart.
+        self._name = f"ff{os.getpid() % 1_000_000}"
+        self._net = f"10.231.{os.getpid() % 250}"
+
+    def check(self) -> None:
+        """Raises `TrainerConfigError` where namespaces cannot be made."""
+        with self:
+            pass
+
+    def place(self, slot: int) -> tuple[list[str], str]:
+        """Returns what runs a command in a slot's namespace, and its address there."""
+        return ["ip", "netns", "exec", f"{self._name}-{slot}"], f"{self._net}.{slot + 1}"
+
+    def cut(self, slot: int) -> None:
+        """Cuts a slot's link; its connections stay open and silent."""
+        self._ip("link", "set", f"{self._name}v{slot}", "down")
+
+    def heal(self, slot: int) -> None:
+        """Connects a slot again."""
+        self._ip("link", "set", f"{self._name}v{slot}", "up")
+
+    def __enter__(self) -> Network:
+        if shutil.which("ip") is None:
+            raise TrainerConfigError("chaos cut=NUMBER needs the command ip (iproute2), which is not here.")
+        try:
+            self._make()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def _make(self) -> None:
+        bridge = f"{self._name}b"
+        self._ip("link", "add", bridge, "type", "bridge")
+        self._ip("link", "set", bridge, "up")
+        for slot in range(self._slots):
+            space, port = f"{self._name}-{slot}", f"{self._name}v{slot}"
+            self._ip("netns", "add", space)
+            self._ip("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", space)
+            self._ip("link", "set", port, "master", bridge, "up")
+            self._ip("-n", space, "addr", "add", f"{self._net}.{slot + 1}/24", "dev", "eth0")
+            self._ip("-n", space, "link", "set", "eth0", "up")
+            self._ip("-n", space, "link", "set", "lo", "up")
+
+    def _remove(self) -> None:
+        # What was never made is not there to be removed.
+        for slot in range(self._slots):
+            with contextlib.suppress(TrainerConfigError):
+                self._ip("netns", "del", f"{self._name}-{slot}")
+        with contextlib.suppress(TrainerConfigError):
+            self._ip("link", "del", f"{self._name}b")
+
+    def _ip(self, *arguments: str) -> None:
+        done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=30, check=False)
+        if done.returncode != 0:
+            raise TrainerConfigError(
+                f"chaos cut=NUMBER needs network namespaces, and `ip {' '.join(arguments)}` failed here: "
+                f"{done.stderr.strip()}. Run it as root (with CAP_NET_ADMIN and CAP_SYS_ADMIN)."
+            )
