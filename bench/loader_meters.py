@@ -20,7 +20,7 @@ import loader_store
 import torch
 from rows import emit
 
-from foldfeed.loader.featurise import featurise
+from foldfeed.loader.host_features import host_features
 from foldfeed.loader.meters import FETCH, PLAN, PREPARE, Meters
 from foldfeed.loader.raw import RawSample
 from foldfeed.loader.reader import PlannedSample, SampleReader
@@ -44,7 +44,7 @@ def measure(reader: SampleReader, num_samples: int, trace: Path) -> dict[str, fl
     planned = [reader.planned(sample) for sample in range(num_samples)]
 
     def sample(one: PlannedSample) -> None:
-        featurise(RawSample.of(reader.fetch(reader.planned(one.number))), reader.recipe)
+        host_features(RawSample.of(reader.fetch(reader.planned(one.number))), reader.recipe)
 
     def reading(one: PlannedSample) -> None:
         reader.fetch(reader.planned(one.number))

@@ -1,6 +1,6 @@
 """Samples and bytes per second of a loader, for both recipes, with a consumer that does nothing.
 
-    python bench/loader_throughput.py [--seconds S] [--threads N] [--crop R] [--device cuda]
+    python bench/loader_throughput.py [--seconds S] [--threads N] [--crop R] [--device cuda] [--features F]
 
 The page cache is warm (the store was just written): what is measured is decompression and arithmetic. One
 JSON row; the time of the worker threads is split into reading (`fetch`) and features (`prepare`).
@@ -31,6 +31,7 @@ def measure(store: FeatureStore, recipe: Recipe, arguments: argparse.Namespace) 
         global_batch=arguments.batch,
         num_threads=arguments.threads,
         device=arguments.device,
+        features=arguments.features,
     ) as loader:
         for _ in range(2):
             next(loader)
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, default=128)
     parser.add_argument("--extra", type=int, default=1024)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--features", default="full", help="full or compact")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.torch_threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -92,6 +94,7 @@ def main() -> None:
             "threads": arguments.threads,
             "torch_threads": arguments.torch_threads,
             "device": arguments.device,
+            "features": arguments.features,
             "seconds": arguments.seconds,
         }
         results = {

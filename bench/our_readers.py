@@ -134,7 +134,7 @@ class Ceiling(OurArrays):
         for name in ("msa", "deletion"):
             shard = part.arrays[name]
             _, index = shard._open()
-            handle = self._handle(shard._blobs.root / shard._path)
+            handle = self._handle(shard._blobs.root / shard.path)
             for box in plan_crop(grid, (place.cols.start, place.cols.stop), place.rows):
                 offset, size = (int(value) for value in index[box.tile])
                 if offset != 2**64 - 1:

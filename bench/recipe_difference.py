@@ -20,7 +20,7 @@ from rows import emit
 
 from foldfeed.feature_store import Slab
 from foldfeed.feature_store.format import alphabet
-from foldfeed.loader import CropLoader, Recipe, clusters
+from foldfeed.loader import CropLoader, Recipe, bit_counters
 from foldfeed.loader.featurise import replace_masked
 from foldfeed.loader.fetch import fetch
 from foldfeed.loader.raw import RawSample
@@ -35,7 +35,7 @@ def assignment_by_rank(loader: CropLoader, sample: int) -> dict[int, int]:
     plan = loader.plan(sample)
     raw = RawSample.of(fetch(loader.store.at(plan.address.record), plan))
     centres = replace_masked(raw.msa[raw.centre_at], raw.action, raw.profile, raw.profile_at, raw.profile_u)
-    found = clusters.assign(raw.msa[raw.member_at], centres)
+    found = bit_counters.nearest(raw.msa[raw.member_at].numpy(), centres.numpy())
     return dict(zip(plan.rows[raw.member_at.numpy()].tolist(), found.tolist(), strict=True))
 
 

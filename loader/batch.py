@@ -9,6 +9,8 @@ import dataclasses
 
 import torch
 
+from foldfeed.loader.unreadable import Substitution
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ShardBatch:
@@ -18,11 +20,14 @@ class ShardBatch:
       v: its number, 0..virtual_shards-1.
       samples: global sample numbers, one per leading index of the features.
       features: tensors with a leading sample axis, see `foldfeed.loader.featurise.featurise`.
+      substitutions: those of its samples that are made from another record than the order says, because that
+        one cannot be read; none unless the loader was told ``on_unreadable="substitute"``.
     """
 
     v: int
     samples: list[int]
     features: dict[str, torch.Tensor]
+    substitutions: tuple[Substitution, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

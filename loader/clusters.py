@@ -5,8 +5,9 @@ cluster by its mean one-hot residue and mean deletion count per column, the cent
 
 Everything here is counted in whole numbers (in float32 only where they stay below 2**24 and so are exact), so
 the result is the same for any number of threads, any blocking and any device; only the last division rounds,
-once. Agreement has two ways that give the same numbers: a matrix product of one-hot rows on a GPU, packed
-bits on a CPU, where 128 centres x 2,300 rows x 138 columns took 4 ms instead of 42 (one core).
+once. These are the plain ways, on any device; `foldfeed.loader.host_features` and
+`foldfeed.loader.step_features` have faster ones for the CPU and for whole steps on a GPU, and are tested
+against them.
 
 Shape legend: C centres, M member rows, W columns read, R columns of the crop. Pure functions of tensors.
 
@@ -16,11 +17,7 @@ supplementary section 1.2.7.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from foldfeed.feature_store.format import alphabet
 
@@ -29,9 +26,6 @@ NUM_CLASSES = 23  # 20 residues, X, gap, mask
 NUM_COUNTED = alphabet.GAP
 # Rows are one-hot encoded in blocks, so that a 50,000-row alignment costs no more memory than a small one.
 ONE_HOT_BLOCK_BYTES = 32 << 20
-# Intermediate words of a block of rows stay in a core's second-level cache.
-BITS_BLOCK_BYTES = 256 << 10
-CODE_BITS = 5
 # Indices of cells are int64: 4,096 rows x 256 columns are 8 MiB.
 SUMMARY_BLOCK_ROWS = 4096
 
@@ -39,21 +33,14 @@ SUMMARY_BLOCK_ROWS = 4096
 def agreement(members: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     """Returns in how many columns each member and each centre hold the same residue.
 
-    ``AX-`` against ``AX-`` is 2: X agrees with X, a gap with nothing.
+    ``AX-`` against ``AX-`` is 2: X agrees with X, a gap with nothing. A matrix product of one-hot rows: 0 and
+    1 are exact in any format it may use.
 
     Args:
       members: uint8 (M, W), codes 0..22.
       centres: uint8 (C, W), codes 0..22; masked positions hold 22.
     Returns: int32 (M, C).
     """
-    # NumPy counts bits from 2.0 on.
-    if members.device.type == "cpu" and hasattr(np, "bitwise_count"):
-        return torch.from_numpy(agreement_of_bits(members.numpy(), centres.numpy()))
-    return agreement_of_one_hot(members, centres)
-
-
-def agreement_of_one_hot(members: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Returns `agreement` as a matrix product, on any device; 0 and 1 are exact in any format it may use."""
     num_members, width = members.shape
     centres_kc = _one_hot_counted(centres).T
     out = torch.empty((num_members, centres.shape[0]), dtype=torch.float32, device=members.device)
@@ -62,31 +49,6 @@ def agreement_of_one_hot(members: torch.Tensor, centres: torch.Tensor) -> torch.
         rows = slice(first, first + block)
         torch.matmul(_one_hot_counted(members[rows]), centres_kc, out=out[rows])
     return out.to(torch.int32)
-
-
-def agreement_of_bits(members: NDArray[np.uint8], centres: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """Returns `agreement`, 64 columns at a time.
-
-    The five bits of a code are kept as five words of 64 columns; two rows differ in a column where any of the
-    five differ. Where a member holds nothing that counts, and behind the last column, it differs from all.
-    """
-    member_words = _bit_planes(members)
-    centre_words = _bit_planes(centres)
-    not_counted = ~_pack(members < NUM_COUNTED)
-    num_words = not_counted.shape[1]
-    out = np.empty((len(members), len(centres)), dtype=np.int32)
-    block = max(1, BITS_BLOCK_BYTES // (8 * len(centres)))
-    for first in range(0, len(members), block):
-        rows = slice(first, first + block)
-        differing = np.zeros((len(members[rows]), len(centres)), dtype=np.int32)
-        for word in range(num_words):
-            apart = np.bitwise_xor.outer(member_words[0, rows, word], centre_words[0, :, word])
-            for bit in range(1, CODE_BITS):
-                apart |= np.bitwise_xor.outer(member_words[bit, rows, word], centre_words[bit, :, word])
-            apart |= not_counted[rows, word, None]
-            differing += np.bitwise_count(apart)
-        np.subtract(64 * num_words, differing, out=out[rows])
-    return out
 
 
 def assign(members: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
@@ -143,19 +105,6 @@ def _one_hot_counted(codes: torch.Tensor) -> torch.Tensor:
     """Returns float32 (rows, W * 21): one-hot over the classes whose agreement counts."""
     classes = torch.arange(NUM_COUNTED, dtype=torch.uint8, device=codes.device)
     return (codes[:, :, None] == classes).to(torch.float32).flatten(1)
-
-
-def _bit_planes(codes: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """Returns uint64 (5, rows, ceil(W / 64)): bit b of every code, packed along the columns."""
-    return np.stack([_pack((codes >> bit) & 1) for bit in range(CODE_BITS)])
-
-
-def _pack(flags: NDArray[Any]) -> NDArray[np.uint64]:
-    """Returns uint64 (rows, ceil(W / 64)): one bit a column, zeros behind the last."""
-    packed = np.packbits(flags.astype(bool), axis=1)
-    padded = np.zeros((len(flags), -(-packed.shape[1] // 8) * 8), dtype=np.uint8)
-    padded[:, : packed.shape[1]] = packed
-    return padded.view(np.uint64)
 
 
 def _count(values: torch.Tensor, size: int) -> torch.Tensor:

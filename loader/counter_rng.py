@@ -45,6 +45,7 @@ class Purpose(enum.StrEnum):
     DEPTH = "depth"
     DISTILLATION = "distillation"
     RECYCLES = "recycles"
+    SUBSTITUTE = "substitute"
 
 
 class Stream:

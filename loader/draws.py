@@ -14,12 +14,13 @@ from collections.abc import Sequence
 
 import torch
 
+from foldfeed.loader.feature_forms import COMPACT, FULL, Features, compact_features
 from foldfeed.loader.featurise import featurise
+from foldfeed.loader.fetch import SampleArrays
+from foldfeed.loader.host_features import host_features
 from foldfeed.loader.raw import RawSample
 from foldfeed.loader.reader import SampleReader
 from foldfeed.loader.recipe import RESAMPLED, Recipe
-
-Features = dict[str, torch.Tensor]
 
 
 def draw_numbers(recipe: Recipe, sample: int, num_recycles: int) -> range:
@@ -41,24 +42,64 @@ def stacked_draws(recipe: Recipe, features: Sequence[Features], num_samples: int
     assert rest == 0, (len(features), num_samples)
     stacked = {}
     for name in features[0]:
-        if recipe.resample_msa_in_recycling and name in RESAMPLED:
-            whole = torch.stack([draw[name] for draw in features])
+        if _differs(recipe, name):
+            whole = _stack([draw[name] for draw in features])
             stacked[name] = whole.unflatten(0, (num_samples, num_draws))
         else:
-            stacked[name] = torch.stack([draw[name] for draw in features[::num_draws]])
+            stacked[name] = _stack([draw[name] for draw in features[::num_draws]])
     return stacked
 
 
-def whole_sample(reader: SampleReader, sample: int, device: torch.device) -> Features:
+def split_draws(recipe: Recipe, features: Features, num_samples: int) -> Features:
+    """Returns what `stacked_draws` does, from features that lie on one leading axis already.
+
+    Args:
+      recipe: that made the features.
+      features: with a leading axis for the alignments, in the order of `stacked_draws`.
+      num_samples: at least 1.
+    Returns: contiguous tensors, views where nothing is left out.
+    """
+    found = {}
+    for name, tensor in features.items():
+        num_draws, rest = divmod(len(tensor), num_samples)
+        assert rest == 0, (name, len(tensor), num_samples)
+        if _differs(recipe, name):
+            found[name] = tensor.unflatten(0, (num_samples, num_draws)).contiguous()
+        else:
+            found[name] = tensor[::num_draws].contiguous()
+    return found
+
+
+def whole_sample(reader: SampleReader, sample: int, device: torch.device, form: str = FULL) -> Features:
     """Reads a sample with the alignments of all iterations that a step may have.
 
+    Args:
+      reader: what reads it.
+      sample: its global number.
+      device: where its features are made.
+      form: of them, one of `foldfeed.loader.feature_forms.FORMS`.
     Raises:
       LoaderConfigError: a negative number.
       SampleError: it could not be read.
     """
     recipe = reader.recipe
-    features = [
-        featurise(RawSample.of(reader.read(number)).to(device), recipe)
-        for number in draw_numbers(recipe, sample, recipe.max_recycles)
-    ]
+    numbers = draw_numbers(recipe, sample, recipe.max_recycles)
+    features = [_features_of(read.arrays, recipe, device, form) for read in reader.read_together(numbers)]
     return {name: tensor[0] for name, tensor in stacked_draws(recipe, features, 1).items()}
+
+
+def _features_of(arrays: SampleArrays, recipe: Recipe, device: torch.device, form: str) -> Features:
+    raw = RawSample.of(arrays)
+    if device.type == "cpu":
+        return host_features(raw, recipe, form)
+    features = featurise(raw.to(device), recipe)
+    return compact_features(features) if form == COMPACT else features
+
+
+def _differs(recipe: Recipe, name: str) -> bool:
+    return recipe.resample_msa_in_recycling and name in RESAMPLED
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    # Most shards have one sample, which then lies where it was made.
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))

@@ -5,16 +5,17 @@ them together and owns the position in the stream; every step of the way lives i
 
 Invariants: ``sample(g)`` is a function of (store fingerprint, sampling, recipe, seed, g); the position counts
 steps that the consumer has received, never steps made ahead; a sample that cannot be made raises, it is never
-skipped or replaced by another. One consumer thread per loader. A loader does not survive a fork (its threads
-would be missing in the child) and cannot be pickled: make it in the process that uses it, ``spawn`` is fine.
+skipped, nor replaced by another unless the loader was told so (``on_unreadable``). One consumer thread per
+loader. A loader does not survive a fork (its threads would be missing in the child) and cannot be pickled:
+make it in the process that uses it, ``spawn`` is fine.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -22,14 +23,18 @@ from typing import Any
 import torch
 
 from foldfeed.loader.batch import StepBatch
+from foldfeed.loader.cache.config import CacheConfig
+from foldfeed.loader.cache.tiers import COUNTERS, check_cache
+from foldfeed.loader.cached_reader import CachedReader
 from foldfeed.loader.device import ReadyStep, feature_maker, resolve_device
-from foldfeed.loader.draws import draw_numbers, whole_sample
+from foldfeed.loader.draws import whole_sample
 from foldfeed.loader.errors import LoaderConfigError, LoaderUseError
+from foldfeed.loader.feature_forms import FORMS, FULL
 from foldfeed.loader.meters import ASSEMBLE, PREPARE, TRAIN, WAIT, Meters
 from foldfeed.loader.order import rank_shards
+from foldfeed.loader.placement import ORDER, PLACEMENTS, STORAGE, StoragePlacement
 from foldfeed.loader.plan import SamplePlan, draw_num_recycles
 from foldfeed.loader.prefetch import StepPrefetcher
-from foldfeed.loader.raw import RawSample
 from foldfeed.loader.reader import SampleReader
 from foldfeed.loader.reading import OwnThreads, ReadingProcesses, SampleSupply
 from foldfeed.loader.recipe import Recipe
@@ -37,10 +42,11 @@ from foldfeed.loader.sampling import Sampling
 from foldfeed.loader.selection import Store
 from foldfeed.loader.stall import DeviceStall
 from foldfeed.loader.state import LoaderState
+from foldfeed.loader.step_work import StepWork
+from foldfeed.loader.unreadable import STOP
 
 # A sample of AlphaFold 2's sizes takes 0.4 to 0.7 MB as read.
 READ_AHEAD_BYTES = 256 << 20
-READ_AHEAD_SAMPLES = 256
 # Of the names in `CropLoader.stats` that count what caches did.
 CACHE_PREFIX = "cache_"
 
@@ -62,6 +68,7 @@ class CropLoader:
       order: which record comes when.
       shards: the virtual shards of this rank.
       device: where the tensors of a batch are.
+      features: their form.
     """
 
     def __init__(
@@ -76,10 +83,14 @@ class CropLoader:
         rank: int = 0,
         world: int = 1,
         device: str | torch.device = "cpu",
+        features: str = FULL,
         num_threads: int = 2,
         prefetch_steps: int = 2,
         num_processes: int = 0,
         read_ahead_bytes: int = READ_AHEAD_BYTES,
+        cache: CacheConfig | None = None,
+        on_unreadable: str = STOP,
+        placement: str = ORDER,
         trace: str | os.PathLike[str] | None = None,
     ) -> None:
         """Checks everything and reads nothing; threads start with the first batch.
@@ -95,15 +106,25 @@ class CropLoader:
           rank: this process, 0..world-1.
           world: processes that share a step, at most virtual_shards.
           device: ``cpu`` or ``cuda[:N]``.
+          features: ``full`` as models take them, or ``compact``: codes instead of one-hot channels and
+            bfloat16, a quarter of the bytes, see `foldfeed.loader.feature_forms`.
           num_threads: threads that read and prepare samples; no effect on the numbers.
           prefetch_steps: steps kept ready ahead of the consumer; bounds memory.
           num_processes: processes that read samples into shared memory, with ``num_threads`` threads each, so
             that reading leaves this interpreter alone (Linux); 0 reads in the threads here. No effect on the
             numbers.
           read_ahead_bytes: shared memory of those processes together: samples read and not yet prepared.
+          cache: where to keep what was read of a store behind a network; None for nowhere. No effect on the
+            numbers.
+          on_unreadable: ``stop`` raises where a record is damaged; ``substitute`` makes the sample from
+            another record, a function of (seed, sample, attempt), says so in the batch and warns. Part of the
+            stream's identity.
+          placement: ``order``, or ``storage`` to give each machine mostly records that are stored together,
+            see `foldfeed.loader.placement`. A step's samples are the same; part of the stream's identity.
           trace: a file to write what every thread did when, see `tracing`, until `close`.
         Raises:
-          LoaderConfigError: a value that cannot work.
+          LoaderConfigError: a value that cannot work; a cache's folder or server that cannot be used.
+          MissingExtraError: the cache needs a package that is not installed.
           OSError: the trace cannot be written.
         """
         for field, value in (("num_threads", num_threads), ("prefetch_steps", prefetch_steps)):
@@ -116,6 +137,7 @@ class CropLoader:
             seed=seed,
             global_batch=global_batch,
             virtual_shards=global_batch if virtual_shards is None else virtual_shards,
+            on_unreadable=on_unreadable,
         )
         self.store = store
         self.recipe = recipe
@@ -123,17 +145,35 @@ class CropLoader:
         self.order = self._reader.order
         self.shards = rank_shards(self.order.virtual_shards, rank, world)
         self.device = resolve_device(device)
-        self._maker = feature_maker(recipe, self.device)
+        if features not in FORMS:
+            raise LoaderConfigError("features", features, f"must be one of {', '.join(map(repr, FORMS))}")
+        self.features = features
+        self._maker = feature_maker(recipe, self.device, features, prefetch_steps)
         for field, value, least in (
             ("num_processes", num_processes, 0),
             ("read_ahead_bytes", read_ahead_bytes, 1),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise LoaderConfigError(field, value, f"must be an integer of at least {least}")
+        if cache is not None:
+            if not isinstance(cache, CacheConfig):
+                raise LoaderConfigError(
+                    "cache", cache, "is no CacheConfig; pass e.g. CacheConfig(folder='...')"
+                )
+            check_cache(cache, self._reader.selection.urls)
+        if placement not in PLACEMENTS:
+            raise LoaderConfigError("placement", placement, f"must be one of {', '.join(PLACEMENTS)}")
+        self._placement = placement
+        self._shard_samples: Callable[[int, int], Sequence[int]] = self.order.shard_samples
+        if placement == STORAGE:
+            placed = StoragePlacement(self.order, self._reader.selection.places())
+            self._shard_samples = placed.shard_samples
+        self._cache = cache
+        self._cache_counts: Counter[str] = Counter()
         self._num_processes = num_processes
         self._read_ahead_bytes = read_ahead_bytes
         self._supply: SampleSupply | None = None
-        self._asked_step = 0
+        self._work: StepWork | None = None
         self._num_threads = num_threads
         self._prefetch_steps = prefetch_steps
         self._step = 0
@@ -142,6 +182,7 @@ class CropLoader:
         self._closed = False
         self._lock = threading.Lock()
         self._counters = {"steps": 0, "samples": 0, "bytes": 0, "fetch_s": 0.0, "prepare_s": 0.0}
+        self._counters["substituted"] = 0
         self._waited_s = 0.0
         self._meters = Meters()
         self._stall = DeviceStall(self.device) if self.device.type == "cuda" else None
@@ -165,15 +206,15 @@ class CropLoader:
     def sample(self, sample: int) -> dict[str, torch.Tensor]:
         """Returns one sample, a pure function of its global number: no leading axis, on this loader's device.
 
-        With ``resample_msa_in_recycling`` it holds the alignments of all ``max_recycles + 1`` iterations; a
-        step holds the first ``num_recycles + 1`` of them.
+        Read here and now, past the cache. With ``resample_msa_in_recycling`` it holds the alignments of all
+        ``max_recycles + 1`` iterations; a step holds the first ``num_recycles + 1`` of them.
 
         Raises:
           LoaderConfigError: a negative number.
           SampleError: it could not be read.
         """
         self._check_usable()
-        return whole_sample(self._reader, sample, self.device)
+        return whole_sample(self._reader, sample, self.device, self.features)
 
     def num_recycles(self, step: int) -> int:
         """Returns the recycling iterations of a step, on every rank, see `StepBatch`."""
@@ -208,7 +249,8 @@ class CropLoader:
         waited_s = consumer.mark(TRAIN) - started
         self._meters.took("step_wait", waited_s)
         self._meters.event(WAIT, started, waited_s, {"step": batch.step})
-        return dataclasses.replace(batch, num_recycles=self.num_recycles(batch.step))
+        batch = dataclasses.replace(batch, num_recycles=self.num_recycles(batch.step))
+        return self._with_substitutions(batch)
 
     def epoch(self) -> Iterator[StepBatch]:
         """Yields the steps from the position to the end of its epoch (those that begin in it).
@@ -264,6 +306,8 @@ class CropLoader:
         self._check_usable()
         shards = rank_shards(self.order.virtual_shards, rank, world)
         state = self.state_dict(step)
+        # First, because what is under way belongs to the part that this was.
+        self._stop()
         self.shards = shards
         self.load_state_dict(state)
 
@@ -273,19 +317,27 @@ class CropLoader:
 
         ``steps`` and ``samples`` received; ``bytes`` of raw samples read, decoded; ``fetch_s`` and
         ``prepare_s`` spent in worker threads on reading and on features, made-ahead samples included;
-        ``wait_s`` that the consumer waited.
+        ``wait_s`` that the consumer waited; ``substituted`` samples received that are made from another
+        record. With a cache also `foldfeed.loader.cache.tiers.COUNTERS`: hits and bytes of each tier (those
+        of ``store`` were read from it), evictions, damaged entries, and what became of Redis and of second
+        requests.
         """
         steps = self._steps
         running = steps.wait_s if steps is not None else 0.0
         with self._lock:
-            return {**self._counters, "wait_s": self._waited_s + running}
+            counts = Counter(self._cache_counts)
+            if self._supply is not None:
+                counts.update(self._supply.counters())
+            cached = {} if self._cache is None else {name: float(counts[name]) for name in COUNTERS}
+            return {**self._counters, "wait_s": self._waited_s + running, **cached}
 
     def meters(self) -> dict[str, Any]:
         """Returns what was counted since the loader was made, as plain data (JSON-able).
 
-        What `foldfeed.loader.meters.Meters.report` says, and: ``bytes`` of raw samples; ``wait_s`` inside of
-        ``next()`` and ``stall_s`` that the consumer's work stood still (`foldfeed.loader.stall`); ``queues``
-        now; ``cache``, the counters of tiers. `foldfeed.loader.meter_reports` makes tables and text of it.
+        What `foldfeed.loader.meters.Meters.report` says, and: ``bytes`` of raw samples; ``substituted``, how
+        many samples received are made from another record; ``wait_s`` inside of ``next()`` and ``stall_s``
+        that the consumer's work stood still (`foldfeed.loader.stall`); ``queues`` now; ``cache``, the
+        counters of tiers. `foldfeed.loader.meter_reports` makes tables and text of it.
         """
         steps, supply, stats, report = self._steps, self._supply, self.stats, self._meters.report()
         queues = {"steps_ready": steps.num_ready(), "steps_ahead": self._prefetch_steps} if steps else {}
@@ -293,6 +345,7 @@ class CropLoader:
         return {
             **report,
             "bytes": stats["bytes"],
+            "substituted": stats["substituted"],
             "wait_s": wait_s,
             "stall_s": wait_s if self._stall is None else self._stall.seconds,
             "queues": queues | (supply.queued() if supply else {}),
@@ -341,69 +394,48 @@ class CropLoader:
         """Returns the steps to come; their threads and processes are started if there are none."""
         if self._steps is None:
             self._supply = self._new_supply()
-            self._asked_step = self._step
+            work = self._work = StepWork(
+                *(self._reader, self._supply, self._maker, self._layout, self._meters, self._add, self._step)
+            )
             self._steps = StepPrefetcher(
-                self._tasks,
-                self._assembled,
+                work.tasks,
+                work.assembled,
                 first_step=self._step,
                 depth=self._prefetch_steps,
                 num_threads=self._num_threads,
+                # Processes have an order of their own; room that they fill must be emptied in that order.
+                costs=None if self._num_processes else work.costs,
                 begin_worker=self._meters.stage(PREPARE).join,
                 begin_assembler=self._meters.stage(ASSEMBLE).join,
             )
         return self._steps
 
     def _new_supply(self) -> SampleSupply:
-        if not self._num_processes:
-            return OwnThreads(self._reader, self._meters)
-        sizes = (self._num_processes, self._num_threads, self._read_ahead_bytes)
-        return ReadingProcesses(self._reader, *sizes, self._meters)
+        # By storage any rank may get any sample: then the next use by all of them is the best that is known.
+        shards = self.shards if self._placement == ORDER else range(self.order.virtual_shards)
+        cache = None if self._cache is None else (self._cache, tuple(shards))
+        if self._num_processes:
+            sizes = (self._num_processes, self._num_threads, self._read_ahead_bytes)
+            return ReadingProcesses(self._reader, *sizes, self._meters, cache)
+        reader = self._reader if cache is None else CachedReader(self._reader, *cache)
+        return OwnThreads(reader, self._meters)
 
-    def _assembled(self, step: int, parts: list[Any]) -> ReadyStep:
-        with self._meters.stage(ASSEMBLE).doing(ASSEMBLE, step=step):
-            return self._maker.assemble(step, self._layout(step), parts)
-
-    def _ask(self, supply: SampleSupply, step: int) -> None:
-        """Lets processes read some `READ_AHEAD_SAMPLES` behind a step, as far as their memory goes."""
-        num_samples = max(1, sum(len(numbers) for _, numbers in self._layout(step)))
-        stop = step + -(-READ_AHEAD_SAMPLES // num_samples)
-        wanted = [
-            number for later in range(max(step, self._asked_step), stop) for number in self._numbers(later)
+    def _with_substitutions(self, batch: StepBatch) -> StepBatch:
+        """Returns a batch that says which of its samples are made from another record."""
+        assert self._work is not None
+        found = [self._work.taken(shard.samples) for shard in batch.shards]
+        if not any(found):
+            return batch
+        self._add(substituted=sum(map(len, found)))
+        shards = [
+            dataclasses.replace(shard, substitutions=replaced)
+            for shard, replaced in zip(batch.shards, found, strict=True)
         ]
-        self._asked_step = stop
-        supply.ask(wanted)
+        return dataclasses.replace(batch, shards=shards)
 
-    def _tasks(self, step: int) -> Sequence[Callable[[], Any]]:
-        assert self._supply is not None
-        self._ask(self._supply, step)
-        return [functools.partial(self._prepared, self._supply, number) for number in self._numbers(step)]
-
-    def _numbers(self, step: int) -> list[int]:
-        """Returns what is read for a step: its samples, or their alignments one after the other."""
-        recycles = self.num_recycles(step)
-        return [
-            number
-            for _, samples in self._layout(step)
-            for sample in samples
-            for number in draw_numbers(self.recipe, sample, recycles)
-        ]
-
-    def _layout(self, step: int) -> list[tuple[int, range]]:
-        samples = ((shard, self.order.shard_samples(step, shard)) for shard in self.shards)
+    def _layout(self, step: int) -> list[tuple[int, Sequence[int]]]:
+        samples = ((shard, self._shard_samples(step, shard)) for shard in self.shards)
         return [(shard, numbers) for shard, numbers in samples if numbers]
-
-    def _prepared(self, supply: SampleSupply, number: int) -> Any:
-        read = supply.get(number)
-        num_bytes = read.arrays.num_bytes
-        stage = self._meters.stage(PREPARE)
-        try:
-            with stage.doing(PREPARE, sample=number // self.recipe.num_draws) as doing:
-                prepared = self._maker.prepare(RawSample.of(read.arrays))
-        finally:
-            read.release()
-        self._add(bytes=num_bytes, fetch_s=read.read_s, prepare_s=doing.seconds)
-        self._meters.took("sample_prepare", doing.seconds)
-        return prepared
 
     def _state(self, step: int) -> LoaderState:
         return LoaderState(
@@ -414,6 +446,8 @@ class CropLoader:
             store_fingerprint=self._reader.selection.store_fingerprint,
             sampling_digest="" if self.sampling == Sampling() else self.sampling.digest,
             selection_fingerprint=self._reader.selection.fingerprint,
+            on_unreadable=self._reader.on_unreadable,
+            placement=self._placement,
         )
 
     def _add(self, **amounts: float) -> None:
@@ -422,14 +456,20 @@ class CropLoader:
                 self._counters[name] += amount
 
     def _stop(self) -> None:
-        if self._supply is not None:
+        supply = self._supply
+        if supply is not None:
             # First, so that threads that wait for a sample learn that none will come.
-            self._supply.close()
-            self._supply = None
+            supply.close()
         if self._steps is not None:
             self._steps.close()
             self._waited_s += self._steps.wait_s
             self._steps = None
+        self._work = None
+        if supply is not None:
+            with self._lock:
+                self._cache_counts.update(supply.counters())
+                self._supply = None
+        self._maker.drop()
         self._meters.leave()
 
     def _check_usable(self) -> None:

@@ -86,6 +86,11 @@ def families(meters: Mapping[str, Any]) -> list[Family]:
             "Samples read, those ahead of the consumer included.",
             meters["samples_read"],
         ),
+        _counter(
+            "samples_substituted_total",
+            "Samples received that are made from another record, because their own cannot be read.",
+            meters["substituted"],
+        ),
         *(_counter(f"{name}_total", text, meters[name]) for name, text in _SIZES.items()),
         _counter("wait_seconds_total", "Time that the consumer spent waiting for steps.", meters["wait_s"]),
         _counter(
@@ -187,11 +192,13 @@ def table(meters: Mapping[str, Any]) -> list[str]:
     for name, found in meters["latencies"].items():
         values = "".join(f"{1000 * found[key]:>9.2f} ms" for key in (*_QUANTILES, "max_s"))
         lines.append(f"  {name:<16}{found['count']:>8}{values}")
+    if meters["substituted"]:
+        lines.append(f"  {meters['substituted']:,} samples were made from another record, see the warnings")
     for title in ("queues", "cache"):
-        if meters[title]:
-            lines.append(
-                f"  {title}: " + ", ".join(f"{name} {value:,g}" for name, value in meters[title].items())
-            )
+        # Of a cache's many counters those that stand still say nothing.
+        told = {name: value for name, value in meters[title].items() if value or title == "queues"}
+        if told:
+            lines.append(f"  {title}: " + ", ".join(f"{name} {value:,.0f}" for name, value in told.items()))
     return lines
 
 

@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from foldfeed.feature_store.format.permutation import KeyedPermutation
 from foldfeed.loader.alias_table import AliasTable
-from foldfeed.loader.counter_rng import Purpose, words_at
+from foldfeed.loader.counter_rng import Purpose, stream, words_at
 from foldfeed.loader.errors import LoaderConfigError
 from foldfeed.loader.sampling import JOIN
 
@@ -111,6 +111,24 @@ class SampleOrder:
             record = int(self.records([sample])[0])
         return SampleAddress(sample=sample, epoch=epoch, position=position, record=record)
 
+    def substitute(self, sample: int, attempt: int) -> SampleAddress:
+        """Returns where a sample comes from when the record that it points to, or others, cannot be read.
+
+        Any record of those drawn from, by chance or by weight: a function of (seed, sample, attempt).
+
+        Args:
+          sample: its global number.
+          attempt: 1, 2, ...; 0 is `locate`.
+        """
+        address = self.locate(sample)
+        if not attempt:
+            return address
+        word = stream(self.seed, sample, Purpose.SUBSTITUTE).words(attempt)[-1:]
+        record = (
+            (int(word[0]) * self.num_records) >> 64 if self.table is None else int(self.table.draw(word)[0])
+        )
+        return dataclasses.replace(address, record=record)
+
     def records(self, samples: ArrayLike) -> NDArray[np.int64]:
         """Returns the record of each sample, as `locate` does for one.
 
@@ -145,6 +163,21 @@ class SampleOrder:
         if back is not None:
             found[back] = found.copy()
         return found.reshape(numbers.shape)
+
+    def samples_of(self, records: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Returns the sample of each record in an epoch, int64, where every record comes once an epoch."""
+        assert self.table is None
+        return epoch * self.epoch_size + _epoch_order(self.num_records, self.seed, epoch).inverse(records)
+
+    def shards_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the virtual shard of each sample, int64: the one whose `shard_samples` it is among."""
+        if self.epoch_end == JOIN:
+            return samples % self.global_batch // self.samples_per_shard
+        inside = samples % self.epoch_size
+        place = inside % self.global_batch
+        size = np.minimum(self.global_batch, self.epoch_size - (inside - place))
+        # The last shard that begins at this place or before: v * size // V <= place.
+        return ((place + 1) * self.virtual_shards - 1) // size
 
     def step_samples(self, step: int) -> range:
         """Returns the global sample numbers of a step."""

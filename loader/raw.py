@@ -7,7 +7,6 @@ device, where one-hot, masking and clusters are made (`foldfeed.loader.featurise
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,13 +43,6 @@ class RawSample:
         return cls(**tensors, crop_in_columns=arrays.crop_in_columns, first_residue=arrays.first_residue)
 
     def to(self, device: torch.device) -> RawSample:
-        """Returns a copy on a device; asynchronous on the current stream when this one is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> RawSample:
-        """Returns a copy in page-locked memory, which a device can read while the program goes on."""
-        return self._map(torch.Tensor.pin_memory)
-
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> RawSample:
-        changed: dict[str, Any] = {name: function(getattr(self, name)) for name in ARRAYS}
+        """Returns a copy on a device."""
+        changed: dict[str, Any] = {name: getattr(self, name).to(device) for name in ARRAYS}
         return dataclasses.replace(self, **changed)

@@ -23,19 +23,23 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
 import numpy as np
 
 from foldfeed.loader import wire
-from foldfeed.loader.errors import LoaderConfigError, ReadingProcessError
+from foldfeed.loader.cache.config import CacheConfig
+from foldfeed.loader.cached_reader import CachedReader
+from foldfeed.loader.errors import LoaderConfigError, ReadingProcessError, SampleError
 from foldfeed.loader.fetch import SampleArrays
-from foldfeed.loader.meters import FETCH, PLAN, PREPARE, Meters
-from foldfeed.loader.reader import SampleReader
-from foldfeed.loader.reading_process import ALONE
+from foldfeed.loader.meters import FETCH, PLAN, PREPARE, Meters, clock
+from foldfeed.loader.reader import SampleRead, SampleReader
+from foldfeed.loader.reading_process import ALONE, ASIDE
 from foldfeed.loader.slots import open_note
+from foldfeed.loader.unreadable import Substitution
 
 MAX_DEATHS = 3
 # A process that was told to end gets this long before it is killed.
@@ -52,11 +56,13 @@ class ReadSample:
       arrays: what was read; views of shared memory, valid until `release`.
       read_s: seconds that planning and reading took.
       release: gives the memory back; to be called once.
+      substitution: which record took the place of which, None where none did.
     """
 
     arrays: SampleArrays
     read_s: float
     release: Callable[[], None]
+    substitution: Substitution | None = None
 
 
 class SampleSupply(Protocol):
@@ -79,6 +85,10 @@ class SampleSupply(Protocol):
         """Returns how many samples wait where, by a name for people."""
         ...
 
+    def counters(self) -> dict[str, float]:
+        """Returns what the cache counted so far; nothing without one."""
+        ...
+
     def close(self) -> None:
         """Ends everything that was started. Idempotent."""
         ...
@@ -87,38 +97,63 @@ class SampleSupply(Protocol):
 class OwnThreads:
     """Reads a sample in the thread that asks for it."""
 
-    def __init__(self, reader: SampleReader, meters: Meters) -> None:
+    def __init__(self, reader: SampleReader | CachedReader, meters: Meters) -> None:
         self._reader = reader
         self._meters = meters
 
     def ask(self, samples: Sequence[int]) -> None:
-        """Does nothing."""
+        """Lets a cache bring the samples nearer."""
+        if isinstance(self._reader, CachedReader):
+            self._reader.ask(samples)
 
     def get(self, sample: int) -> ReadSample:
         """Reads it."""
-        stage, number = self._meters.stage(PREPARE), sample // self._reader.recipe.num_draws
-        with stage.doing(PLAN, sample=number) as planning:
-            planned = self._reader.planned(sample)
-        with stage.doing(FETCH, sample=number) as fetching:
-            arrays = self._reader.fetch(planned)
-            sizes = self._reader.sizes(planned)
-        read_s = planning.seconds + fetching.seconds
+        reader, stage = self._reader, self._meters.stage(PREPARE)
+        of_sample = sample // reader.recipe.num_draws
+        started = clock()
+        try:
+            with stage.doing(PLAN, sample=of_sample):
+                planned = reader.planned(sample)
+            with stage.doing(FETCH, sample=of_sample):
+                read = SampleRead(reader.fetch(planned), planned, None)
+                sizes = reader.sizes(planned)
+        except SampleError as error:
+            if not reader.may_replace(error, 0):
+                raise
+            with stage.doing(FETCH, sample=of_sample):
+                read = reader.read_from(sample, 1, error.reason)
+                sizes = reader.sizes(read.planned)
+        read_s = clock() - started
         self._meters.read(read_s, sizes)
-        return ReadSample(arrays=arrays, read_s=read_s, release=lambda: None)
+        return ReadSample(
+            arrays=read.arrays, read_s=read_s, release=lambda: None, substitution=read.substitution
+        )
 
     def queued(self) -> dict[str, int]:
         """Returns nothing: no sample waits here."""
         return {}
 
+    def counters(self) -> dict[str, float]:
+        """Returns what the cache counted so far."""
+        return self._reader.counters() if isinstance(self._reader, CachedReader) else {}
+
     def close(self) -> None:
-        """Does nothing."""
+        """Ends the cache's threads."""
+        if isinstance(self._reader, CachedReader):
+            self._reader.close()
 
 
 class ReadingProcesses:
     """Some processes that take turns: the n-th sample asked for goes to process n modulo their number."""
 
     def __init__(
-        self, reader: SampleReader, num_processes: int, num_threads: int, num_bytes: int, meters: Meters
+        self,
+        reader: SampleReader,
+        num_processes: int,
+        num_threads: int,
+        num_bytes: int,
+        meters: Meters,
+        cache: tuple[CacheConfig, Sequence[int]] | None = None,
     ) -> None:
         """Starts the processes.
 
@@ -128,6 +163,7 @@ class ReadingProcesses:
           num_threads: of each, for reading.
           num_bytes: shared memory of all of them together.
           meters: that hear what they did.
+          cache: of each process, and the virtual shards of this rank.
         Raises:
           LoaderConfigError: this system cannot share memory in that way.
         """
@@ -135,7 +171,7 @@ class ReadingProcesses:
             raise LoaderConfigError(
                 "num_processes", num_processes, "needs memory without a name (Linux); use 0: threads"
             )
-        content = pickle.dumps(reader)
+        content = pickle.dumps((reader, cache))
         share = max(mmap.PAGESIZE, num_bytes // num_processes)
         self._processes = [_Process(content, num_threads, share, meters) for _ in range(num_processes)]
         self._owner: dict[int, _Process] = {}
@@ -171,6 +207,13 @@ class ReadingProcesses:
         found = [process.queued() for process in self._processes]
         return {"samples_asked": sum(a for a, _ in found), "samples_read_ahead": sum(b for _, b in found)}
 
+    def counters(self) -> dict[str, float]:
+        """Returns what the caches of all processes counted so far."""
+        total: Counter[str] = Counter()
+        for process in self._processes:
+            total.update(process.counted())
+        return dict(total)
+
     def close(self) -> None:
         """Ends the processes. Idempotent."""
         for process in self._processes:
@@ -189,6 +232,8 @@ class _Process:
         # What was asked for and not taken, in order.
         self._owed: dict[int, Future[ReadSample]] = {}
         self._num_deaths = 0
+        # Of its cache; of all its lives.
+        self._counters: Counter[str] = Counter()
         self._closed = False
         # Held, because a child that dies at once is heard before its life has its place here.
         with self._lock:
@@ -226,6 +271,16 @@ class _Process:
         for future in owed:
             if not future.done():
                 future.set_exception(ReadingProcessError(self.pid, "the loader was closed"))
+
+    def count(self, fresh: Mapping[str, float]) -> None:
+        """Takes what the cache of the process counted since the last sample."""
+        with self._lock:
+            self._counters.update(fresh)
+
+    def counted(self) -> Counter[str]:
+        """Returns what the caches of all its lives counted."""
+        with self._lock:
+            return Counter(self._counters)
 
     def arrived(self, sample: int, found: ReadSample | Exception) -> None:
         """Takes what a life has read; called by its thread."""
@@ -335,11 +390,16 @@ class _Life:
             os.close(descriptor)
         arrays, note = open_note(frame.payload, memory)
         self._owner.meters.heard(self.child.pid, note)
-        slot = ALONE if frame.kind == wire.READY_ALONE else note["start"]
+        self._owner.count(note["counters"])
+        slot = note["start"] if frame.kind == wire.READY else ALONE
+        replaced = note.get("substitution")
+        if replaced is not None:
+            slot = ASIDE
         return ReadSample(
             arrays=arrays,
             read_s=note["read_s"],
             release=lambda: self._send(wire.Frame(wire.RELEASE, slot, b"")),
+            substitution=None if replaced is None else Substitution(**replaced),
         )
 
     def _send(self, frame: wire.Frame) -> None:

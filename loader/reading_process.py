@@ -10,6 +10,8 @@ imports no torch. Owns the child's side; `foldfeed.loader.reading` owns the pare
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import mmap
 import os
 import pickle
@@ -19,6 +21,8 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -26,8 +30,10 @@ import numpy as np
 
 from foldfeed.feature_store import FoldfeedError
 from foldfeed.loader import wire
+from foldfeed.loader.cached_reader import CachedReader
+from foldfeed.loader.early_start import SlowFirst
 from foldfeed.loader.errors import SampleError
-from foldfeed.loader.fetch import shapes_of
+from foldfeed.loader.fetch import ARRAYS, shapes_of
 from foldfeed.loader.meters import FETCH, PLAN, Doing, Meters, clock
 from foldfeed.loader.reader import PlannedSample, SampleReader
 from foldfeed.loader.ring import RingClosedError, RingSpace
@@ -35,6 +41,9 @@ from foldfeed.loader.slots import note_of, place, slot_bytes
 
 # A sample that is larger than the ring gets memory of its own under this number; only one at a time does.
 ALONE = 2**64 - 1
+# One made from another record than its own has memory of its own, too: its room in the ring was another's
+# size. There is no limit on these, for the samples behind it may hold all other room until it is there.
+ASIDE = 2**64 - 2
 PARENT_CHECK_S = 1.0
 # What was done, by which thread, when and for how many seconds.
 Span: TypeAlias = "tuple[str, int, float, float]"
@@ -57,7 +66,8 @@ def main(arguments: list[str]) -> None:
         if first is None:
             return
         # From the process that started this one, over a socket that nobody else has.
-        reader: SampleReader = pickle.loads(first.payload)
+        plain, cache = pickle.loads(first.payload)
+        reader: SampleReader | CachedReader = plain if cache is None else CachedReader(plain, *cache)
         _ReadingProcess(reader, connection, receiver, memory, capacity, num_threads).run()
         # Threads may still hold views of the memory; the process ends here and takes all with it.
         os._exit(0)
@@ -73,7 +83,7 @@ def _end_with(parent: int) -> None:
 class _ReadingProcess:
     def __init__(
         self,
-        reader: SampleReader,
+        reader: SampleReader | CachedReader,
         connection: socket.socket,
         receiver: wire.Receiver,
         memory: mmap.mmap,
@@ -88,6 +98,7 @@ class _ReadingProcess:
         self._num_threads = num_threads
         self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._sending = threading.Lock()
+        self._counted: Counter[str] = Counter()
         self._alone_free = threading.Semaphore(1)
         self._meters = Meters()
 
@@ -97,11 +108,14 @@ class _ReadingProcess:
         try:
             while (frame := self._receiver.next()) is not None:
                 if frame.kind == wire.READ:
-                    for sample in np.frombuffer(frame.payload, dtype="<i8").tolist():
+                    samples = np.frombuffer(frame.payload, dtype="<i8").tolist()
+                    if isinstance(self._reader, CachedReader):
+                        self._reader.ask(samples)
+                    for sample in samples:
                         self._wanted.put(sample)
                 elif frame.number == ALONE:
                     self._alone_free.release()
-                else:
+                elif frame.number != ASIDE:
                     self._space.give_back(frame.number)
         except ConnectionError:
             # The loader's process is gone; so is the reason to go on.
@@ -112,6 +126,7 @@ class _ReadingProcess:
         """Plans and finds room in the order asked for, so that no sample waits for a later one."""
         join = self._meters.stage(FETCH).join
         with ThreadPoolExecutor(self._num_threads, "foldfeed-read", initializer=join) as threads:
+            tasks = SlowFirst(threads)
             stage = self._meters.stage(PLAN)
             stage.join()
             while True:
@@ -119,6 +134,11 @@ class _ReadingProcess:
                 try:
                     with stage.doing(PLAN) as doing:
                         planned = self._reader.planned(number)
+                except SampleError as error:
+                    # No plan, so no size: if another record takes its place, then aside.
+                    unplanned = functools.partial(_raise, error)
+                    tasks.submit(0.0, functools.partial(self._guarded, number, unplanned))
+                    continue
                 except FoldfeedError as error:
                     self._failed(number, error)
                     continue
@@ -126,23 +146,26 @@ class _ReadingProcess:
                 size = slot_bytes(shapes_of(planned.plan))
                 if size > self._space.capacity:
                     self._alone_free.acquire()
-                    threads.submit(self._guarded, self._read_alone, planned, size, span)
-                    continue
-                try:
-                    start = self._space.take(size)
-                except RingClosedError:
-                    return
-                threads.submit(self._guarded, self._read, planned, start, span)
+                    task = functools.partial(self._read_alone, planned, size, span)
+                else:
+                    try:
+                        start = self._space.take(size)
+                    except RingClosedError:
+                        return
+                    task = functools.partial(self._read, planned, start, span)
+                tasks.submit(planned.plan.num_cells, functools.partial(self._guarded, number, task))
 
-    def _guarded(self, read: object, planned: PlannedSample, at: int, span: Span) -> None:
+    def _guarded(self, number: int, read: Callable[[], None]) -> None:
         """Runs one reading and tells the loader what goes wrong: it would wait for ever otherwise."""
-        assert callable(read)
         try:
-            read(planned, at, span)
+            try:
+                read()
+            except SampleError as error:
+                self._replace(number, error)
         except BrokenPipeError:
             return
         except Exception as error:  # noqa: BLE001  passed on whole, see above
-            self._failed(planned.number, error)
+            self._failed(number, error)
 
     def _read(self, planned: PlannedSample, start: int, span: Span) -> None:
         try:
@@ -155,22 +178,8 @@ class _ReadingProcess:
         note = note_of(arrays, start, **self._facts(planned, sizes, span, _span(FETCH, doing)))
         self._send(wire.Frame(wire.READY, planned.number, note))
 
-    def _facts(self, planned: PlannedSample, sizes: dict[str, int], *spans: Span) -> dict[str, Any]:
-        """Returns what `Meters.heard` takes on the other side."""
-        return {
-            "of_sample": planned.sample,
-            "read_s": sum(seconds for *_, seconds in spans),
-            "sizes": sizes,
-            "spans": spans,
-            "times": self._meters.times(),
-            "now": clock(),
-        }
-
     def _read_alone(self, planned: PlannedSample, size: int, span: Span) -> None:
-        descriptor = os.memfd_create("foldfeed-sample", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(descriptor, size)
-            memory = mmap.mmap(descriptor, size)
+        with _fresh_memory(size) as (descriptor, memory):
             try:
                 with self._meters.stage(FETCH).doing(FETCH) as doing:
                     arrays = self._reader.fetch(planned, place(memory, 0, shapes_of(planned.plan)))
@@ -180,8 +189,43 @@ class _ReadingProcess:
                 raise
             note = note_of(arrays, 0, **self._facts(planned, sizes, span, _span(FETCH, doing)))
             self._send(wire.Frame(wire.READY_ALONE, planned.number, note), descriptor)
-        finally:
-            os.close(descriptor)
+
+    def _replace(self, number: int, error: SampleError) -> None:
+        """Makes a sample from another record, where the run wants that; raises the error where not."""
+        if not self._reader.may_replace(error, 0):
+            raise error
+        with self._meters.stage(FETCH).doing(FETCH) as doing:
+            found, planned, substitution = self._reader.read_from(number, 1, error.reason)
+            sizes = self._reader.sizes(planned)
+        assert substitution is not None
+        shapes = {name: getattr(found, name).shape for name in ARRAYS}
+        with _fresh_memory(slot_bytes(shapes)) as (descriptor, memory):
+            for name, array in place(memory, 0, shapes).items():
+                array[...] = getattr(found, name)
+            facts = self._facts(planned, sizes, _span(FETCH, doing))
+            facts["substitution"] = substitution.to_dict()
+            self._send(wire.Frame(wire.READY_ALONE, number, note_of(found, 0, **facts)), descriptor)
+
+    def _facts(self, planned: PlannedSample, sizes: dict[str, int], *spans: Span) -> dict[str, Any]:
+        """Returns what `Meters.heard` takes on the other side, and what the cache counted since the last."""
+        return {
+            "of_sample": planned.sample,
+            "read_s": sum(seconds for *_, seconds in spans),
+            "sizes": sizes,
+            "spans": spans,
+            "times": self._meters.times(),
+            "now": clock(),
+            "counters": self._freshly_counted(),
+        }
+
+    def _freshly_counted(self) -> dict[str, float]:
+        if not isinstance(self._reader, CachedReader):
+            return {}
+        with self._sending:
+            now = self._reader.counters()
+            fresh = {name: value - self._counted[name] for name, value in now.items()}
+            self._counted.update(fresh)
+        return {name: value for name, value in fresh.items() if value}
 
     def _failed(self, number: int, error: Exception) -> None:
         if not isinstance(error, SampleError):
@@ -196,6 +240,21 @@ class _ReadingProcess:
 
 def _span(activity: str, doing: Doing) -> Span:
     return activity, threading.get_native_id(), doing.started, doing.seconds
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@contextlib.contextmanager
+def _fresh_memory(size: int) -> Iterator[tuple[int, mmap.mmap]]:
+    """Yields the descriptor of fresh memory without a name, and the memory."""
+    descriptor = os.memfd_create("foldfeed-sample", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, size)
+        yield descriptor, mmap.mmap(descriptor, size)
+    finally:
+        os.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ every record says the same. Thread safe after it was made.
 from __future__ import annotations
 
 import bisect
+import copy
 import functools
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store import FoldfeedError, Record, RecordSource
 from foldfeed.feature_store.format.columns import column_values
+from foldfeed.feature_store.storage import Blobs
 from foldfeed.loader.alias_table import AliasTable
 from foldfeed.loader.errors import LoaderConfigError
 from foldfeed.loader.sampling import ONCE, SPLIT_PREFIX, Component, Sampling
@@ -81,6 +83,25 @@ class Selection:
         part = self.component(number)
         positions, inside = self._positions[part], number - self._starts[part]
         return self._stores[part], inside if positions is None else int(positions[inside])
+
+    def reading_through(self, wrap: Callable[[Blobs], Blobs]) -> Selection:
+        """Returns the same records, read in that way; see `RecordSource.reading_through`."""
+        other = copy.copy(self)
+        wrapped = {id(store): store.reading_through(wrap) for store in self._stores}
+        other._stores = [wrapped[id(store)] for store in self._stores]
+        return other
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the stores lie."""
+        return sorted({store.url for store in self._stores})
+
+    def places(self) -> list[tuple[pa.Table, NDArray[np.int64] | None]]:
+        """Returns of each component where its store's records lie, and which of them are drawn from."""
+        return [
+            (store.places(), positions)
+            for store, positions in zip(self._stores, self._positions, strict=True)
+        ]
 
     def component(self, number: int) -> int:
         """Returns which component a number belongs to."""

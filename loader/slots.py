@@ -19,7 +19,7 @@ from foldfeed.loader.ring import ALIGNMENT
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Memory that a sample lies in.
-Memory = mmap.mmap
+Memory = mmap.mmap | NDArray[np.uint8]
 
 
 def slot_bytes(shapes: Shapes) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
 @click.option("--seconds", type=float, default=20.0, show_default=True, help="Of the measurement.")
 @click.option("--record-set", metavar="NAME", help="Of the store; all records unless given.")
 @click.option("--trace", metavar="FILE", help="Write what every thread did when, for Perfetto.")
+@click.option("--cache-folder", default="", metavar="FOLDER", help="Keep blocks of a remote store there.")
+@click.option(
+    "--cache-gb", type=float, default=0.0, help="Limit of that folder in 10^9 bytes. [default: 107]"
+)
+@click.option("--cache-memory-mb", type=float, default=0.0, help="Memory for blocks. [default: none, or 268]")
+@click.option("--cache-redis", default="", metavar="URL", help="Server for blocks, redis:// or rediss://.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
 def bench_loader(
     store: str,
@@ -49,6 +56,10 @@ def bench_loader(
     seconds: float,
     record_set: str | None,
     trace: str | None,
+    cache_folder: str,
+    cache_gb: float,
+    cache_memory_mb: float,
+    cache_redis: str,
     as_json: bool,
 ) -> None:
     """Say how fast samples of STORE come here, and whether loader or accelerator is the bottleneck.
@@ -63,6 +74,7 @@ def bench_loader(
     """
     try:
         from foldfeed.loader import CropLoader, FeatureStore, LoaderConfigError, Recipe
+        from foldfeed.loader.cache.config import cache_of_options
         from foldfeed.loader.meter_reports import table
         from foldfeed.loader.speed import measure_speed
     except ModuleNotFoundError as error:
@@ -90,6 +102,7 @@ def bench_loader(
             num_processes=processes,
             device=device,
             trace=trace,
+            cache=cache_of_options(cache_folder, cache_gb, cache_memory_mb, cache_redis),
         )
     except LoaderConfigError as error:
         raise click.UsageError(str(error)) from error
@@ -101,7 +114,7 @@ def bench_loader(
         facts |= {"processes": processes, "loss": speed.loss, "bottleneck": speed.bottleneck}
         click.echo(json.dumps(facts | dataclasses.asdict(speed) | {"meters": meters}))
         return
-    for line in [*lines_of(recipe, speed), *table(meters)]:
+    for line in [*lines_of(recipe, speed), *cache_lines_of(meters["cache"]), *table(meters)]:
         click.echo(line)
 
 
@@ -130,3 +143,14 @@ def lines_of(recipe: Recipe, speed: LoaderSpeed) -> list[str]:
     else:
         lines.append("the bottleneck is the accelerator: it does not wait for samples")
     return lines
+
+
+def cache_lines_of(counters: Mapping[str, float]) -> list[str]:
+    """Returns what the tiers of a cache served, since the loader was made, as lines for a person."""
+    if not counters:
+        return []
+    tiers = [
+        f"{name} {counters[f'{name}_hits']:.0f} ({counters[f'{name}_bytes'] / 1e6:.1f} MB)"
+        for name in ("memory", "folder", "redis", "store")
+    ]
+    return [f"blocks from {', '.join(tiers)}; {counters['damaged']:.0f} damaged in a cache"]

@@ -2,8 +2,9 @@
 
 It counts steps of one stream, so it names what the stream is a function of: the store's content (a
 fingerprint, not a path: stores may be moved and copied), the recipe, the seed and the samples of a step; and
-unless every record of one store comes once an epoch, the sampling and the records that it chose. Rank, world
-and threads are not part of it, because samples do not depend on them.
+unless every record of one store comes once an epoch, the sampling and the records that it chose; and whether
+unreadable records are replaced, and samples placed by storage. Rank, world, threads and caches are not part
+of it, because samples do not depend on them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,19 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from foldfeed.loader.errors import LoaderStateError, StateMismatchError
+from foldfeed.loader.placement import ORDER
+from foldfeed.loader.unreadable import STOP
 
 # Without a sampling a state is what it was before there were samplings; with one, a release that knows none
 # must refuse it.
 FORMAT = 1
 SAMPLING_FORMAT = 2
 SAMPLING_FIELDS = ("sampling_digest", "selection_fingerprint")
+# Where a record that cannot be read is replaced by another, or samples are placed by where they are stored,
+# which earlier releases would not do.
+POLICY_FORMAT = 3
+POLICY_FIELDS = (*SAMPLING_FIELDS, "on_unreadable", "placement")
+_FIELDS = {FORMAT: (), SAMPLING_FORMAT: SAMPLING_FIELDS, POLICY_FORMAT: POLICY_FIELDS}
 
 Value = TypeVar("Value", int, str)
 
@@ -35,6 +43,8 @@ class LoaderState:
       store_fingerprint: of the store's content; ``NAME=FINGERPRINT,...`` for several.
       sampling_digest: of `foldfeed.loader.sampling.Sampling`; "" for the default one.
       selection_fingerprint: of the records it chose; "" for all of one store.
+      on_unreadable: ``stop`` or ``substitute``, see `foldfeed.loader.unreadable`.
+      placement: ``order`` or ``storage``, see `foldfeed.loader.placement`.
     """
 
     step: int
@@ -44,13 +54,19 @@ class LoaderState:
     store_fingerprint: str
     sampling_digest: str = ""
     selection_fingerprint: str = ""
+    on_unreadable: str = STOP
+    placement: str = ORDER
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-able values."""
         values = dataclasses.asdict(self)
+        number = FORMAT
         if any(values[field] for field in SAMPLING_FIELDS):
-            return {"format": SAMPLING_FORMAT, **values}
-        return {"format": FORMAT, **{k: value for k, value in values.items() if k not in SAMPLING_FIELDS}}
+            number = SAMPLING_FORMAT
+        if (self.on_unreadable, self.placement) != (STOP, ORDER):
+            number = POLICY_FORMAT
+        left_out = set(POLICY_FIELDS) - set(_FIELDS[number])
+        return {"format": number, **{k: value for k, value in values.items() if k not in left_out}}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> LoaderState:
@@ -60,9 +76,9 @@ class LoaderState:
           LoaderStateError: a value is missing, of another type or of another format.
         """
         found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
-        if found not in (FORMAT, SAMPLING_FORMAT):
+        if isinstance(found, bool) or not isinstance(found, int) or found not in _FIELDS:
             raise LoaderStateError(
-                f"loader state of format {found!r}; this release reads {FORMAT} and {SAMPLING_FORMAT}, as "
+                f"loader state of format {found!r}; this release reads {', '.join(map(str, _FIELDS))}, as "
                 "CropLoader.state_dict writes them"
             )
         step = _typed(state, "step", int)
@@ -74,7 +90,7 @@ class LoaderState:
             global_batch=_typed(state, "global_batch", int),
             recipe_digest=_typed(state, "recipe_digest", str),
             store_fingerprint=_typed(state, "store_fingerprint", str),
-            **{field: _typed(state, field, str) for field in SAMPLING_FIELDS if found == SAMPLING_FORMAT},
+            **{field: _typed(state, field, str) for field in _FIELDS[found]},
         )
 
     def check_same_stream(self, other: LoaderState) -> None:
@@ -85,7 +101,7 @@ class LoaderState:
         Raises:
           StateMismatchError: the first value that differs.
         """
-        for field in ("store_fingerprint", "recipe_digest", *SAMPLING_FIELDS, "seed", "global_batch"):
+        for field in ("store_fingerprint", "recipe_digest", *POLICY_FIELDS, "seed", "global_batch"):
             if getattr(self, field) != getattr(other, field):
                 raise StateMismatchError(field, getattr(self, field), getattr(other, field))
 

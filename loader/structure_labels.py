@@ -109,23 +109,23 @@ def _tables(device: torch.device) -> _Tables:
 def label_features(
     aatype: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, resolution: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Returns the labels of a crop of R residues.
+    """Returns the labels of a crop of R residues, or of several at once.
 
     Args:
-      aatype: uint8 (R,), codes of the query.
-      positions: float32 (R + 1, 37, 3), angstrom, of the residue before the crop and of those in it; 0 where
-        there is no atom.
-      mask: uint8 (R + 1, 37), 1 where there is an atom.
-      resolution: float32 (1,), angstrom; 0 where there is none (NMR, a prediction, no structure).
-    Returns: by name:
+      aatype: uint8 (..., R), codes of the query.
+      positions: float32 (..., R + 1, 37, 3), angstrom, of the residue before the crop and of those in it; 0
+        where there is no atom.
+      mask: uint8 (..., R + 1, 37), 1 where there is an atom.
+      resolution: float32 (..., 1), angstrom; 0 where there is none (NMR, a prediction, no structure).
+    Returns: by name, behind the leading axes:
       all_atom_positions float32 (R, 37, 3), all_atom_mask float32 (R, 37); pseudo_beta float32 (R, 3) and
       pseudo_beta_mask float32 (R,): CB, of glycine CA; backbone_rigid_tensor float32 (R, 4, 4): x from CA to
       C, N in the x-y plane, origin CA, and backbone_rigid_mask float32 (R,); torsion_angles_sin_cos float32
       (R, 7, 2) of pre-omega, phi, psi (by O), chi 1 to 4, alt_torsion_angles_sin_cos the same where a turn by
       pi gives an equal side chain, torsion_angles_mask float32 (R, 7); resolution float32 ().
     """
-    exists = mask[1:] != 0
-    here = positions[1:]
+    exists = mask[..., 1:, :] != 0
+    here = positions[..., 1:, :, :]
     beta, has_beta = _pseudo_beta(aatype, here, exists)
     frames, has_frame = _backbone_frames(here.to(torch.float64), exists)
     torsions, alternative, has_torsion = _torsions(aatype.long(), positions.to(torch.float64), mask != 0)
@@ -139,7 +139,7 @@ def label_features(
         "torsion_angles_sin_cos": torsions,
         "alt_torsion_angles_sin_cos": alternative,
         "torsion_angles_mask": has_torsion.to(torch.float32),
-        "resolution": resolution[0].clone(),
+        "resolution": resolution[..., 0].clone(),
     }
 
 
@@ -147,43 +147,45 @@ def _pseudo_beta(
     aatype: torch.Tensor, positions: torch.Tensor, exists: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     is_glycine = aatype == _GLYCINE
-    position = torch.where(is_glycine[:, None], positions[:, _CA], positions[:, _CB])
-    return position, torch.where(is_glycine, exists[:, _CA], exists[:, _CB])
+    position = torch.where(is_glycine[..., None], positions[..., _CA, :], positions[..., _CB, :])
+    return position, torch.where(is_glycine, exists[..., _CA], exists[..., _CB])
 
 
 def _backbone_frames(positions: torch.Tensor, exists: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns float32 (R, 4, 4) and bool (R,)."""
-    origin = positions[:, _CA]
-    axes, valid = _axes(positions[:, _C] - origin, positions[:, _N] - origin)
-    valid = valid & exists[:, _N] & exists[:, _CA] & exists[:, _C]
-    frames = torch.eye(4, dtype=torch.float32, device=positions.device).repeat(len(positions), 1, 1)
-    frames[:, :3, :3] = torch.where(
-        valid[:, None, None], torch.stack(axes, dim=2).to(torch.float32), frames[:, :3, :3]
+    """Returns float32 (..., R, 4, 4) and bool (..., R)."""
+    origin = positions[..., _CA, :]
+    axes, valid = _axes(positions[..., _C, :] - origin, positions[..., _N, :] - origin)
+    valid = valid & exists[..., _N] & exists[..., _CA] & exists[..., _C]
+    frames = torch.eye(4, dtype=torch.float32, device=positions.device).repeat(*valid.shape, 1, 1)
+    frames[..., :3, :3] = torch.where(
+        valid[..., None, None], torch.stack(axes, dim=-1).to(torch.float32), frames[..., :3, :3]
     )
-    frames[:, :3, 3] = torch.where(valid[:, None], origin.to(torch.float32), frames[:, :3, 3])
+    frames[..., :3, 3] = torch.where(valid[..., None], origin.to(torch.float32), frames[..., :3, 3])
     return frames, valid
 
 
 def _torsions(
     aatype: torch.Tensor, positions: torch.Tensor, exists: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns float32 (R, 7, 2) twice and bool (R, 7); where no residue comes before, phi is absent."""
+    """Returns float32 (..., R, 7, 2) twice, bool (..., R, 7). No phi where no residue comes before."""
     tables = _tables(aatype.device)
     # Atoms of (residue before, residue) side by side.
-    both = torch.cat([positions[:-1], positions[1:]], dim=1)
-    both_exist = torch.cat([exists[:-1], exists[1:]], dim=1)
+    both = torch.cat([positions[..., :-1, :, :], positions[..., 1:, :, :]], dim=-2)
+    both_exist = torch.cat([exists[..., :-1, :], exists[..., 1:, :]], dim=-1)
     slots = tables.slots[aatype]
-    at = torch.arange(len(aatype), device=aatype.device)[:, None, None]
-    first, second, third, fourth = both[at, slots].unbind(dim=2)
+    flat = slots.flatten(-2)
+    chosen = both.gather(-2, flat[..., None].expand(*flat.shape, 3)).unflatten(-2, slots.shape[-2:])
+    all_exist = both_exist.gather(-1, flat).unflatten(-1, slots.shape[-2:]).all(dim=-1)
+    first, second, third, fourth = chosen.unbind(dim=-2)
     axes, valid = _axes(third - second, first - third)
     rest = fourth - third
     cosine, sine = _dot(axes[1], rest), _dot(axes[2], rest)
     norm = torch.sqrt(cosine * cosine + sine * sine)
-    valid = valid & (norm > SHORTEST) & both_exist[at, slots].all(dim=2) & tables.exists[aatype]
+    valid = valid & (norm > SHORTEST) & all_exist & tables.exists[aatype]
     scale = tables.sign / norm.masked_fill(~valid, 1.0)
-    angles = torch.stack([sine * scale, cosine * scale], dim=2)
-    angles = angles.masked_fill(~valid[:, :, None], 0.0).to(torch.float32)
-    return angles, torch.where(tables.periodic[aatype][:, :, None], 0.0 - angles, angles), valid
+    angles = torch.stack([sine * scale, cosine * scale], dim=-1)
+    angles = angles.masked_fill(~valid[..., None], 0.0).to(torch.float32)
+    return angles, torch.where(tables.periodic[aatype][..., None], 0.0 - angles, angles), valid
 
 
 def _axes(

@@ -18,10 +18,16 @@ from foldfeed.loader.recipe import Recipe
 NUM_TORSIONS = 7
 
 
-def template_slots(recipe: Recipe, device: torch.device) -> dict[str, torch.Tensor]:
+def template_slots(
+    recipe: Recipe, device: torch.device, leading: tuple[int, ...] = ()
+) -> dict[str, torch.Tensor]:
     """Returns the features of T empty slots, T = ``recipe.num_templates``; none where it is 0.
 
-    Returns: zeros, with R = ``recipe.crop_residues``: template_mask float32 (T,), template_aatype int64 (T,
+    Args:
+      recipe: for T and R = ``crop_residues``.
+      device: of the tensors.
+      leading: sizes of axes in front of all others: samples.
+    Returns: zeros, behind the leading axes: template_mask float32 (T,), template_aatype int64 (T,
       R), template_sum_probs float32 (T, 1), template_all_atom_positions float32 (T, R, 37, 3),
       template_all_atom_mask float32 (T, R, 37), template_pseudo_beta float32 (T, R, 3) and
       template_pseudo_beta_mask float32 (T, R), template_backbone_rigid_tensor float32 (T, R, 4, 4) and
@@ -46,13 +52,13 @@ def template_slots(recipe: Recipe, device: torch.device) -> dict[str, torch.Tens
     slots, residues = recipe.num_templates, recipe.crop_residues
     found = {
         name: torch.zeros(
-            (slots, residues, *rest),
+            (*leading, slots, residues, *rest),
             dtype=torch.int64 if name == "template_aatype" else torch.float32,
             device=device,
         )
         for name, rest in shapes.items()
     }
     return found | {
-        "template_mask": torch.zeros(slots, device=device),
-        "template_sum_probs": torch.zeros((slots, 1), device=device),
+        "template_mask": torch.zeros((*leading, slots), device=device),
+        "template_sum_probs": torch.zeros((*leading, slots, 1), device=device),
     }

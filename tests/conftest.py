@@ -18,6 +18,9 @@ from foldfeed.feature_store import FeatureStore, write_part
 
 ROOT = Path(__file__).parents[1]
 END_LIMIT_S = 60
+# The pool of the store's reads lives as long as its process, and ends with the interpreter: its threads wait
+# for work and keep nothing alive.
+POOL_FOR_LIFE = "feature-store-read"
 
 
 # Threads that outlived the tests, of all processes of `make test`.
@@ -45,12 +48,16 @@ def pytest_testnodedown(node: Any) -> None:
 
 def _threads_that_stay() -> list[str]:
     deadline = time.monotonic() + END_LIMIT_S
-    while left := [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]:
+    while left := [t for t in threading.enumerate() if _keeps_alive(t)]:
         if time.monotonic() > deadline:
             faulthandler.dump_traceback(file=sys.__stderr__)
             break
         time.sleep(0.1)
     return [thread.name for thread in left]
+
+
+def _keeps_alive(thread: threading.Thread) -> bool:
+    return not (thread is threading.main_thread() or thread.daemon or thread.name.startswith(POOL_FOR_LIFE))
 
 
 def pytest_unconfigure() -> None:

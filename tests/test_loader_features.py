@@ -9,7 +9,7 @@ from loader_reference import assert_same_features, nearest, reference_sample
 from records import make_record
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
-from foldfeed.loader import CropLoader, Recipe, clusters, plan
+from foldfeed.loader import CropLoader, Recipe, bit_counters, clusters, plan
 from foldfeed.loader.clusters import _count_in_place
 from foldfeed.loader.featurise import deletion_value, replace_masked
 
@@ -84,32 +84,55 @@ def test_assignment_equals_loops_with_ties_to_the_first(num_members, num_centres
     assert have.tolist() == [nearest(list(member), centres.tolist()) for member in members]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 50), st.integers(1, 9), st.integers(1, 200), st.integers(0, 2**32 - 1))
-def test_agreement_by_bits_equals_agreement_by_one_hot(num_members, num_centres, width, seed):
-    if not hasattr(np, "bitwise_count"):
-        pytest.skip("NumPy counts bits from 2.0 on; one-hot is the only way here")
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 150),
+    st.integers(1, 17),
+    st.integers(1, 200),
+    st.integers(1, 23),
+    st.integers(0, 2**32 - 1),
+)
+def test_the_nearest_centre_by_counters_of_bits_is_that_by_one_hot(members, centres, width, letters, seed):
     rng = np.random.default_rng(seed)
-    members = rng.integers(0, 22, (num_members, width)).astype(np.uint8)
-    centres = rng.integers(0, 23, (num_centres, width)).astype(np.uint8)
-    by_one_hot = clusters.agreement_of_one_hot(torch.from_numpy(members), torch.from_numpy(centres))
-    assert np.array_equal(clusters.agreement_of_bits(members, centres), by_one_hot.numpy())
+    alphabet = rng.choice(23, letters, replace=False)
+    member_codes = rng.choice(alphabet, (members, width)).astype(np.uint8)
+    centre_codes = rng.choice(alphabet, (centres, width)).astype(np.uint8)
+    want = clusters.assign(torch.from_numpy(member_codes), torch.from_numpy(centre_codes))
+    have = bit_counters.nearest(member_codes, centre_codes)
+    assert have.dtype == np.int64
+    assert have.tolist() == want.tolist()
 
 
-@pytest.mark.parametrize("size", ["ONE_HOT_BLOCK_BYTES", "BITS_BLOCK_BYTES"])
-def test_agreement_in_blocks_equals_agreement_at_once(monkeypatch, size):
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 63, 64, 133, 255, 256])
+def test_rows_that_agree_everywhere_reach_the_last_bit_of_the_counters(width):
+    codes = np.zeros((70, width), np.uint8)
+    assert bit_counters.nearest(codes, codes[:3]).tolist() == [0] * 70
+    centres = np.full((3, width), 22, np.uint8)
+    centres[1] = 0
+    assert bit_counters.nearest(codes, centres).tolist() == [1] * 70
+
+
+@pytest.mark.parametrize(
+    ("module", "size", "value"),
+    [
+        (clusters, "ONE_HOT_BLOCK_BYTES", 4 * 21 * 133 * 10),
+        (bit_counters, "PLANES_BLOCK_BYTES", 8 * 22 * 133),
+        (bit_counters, "SUM_BLOCK_BYTES", 8 * 133 * 2 * 3),
+    ],
+)
+def test_rows_in_blocks_are_given_the_same_centres(monkeypatch, module, size, value):
     rng = np.random.default_rng(1)
-    members = torch.from_numpy(rng.integers(0, 22, (101, 133)).astype(np.uint8))
-    centres = torch.from_numpy(rng.integers(0, 23, (7, 133)).astype(np.uint8))
+    members = rng.integers(0, 22, (101, 133)).astype(np.uint8)
+    centres = rng.integers(0, 23, (7, 133)).astype(np.uint8)
 
     def both():
-        ways = [clusters.agreement(members, centres), clusters.agreement_of_one_hot(members, centres)]
-        return torch.stack(ways)
+        plain = clusters.assign(torch.from_numpy(members), torch.from_numpy(centres))
+        return plain.tolist(), bit_counters.nearest(members, centres).tolist()
 
     whole = both()
-    monkeypatch.setattr(clusters, size, 4 * 21 * 133 * 10 if size.startswith("ONE") else 8 * 7 * 10)
-    assert torch.equal(both(), whole)
-    assert torch.equal(whole[0], whole[1])
+    monkeypatch.setattr(module, size, value)
+    assert both() == whole
+    assert whole[0] == whole[1]
 
 
 def test_clusters_summed_in_blocks_equal_clusters_summed_at_once(monkeypatch):

@@ -1,12 +1,17 @@
 """The prefetcher: order, bounds, errors and an end without leftovers."""
 
+import functools
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from foldfeed.loader import LoaderConfigError, LoaderUseError
+from foldfeed.loader.early_start import SlowFirst
 from foldfeed.loader.prefetch import StepPrefetcher
 
 
@@ -135,3 +140,43 @@ def test_bounds_are_checked():
                 lambda step, parts: step,
                 **({"first_step": 0, "depth": 1, "num_threads": 1} | values),
             )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 7))
+def test_slow_tasks_begin_first_and_overtake_by_less_than_a_window(costs, window):
+    started: list[int] = []
+    gate = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(gate.wait)
+        tasks = SlowFirst(threads, window)
+        for number, cost in enumerate(costs):
+            tasks.submit(cost, functools.partial(started.append, number))
+        gate.set()
+    assert sorted(started) == list(range(len(costs)))
+    for place, number in enumerate(started):
+        later = [other for other in started[:place] if other > number]
+        assert len(later) < window
+        assert all(costs[other] > costs[number] for other in later)
+
+
+def test_the_dearest_task_of_a_step_begins_first_and_results_keep_their_order():
+    started: list[tuple[int, int]] = []
+
+    def tasks(step: int):
+        return [functools.partial(run, step, number) for number in range(4)]
+
+    def run(step: int, number: int) -> int:
+        started.append((step, number))
+        return 10 * step + number
+
+    with StepPrefetcher(
+        tasks,
+        lambda step, parts: parts,
+        first_step=0,
+        depth=1,
+        num_threads=1,
+        costs=lambda step: [3, 7, 7, 9],
+    ) as steps:
+        assert [steps.next() for _ in range(2)] == [[0, 1, 2, 3], [10, 11, 12, 13]]
+    assert started[:8] == [(0, 3), (0, 1), (0, 2), (0, 0), (1, 3), (1, 1), (1, 2), (1, 0)]

@@ -163,13 +163,13 @@ def test_features_outlive_the_memory_that_they_were_made_from(store, truth, monk
     """Nothing that a consumer gets may be a view of a slot: each is overwritten when it is given back."""
     init = reading.ReadSample.__init__
 
-    def poisoned(self, *, arrays, read_s, release):
+    def poisoned(self, *, arrays, read_s, release, **others):
         def overwrite():
             for name in ARRAYS:
                 getattr(arrays, name).view(np.uint8)[...] = 0xA5
             release()
 
-        init(self, arrays=arrays, read_s=read_s, release=overwrite)
+        init(self, arrays=arrays, read_s=read_s, release=overwrite, **others)
 
     monkeypatch.setattr(reading.ReadSample, "__init__", poisoned)
     with make_loader(store, num_processes=2) as loader:

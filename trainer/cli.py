@@ -81,7 +81,8 @@ def _attribute_texts(config: type) -> dict[str, str]:
             texts[name] = text.strip()
         elif line.strip() and name:
             texts[name] += " " + line.strip()
-    return {name: text[0].upper() + text[1:].replace("``", "") for name, text in texts.items()}
+    plain = {name: text.replace("``", "") for name, text in texts.items()}
+    return {name: text[0].upper() + text[1:] for name, text in plain.items()}
 
 
 MODEL = [field.name for field in dataclasses.fields(ModelConfig)]

@@ -22,6 +22,11 @@ EVOFORMER = "evoformer"
 REDUCERS = ("tree", "hierarchical", "auto", "ring", "ddp")
 # Steps between snapshots on disk when nothing is known about failures.
 DEFAULT_EVERY = 10
+# Of the data's settings, those that decide no number.
+_NOT_NUMBERS = (
+    *("store", "loader_threads", "prefetch_steps"),
+    *("cache_folder", "cache_gb", "cache_memory_mb", "cache_redis"),
+)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -175,6 +180,12 @@ class DataConfig:
       virtual_shards: V, the unit of work and of the summation order; 0 for one per sample.
       loader_threads: threads that prepare samples (no effect on the numbers).
       prefetch_steps: steps prepared ahead (no effect on the numbers).
+      cache_folder: local folder where all ranks of a machine keep what they read of a remote store.
+      cache_gb: limit of that folder in 10^9 bytes; 0 for 107.
+      cache_memory_mb: memory of each rank for the same, in 10^6 bytes; 0 for none, or 268 with another cache.
+      cache_redis: URL of a Redis server for the same, redis:// or rediss:// (TLS); its password comes from
+        FOLDFEED_REDIS_PASSWORD.
+      on_unreadable: ``stop`` at a damaged record, or ``substitute`` another one by a fixed rule and say so.
     """
 
     store: str
@@ -187,8 +198,15 @@ class DataConfig:
     virtual_shards: int = 0
     loader_threads: int = 2
     prefetch_steps: int = 2
+    cache_folder: str = ""
+    cache_gb: float = 0.0
+    cache_memory_mb: float = 0.0
+    cache_redis: str = ""
+    on_unreadable: str = "stop"
 
     def __post_init__(self) -> None:
+        for name in ("cache_gb", "cache_memory_mb"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
         _require(
             bool(self.store), "store is empty; give the folder or URL that `foldfeed build --store` wrote."
         )
@@ -389,9 +407,10 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """Returns the settings that decide the numbers, as JSON-able values."""
         whole = dataclasses.asdict(self)
-        data = {
-            k: v for k, v in whole["data"].items() if k not in ("store", "loader_threads", "prefetch_steps")
-        }
+        data = {k: v for k, v in whole["data"].items() if k not in _NOT_NUMBERS}
+        if self.data.on_unreadable == "stop":
+            # Came later; a run that stops is what all runs were.
+            del data["on_unreadable"]
         data["virtual_shards"] = self.data.num_shards
         if not self.model.distogram_weight:
             # Came later; without it a run is the one that it was.

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 
 from foldfeed.loader import CropLoader, FeatureStore, LoaderConfigError, Recipe
+from foldfeed.loader.cache.config import cache_of_options
 from foldfeed.loader.meter_reports import prometheus_text, scalars, table
 from foldfeed.loader.metrics_server import MetricsServer
 from foldfeed.trainer.config import DataConfig, RunConfig
@@ -48,6 +49,9 @@ def open_loader(
     name = config.record_set if record_set is None else record_set
     records = store.subset(name) if name else store
     try:
+        cache = cache_of_options(
+            config.cache_folder, config.cache_gb, config.cache_memory_mb, config.cache_redis
+        )
         loader = CropLoader(
             records,
             recipe,
@@ -59,6 +63,8 @@ def open_loader(
             device=ranks.device,
             num_threads=config.loader_threads,
             prefetch_steps=config.prefetch_steps,
+            cache=cache,
+            on_unreadable=config.on_unreadable,
             trace=(trace if ranks.is_first else f"{trace}.rank{ranks.rank}") if trace else None,
         )
     except LoaderConfigError as error:

@@ -29,7 +29,7 @@ from foldfeed.feature_store.format.schema import (
 )
 from foldfeed.feature_store.format.settings import SUPPORTED_VERSIONS, StoreSettings
 from foldfeed.feature_store.parts.presence import missing_file
-from foldfeed.feature_store.parts.shard_reader import ShardReader
+from foldfeed.feature_store.parts.shard_reader import FileRange, ShardReader
 from foldfeed.feature_store.parts.tiles import Crop, CropArrays, TiledRecord, TileReader
 from foldfeed.feature_store.parts.writer import PART_ID_HEX
 from foldfeed.feature_store.storage import Blobs, LocalBlobs, open_blobs
@@ -40,6 +40,8 @@ from foldfeed.feature_store.storage.read_pool import (
     run_tasks,
 )
 
+# Arrays whose entries are tiles.
+TILED = ("msa", "deletion")
 # What a row says that was written before a column came.
 _LATER_COLUMNS = {field.name: None for field in INDEX_SCHEMA if field.nullable}
 
@@ -74,10 +76,12 @@ class PartReader:
           StoreGoneError: it is missing, and so is the whole store.
         """
         self.part_id = part_id
+        self.blobs = blobs
         self.path = f"parts/{part_id}"
         self._url = blobs.url
-        # A read of a local file is over before a thread would have been told about it.
-        self.is_local = isinstance(blobs, LocalBlobs)
+        # A read of a local file is over before a thread would have been told about it, and so is one of files
+        # that somebody brings here before they are read.
+        self.is_local = getattr(blobs, "answers_at_once", isinstance(blobs, LocalBlobs))
         self.max_read_bytes = LOCAL_READ_BYTES if self.is_local else REMOTE_READ_BYTES
         where = f"{self.path}/{GROUP_FILE}"
         try:
@@ -171,6 +175,42 @@ class PartReader:
             return None
         start, stop = (at.first_structure_residue + edge for edge in window)
         return {name: self.arrays[name].read(start, stop) for name in names}
+
+    def entries_of(self, name: str, at: RecordLocation) -> tuple[int, int]:
+        """Returns the entries ``[start, stop)`` of an array that are a record's; none where it has none."""
+        if name in TILED:
+            grid = grid_of(at.first_tile, at.depth, at.length, self.settings)
+            return at.first_tile, at.first_tile + grid.num_tiles
+        if name == "deletion_overflow":
+            return at.first_overflow, at.first_overflow + at.num_overflow
+        first = at.first_structure_residue if name in structure.ARRAYS else at.first_residue
+        return (0, 0) if first is None else (first, first + at.length)
+
+    def ranges(
+        self,
+        at: RecordLocation,
+        window: tuple[int, int],
+        rows: Rows,
+        per_residue: Iterable[tuple[str, tuple[int, int]]],
+    ) -> list[FileRange]:
+        """Returns what a crop and some per-residue arrays of a record read, before any of it is read.
+
+        Only the indices of shards are read, once. What a crop needs to restore large deletion counts is among
+        it whether or not there are such counts in the crop.
+
+        Args:
+          at: the record.
+          window: residues ``[start, stop)`` of the crop.
+          rows: of the crop, as for `crop`.
+          per_residue: name and residues ``[start, stop)`` of other arrays; ones the part does not have are
+            left out.
+        """
+        found = self.tiles.ranges(self.tiled(at), window, rows, self.max_read_bytes)
+        for name, (start, stop) in per_residue:
+            first, end = self.entries_of(name, at) if name in self.arrays else (0, 0)
+            if end > first:
+                found += self.arrays[name].ranges(first + start, first + stop)
+        return found
 
     def row_table(self, at: RecordLocation, database_names: list[str]) -> pa.Table:
         """Returns the provenance of every row, see `Record.rows`."""

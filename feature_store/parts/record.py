@@ -8,7 +8,7 @@ reads when asked. Thread safe, because its part is.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ from foldfeed.feature_store.format.grid import (
 from foldfeed.feature_store.format.structure import Structure
 from foldfeed.feature_store.parts.dataset import to_dataset
 from foldfeed.feature_store.parts.reader import PartReader, RecordLocation
+from foldfeed.feature_store.parts.shard_reader import FileRange
 from foldfeed.feature_store.parts.tiles import Crop, CropArrays, CropPlan, Slab, TiledRecord, pair_of
 
 # What is stored for every residue of a record, whether or not it has a structure.
@@ -213,6 +214,25 @@ class Record:
         """
         window, found = self.resolve(residues, rows)
         return self._part.tiles.plan(self.tiled, window, found, self._part.max_read_bytes)
+
+    def ranges(
+        self,
+        residues: Window | None = None,
+        rows: Window | Rows | None = None,
+        per_residue: Iterable[tuple[str, tuple[int, int]]] = (),
+    ) -> list[FileRange]:
+        """Returns the stretches of the store's files that reading all that takes; see `PartReader.ranges`.
+
+        Args:
+          residues: of a crop, as for `crop`.
+          rows: of it, as for `crop`, or a `StoredRun` as for `slab`.
+          per_residue: names and residues ``[start, stop)`` of other arrays that are read with it.
+        Raises:
+          IndexError: outside the record.
+          CorruptDataError: a shard index is damaged.
+        """
+        window, found = self.resolve(residues, rows)
+        return self._part.ranges(self._at, window, found, per_residue)
 
     def crop_bytes(self, residues: Window | None = None, rows: Window | Rows | None = None) -> int:
         """Returns the stored bytes of the tiles that `crop` would read for the same arguments."""

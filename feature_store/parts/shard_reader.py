@@ -60,12 +60,27 @@ class ReadRun(NamedTuple):
     entries: list[tuple[int, int, int, int]]
 
 
+class FileRange(NamedTuple):
+    """A stretch of a file of the store.
+
+    Attributes:
+      path: relative to the store's root.
+      start: first byte.
+      size: bytes.
+    """
+
+    path: str
+    start: int
+    size: int
+
+
 class ShardReader:
     """One array of one part.
 
     Attributes:
       spec: the array's schema.
       length: entries on the first axis.
+      path: of its shard, relative to the store's root.
     """
 
     def __init__(
@@ -83,14 +98,14 @@ class ShardReader:
         self.spec = spec
         self.length = length
         self._blobs = blobs
-        self._path = f"{part_path}/{spec.shard_path}"
+        self.path = f"{part_path}/{spec.shard_path}"
         self._num_bytes = num_bytes
         self._chunk_bytes = spec.chunk_bytes
         self._opened: tuple[RangeReader, NDArray[np.uint64]] | None = None
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns entries ``[start, stop)`` of the first axis, a fresh array."""
-        assert 0 <= start <= stop <= self.length, (self._path, start, stop, self.length)
+        assert 0 <= start <= stop <= self.length, (self.path, start, stop, self.length)
         out = np.empty((stop - start, *self.spec.chunk[1:]), dtype=self.spec.dtype)
         size = self.spec.chunk[0]
         if start == stop:
@@ -210,6 +225,39 @@ class ShardReader:
         sizes = index[np.asarray(numbers, dtype=np.int64), 1]
         return int(sizes[sizes != MISSING].sum())
 
+    def ranges(self, start: int, stop: int) -> list[FileRange]:
+        """Returns what `read` of entries ``[start, stop)`` reads, in as many pieces; reads at most the index.
+
+        Raises:
+          CorruptDataError: the index is damaged.
+        """
+        size = self.spec.chunk[0]
+        chunks = range(start // size, -(-stop // size)) if stop > start else range(0)
+        runs, _ = self.runs(chunks, MAX_READ_BYTES)
+        return [FileRange(self.path, run.start, run.end - run.start) for run in runs]
+
+    def extents(
+        self, starts: NDArray[np.int64], stops: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns where the entries of many ranges begin and end in the file; reads at most the index.
+
+        Args:
+          starts: int64 (n,), first entry of each range.
+          stops: int64 (n,), end of each.
+        Returns: int64 (n,) first bytes and int64 (n,) ends; equal where nothing is stored.
+        """
+        if self._num_bytes is None or not len(starts):
+            return np.zeros(len(starts), np.int64), np.zeros(len(starts), np.int64)
+        index = self._open()[1]
+        stored = index[:, 0] != MISSING
+        # Chunks lie in the order of their numbers; one that is not stored begins and ends with the last.
+        ends = np.maximum.accumulate(np.where(stored, index[:, 0] + index[:, 1], 0)).astype(np.int64)
+        begins = np.where(stored, index[:, 0].astype(np.int64), np.concatenate([[0], ends[:-1]]))
+        size = self.spec.chunk[0]
+        first = np.minimum(starts // size, len(index) - 1)
+        last = np.clip((stops - 1) // size, first, len(index) - 1)
+        return begins[first], np.where(stops > starts, ends[last], begins[first])
+
     @property
     def is_open(self) -> bool:
         """Whether the index is in memory, or there is none."""
@@ -229,10 +277,10 @@ class ShardReader:
         if opened is None:
             assert self._num_bytes is not None
             try:
-                source = self._blobs.open_range(self._path)
+                source = self._blobs.open_range(self.path)
                 index = self._load_index(source, self._num_bytes)
             except FileNotFoundError as error:
-                raise missing_file(self._blobs, self._path) from error
+                raise missing_file(self._blobs, self.path) from error
             opened = self._opened = (source, index)
         return opened
 
@@ -241,13 +289,13 @@ class ShardReader:
         size = 16 * num_chunks + CRC_BYTES
         data = source(num_bytes - size, size) if num_bytes >= size else b""
         if len(data) != size:
-            raise CorruptDataError(self._path, f"the shard index is {len(data)} bytes, not {size}")
+            raise CorruptDataError(self.path, f"the shard index is {len(data)} bytes, not {size}")
         if google_crc32c.value(data[:-CRC_BYTES]) != int.from_bytes(data[-CRC_BYTES:], "little"):
-            raise CorruptDataError(self._path, "the shard index does not match its crc32c")
+            raise CorruptDataError(self.path, "the shard index does not match its crc32c")
         index = np.frombuffer(data[:-CRC_BYTES], dtype="<u8").reshape(num_chunks, 2)
         stored = index[index[:, 0] != MISSING]
         if stored.size and int((stored[:, 0] + stored[:, 1]).max()) > num_bytes - size:
-            raise CorruptDataError(self._path, "the shard index points outside the file")
+            raise CorruptDataError(self.path, "the shard index points outside the file")
         return index
 
     def _read(self, start: int, size: int) -> bytes:
@@ -255,7 +303,7 @@ class ShardReader:
         try:
             return self._open()[0](start, size)
         except FileNotFoundError as error:
-            raise missing_file(self._blobs, self._path) from error
+            raise missing_file(self._blobs, self.path) from error
 
     def _read_run(
         self, run: list[tuple[int, int, int]], start: int, end: int
@@ -269,4 +317,4 @@ class ShardReader:
                 yield number, np.frombuffer(raw, dtype=self.spec.dtype).reshape(self.spec.chunk)
 
     def _damaged(self, number: int, reason: str) -> CorruptDataError:
-        return CorruptDataError(f"{self._path}, chunk {number}", reason)
+        return CorruptDataError(f"{self.path}, chunk {number}", reason)

@@ -34,7 +34,7 @@ from foldfeed.feature_store.format.grid import (
 )
 from foldfeed.feature_store.format.row_order import RowOrder
 from foldfeed.feature_store.format.schema import DELETION_OVERFLOW
-from foldfeed.feature_store.parts.shard_reader import ReadRun, ShardReader
+from foldfeed.feature_store.parts.shard_reader import FileRange, ReadRun, ShardReader
 
 Task: TypeAlias = Callable[[], object]
 CropArrays: TypeAlias = "tuple[NDArray[np.uint8], NDArray[np.int32]]"
@@ -209,6 +209,20 @@ class TileReader:
             num_bytes=sum(entry[3] for found in runs for run in found for entry in run.entries),
             num_reads=sum(map(len, runs)),
         )
+
+    def ranges(
+        self, record: TiledRecord, window: tuple[int, int], rows: Rows, max_read_bytes: int
+    ) -> list[FileRange]:
+        """Returns the stretches of files that a crop reads; see `plan` for the arguments."""
+        _, *both = boxes_of(record, window, rows)
+        found = []
+        for array, boxes in zip((self._msa, self._deletion), both, strict=True):
+            runs, _ = array.runs(sorted({box.tile for box in boxes}), max_read_bytes)
+            found += [FileRange(array.path, run.start, run.end - run.start) for run in runs]
+        if isinstance(rows, StoredRun):
+            found += self._aatype.ranges(record.first_residue + window[0], record.first_residue + window[1])
+        first = record.first_overflow
+        return found + self._overflow.ranges(first, first + record.num_overflow)
 
     def job(
         self,

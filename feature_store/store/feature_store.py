@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -26,16 +26,14 @@ from foldfeed.feature_store.index.annotations import annotate
 from foldfeed.feature_store.index.log import LogEntry, entry_of
 from foldfeed.feature_store.index.transactions import CommitResult, Index
 from foldfeed.feature_store.parts.many_crops import CropRequest
-from foldfeed.feature_store.parts.reader import PartReader, RecordLocation
+from foldfeed.feature_store.parts.reader import PartReader
 from foldfeed.feature_store.parts.record import Record
 from foldfeed.feature_store.parts.wanted import mark_wanted
-from foldfeed.feature_store.storage import TEMPORARY_PREFIX, LocalBlobs, open_blobs
+from foldfeed.feature_store.storage import TEMPORARY_PREFIX, Blobs, LocalBlobs, open_blobs
 from foldfeed.feature_store.storage.read_pool import DEFAULT_IN_FLIGHT, run_tasks
-from foldfeed.feature_store.store.questions import RecordSource
+from foldfeed.feature_store.store.questions import PLACE_COLUMNS, RecordSource
 from foldfeed.feature_store.store.record_sets import fingerprint_of
 from foldfeed.feature_store.store.version_diff import VersionDiff, compare_versions
-
-PLACE_COLUMNS = ("part_id", *RecordLocation.__slots__)
 
 
 class FeatureStore(RecordSource["Record"]):
@@ -159,6 +157,22 @@ class FeatureStore(RecordSource["Record"]):
     def record_of(self, row: Mapping[str, Any]) -> Record:
         """Returns the record that an index row of this store describes."""
         return Record(self._part(row["part_id"]), row)
+
+    def reading_through(self, wrap: Callable[[Blobs], Blobs]) -> FeatureStore:
+        """Returns this version of the store, whose parts are read that way; see `RecordSource`."""
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__
+        other._blobs = wrap(self._blobs)
+        other._parts = {}
+        return other
+
+    def size_at(self, position: int) -> tuple[int, int]:
+        """Returns length and depth of a record, see `RecordSource.size_at`."""
+        return self._place_numbers["length"].item(position), self._place_numbers["depth"].item(position)
+
+    def places(self) -> pa.Table:
+        """Returns where each record lies, see `RecordSource.places`."""
+        return pa.table(self._places)
 
     def log(self) -> list[LogEntry]:
         """Returns the commits up to this version, newest first."""

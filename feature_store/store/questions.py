@@ -13,7 +13,7 @@ import bisect
 import datetime
 import difflib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ import pyarrow as pa
 from foldfeed.feature_store.errors import QueryError, RecordNotFoundError
 from foldfeed.feature_store.format.settings import StoreSettings
 from foldfeed.feature_store.parts.many_crops import BatchArrays, CropRequest, read_crops
+from foldfeed.feature_store.parts.reader import RecordLocation
 from foldfeed.feature_store.parts.record import Record
 from foldfeed.feature_store.parts.row_scan import ROWS_SCHEMA
 from foldfeed.feature_store.parts.tiles import Crop, CropPlan
@@ -31,6 +32,8 @@ from foldfeed.feature_store.store.query_tables import PER_RECORD, lazy_tables
 from foldfeed.feature_store.store.record_sets import RecordSet, Within
 from foldfeed.feature_store.store.splits import Split
 from foldfeed.feature_store.store.time_limit import TimeLimit
+
+PLACE_COLUMNS = ("part_id", *RecordLocation.__slots__)
 
 
 class _HasRows(Protocol):
@@ -77,6 +80,27 @@ class RecordSource(abc.ABC, Generic[RecordT]):
     @abc.abstractmethod
     def record_of(self, row: Mapping[str, Any]) -> RecordT:
         """Returns the record that an index row of this store describes."""
+
+    @abc.abstractmethod
+    def reading_through(self, wrap: Callable[[Blobs], Blobs]) -> RecordSource[RecordT]:
+        """Returns the same records, whose parts are read through other access to the store's files.
+
+        Example:
+          >>> records = store.reading_through(lambda files: CachedFiles(files, cache))
+
+        Args:
+          wrap: takes the store's own access. What it returns may say ``answers_at_once = True``: then reads
+            of one crop are done one after the other, without threads.
+        Returns: it reads; changing the store, and pickling, are as without.
+        """
+
+    @abc.abstractmethod
+    def size_at(self, position: int) -> tuple[int, int]:
+        """Returns length and depth of the record at a position, without looking for its part."""
+
+    @abc.abstractmethod
+    def places(self) -> pa.Table:
+        """Returns where each record lies, sorted by record id: `PLACE_COLUMNS` of the index."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -446,6 +470,18 @@ class StoreView(RecordSource[RecordT]):
     def record_of(self, row: Mapping[str, Any]) -> RecordT:
         """Returns the record that an index row of this store describes."""
         return self._base.record_of(row)
+
+    def reading_through(self, wrap: Callable[[Blobs], Blobs]) -> StoreView[RecordT]:
+        """Returns the same view of the store read that way, see `RecordSource.reading_through`."""
+        return StoreView(self._base.reading_through(wrap), self._rows, self.label)
+
+    def size_at(self, position: int) -> tuple[int, int]:
+        """Returns length and depth of a record, see `RecordSource.size_at`."""
+        return self._columns["length"][position].as_py(), self._columns["depth"][position].as_py()
+
+    def places(self) -> pa.Table:
+        """Returns where each record lies, see `RecordSource.places`."""
+        return self._rows.select(PLACE_COLUMNS)
 
     def _records_of(
         self: StoreView[Record], requests: Sequence[CropRequest], in_flight: int | None

@@ -1,0 +1,174 @@
+"""`StepWork`: what one rank does for its steps, from numbers of samples to a step whose features are made.
+
+Lives from a loader's start to its stop. Knows which alignments a step takes, asks a supply for them some
+steps ahead, hands each to the maker of features, and remembers which samples are made from another record
+than their own (`foldfeed.loader.unreadable`) until the consumer has them. Owns no thread:
+`foldfeed.loader.prefetch` runs what it gives.
+
+Invariant: all alignments of a sample in a step are of the same record.
+
+`StepWork.tasks` is for one thread, in the order of the steps; all else is thread safe.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from foldfeed.loader.device import FeatureMaker, Layout, ReadyStep
+from foldfeed.loader.draws import draw_numbers
+from foldfeed.loader.meters import ASSEMBLE, FETCH, PREPARE, Meters
+from foldfeed.loader.plan import draw_num_recycles
+from foldfeed.loader.reader import SampleReader
+from foldfeed.loader.reading import SampleSupply
+from foldfeed.loader.unreadable import SUBSTITUTE, Substitution
+
+READ_AHEAD_SAMPLES = 256
+_log = logging.getLogger(__name__)
+
+
+class StepWork:
+    """The work of one rank, from a first step on."""
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        supply: SampleSupply,
+        maker: FeatureMaker,
+        layout: Callable[[int], Layout],
+        meters: Meters,
+        count: Callable[..., None],
+        first_step: int,
+    ) -> None:
+        """Asks for nothing yet.
+
+        Args:
+          reader: what the supply reads with, past its caches.
+          supply: where samples come from.
+          maker: of their features.
+          layout: returns this rank's part of a step.
+          meters: that count what is done here.
+          count: takes ``bytes``, ``fetch_s`` and ``prepare_s`` of each alignment; on any thread.
+          first_step: whose tasks are asked for first; then come all others in order.
+        """
+        self._reader = reader
+        self._recipe = reader.recipe
+        self._supply = supply
+        self._maker = maker
+        self._layout = layout
+        self._meters = meters
+        self._count = count
+        self._asked_step = first_step
+        self._substitutions: dict[int, Substitution] = {}
+        self._lock = threading.Lock()
+
+    def tasks(self, step: int) -> list[Callable[[], list[Any]]]:
+        """Returns functions that each prepare some alignments of a step, in its order."""
+        self._ask(step)
+        numbers = self.numbers(step)
+        size = self._num_together(step)
+        return [
+            functools.partial(self._prepared, step, first, numbers[first : first + size], len(numbers))
+            for first in range(0, len(numbers), size)
+        ]
+
+    def costs(self, step: int) -> list[int]:
+        """Returns what each task of a step is expected to cost, see `SampleReader.costs`."""
+        samples = [number // self._recipe.num_draws for number in self.numbers(step)]
+        return self._reader.costs(samples[:: self._num_together(step)])
+
+    def assembled(self, step: int, parts: list[list[Any]]) -> ReadyStep:
+        """Returns a step from what its tasks gave."""
+        with self._meters.stage(ASSEMBLE).doing(ASSEMBLE, step=step):
+            prepared = [one for part in parts for one in part]
+            return self._maker.assemble(step, self._layout(step), prepared)
+
+    def numbers(self, step: int) -> list[int]:
+        """Returns what is read for a step: its samples, or their alignments one after the other."""
+        recycles = draw_num_recycles(self._recipe, self._reader.order.seed, step)
+        return [
+            number
+            for _, samples in self._layout(step)
+            for sample in samples
+            for number in draw_numbers(self._recipe, sample, recycles)
+        ]
+
+    def taken(self, samples: Sequence[int]) -> tuple[Substitution, ...]:
+        """Returns, once, those of some samples that are made from another record."""
+        with self._lock:
+            return tuple(
+                self._substitutions.pop(sample) for sample in samples if sample in self._substitutions
+            )
+
+    def _num_together(self, step: int) -> int:
+        """Returns how many alignments a task prepares: all of a sample where its record may be replaced."""
+        if self._reader.on_unreadable != SUBSTITUTE:
+            return 1
+        return len(
+            draw_numbers(self._recipe, 0, draw_num_recycles(self._recipe, self._reader.order.seed, step))
+        )
+
+    def _ask(self, step: int) -> None:
+        """Lets processes read some `READ_AHEAD_SAMPLES` behind a step, as far as their memory goes."""
+        num_samples = max(1, sum(len(samples) for _, samples in self._layout(step)))
+        stop = step + -(-READ_AHEAD_SAMPLES // num_samples)
+        wanted = [
+            number for later in range(max(step, self._asked_step), stop) for number in self.numbers(later)
+        ]
+        self._asked_step = stop
+        self._supply.ask(wanted)
+
+    def _prepared(self, step: int, first: int, numbers: list[int], num_numbers: int) -> list[Any]:
+        """Prepares some alignments; if there are several they are all that a step has of one sample.
+
+        Args:
+          step: whose they are.
+          first: place of the first among those of the step.
+          numbers: of the alignments.
+          num_numbers: of the whole step.
+        """
+        prepared, found = [], []
+        places = [(step, first + place, num_numbers) for place in range(len(numbers))]
+        for number, place in zip(numbers, places, strict=True):
+            one, substitution = self._prepared_one(number, place)
+            prepared.append(one)
+            found.append(substitution)
+        replaced = next(filter(None, found), None)
+        if replaced is None:
+            return prepared
+        attempts = {0 if one is None else one.attempt for one in found}
+        if len(attempts) > 1:
+            # Damage met some alignments and not others.
+            with self._meters.stage(PREPARE).doing(FETCH, sample=replaced.sample):
+                reads = self._reader.read_together(numbers, max(attempts), replaced.reason)
+            prepared = [
+                self._maker.prepare(*place, read.arrays) for read, place in zip(reads, places, strict=True)
+            ]
+            assert reads[0].substitution is not None
+            replaced = reads[0].substitution
+        self._tell(replaced)
+        return prepared
+
+    def _prepared_one(self, number: int, place: tuple[int, int, int]) -> tuple[Any, Substitution | None]:
+        read = self._supply.get(number)
+        num_bytes = read.arrays.num_bytes
+        stage = self._meters.stage(PREPARE)
+        try:
+            with stage.doing(PREPARE, sample=number // self._recipe.num_draws) as doing:
+                prepared = self._maker.prepare(*place, read.arrays)
+        finally:
+            read.release()
+        self._count(bytes=num_bytes, fetch_s=read.read_s, prepare_s=doing.seconds)
+        self._meters.took("sample_prepare", doing.seconds)
+        return prepared, read.substitution
+
+    def _tell(self, replaced: Substitution) -> None:
+        with self._lock:
+            self._substitutions[replaced.sample] = replaced
+        _log.warning(
+            "sample %d is made from record %r, because %r cannot be read: %s",
+            *(replaced.sample, replaced.substitute_id, replaced.record_id, replaced.reason),
+        )
