@@ -31,7 +31,7 @@ from foldfeed.trainer.config import (
     RunConfig,
     SnapshotConfig,
 )
-from foldfeed.trainer.elastic import VARIABLE, Plan
+from foldfeed.trainer.elastic import Plan
 from foldfeed.trainer.errors import TrainerConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -228,17 +228,18 @@ def _runner() -> Callable[[RunConfig], object]:
 
 
 def leave_with(work: Callable[[], int]) -> None:
-    """Runs ``work`` and ends the process with its exit code; a rank that failed ends at once.
+    """Runs ``work`` and ends the process with its exit code; a process that failed ends at once.
 
     After a failure a thread may be stuck in a collective whose peers are gone, and a normal exit would wait
-    for it. Leaving at once closes this rank's sockets, so the failure reaches the others in milliseconds.
+    for it. Leaving at once closes this rank's sockets, so the failure reaches the others in milliseconds. And
+    libraries whose threads were cut short may abort at a normal exit (once seen: -6 instead of the code).
     """
     try:
         code = work()
     except Exception:  # noqa: BLE001 - reported in full; the exit below must happen in every case
         traceback.print_exc()
         code = 1
-    if code and (int(os.environ.get("WORLD_SIZE", "1")) > 1 or VARIABLE in os.environ):
+    if code:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

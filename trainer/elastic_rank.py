@@ -1,8 +1,5 @@
 """One rank of an elastic run: ranks may die, stop, be cut off and come while the others keep what they have.
 
-    OUTPUT/elastic/session.json     key and folder of the present session, for those who may read the folder
-    OUTPUT/elastic/SESSION/         one file per generation of ranks (agreement.py)
-
 A rank that loses a peer drops its wires, not its process: memory, model, loader and device stay. The ranks
 that are left agree on a generation (membership.py), connect, bring those that are behind or new to the
 furthest one's step (raw bytes and crc32c, from live peers), divide the virtual shards anew and run the broken
@@ -20,10 +17,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import secrets
-import shutil
 import signal
 import socket
 import time
@@ -65,6 +60,7 @@ from foldfeed.trainer.membership import Limits, Membership
 from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.ranks import Group, Ranks, pick_device
 from foldfeed.trainer.resume import environment
+from foldfeed.trainer.session import Session, folder_of, new_session, publish, read_session
 from foldfeed.trainer.snapshot import SnapshotFolder
 from foldfeed.trainer.source import Source
 from foldfeed.trainer.task import Task, load_task
@@ -74,8 +70,6 @@ from foldfeed.trainer.transfer import nccl_groups, transfer
 from foldfeed.trainer.watch import StackWatch
 from foldfeed.trainer.wire import Channel, MeshGroup
 
-FOLDER = "elastic"
-SESSION_FILE = "session.json"
 CHANNELS = ("scatter", "gather", "scalars", "state")
 # Changes of ranks in a row without a completed step, after which something must be wrong for good.
 MAX_FRUITLESS = 20
@@ -277,17 +271,10 @@ class ElasticRank:
         self.header["run_id"] = self._claim()
         self._restore()
         self.ledger.start(self.trainer.step, 1)
-        session, key = secrets.token_hex(8), secrets.token_bytes(32)
-        folder = self.output / FOLDER
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / session).mkdir(mode=0o700, parents=True)
-        membership = self._membership(session, key)
+        session = new_session(self.output)
+        membership = self._membership(session)
         membership.found()
-        temporary = folder / f".{SESSION_FILE}"
-        number = os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600)
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            json.dump({"session": session, "key": key.hex()}, file)
-        temporary.replace(folder / SESSION_FILE)
+        publish(self.output, session)
         ranks, wait_s = self.plan.ranks, self.plan.wait_s if self.plan.founds else REFOUND_WAIT_S
         if (came := membership.gather(ranks, wait_s)) < ranks:
             self.metrics.say(f"{came} of {ranks} ranks came within {wait_s:g} s; the others may join later")
@@ -316,16 +303,16 @@ class ElasticRank:
         deadline = time.monotonic() + self.plan.wait_s
         tried = ""
         while True:
-            session, key = self._session()
-            if session != tried:
-                tried = session
-                membership = self._membership(session, key)
+            session = read_session(self.output)
+            if session.name != tried:
+                tried = session.name
+                membership = self._membership(session)
                 try:
                     return membership.join(self.plan.wait_s, functools.partial(self._superseded, tried))
                 except ExcludedError:
                     membership.leave("nobody is there")
                     self.membership = None
-                if (self.output / launch.RESULT_FILE).exists() and self._session()[0] == tried:
+                if (self.output / launch.RESULT_FILE).exists() and read_session(self.output).name == tried:
                     return None
                 if refounds:
                     # Of several that do, the lease lets one begin; the others find its session.
@@ -339,20 +326,9 @@ class ElasticRank:
             time.sleep(0.1)
 
     def _superseded(self, session: str) -> bool:
-        return self._session()[0] != session
+        return read_session(self.output).name != session
 
-    def _session(self) -> tuple[str, bytes]:
-        """Returns name and key of the session in the folder; "" when there is none yet."""
-        path = self.output / FOLDER / SESSION_FILE
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return str(found["session"]), bytes.fromhex(found["key"])
-        except FileNotFoundError:
-            return "", b""
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TrainerError(f"{path} cannot be read: {error!r}") from error
-
-    def _membership(self, session: str, key: bytes) -> Membership:
+    def _membership(self, session: Session) -> Membership:
         listener = socket.create_server((self.plan.host, 0), backlog=1024)
         me = Member(
             uid=secrets.token_hex(8),
@@ -366,8 +342,8 @@ class ElasticRank:
             timeout_s=self.config.timeout_s,
             max_members=min(self.plan.max_ranks or shards, shards),
         )
-        register = FolderRegister(self.output / FOLDER / session)
-        self.membership = Membership(me, listener, key, register, limits)
+        register = FolderRegister(folder_of(self.output, session))
+        self.membership = Membership(me, listener, session.key, register, limits)
         return self.membership
 
     # ---------------------------------------------------------------- a generation
