@@ -156,7 +156,7 @@ def _check_date(text: str) -> None:
 
 
 def _line(manifest: DatabaseManifest) -> str:
-    things = ("sequences", "residues") if manifest.tool == "jackhmmer" else ("alignments", "columns")
+    things = ("alignments", "columns") if manifest.tool == "hhblits" else ("sequences", "residues")
     return (
         f"{manifest.name}: {manifest.num_sequences:,} {things[0]}, {manifest.num_residues:,} {things[1]}, "
         f"{manifest.num_bytes:,} bytes in {len(manifest.files)} files, digest {manifest.digest[:16]}"

@@ -17,9 +17,10 @@ ColabFold, a search of its environmental database with the profile of the first,
 database is searched with the query. ``--prefilter-mode 0``, which old versions do not know, is left at that
 default.
 
-Three additions change no row but make the answer the same everywhere: one thread, ``--split 1`` (a split by
-free memory may choose other words) and ``--dbtype 1`` (a protein of A, C, G and T is no gene). A database
-whose words do not fit into memory therefore fails instead of being split.
+Three additions make the answer the same everywhere: one thread, ``--split 1`` (MMseqs2 would split a database
+by the memory of the machine, and choose the length of its words by that) and ``--dbtype 1`` (a protein of A,
+C, G and T is no gene). The index of a database must have room in memory, 0.9 GB for the smallest: with less
+MMseqs2 refuses in words, or warns, goes on, and is slow or killed.
 
 Invariants: a result is returned only if the entry of the alignment has the length that its index tells and
 ends with the NUL byte that MMseqs2 writes last; the first row is the query. MMseqs2 writes U and O as X, B as

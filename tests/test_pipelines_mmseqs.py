@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from pipelines_data import (
     GLOBINS,
     config_of,
@@ -17,6 +18,7 @@ from pipelines_data import (
 )
 
 from foldfeed.feature_store import FeatureStore
+from foldfeed.feature_store.cli.main import main
 from foldfeed.feature_store.format import alphabet
 from foldfeed.pipelines import DatabaseSpec, run_build
 from foldfeed.pipelines.database_files import make_manifest
@@ -149,7 +151,7 @@ def test_a_second_build_searches_nothing(built):
 
 
 @needs_mmseqs
-def test_a_database_that_was_made_before_gives_the_same_rows(by_hand):
+def test_a_database_that_was_made_before_gives_the_same_rows(tmp_path, by_hand):
     spec = DatabaseSpec.parse(f"globins={by_hand}/db:mmseqs2")
     query = sequences()[0]
     text = find_tool(spec, cpus=1, timeout_s=120.0).search(query).alignment.decode()
@@ -159,6 +161,19 @@ def test_a_database_that_was_made_before_gives_the_same_rows(by_hand):
     plain = DatabaseSpec.parse(f"globins={by_hand}/db.fasta:mmseqs2")
     counts = [(m.num_sequences, m.num_residues) for m in map(make_manifest, (spec, plain))]
     assert counts[0] == counts[1] == (46, sum(map(len, sequences()[1].values())))
+    words = [
+        "database",
+        "add",
+        "globins",
+        spec.paths[0],
+        "--tool",
+        "mmseqs2",
+        "--registry",
+        str(tmp_path / "r.json"),
+    ]
+    done = CliRunner().invoke(main, words)
+    assert "globins: 46 sequences, " in done.output, done.output
+    assert "in 6 files" in done.output
 
 
 def tool_around(
