@@ -48,6 +48,7 @@ say "installing foldfeed and its extras into $venv (the first time this download
 missing=()
 command -v jackhmmer >/dev/null || missing+=(hmmer)
 { command -v hhblits && command -v ffindex_build; } >/dev/null || missing+=(hhsuite)
+command -v mmseqs >/dev/null || missing+=(mmseqs2)
 examples=${FOLDFEED_EXAMPLES:-/usr/share/doc/hmmer/examples}
 [ -e "$examples/tutorial/globins45.fa" ] || [ -e "$venv/examples/tutorial/globins45.fa" ] || missing+=(hmmer-examples)
 if [ ${#missing[@]} -gt 0 ] && can_install; then
@@ -61,6 +62,9 @@ elif [ ${#missing[@]} -gt 0 ]; then
     fi
     if lacks hhsuite; then
         say "no HH-suite: what needs it is left out (as root: apt-get install hhsuite)"
+    fi
+    if lacks mmseqs2; then
+        say "no MMseqs2: tests of it are skipped (as root: apt-get install mmseqs2)"
     fi
     if lacks hmmer-examples; then
         stop "missing: HMMER's tutorial. Install it as root: apt-get install --no-install-recommends hmmer-examples" \

@@ -44,9 +44,9 @@ MAX_SHOWN_LETTERS = 20
     multiple=True,
     required=True,
     metavar="NAME[=PATH[:TOOL]]",
-    help="What to search: a FASTA file (jackhmmer) or an HH-suite prefix (hhblits), or the NAME alone of one "
-    "that `foldfeed database add` knows; may be repeated. Several files with commas between them, or PATH@16 "
-    "for PATH-00000-of-00016 and so on, are searched as one.",
+    help="What to search: a FASTA file (jackhmmer), an HH-suite prefix (hhblits), with `:mmseqs2` a FASTA "
+    "file or MMseqs2 database, or the NAME alone of one that `foldfeed database add` knows; may be repeated. "
+    "Several files with commas between them, or PATH@16 for PATH-00000-of-00016 and so on, are one database.",
 )
 @registry_option
 @click.option("--store", required=True, metavar="URL", help="Feature store to add to; made when absent.")

@@ -68,7 +68,8 @@ def add(
 ) -> None:
     """Read a database whole, count its sequences and residues, and remember it under NAME.
 
-    PATH is a FASTA file (plain, gzip or Zstandard), or HH-suite prefixes: several are searched together.
+    PATH is a FASTA file (plain, gzip or Zstandard), with --tool mmseqs2 a FASTA file or an MMseqs2 database,
+    or HH-suite prefixes: several are searched together.
     The tools read plain files, so a single compressed one is unpacked once. Several plain FASTA files, or
     PATH@16 for PATH-00000-of-00016 and so on, are shards of one database: searched apart, with the answer
     of one.
@@ -155,7 +156,7 @@ def _check_date(text: str) -> None:
 
 
 def _line(manifest: DatabaseManifest) -> str:
-    things = ("sequences", "residues") if manifest.tool == "jackhmmer" else ("alignments", "columns")
+    things = ("alignments", "columns") if manifest.tool == "hhblits" else ("sequences", "residues")
     return (
         f"{manifest.name}: {manifest.num_sequences:,} {things[0]}, {manifest.num_residues:,} {things[1]}, "
         f"{manifest.num_bytes:,} bytes in {len(manifest.files)} files, digest {manifest.digest[:16]}"

@@ -24,6 +24,8 @@ from foldfeed.pipelines.databases import DatabaseSpec, digest_of, file_sha256
 from foldfeed.pipelines.errors import DatabaseError
 from foldfeed.pipelines.fasta import BadStreamError, decompressed
 from foldfeed.pipelines.manifest import DatabaseFile, DatabaseManifest, file_state
+from foldfeed.pipelines.mmseqs_files import NAME as MMSEQS
+from foldfeed.pipelines.mmseqs_files import count_mmseqs, is_database
 
 _SPACE = b" \t\r\n\v\f"
 # What HMMER 3.4 takes as a residue, tried one by one; it counts all of them. Digits and '-' end a search with
@@ -168,7 +170,9 @@ def refreshed(manifest: DatabaseManifest) -> DatabaseManifest:
 
 
 def _count(spec: DatabaseSpec) -> tuple[int, int]:
-    if spec.tool == jackhmmer.NAME:
+    if spec.tool == MMSEQS and is_database(spec.paths[0]):
+        counts = [count_mmseqs(spec.name, spec.paths[0])]
+    elif spec.tool in (jackhmmer.NAME, MMSEQS):
         counts = [count_fasta(spec.name, path) for path in spec.paths]
     else:
         counts = [_count_hh(spec.name, prefix) for prefix in spec.paths]

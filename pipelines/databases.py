@@ -20,8 +20,10 @@ from foldfeed.feature_store.storage import Blobs
 from foldfeed.pipelines import hhblits, jackhmmer
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
 from foldfeed.pipelines.manifest import DatabaseManifest, file_state
+from foldfeed.pipelines.mmseqs_files import NAME as MMSEQS
+from foldfeed.pipelines.mmseqs_files import check_fasta_size, is_database, mmseqs_files
 
-TOOLS = (jackhmmer.NAME, hhblits.NAME)
+TOOLS = (jackhmmer.NAME, hhblits.NAME, MMSEQS)
 
 # Place of a known name in the merged alignment; others come after these, in the order given.
 # Source: AlphaFold 2 ``data/pipeline.py``: make_msa_features((uniref90_msa, bfd_msa, mgnify_msa)).
@@ -54,8 +56,9 @@ class DatabaseSpec:
 
     Attributes:
       name: e.g. ``uniref90``; decides the place in the merged alignment and the default cap.
-      paths: a FASTA file for jackhmmer, or several that are its shards; HH-suite prefixes for hhblits.
-      tool: ``jackhmmer`` or ``hhblits``.
+      paths: a FASTA file for jackhmmer, or several that are its shards; HH-suite prefixes for hhblits;
+        one FASTA file (plain, gzip) or one MMseqs2 database for mmseqs2.
+      tool: ``jackhmmer``, ``hhblits`` or ``mmseqs2``.
       manifest: of a database from a registry; its files must still be those that were added.
     """
 
@@ -74,6 +77,11 @@ class DatabaseSpec:
             raise ConfigError(f"database {self.name!r}: tool {self.tool!r} is not one of {', '.join(TOOLS)}")
         if not self.paths or not all(self.paths):
             raise ConfigError(f"database {self.name!r}: the path is empty; write NAME=PATH[:TOOL]")
+        if self.tool == MMSEQS and len(self.paths) > 1:
+            raise ConfigError(
+                f"database {self.name!r}: {MMSEQS} searches one FASTA file or database at a time, not "
+                f"{len(self.paths)}; give each a name of its own"
+            )
         twice = sorted(path for path, count in collections.Counter(self.paths).items() if count > 1)
         if self.tool == jackhmmer.NAME and twice:
             raise ConfigError(f"database {self.name!r}: {twice[0]!r} is given twice; its hits would be, too")
@@ -107,7 +115,7 @@ class DatabaseSpec:
             )
         else:
             tool = jackhmmer.NAME
-        paths = tuple(path.split(",")) if tool == hhblits.NAME else _fasta_files(path)
+        paths = _fasta_files(path) if tool == jackhmmer.NAME else tuple(path.split(","))
         return cls(name=name, paths=tuple(os.path.abspath(part) if part else "" for part in paths), tool=tool)
 
     @property
@@ -130,6 +138,8 @@ class DatabaseSpec:
             for path in self.paths:
                 _check_fasta(self.name, path)
             return self.paths
+        if self.tool == MMSEQS:
+            return _mmseqs_files(self.name, self.paths[0])
         return tuple(file for prefix in self.paths for file in _hh_files(self.name, prefix))
 
 
@@ -159,6 +169,20 @@ def _require_file(name: str, path: str) -> None:
         raise DatabaseError(name, path, "no such file; give --database NAME=PATH with an existing database")
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
         raise DatabaseError(name, path, "it is not a readable file")
+
+
+def _mmseqs_files(name: str, path: str) -> tuple[str, ...]:
+    if is_database(path):
+        return mmseqs_files(name, path)
+    _require_file(name, path)
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic == b"\x28\xb5\x2f\xfd":
+        raise DatabaseError(name, path, f"{MMSEQS} reads FASTA plain or as gzip, not Zstandard; unpack it")
+    if not magic.startswith(b"\x1f\x8b"):
+        _check_fasta(name, path)
+    check_fasta_size(name, path)
+    return (path,)
 
 
 def _check_fasta(name: str, path: str) -> None:

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store.parsers.a3m import parse_a3m
 from foldfeed.feature_store.parsers.alignment import ParsedAlignment
+from foldfeed.feature_store.parsers.hit_names import mmseqs_scores
 from foldfeed.feature_store.parsers.stockholm import parse_stockholm
 from foldfeed.pipelines.errors import ToolOutputError
 from foldfeed.pipelines.jackhmmer import has_numbered_names
+from foldfeed.pipelines.mmseqs_files import NAME as MMSEQS
 from foldfeed.pipelines.search_tool import SearchResult
 
 _RANGE = re.compile(r"/\d+-\d+$")
@@ -30,7 +32,8 @@ class DatabaseHits:
     Attributes:
       alignment: rows in the tool's order, the query first.
       hit_ids: name of every row, without descriptions.
-      e_values: float64 (num_rows,), of the whole target; NaN where the tool gives none.
+      e_values: float64 (num_rows,), of the whole target, of the row for MMseqs2; NaN where the tool gives
+        none.
       bit_scores: float32 (num_rows,); NaN where the tool gives none.
     """
 
@@ -60,11 +63,14 @@ def read_hits(result: SearchResult, sequence: str) -> DatabaseHits:
     hit_ids = [name.split(maxsplit=1)[0] if name.split() else "" for name in alignment.names]
     if result.format == "stockholm" and has_numbered_names(result.alignment):
         hit_ids = [_NUMBER_PREFIX.sub("", hit_id) for hit_id in hit_ids]
-    scores = _target_scores(result.table)
+    if result.tool.name == MMSEQS:
+        # In the rows' headers; one target may have several rows, each with its own.
+        rest = [mmseqs_scores(header) for header in alignment.names[1:]]
+    else:
+        scores = _target_scores(result.table)
+        rest = [scores.get(_RANGE.sub("", hit_id), (np.nan, np.nan)) for hit_id in hit_ids[1:]]
     # The query row is in no table, even when the database holds a target of the same name.
-    found = [(np.nan, np.nan)] + [
-        scores.get(_RANGE.sub("", hit_id), (np.nan, np.nan)) for hit_id in hit_ids[1:]
-    ]
+    found = [(np.nan, np.nan), *rest]
     return DatabaseHits(
         alignment=alignment,
         hit_ids=hit_ids,

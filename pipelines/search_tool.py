@@ -32,8 +32,9 @@ AlignmentFormat = Literal["stockholm", "a3m", "fasta"]
 # it must not be the record's own name.
 QUERY_NAME = "query"
 
-# Debian's HH-suite programs are one shell script that starts the build for this processor. The script would
-# shield the real process from the parent-death signal, so the build is chosen here, in the script's order.
+# Debian's HH-suite programs and its mmseqs are shell scripts that start the build for this processor. Such a
+# script would shield the real process from the parent-death signal, so the build is chosen here, in the order
+# of the script. HH-suite's builds lie beside the script, those of mmseqs beside the link to it.
 _SIMD_DISPATCH = "simd-dispatch"
 _SIMD_BUILDS = (("avx2", "avx2"), ("avx", "avx"), ("sse4_1", "sse4.1"), ("ssse3", "ssse3"), ("pni", "sse3"))
 
@@ -43,7 +44,7 @@ class ToolIdentity:
     """Which program with which settings, without anything that does not change its answers.
 
     Attributes:
-      name: ``jackhmmer`` or ``hhblits``.
+      name: ``jackhmmer``, ``hhblits`` or ``mmseqs2``.
       version: as the program prints it.
       binary_sha256: of the executable file.
       argv_template: the command line with ``{query}``, ``{database}``, ... in place of paths and without the
@@ -160,6 +161,7 @@ def find_binary(name: str) -> str:
         package, extra = {
             "jackhmmer": ("hmmer", ", or without root 'pip install foldfeed[search]'"),
             "hhblits": ("hhsuite", ""),
+            "mmseqs": ("mmseqs2", ""),
         }.get(name, (name, ""))
         raise ToolNotFoundError(
             name, f"not found on PATH; install it, e.g. 'apt-get install {package}'{extra}"
@@ -191,10 +193,13 @@ def _undispatched(path: Path) -> str:
     flags = set(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split())
     builds = [build for flag, build in _SIMD_BUILDS if flag in flags]
     for build in [*builds, "plain"]:
-        candidate = real.parent / f"{path.name}-{build}"
-        if os.access(candidate, os.X_OK):
-            return str(candidate)
-    raise ToolNotFoundError(path.name, f"{path} starts one of {real.parent}/{path.name}-*, but none is there")
+        for folder in (real.parent, path.parent):
+            candidate = folder / f"{path.name}-{build}"
+            if os.access(candidate, os.X_OK):
+                return str(candidate)
+    raise ToolNotFoundError(
+        path.name, f"{path} starts one of {real.parent}/{path.name}-* or {path}-*, but none is there"
+    )
 
 
 @functools.lru_cache(maxsize=32)

@@ -63,9 +63,9 @@ class Usage:
     Attributes:
       wall_s: seconds from start to exit.
       cpu_s: user plus system seconds, all threads and children.
-      max_rss_bytes: largest resident memory of the program itself, sampled at least every 0.25 s. The
-        kernel's own ``ru_maxrss`` is no use here: a child inherits the size of the Python process that
-        forked it.
+      max_rss_bytes: largest resident memory of the program or of one that it started, whichever is larger,
+        sampled at least every 0.25 s. The kernel's own ``ru_maxrss`` is no use here: a child inherits the
+        size of the Python process that forked it.
       bytes_read: bytes it asked the system for, from disk or from its cache; pages of a mapped file are not
         among them. 0 where the kernel does not count.
       bytes_from_disk: bytes that storage really delivered for it, mapped files among them.
@@ -245,15 +245,20 @@ def _watch(pid: int, name: str, started: float, timeout_s: float) -> int:
 
 
 def _peak_bytes(pid: int) -> int:
-    """Returns VmHWM of a live process, 0 for one that has exited."""
-    try:
+    """Returns the largest VmHWM of a live process and of those it started, 0 for one that has exited.
+
+    A program may be a script around those that do the work, as ``mmseqs search`` is.
+    """
+    peak_bytes, children = 0, b""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         with open(f"/proc/{pid}/status", "rb") as file:
             for line in file:
                 if line.startswith(b"VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return 0
+                    peak_bytes = int(line.split()[1]) * 1024
+        # Absent in kernels without CONFIG_PROC_CHILDREN.
+        with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
+            children = file.read()
+    return max(peak_bytes, *(_peak_bytes(int(child)) for child in children.split()), 0)
 
 
 def _bytes_read(pid: int) -> tuple[int, int]:

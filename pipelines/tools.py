@@ -17,6 +17,8 @@ from foldfeed.pipelines.errors import ConfigError
 from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
 from foldfeed.pipelines.hhblits import Hhblits
 from foldfeed.pipelines.jackhmmer import Jackhmmer
+from foldfeed.pipelines.mmseqs import Mmseqs
+from foldfeed.pipelines.mmseqs_files import NAME as MMSEQS
 from foldfeed.pipelines.search_tool import SearchedDatabase, SearchTool, Shard
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
 
@@ -33,9 +35,9 @@ def find_tool(
 
     Args:
       spec: the database.
-      cpus: threads of one search.
+      cpus: threads of one search; mmseqs2 takes one.
       timeout_s: longest wall time of one search.
-      engine: of jackhmmer; hhblits has one only.
+      engine: of jackhmmer; the others have one only.
       digests: where content hashes are remembered.
     Raises:
       ToolNotFoundError: it is not installed here.
@@ -51,6 +53,8 @@ def find_tool(
         return FastJackhmmer.find(database=spec.paths[0], cpus=cpus, timeout_s=timeout_s)
     if spec.tool == jackhmmer.NAME:
         return Jackhmmer.find(database=spec.paths[0], cpus=cpus, timeout_s=timeout_s)
+    if spec.tool == MMSEQS:
+        return Mmseqs.find(database=spec.paths[0], timeout_s=timeout_s)
     return Hhblits.find(databases=spec.paths, cpus=cpus, timeout_s=timeout_s)
 
 

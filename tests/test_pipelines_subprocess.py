@@ -46,7 +46,7 @@ def test_exit_code_output_and_cost(tmp_path):
     assert 0 < done.usage.wall_s < 10
 
 
-def test_memory_is_the_childs_own_and_not_this_processes(tmp_path):
+def test_memory_is_the_programs_or_its_childrens_and_not_this_processes(tmp_path):
     ballast = bytearray(200 << 20)
     ballast[::4096] = b"x" * len(ballast[::4096])
     small = run_program(["/bin/sleep", "0.2"], folder=tmp_path, timeout_s=10)
@@ -55,6 +55,9 @@ def test_memory_is_the_childs_own_and_not_this_processes(tmp_path):
     big = run_program([sys.executable, "-c", code], folder=tmp_path, timeout_s=20)
     assert 120 << 20 < big.usage.max_rss_bytes < 190 << 20
     assert big.usage.cpu_s > 0.01
+    script = '"$0" -c "$1"; exit $?'
+    inside = run_program([SH, "-c", script, sys.executable, code], folder=tmp_path, timeout_s=20)
+    assert 120 << 20 < inside.usage.max_rss_bytes < 190 << 20
 
 
 def test_a_signal_is_a_negative_exit_code(tmp_path):
