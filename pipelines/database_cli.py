@@ -82,6 +82,11 @@ def add(
     if date:
         _check_date(date)
     source = ""
+    if any("://" in path for path in paths):
+        raise click.UsageError(
+            "the tools read local files; copy and add it with "
+            "`foldfeed database stage URL --to FOLDER --name NAME`"
+        )
     if len(paths) > 1 and any("," in path for path in paths):
         raise click.UsageError("a path with a comma cannot be one of several; rename it")
     if len(paths) > 1 and any(map(is_compressed, paths)) and tool != "hhblits":
@@ -126,7 +131,7 @@ def stage(
     files, plain or compressed (the copy is plain), PATH@16, or HH-suite prefixes; several with commas. A
     second process waits and finds the copy. After a kill the same command goes on where the copy stopped; a
     source that changes meanwhile is an error. A database known by name is checked against its digest, and
-    elsewhere copied from the URL that it came from.
+    elsewhere copied from the URL that it came from. Copies of other releases stay until you remove them.
     """
     from foldfeed.pipelines.progress import byte_bars
     from foldfeed.pipelines.staging import stage as copy

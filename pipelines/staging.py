@@ -30,9 +30,10 @@ from typing import Any
 from foldfeed.feature_store.errors import StorageFullError
 from foldfeed.feature_store.progress import Progress, silent
 from foldfeed.feature_store.storage import LocalBlobs, disk_full_is_typed, fsync_folder
+from foldfeed.feature_store.storage.options import without_secrets
 from foldfeed.pipelines.database_files import SUFFIXES, is_compressed, unpack
 from foldfeed.pipelines.databases import TOOLS, WHOLE_FILE_BYTES, DatabaseSpec, digest_of, file_sha256
-from foldfeed.pipelines.errors import StagingError, StagingFullError
+from foldfeed.pipelines.errors import DatabaseError, StagingError, StagingFullError
 from foldfeed.pipelines.manifest import DatabaseFile, DatabaseManifest, file_state
 from foldfeed.pipelines.registry import Registry
 from foldfeed.pipelines.staging_copy import FileCopy
@@ -159,6 +160,7 @@ class _Staging:
                 files = self._assemble(copies, hashes, work / key / "files")
                 digest = digest_of(source.tool, [(file.path, file.num_bytes, file.sha256) for file in files])
                 self._check(work / key, files, digest)
+                self._check_kind(source, work / key)
                 return self._publish(work / key, source, states, files, digest)
         except StorageFullError as error:
             raise self._full(copies) from error
@@ -216,6 +218,15 @@ class _Staging:
                 sha256 = file_sha256(path)
             files.append(DatabaseFile(path=str(path), num_bytes=path.stat().st_size, sha256=sha256, state=""))
         return files
+
+    def _check_kind(self, source: Source, work: Path) -> None:
+        """Refuses what no tool could open, e.g. the page of a server that should have said 404."""
+        paths = tuple(str(work / "files" / _plain_name(name)) for name in source.names)
+        try:
+            DatabaseSpec(name=self._name, paths=paths, tool=source.tool).files()
+        except DatabaseError as error:
+            shutil.rmtree(work)
+            raise StagingError(without_secrets(source.text), f"{error.reason}; nothing is kept") from error
 
     def _check(self, work: Path, files: Sequence[DatabaseFile], digest: str) -> None:
         if self._manifest is None or digest == self._manifest.digest:

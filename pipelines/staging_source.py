@@ -69,6 +69,9 @@ class SourceFile:
           StorageError: its storage does not answer.
         """
         if "://" not in self.url:
+            # A folder may have the name of the HH-suite prefix beside it.
+            if os.path.isdir(self.url):
+                raise FileNotFoundError(self.url)
             state = file_state(self.url)
             return Identity(num_bytes=json.loads(state)[1], state=state, is_told=True)
         info = self.open().info(self.name)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gzip
+import io
 import os
 import random
 import shutil
@@ -17,12 +18,15 @@ import zstandard
 from click.testing import CliRunner
 from pipelines_data import globins, needs_hmmer, write_fasta
 from range_server import range_server
+from rich.console import Console
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.cli.main import main
+from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.database_files import make_manifest
 from foldfeed.pipelines.databases import DatabaseSpec, database_digest
 from foldfeed.pipelines.errors import ConfigError, StagingError, StagingFullError
+from foldfeed.pipelines.progress import byte_bars
 from foldfeed.pipelines.registry import Registry
 from foldfeed.pipelines.staging import RECORD, StagedDatabase, stage
 
@@ -122,6 +126,19 @@ def test_every_kind_of_source_is_copied_and_found_again(tmp_path):
                 assert os.listdir(folder / ".foldfeed-staging" / "u") == ["lock"]
 
 
+def test_a_bucket_tells_versions_of_equal_size_apart(tmp_path, s3):
+    old, new = fasta(200_000), bytes(fasta(200_000)).replace(b"A", b"C")
+    bucket, _, folder = s3.rpartition("/")
+    blobs = open_blobs(bucket)
+    for data in (old, new):
+        blobs.write_atomic(f"{folder}/u.fasta", data)
+        found = stage(f"{s3}/u.fasta", tmp_path / "to", name="u")
+        assert not found.was_there
+        assert Path(found.spec.paths[0]).read_bytes() == data
+        assert stage(f"{s3}/u.fasta", tmp_path / "to", name="u").was_there
+    assert len(visible(tmp_path / "to")) == 2
+
+
 def test_a_killed_copy_goes_on_and_reads_only_the_rest(tmp_path):
     source, data, sent = tmp_path / "source", fasta(1_500_000), []
     source.mkdir()
@@ -215,7 +232,7 @@ def test_a_part_of_another_version_or_with_other_bytes_is_not_gone_on_with(tmp_p
         shutil.rmtree(tmp_path / "to")
 
 
-def test_a_server_that_tells_no_version_is_refused_unless_the_digest_is_known(tmp_path):
+def test_a_server_that_tells_no_version_is_refused_unless_the_digest_is_known(tmp_path, monkeypatch):
     source, data = tmp_path / "u.fasta", fasta(50_000)
     source.write_bytes(data)
     with range_server(tmp_path) as (url, requests):
@@ -233,7 +250,12 @@ def test_a_server_that_tells_no_version_is_refused_unless_the_digest_is_known(tm
         found = stage("", tmp_path / "to", name="u", manifest=manifest)
         assert found.digest == manifest.digest == database_digest(found.spec)
         requests.clear()
-        assert stage("", tmp_path / "to", name="u", manifest=manifest).was_there
+        with monkeypatch.context() as patched:
+            # Neither the source nor the copy is read again.
+            patched.setattr("foldfeed.pipelines.databases.file_sha256", None)
+            patched.setattr("foldfeed.pipelines.staging.file_sha256", None)
+            again = stage("", tmp_path / "to", name="u", manifest=manifest)
+            assert (again.was_there, database_digest(again.spec)) == (True, manifest.digest)
         assert requests == []
         # Another release behind the same URL.
         shutil.rmtree(tmp_path / "to")
@@ -243,6 +265,30 @@ def test_a_server_that_tells_no_version_is_refused_unless_the_digest_is_known(tm
             stage("", tmp_path / "to", name="u", manifest=manifest)
         assert visible(tmp_path / "to") == []
         assert os.listdir(tmp_path / "to" / ".foldfeed-staging" / "u") == ["lock"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"<html>no</html>", "does not start with '>'"), (b"", "is empty"), (None, "no such file, and no HH")],
+)
+def test_what_is_no_database_is_not_published(tmp_path, content, words):
+    # A folder is no file, even if it is there.
+    (tmp_path / "u").mkdir() if content is None else (tmp_path / "u").write_bytes(content)
+    with pytest.raises(StagingError, match=words):
+        stage(str(tmp_path / "u"), tmp_path / "to", name="u")
+    assert visible(tmp_path / "to") == []
+
+
+def test_a_terminal_shows_bytes_and_their_rate():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with byte_bars(console) as tell:
+        for done in (5_000_000, 7_000_000, 9_000_000):
+            tell("copying u", done, 9_000_000)
+            time.sleep(0.01)
+    shown = console.file.getvalue()
+    assert "copying u" in shown
+    assert "9.0/9.0 MB" in shown
+    assert "MB/s" in shown
 
 
 def test_a_copy_that_was_changed_is_not_used(tmp_path):
@@ -343,6 +389,7 @@ def test_cli_stages_names_and_urls(tmp_path):
         assert "unchanged" in say("verify", "uniref90")
         assert "no effect without --name" in say("stage", address, "--to", "x", "--version", "7", code=2)
         assert "leave --name out" in say("stage", "uniref90", "--to", "x", "--name", "y", code=2)
+        assert "copy and add it with" in say("add", "u", address, code=2)
         with pytest.raises(ConfigError, match="is a URL; copy it with"):
             DatabaseSpec.parse(f"u={url}/u.fasta")
 
