@@ -72,17 +72,19 @@ class FileCopy:
         with disk_full_is_typed(self.part), open(self.part, "ab", buffering=0) as file:
             file.truncate(length)
             tell(length)
-            noted_s = time.monotonic()
+            noted, noted_s = length, time.monotonic()
+            before = now = length, digest.hexdigest()
             try:
                 with contextlib.closing(self._pieces(length)) as pieces:
                     for piece in pieces:
+                        before, now = now, (length, digest.hexdigest())
                         _write(file.fileno(), piece)
                         digest.update(piece)
                         length += len(piece)
                         tell(length)
                         if time.monotonic() - noted_s >= NOTE_S:
                             self._take_note(file.fileno(), length, digest.hexdigest())
-                            noted_s = time.monotonic()
+                            noted, noted_s = length, time.monotonic()
                 self._take_note(file.fileno(), length, digest.hexdigest())
             except StagingError:
                 for path in (self._note_path, self.part):
@@ -90,10 +92,12 @@ class FileCopy:
                 raise
             except (OSError, FoldfeedError):
                 # The error that stopped the copy is raised, whatever comes of the attempt to save the last
-                # second of it: the note before this one still holds.
+                # second of it: the note before this one still holds. Without the last whole piece, which
+                # makes room for the note on a full disk; never less than the note before vouches for.
                 with contextlib.suppress(OSError, FoldfeedError):
-                    file.truncate(length)
-                    self._take_note(file.fileno(), length, digest.hexdigest())
+                    if before[0] > noted:
+                        file.truncate(before[0])
+                        self._take_note(file.fileno(), *before)
                 raise
         return digest.hexdigest()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import gzip
 import io
 import os
@@ -20,7 +21,7 @@ from pipelines_data import globins, needs_hmmer, write_fasta
 from range_server import range_server
 from rich.console import Console
 
-from foldfeed.feature_store import FeatureStore
+from foldfeed.feature_store import FeatureStore, StorageError
 from foldfeed.feature_store.cli.main import main
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.database_files import make_manifest
@@ -166,20 +167,50 @@ def test_a_killed_copy_goes_on_and_reads_only_the_rest(tmp_path):
     assert path.read_bytes() == data
 
 
-def test_a_second_process_waits_and_finds_the_copy(tmp_path):
+def test_processes_wait_for_the_one_that_copies_and_find_its_copy(tmp_path):
     source, data, sent = tmp_path / "source", fasta(400_000), []
     source.mkdir()
     (source / "u.fasta").write_bytes(data)
+    lock = tmp_path / "to" / ".foldfeed-staging" / "u" / "lock"
+    lock.parent.mkdir(parents=True)
     with (
-        range_server(source, tags=True, pause_s=0.05, sent=sent) as (url, _),
+        range_server(source, tags=True, pause_s=0.02, sent=sent) as (url, _),
         contextlib.ExitStack() as stack,
     ):
-        first = stack.enter_context(staging_process(f"{url}/u.fasta", tmp_path / "to"))
-        wait_for(first, lambda words: words[0] == "copying" and int(words[2]) > 0)
-        others = [stack.enter_context(staging_process(f"{url}/u.fasta", tmp_path / "to")) for _ in range(1)]
-        ends = [process.communicate(timeout=60)[0].splitlines()[-1] for process in (first, *others)]
-    assert [end.split(" /")[0] for end in ends] == ["copied", "was there"]
+        with lock.open("w") as held:
+            # As one that copies: both are at the lock before either can go on.
+            fcntl.flock(held, fcntl.LOCK_EX)
+            pair = [stack.enter_context(staging_process(f"{url}/u.fasta", tmp_path / "to")) for _ in range(2)]
+            for process in pair:
+                wait_for(process, lambda words: words[0] == "waiting")
+            assert sent == []
+        ends = [process.communicate(timeout=60)[0].splitlines()[-1] for process in pair]
+    assert sorted(end.split(" /")[0] for end in ends) == ["copied", "was there"]
     assert sum(sent) == len(data)
+
+
+@pytest.mark.parametrize("note_s", [0.0, 1000.0])
+def test_a_server_that_stops_answering_costs_a_piece_and_not_the_copy(
+    tmp_path, quick_notes, monkeypatch, note_s
+):
+    source, data = tmp_path / "source", fasta(400_000)
+    source.mkdir()
+    (source / "u.fasta").write_bytes(data)
+    monkeypatch.setenv("FOLDFEED_STORAGE_ATTEMPTS", "1")
+    monkeypatch.setattr("foldfeed.pipelines.staging_copy.NOTE_S", note_s)
+    with range_server(source, tags=True, absent=503) as (url, _):
+
+        def stop(stage_name, done, total):
+            if done > 200_000:
+                (source / "u.fasta").rename(tmp_path / "away")
+
+        with pytest.raises(StorageError, match="503"):
+            stage(f"{url}/u.fasta", tmp_path / "to", name="u", tell=stop)
+        (tmp_path / "away").rename(source / "u.fasta")
+        found, told = staged_and_told(f"{url}/u.fasta", tmp_path / "to")
+    # Without notes there is none: the source could not be seen any more to be the same.
+    assert told[0] == (3 << 16 if note_s == 0.0 else 0)
+    assert Path(found.spec.paths[0]).read_bytes() == data
 
 
 @pytest.mark.parametrize("what", ["content", "gone", "shorter"])
@@ -336,7 +367,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_is_said_and_what_was_copied_is_kept(tmp_path, small_disk, quick_notes):
+def test_a_full_disk_is_said_and_what_was_copied_is_kept(tmp_path, small_disk, quick_notes, monkeypatch):
     source, data = tmp_path / "u.fasta", fasta(300_000)
     source.write_bytes(fasta(600_000))
     with pytest.raises(StagingFullError, match="Free some space") as caught:
@@ -348,6 +379,8 @@ def test_a_full_disk_is_said_and_what_was_copied_is_kept(tmp_path, small_disk, q
         if done > 100_000 and not (small_disk / "filler").exists():
             (small_disk / "filler").write_bytes(bytes(300_000))
 
+    # No note but that of the last moment.
+    monkeypatch.setattr("foldfeed.pipelines.staging_copy.NOTE_S", 1000.0)
     with pytest.raises(StagingFullError, match="what was copied is kept") as caught:
         stage(str(source), small_disk, name="u", tell=fill)
     assert 0 < caught.value.num_missing < len(data) - 100_000
