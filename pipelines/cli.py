@@ -24,13 +24,16 @@ from foldfeed.pipelines.build_config import (
 )
 from foldfeed.pipelines.costs import lines_of as cost_lines
 from foldfeed.pipelines.database_cli import registry_option
+from foldfeed.pipelines.databases import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError, EngineError
 from foldfeed.pipelines.forecast import lines_of as forecast_lines
 from foldfeed.pipelines.interrupt import StoppedBySignal
 from foldfeed.pipelines.job import forecast_build, run_build
+from foldfeed.pipelines.progress import byte_bars
 from foldfeed.pipelines.registry import Registry, database_of
 from foldfeed.pipelines.runners import RUNNERS
 from foldfeed.pipelines.share import Share
+from foldfeed.pipelines.staging import staged_database
 
 # Dead letters printed on the terminal; the file holds all of them.
 MAX_SHOWN_LETTERS = 20
@@ -47,6 +50,12 @@ MAX_SHOWN_LETTERS = 20
     help="What to search: a FASTA file (jackhmmer), an HH-suite prefix (hhblits), with `:mmseqs2` a FASTA "
     "file or MMseqs2 database, or the NAME alone of one that `foldfeed database add` knows; may be repeated. "
     "Several files with commas between them, or PATH@16 for PATH-00000-of-00016 and so on, are one database.",
+)
+@click.option(
+    "--stage-databases",
+    metavar="FOLDER",
+    help="Copy every database to this folder first, unless it is there, and search the copy; a PATH may then "
+    "be a URL. The workers must see the folder under this name, with the same files in it.",
 )
 @registry_option
 @click.option("--store", required=True, metavar="URL", help="Feature store to add to; made when absent.")
@@ -126,6 +135,7 @@ def build(
     ctx: click.Context,
     queries: tuple[str, ...],
     databases: tuple[str, ...],
+    stage_databases: str | None,
     registry: str | None,
     store: str,
     row_order: str | None,
@@ -166,9 +176,11 @@ def build(
       foldfeed build --queries q.fasta --database uniref90=/db/u.fasta --store my-store --task 3 --tasks 16
     """
     try:
+        if dry_run and stage_databases is not None:
+            raise ConfigError("--dry-run copies nothing; leave --stage-databases out")
         config = BuildConfig(
             queries=queries,
-            databases=tuple(database_of(text, Registry(registry)) for text in databases),
+            databases=_databases_of(databases, Registry(registry), stage_databases),
             store=store,
             row_order=row_order,
             row_order_seed=row_order_seed,
@@ -210,6 +222,13 @@ def build(
     _print_report(report, price_per_cpu_hour)
     if report.dead_letters and fail_on_dead_letters:
         ctx.exit(1)
+
+
+def _databases_of(texts: tuple[str, ...], registry: Registry, folder: str | None) -> tuple[DatabaseSpec, ...]:
+    if folder is None:
+        return tuple(database_of(text, registry) for text in texts)
+    with byte_bars() as tell:
+        return tuple(staged_database(text, registry, folder, tell) for text in texts)
 
 
 def _share_of(task: int | None, tasks: int | None) -> Share | None:

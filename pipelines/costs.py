@@ -26,6 +26,8 @@ class DatabaseCost:
       wall_s: sum of their wall times.
       max_rss_bytes: of the largest.
       bytes_read: bytes that they asked the system for, from disk or from its cache.
+      energy_wh: watt-hours of the searches whose machine told, an estimate; None if no machine did.
+      num_with_energy: searches that are in it.
     """
 
     database: str
@@ -38,6 +40,8 @@ class DatabaseCost:
     wall_s: float
     max_rss_bytes: int
     bytes_read: int
+    energy_wh: float | None = None
+    num_with_energy: int = 0
 
 
 def lines_of(costs: Iterable[DatabaseCost], price_per_cpu_hour: float | None) -> Iterator[str]:
@@ -55,6 +59,11 @@ def lines_of(costs: Iterable[DatabaseCost], price_per_cpu_hour: float | None) ->
             f"{readable_bytes(cost.bytes_read)} read",
             f"{cost.num_hits} hits",
         ]
+        if cost.energy_wh is not None:
+            some = (
+                f" (of {cost.num_with_energy} searches)" if cost.num_with_energy < cost.num_searches else ""
+            )
+            words.append(f"{cost.energy_wh:.3g} Wh of the processors{some}")
         if price_per_cpu_hour is not None:
             price = cost.cpu_s / 3600 * price_per_cpu_hour
             words.append(f"price {price:.4g}, {price / cost.num_searches:.4g} per MSA")

@@ -1,4 +1,4 @@
-"""The command ``foldfeed database``: add, list and verify search databases by name.
+"""The command ``foldfeed database``: add, stage, list and verify search databases by name.
 
 Owns words and exit codes. Does not own the registry (`foldfeed.pipelines.registry`) or the reading of
 databases.
@@ -7,9 +7,11 @@ databases.
 from __future__ import annotations
 
 import datetime
+import os
+import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +20,9 @@ from foldfeed.pipelines.databases import TOOLS, DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError
 from foldfeed.pipelines.manifest import DatabaseManifest
 from foldfeed.pipelines.registry import VARIABLE, Registry
+
+if TYPE_CHECKING:
+    from foldfeed.pipelines.staging import StagedDatabase
 
 
 def registry_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,6 +43,7 @@ def database() -> None:
     Examples:
       foldfeed database add uniref90 /db/uniref90.fasta.gz --unpack-to /scratch/db --version 2026_03
       foldfeed database add uniref30 /db/UniRef30_2023_02 --licence CC-BY-SA-4.0
+      foldfeed database stage s3://bucket/mgnify.fasta@16 --to /scratch/db --name mgnify
       foldfeed database list
       foldfeed build --queries q.fasta --database uniref90 --database uniref30 --store my-store
     """
@@ -77,6 +83,11 @@ def add(
     if date:
         _check_date(date)
     source = ""
+    if any("://" in path for path in paths):
+        raise click.UsageError(
+            "the tools read local files; copy and add it with "
+            "`foldfeed database stage URL --to FOLDER --name NAME`"
+        )
     if len(paths) > 1 and any("," in path for path in paths):
         raise click.UsageError("a path with a comma cannot be one of several; rename it")
     if len(paths) > 1 and any(map(is_compressed, paths)) and tool != "hhblits":
@@ -94,6 +105,58 @@ def add(
     manifest = make_manifest(spec, version=version, date=date, licence=licence, source=source)
     Registry(registry).put(manifest, replace=replace)
     click.echo(_line(manifest))
+
+
+@database.command()
+@click.argument("source", metavar="NAME_OR_URL")
+@click.option("--to", "folder", required=True, metavar="FOLDER", help="On a local disk; made when absent.")
+@click.option("--name", metavar="NAME", help="Count the copy, too, and remember it under this name.")
+@click.option("--version", default="", metavar="TEXT", help="Of the release; with --name.")
+@click.option("--date", default="", metavar="YYYY-MM-DD", help="Of the release; with --name.")
+@click.option("--licence", default="", metavar="TEXT", help="Of the data; with --name.")
+@click.option("--replace", is_flag=True, help="Take this in place of other data of that name; with --name.")
+@registry_option
+def stage(
+    source: str,
+    folder: str,
+    name: str | None,
+    version: str,
+    date: str,
+    licence: str,
+    replace: bool,
+    registry: str | None,
+) -> None:
+    """Copy a database to a local disk, once per host, and say where it lies.
+
+    NAME_OR_URL is a name that `add` or `stage --name` gave, or a path or URL (anything with a slash): FASTA
+    files, plain or compressed (the copy is plain), PATH@16, or HH-suite prefixes; several with commas. A
+    second process waits and finds the copy. After a kill the same command goes on where the copy stopped; a
+    source that changes meanwhile is an error. A database known by name is checked against its digest, and
+    elsewhere copied from the URL that it came from. Copies of other releases stay until you remove them.
+    """
+    from foldfeed.pipelines.progress import byte_bars
+    from foldfeed.pipelines.staging import stage as copy
+
+    known = Registry(registry)
+    if "/" not in source:
+        if name is not None or version or date or licence or replace:
+            raise click.UsageError(f"{source!r} is a name, and what it stands for is known; leave --name out")
+        with byte_bars() as tell:
+            click.echo(_where(copy("", folder, name=source, manifest=known.get(source), tell=tell)))
+        return
+    if name is None and (version or date or licence or replace):
+        raise click.UsageError("--version, --date, --licence and --replace have no effect without --name")
+    if date:
+        _check_date(date)
+    with byte_bars() as tell:
+        found = copy(source, folder, name=name or _name_of(source), tell=tell)
+    if name is not None:
+        manifest = make_manifest(
+            found.spec, version=version, date=date, licence=licence, source=_absolute(source)
+        )
+        known.put(manifest, replace=replace)
+        click.echo(_line(manifest))
+    click.echo(_where(found))
 
 
 @database.command("list")
@@ -153,6 +216,21 @@ def _check_date(text: str) -> None:
         datetime.date.fromisoformat(text)
     except ValueError as error:
         raise click.BadParameter(f"{text!r} is no date; write YYYY-MM-DD", param_hint="--date") from error
+
+
+def _where(found: StagedDatabase) -> str:
+    done = "was there" if found.was_there else f"copied, {found.num_bytes:,} bytes"
+    return f"{done}: {found.spec.name}={','.join(found.spec.paths)}:{found.spec.tool}"
+
+
+def _name_of(source: str) -> str:
+    """Returns a name for a copy that nobody named: the first file's, without what follows the first dot."""
+    stem = source.split(",")[0].rpartition("/")[2].split("@")[0].split(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]", "_", stem).lstrip("-")[:64] or "database"
+
+
+def _absolute(source: str) -> str:
+    return ",".join(one if "://" in one else os.path.abspath(one) for one in source.split(","))
 
 
 def _line(manifest: DatabaseManifest) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from foldfeed.feature_store.storage import Blobs
+from foldfeed.feature_store.storage.options import without_secrets
 from foldfeed.pipelines import hhblits, jackhmmer
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
 from foldfeed.pipelines.manifest import DatabaseManifest, file_state
@@ -47,7 +48,7 @@ SAMPLE_BYTES = 1 << 20
 MAX_SHARDS = 99_999
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
-_HH_PARTS = ("a3m", "hhm", "cs219")
+HH_PARTS = ("a3m", "hhm", "cs219")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +104,12 @@ class DatabaseSpec:
             raise ConfigError(
                 f"database {text!r} must be NAME=PATH[:TOOL], e.g. uniref90=/data/uniref90.fasta"
             )
+        if "://" in path:
+            raise ConfigError(
+                f"database {name!r}: the tools read local files, and {without_secrets(path)!r} is a URL; "
+                "copy it with `foldfeed database stage URL --to FOLDER --name NAME`, or give the build "
+                "--stage-databases FOLDER"
+            )
         stem, colon, tool = path.rpartition(":")
         if colon and tool in TOOLS:
             path = stem
@@ -115,7 +122,7 @@ class DatabaseSpec:
             )
         else:
             tool = jackhmmer.NAME
-        paths = _fasta_files(path) if tool == jackhmmer.NAME else tuple(path.split(","))
+        paths = fasta_files(path) if tool == jackhmmer.NAME else tuple(path.split(","))
         return cls(name=name, paths=tuple(os.path.abspath(part) if part else "" for part in paths), tool=tool)
 
     @property
@@ -148,7 +155,7 @@ def in_merge_order(specs: Sequence[DatabaseSpec]) -> tuple[DatabaseSpec, ...]:
     return tuple(sorted(specs, key=lambda spec: spec.merge_rank))
 
 
-def _fasta_files(text: str) -> tuple[str, ...]:
+def fasta_files(text: str) -> tuple[str, ...]:
     """Returns the files that the path of a FASTA database names; one that exists is itself."""
     if os.path.exists(text):
         return (text,)
@@ -208,7 +215,7 @@ def _hh_files(name: str, prefix: str) -> list[str]:
             prefix,
             f"no HH-suite database: {missing[0]!r} does not exist; give the prefix before '_a3m.ffdata'",
         )
-    files = [f"{prefix}_{part}.{kind}" for part in _HH_PARTS for kind in ("ffdata", "ffindex")]
+    files = [f"{prefix}_{part}.{kind}" for part in HH_PARTS for kind in ("ffdata", "ffindex")]
     present = [file for file in files if os.path.exists(file)]
     for file in present:
         _require_file(name, file)

@@ -6,6 +6,8 @@
         ├── QueryFileError                a FASTA file that cannot be opened at all
         ├── DatabaseError                 a database that is not there, empty or of the wrong kind
         ├── RegistryError                 the file of known databases cannot be used as asked
+        ├── StagingError                  a database cannot be copied to a local disk
+        │   └── StagingFullError          for want of space; what was copied is kept
         ├── ToolNotFoundError             a search tool is not installed, or not the planned one
         ├── KernelError                   a compiled kernel gives other scores than plain C
         ├── SearchError                   one search gave no usable result (ends as a dead letter)
@@ -86,6 +88,41 @@ class RegistryError(PipelineError):
 
     def __str__(self) -> str:
         return f"registry {self.path!r}: {self.reason}"
+
+
+class StagingError(PipelineError):
+    """A database cannot be copied to a local disk, or its copy is not what it should be.
+
+    Attributes:
+      path: the file, URL or folder.
+      reason: what is wrong, and what to do.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(path, reason)
+
+    def __str__(self) -> str:
+        return f"staging of {self.path!r}: {self.reason}"
+
+
+class StagingFullError(StagingError):
+    """The disk that a database is copied to is full, or would be.
+
+    Attributes:
+      num_missing: bytes that are still to be copied.
+      num_free: bytes that are free there.
+    """
+
+    def __init__(self, path: str, num_missing: int, num_free: int) -> None:
+        self.num_missing, self.num_free = num_missing, num_free
+        need = f"{num_missing} bytes are still to be copied" if num_missing else "what was copied is unpacked"
+        super().__init__(
+            path,
+            f"{need}, and only {num_free} bytes are free there; what was copied is kept. Free some space and "
+            "run the same command again: it goes on where it stopped",
+        )
+        self.args = (path, num_missing, num_free)
 
 
 class ToolNotFoundError(PipelineError):

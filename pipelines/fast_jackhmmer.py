@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines import scan
+from foldfeed.pipelines.energy import EnergyMeter, total_joules
 from foldfeed.pipelines.errors import ToolNotFoundError, ToolTimeoutError
 from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, JackhmmerRun, run_jackhmmer
 from foldfeed.pipelines.scan_choice import best_kernel
@@ -92,13 +93,14 @@ class FastJackhmmer:
 
     def search(self, sequence: str) -> SearchResult:
         """Searches one sequence; see `foldfeed.pipelines.search_tool.SearchTool`."""
-        started, started_cpu = time.monotonic(), scan.thread_seconds()
+        started, started_cpu, meter = time.monotonic(), scan.thread_seconds(), EnergyMeter()
         with tempfile.TemporaryDirectory(prefix="foldfeed-jackhmmer-") as name:
             folder = Path(name)
             candidates = self.candidates([sequence])
             with disk_full_is_typed(folder), (folder / "targets").open("wb") as out:
                 candidates.copy(0, out)
             scanned_s, scanned_cpu_s = time.monotonic() - started, scan.thread_seconds() - started_cpu
+            scanned_j = meter.joules(scanned_cpu_s)
             self._check(started, self.timeout_s)
             found = run_on_candidates(
                 dataclasses.replace(self, timeout_s=self.timeout_s - scanned_s),
@@ -107,7 +109,10 @@ class FastJackhmmer:
                 candidates.num_targets,
             )
         usage = dataclasses.replace(
-            found.usage, wall_s=found.usage.wall_s + scanned_s, cpu_s=found.usage.cpu_s + scanned_cpu_s
+            found.usage,
+            wall_s=found.usage.wall_s + scanned_s,
+            cpu_s=found.usage.cpu_s + scanned_cpu_s,
+            energy_j=total_joules((scanned_j, found.usage.energy_j)),
         )
         return dataclasses.replace(found, usage=usage)
 

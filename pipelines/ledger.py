@@ -22,6 +22,7 @@ from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.costs import DatabaseCost
 from foldfeed.pipelines.results import UnitReceipt
 from foldfeed.pipelines.search_tool import SearchedDatabase
+from foldfeed.pipelines.subprocess_runner import Usage
 
 TABLE = "searches"
 SCHEMA = pa.schema(
@@ -43,6 +44,7 @@ SCHEMA = pa.schema(
         ("bytes_read", pa.int64()),
         ("bytes_from_disk", pa.int64()),
         ("answer_bytes", pa.int64()),
+        ("energy_wh", pa.float64()),
     ]
 )
 
@@ -65,7 +67,7 @@ def rows_of(
             "tool_version": receipt.tool.version,
             "answer_bytes": receipt.stored_bytes,
             **dataclasses.asdict(receipt.facts),
-            **dataclasses.asdict(receipt.usage),
+            **_usage(receipt.usage),
             "database": database.name,
             "database_digest": database.digest,
         }
@@ -121,6 +123,7 @@ def costs(table: pa.Table, run_id: str | None) -> tuple[DatabaseCost, ...]:
         )
         new = [one == run_id and run_id is not None for one in first["run_id_first"].to_pylist()]
         cpu_s = first["cpu_s_first"].to_pylist()
+        energy_wh = first["energy_wh_first"].drop_null().to_pylist()
         found.append(
             DatabaseCost(
                 database=database,
@@ -133,9 +136,18 @@ def costs(table: pa.Table, run_id: str | None) -> tuple[DatabaseCost, ...]:
                 wall_s=sum(first["wall_s_first"].to_pylist()),
                 max_rss_bytes=max(first["max_rss_bytes_first"].to_pylist()),
                 bytes_read=sum(first["bytes_read_first"].to_pylist()),
+                energy_wh=sum(energy_wh) if energy_wh else None,
+                num_with_energy=len(energy_wh),
             )
         )
     return tuple(found)
+
+
+def _usage(usage: Usage) -> dict[str, object]:
+    """Returns the columns that a receipt's costs fill; a ledger speaks of watt-hours, as bills do."""
+    columns = dataclasses.asdict(usage)
+    joules = columns.pop("energy_j")
+    return {**columns, "energy_wh": None if joules is None else joules / 3600}
 
 
 def _encode(table: pa.Table) -> bytes:

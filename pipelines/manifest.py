@@ -48,7 +48,7 @@ class DatabaseManifest:
       version: of the release, "" when unknown.
       date: of the release, ISO 8601, "" when unknown.
       licence: "" when unknown.
-      source: the compressed file that it was unpacked from, "" when it was not.
+      source: the path or URL that it was unpacked or copied from, "" when it was not.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""A progress bar for searches, fed by what is visible in the result store.
+"""Progress bars: for searches, fed by what is visible in the result store, and for bytes that are copied.
 
-Owns a polling thread and a bar on standard error. Does not own results. The count comes from the result
+Owns a polling thread and bars on standard error. Does not own results. The count comes from the result
 store and not from the engine, because engines report progress differently, late or not at all. Invariants:
 nothing is printed and no thread runs unless standard error is a terminal; a fault of the bar never fails a
 build.
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
@@ -23,9 +24,11 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.text import Text
 
+from foldfeed.feature_store.progress import Progress as Told
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.plan import Plan
 from foldfeed.pipelines.results import ResultStore
@@ -75,6 +78,33 @@ def search_progress(plan: Plan, context: JobContext, console: Console | None = N
         finally:
             stop.set()
             thread.join()
+
+
+@contextlib.contextmanager
+def byte_bars(console: Console | None = None) -> Iterator[Told]:
+    """Gives a function that draws a bar of bytes and their rate, and does nothing where there is no terminal.
+
+    Args:
+      console: where to draw; standard error when None.
+    """
+    console = console or Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                # What is there already, of a copy that goes on, was not brought in the first second.
+                tasks[stage] = bar.add_task(stage, total=total, completed=done)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield tell
 
 
 def count_done(plan: Plan, context: JobContext) -> tuple[int, int]:

@@ -33,6 +33,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from foldfeed.feature_store.storage import disk_full_is_typed
+from foldfeed.pipelines.energy import EnergyMeter, total_joules
 from foldfeed.pipelines.errors import ToolOutputError
 from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, describe_scan, run_on_candidates
 from foldfeed.pipelines.jackhmmer import (
@@ -194,13 +195,16 @@ class ShardedJackhmmer:
         )
 
     def _scan_fast(self, sequences: Sequence[str], path: str) -> Iterator[SearchResult]:
-        started, started_cpu = time.monotonic(), thread_seconds()
+        started, started_cpu, meter = time.monotonic(), thread_seconds(), EnergyMeter()
         candidates = self._as_fast(path).candidates(sequences)
+        cpu_s = thread_seconds() - started_cpu
+        energy_j = meter.joules(cpu_s)
         # Of a scan for several queries each has its share.
         cost = Usage(
             wall_s=(time.monotonic() - started) / len(sequences),
-            cpu_s=(thread_seconds() - started_cpu) / len(sequences),
+            cpu_s=cpu_s / len(sequences),
             max_rss_bytes=0,
+            energy_j=None if energy_j is None else energy_j / len(sequences),
         )
         for query in range(len(sequences)):
             text = io.BytesIO()
@@ -259,4 +263,5 @@ def _total(costs: Sequence[Usage]) -> Usage:
         max_rss_bytes=max(cost.max_rss_bytes for cost in costs),
         bytes_read=sum(cost.bytes_read for cost in costs),
         bytes_from_disk=sum(cost.bytes_from_disk for cost in costs),
+        energy_j=total_joules(cost.energy_j for cost in costs),
     )

@@ -4,8 +4,8 @@ Owns the child: it gets its own session and process group; its output goes to fi
 pipe stops a worker for ever); the group is killed on timeout, on cancellation and on any error here. A killed
 worker leaves no orphan: the kernel kills the program when the thread that started it dies, and a warden
 (`foldfeed.pipelines.warden`) whatever the program started. A worker whose engine is gone kills its
-programs itself (`follow_parent`). Wall time, CPU time, peak memory and bytes read are recorded. Does not
-own what the program means: see `foldfeed.pipelines.jackhmmer` and `foldfeed.pipelines.hhblits`.
+programs itself (`follow_parent`). Wall time, CPU time, peak memory, bytes read and energy are recorded.
+Does not own what the program means: see `foldfeed.pipelines.jackhmmer` and `foldfeed.pipelines.hhblits`.
 
 Invariant: when `run_program` returns or raises, no process of the group exists any more. Safe to call from
 several threads at once.
@@ -29,6 +29,7 @@ from pathlib import Path
 
 from foldfeed.feature_store.errors import StorageFullError
 from foldfeed.feature_store.storage import disk_full_is_typed
+from foldfeed.pipelines.energy import EnergyMeter
 from foldfeed.pipelines.errors import CancelledError, ToolFailedError, ToolTimeoutError
 from foldfeed.pipelines.warden import Warden
 
@@ -69,6 +70,8 @@ class Usage:
       bytes_read: bytes it asked the system for, from disk or from its cache; pages of a mapped file are not
         among them. 0 where the kernel does not count.
       bytes_from_disk: bytes that storage really delivered for it, mapped files among them.
+      energy_j: joules of the processor's packages, an estimate (`foldfeed.pipelines.energy` states the
+        rule); None where the machine does not tell, and in receipts of older versions.
     """
 
     wall_s: float
@@ -76,6 +79,7 @@ class Usage:
     max_rss_bytes: int
     bytes_read: int = 0
     bytes_from_disk: int = 0
+    energy_j: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +174,7 @@ def run_program(argv: Sequence[str], *, folder: Path, timeout_s: float) -> Compl
     name = Path(argv[0]).name
     if _cancelled.is_set():
         raise CancelledError(f"{name} was not started: {_cancel_reason}")
-    started = time.monotonic()
+    started, meter = time.monotonic(), EnergyMeter()
     with (
         disk_full_is_typed(folder),
         (folder / "stdout.log").open("wb") as out,
@@ -186,22 +190,24 @@ def run_program(argv: Sequence[str], *, folder: Path, timeout_s: float) -> Compl
             env=_warden.environment(),
         )
     try:
-        peak_bytes = _watch(process.pid, name, started, timeout_s)
+        peak_bytes = _watch(process.pid, name, started, timeout_s, meter)
         bytes_read, bytes_from_disk = _bytes_read(process.pid)
     finally:
         status, usage = _reap(process.pid)
         # Popen must not wait for a child that is gone.
         process.returncode = os.waitstatus_to_exitcode(status)
+    cpu_s = usage.ru_utime + usage.ru_stime
     return Completed(
         exit_code=process.returncode,
         stdout_tail=_tail(folder / "stdout.log"),
         stderr_tail=_tail(folder / "stderr.log"),
         usage=Usage(
             wall_s=time.monotonic() - started,
-            cpu_s=usage.ru_utime + usage.ru_stime,
+            cpu_s=cpu_s,
             max_rss_bytes=peak_bytes,
             bytes_read=bytes_read,
             bytes_from_disk=bytes_from_disk,
+            energy_j=meter.joules(cpu_s),
         ),
     )
 
@@ -221,7 +227,7 @@ def require_success(name: str, done: Completed, folder: Path) -> None:
     raise ToolFailedError(name, done.exit_code, done.stderr_tail or done.stdout_tail)
 
 
-def _watch(pid: int, name: str, started: float, timeout_s: float) -> int:
+def _watch(pid: int, name: str, started: float, timeout_s: float, meter: EnergyMeter) -> int:
     """Waits until a child has exited and returns its peak resident bytes; it stays unreaped."""
     handle = os.pidfd_open(pid)
     try:
@@ -230,6 +236,7 @@ def _watch(pid: int, name: str, started: float, timeout_s: float) -> int:
         look_s, peak_bytes = FIRST_LOOK_S, 0
         while True:
             peak_bytes = max(peak_bytes, _peak_bytes(pid))
+            meter.look()
             left_s = started + timeout_s - time.monotonic()
             if poller.poll(max(0.0, min(look_s, left_s)) * 1000):
                 return peak_bytes

@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
@@ -26,14 +27,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         file = self.server.folder / unquote(self.path).lstrip("/")
         if not file.is_file():
             return self._send(self.server.absent, b"not here")
+        told = {}
+        if self.server.tags:
+            # As nginx makes them.
+            told = {"ETag": f'"{file.stat().st_mtime_ns:x}-{file.stat().st_size:x}"'}
         data = file.read_bytes()
+        if self.command == "HEAD":
+            return self._send(200, data, told)
+        time.sleep(self.server.pause_s)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None or not self.server.ranges:
-            return self._send(200, data)
+            return self._send(200, data, told)
         start, stop = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))
         if start >= len(data):
             return self._send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-        return self._send(206, data[start:stop], {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"})
+        told["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+        return self._send(206, data[start:stop], told)
 
     do_HEAD = do_GET
 
@@ -44,6 +53,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+            self.server.sent.append(len(data))
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -53,13 +63,29 @@ class _Server(http.server.ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def range_server(
-    folder: Path, *, ranges: bool = True, absent: int = 404
+    folder: Path,
+    *,
+    ranges: bool = True,
+    absent: int = 404,
+    tags: bool = False,
+    pause_s: float = 0.0,
+    sent: list[int] | None = None,
 ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Yields the URL of a folder and the (growing) list of requests."""
+    """Yields the URL of a folder and the (growing) list of requests.
+
+    Args:
+      folder: what is served.
+      ranges: whether parts of a file can be asked for.
+      absent: the status of files that are not there.
+      tags: whether answers name the version of a file.
+      pause_s: before every answer that has a body.
+      sent: grows by the length of every body.
+    """
     server = _Server(("127.0.0.1", 0), _Handler)
     server.folder, server.ranges, server.requests = folder, ranges, []
     # Of files that are not there: 403 is what S3 says where listing is not allowed.
-    server.absent = absent
+    server.absent, server.tags, server.pause_s = absent, tags, pause_s
+    server.sent = sent if sent is not None else []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

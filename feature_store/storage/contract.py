@@ -42,11 +42,14 @@ class FileInfo:
       path: relative to the root.
       num_bytes: its size.
       modified_s: when it was last written or touched, seconds since 1970; 0 where the storage does not say.
+      version: what the storage calls this content (an ETag); "" where it does not say, as in listings. Two
+        files are not told apart by it.
     """
 
     path: str
     num_bytes: int
     modified_s: float
+    version: str = dataclasses.field(default="", compare=False)
 
 
 class Blobs(Protocol):

@@ -238,7 +238,8 @@ def info_of(path: str, entry: dict[str, Any]) -> FileInfo:
         when = datetime.datetime.fromisoformat(when)
     if isinstance(when, datetime.datetime):
         when = when.timestamp()
-    return FileInfo(path=path, num_bytes=int(entry.get("size") or 0), modified_s=float(when))
+    version = str(entry.get("ETag") or entry.get("etag") or "")
+    return FileInfo(path=path, num_bytes=int(entry.get("size") or 0), modified_s=float(when), version=version)
 
 
 def refuse_exclusive(url: str) -> StorageRefusedError:

@@ -97,7 +97,9 @@ class HttpFiles:
             raise OSError(f"the server does not say how large {self._url}/{path} is")
         when = answer.headers.get("Last-Modified")
         modified_s = email.utils.parsedate_to_datetime(when).timestamp() if when else 0.0
-        return FileInfo(path=path, num_bytes=size, modified_s=modified_s)
+        return FileInfo(
+            path=path, num_bytes=size, modified_s=modified_s, version=answer.headers.get("ETag", "")
+        )
 
     def put(self, path: str, data: bytes) -> None:
         self._refuse("write", path)

@@ -102,7 +102,8 @@ class S3Files:
 
     def head(self, path: str) -> FileInfo:
         answer = self._call("head_object", Key=self._key(path))
-        return info_of(path, {"size": answer["ContentLength"], "LastModified": answer["LastModified"]})
+        entry = {key: answer.get(key) for key in ("LastModified", "ETag")}
+        return info_of(path, {"size": answer["ContentLength"], **entry})
 
     def names(self, prefix: str) -> list[str]:
         start = self._folder(prefix)
