@@ -336,7 +336,7 @@ def test_caps_can_be_set_and_leave_the_search_alone(tmp_path):
 def test_relative_paths_are_those_of_the_folder_where_the_build_was_started(tmp_path, monkeypatch):
     """Workers of Spark or a cluster run in folders of their own."""
     from foldfeed.pipelines.graph import ReadFile
-    from foldfeed.pipelines.run import _context
+    from foldfeed.pipelines.run import context_of
 
     (tmp_path / "here").mkdir()
     (tmp_path / "worker").mkdir()
@@ -347,7 +347,7 @@ def test_relative_paths_are_those_of_the_folder_where_the_build_was_started(tmp_
         config_of(Path(), Path("q.fasta"), ["u=u.fasta"]), store="store", results="kept"
     )
     step = ReadFile(config.max_residues)
-    context = _context(config, (), make_plan(config.queries, (), 100), "job", 1)
+    context = context_of(config, (), make_plan(config.queries, (), 100), "job", 1)
     monkeypatch.chdir(tmp_path / "worker")
     here = tmp_path / "here"
     monkeypatch.setenv("HOME", str(here))
