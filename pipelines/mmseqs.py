@@ -20,7 +20,9 @@ default.
 Three additions make the answer the same everywhere: one thread, ``--split 1`` (MMseqs2 would split a database
 by the memory of the machine, and choose the length of its words by that) and ``--dbtype 1`` (a protein of A,
 C, G and T is no gene). The index of a database must have room in memory, 0.9 GB for the smallest: with less
-MMseqs2 refuses in words, or warns, goes on, and is slow or killed.
+MMseqs2 refuses in words, or warns, goes on, and is slow or killed. An index on disk (``mmseqs createindex``)
+saves most of the time and changes rows a little (8,939 instead of 8,938 for ubiquitin in 116,864 sequences),
+so its files are part of the database's digest.
 
 Invariants: a result is returned only if the entry of the alignment has the length that its index tells and
 ends with the NUL byte that MMseqs2 writes last; the first row is the query. MMseqs2 writes U and O as X, B as
