@@ -11,6 +11,7 @@ Run (root): python bench/trainer_overlap.py [--nodes 2,4] [--mbit 100,400,1000] 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -23,7 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-BRIDGE, PREFIX = "ffbench0", "ffbench"
+BRIDGE, PREFIX = "ffbench0", "ffb"
+_counter = itertools.count(1)
 ROUNDS = 5
 
 
@@ -35,7 +37,8 @@ def run(*arguments: str) -> None:
 @contextmanager
 def namespaces(number: int, mbit: int) -> Iterator[list[str]]:
     """Makes so many namespaces with shaped links; removes them at the end."""
-    names = [f"{PREFIX}{index}" for index in range(number)]
+    # New names each time: the kernel takes links down in the background.
+    names = [f"{PREFIX}{next(_counter)}" for _ in range(number)]
     try:
         run("ip", "link", "add", BRIDGE, "type", "bridge")
         run("ip", "link", "set", BRIDGE, "up")

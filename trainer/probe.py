@@ -25,6 +25,8 @@ from foldfeed.trainer.ranks import Ranks
 SMALL_BYTES, LARGE_BYTES = 4 * 1024, 1024 * 1024
 REPEATS = 5
 MIN_BUCKETS = 4
+# Of full size. A bucket also costs what no latency shows: 0.6 ms each on two cores, 100 Mbit/s, 128 of them.
+MAX_BUCKETS = 32
 LATENCY_SHARE = 0.02
 
 
@@ -50,8 +52,9 @@ class Link:
         return int(self.latency_s * self.bytes_per_s)
 
     def bucket_bytes(self, total_bytes: int) -> int:
-        """Returns the limit of a bucket, see the module; several buckets even of little."""
-        wanted = min(self.least_bytes / LATENCY_SHARE, total_bytes / MIN_BUCKETS)
+        """Returns the limit of a bucket, see the module; several even of little, few even of much."""
+        wanted = max(self.least_bytes / LATENCY_SHARE, total_bytes / MAX_BUCKETS)
+        wanted = min(wanted, total_bytes / MIN_BUCKETS)
         return int(min(MAX_AUTO_BYTES, max(MIN_AUTO_BYTES, wanted)))
 
     def __str__(self) -> str:
