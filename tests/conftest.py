@@ -60,8 +60,11 @@ def _keeps_alive(thread: threading.Thread) -> bool:
     return not (thread is threading.main_thread() or thread.daemon or thread.name.startswith(POOL_FOR_LIFE))
 
 
-def pytest_unconfigure() -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     """Ends a process that hangs after its last test, with the stacks of the threads that hold it up."""
+    # A process of `make test` that is done waits until the other one is.
+    if hasattr(config, "workerinput"):
+        return
     faulthandler.dump_traceback_later(END_LIMIT_S, exit=True, file=sys.__stderr__)
 
 
