@@ -3,7 +3,7 @@
 `debian:bookworm-slim` is a folder that debootstrap made; images of others (Beam's boot, the launcher) are
 folders given by `--stage NAME=FOLDER`, with what COPY takes from them. Needs root and debootstrap.
 
-    debootstrap --variant=minbase bookworm base http://deb.debian.org/debian
+    debootstrap --variant=minbase bookworm base
     python tests/campaigns/image_in_chroot.py --base base --stage beam=FOLDER --work work --target worker
 """
 
