@@ -14,17 +14,9 @@ what=${1:?$usage}
 mkdir -p "${2:?$usage}"
 folder=$(cd "$2" && pwd)
 
-stop() {
-    printf 'flink: %s\n' "$@" >&2
-    exit 1
-}
-
-down() {
-    [ -f "$folder/pids" ] || return 0
-    # Each leads a process group of its own; the last one started goes first.
-    tac "$folder/pids" | while read -r pid; do kill -TERM -- "-$pid" 2>/dev/null || true; done
-    rm -f "$folder/pids"
-}
+engine=flink
+# shellcheck source=../cluster_processes.sh
+. "$here/../cluster_processes.sh"
 
 if [ "$what" = down ]; then
     down
@@ -93,18 +85,14 @@ io:
 CONF
 mkdir -p "$folder/tmp"
 
-start() {
-    log=$1
-    shift
-    FLINK_CONF_DIR="$folder/conf" setsid java "${opens[@]}" -cp "$folder/jars/*" "$@" >"$folder/$log" 2>&1 </dev/null &
-    echo $! >>"$folder/pids"
-}
-
-start jobmanager.log -Xmx512m org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint \
+rm -f "$folder"/*.log
+export FLINK_CONF_DIR="$folder/conf"
+flink=(java "${opens[@]}" -cp "$folder/jars/*")
+start jobmanager.log "${flink[@]}" -Xmx512m org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint \
     --configDir "$folder/conf"
 for number in 1 2; do
     # Sizes that Flink's scripts would compute from the process size.
-    start "taskmanager$number.log" -Xmx512m org.apache.flink.runtime.taskexecutor.TaskManagerRunner \
+    start "taskmanager$number.log" "${flink[@]}" -Xmx512m org.apache.flink.runtime.taskexecutor.TaskManagerRunner \
         --configDir "$folder/conf" -D "taskmanager.resource-id=worker$number" \
         -D taskmanager.cpu.cores=1.0 -D taskmanager.memory.task.heap.size=256m \
         -D taskmanager.memory.task.off-heap.size=0 -D taskmanager.memory.managed.size=256m \

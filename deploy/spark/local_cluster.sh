@@ -16,27 +16,9 @@ what=${1:?$usage}
 mkdir -p "${2:?$usage}"
 folder=$(cd "$2" && pwd)
 
-stop() {
-    printf 'spark: %s\n' "$@" >&2
-    exit 1
-}
-
-down() {
-    [ -f "$folder/pids" ] || return 0
-    # Each leads a process group of its own; the last one started goes first.
-    tac "$folder/pids" | while read -r pid; do
-        # A number of a process that something killed may be another process's by now.
-        grep -qsF "$folder" "/proc/$pid/cmdline" && kill -TERM -- "-$pid"
-    done || true
-    rm -f "$folder/pids"
-}
-
-start() {
-    log=$1
-    shift
-    setsid "$@" >>"$folder/$log" 2>&1 </dev/null &
-    echo $! >>"$folder/pids"
-}
+engine=spark
+# shellcheck source=../cluster_processes.sh
+. "$here/../cluster_processes.sh"
 
 start_worker() {
     start "worker$1.log" "$SPARK_HOME/bin/spark-class" org.apache.spark.deploy.worker.Worker \
