@@ -26,8 +26,8 @@ from apache_beam.options.pipeline_options import (
 from foldfeed.pipelines.build_config import BuildConfig
 from foldfeed.pipelines.engine_words import (
     PORTABLE_OPTIONS,
-    RUNNER_OPTIONS,
     OwnParser,
+    options_of_others,
     refuse,
     refuse_given,
     refuse_unknown,
@@ -62,12 +62,7 @@ _REFUSED = {
         "which the steps that search get theirs",
     ),
     **dict.fromkeys(PORTABLE_OPTIONS, "an option of portable runners; Dataflow starts workers from an image"),
-    **{
-        name: f"an option of {runner}"
-        for runner, names in RUNNER_OPTIONS.items()
-        if runner != "DataflowRunner"
-        for name in names
-    },
+    **options_of_others("DataflowRunner"),
 }
 
 

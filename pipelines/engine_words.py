@@ -47,6 +47,16 @@ PORTABLE_OPTIONS = (
 )
 
 
+def options_of_others(runner: str) -> dict[str, str]:
+    """Returns the options that mean something to another runner only, and why each is refused."""
+    return {
+        name: f"an option of {other}"
+        for other, names in RUNNER_OPTIONS.items()
+        if other != runner
+        for name in names
+    }
+
+
 class _Parser(_BeamArgumentParser):
     """Raises where argparse would print the usage of some hundred options and end the process."""
 

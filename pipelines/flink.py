@@ -16,7 +16,7 @@ import re
 from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions, PortableOptions
 
 from foldfeed.pipelines.build_config import BuildConfig
-from foldfeed.pipelines.engine_words import RUNNER_OPTIONS, given, refuse, refuse_given, refuse_unknown
+from foldfeed.pipelines.engine_words import given, options_of_others, refuse, refuse_given, refuse_unknown
 
 # A worker process that is used again for as long: Flink runs a build as some fifty tasks, and a process for
 # each would be most of the time of a small build.
@@ -27,12 +27,7 @@ _REFUSED = {
     "streaming": "a build reads files that end; it is a batch job",
     "flink_submit_uber_jar": "with it Beam hears nothing of a job that fails, so foldfeed could not say why",
     "job_endpoint": "for a job server that runs already: --runner PortableRunner, without --flink_master",
-    **{
-        name: f"an option of {runner}"
-        for runner, names in RUNNER_OPTIONS.items()
-        if runner != "FlinkRunner"
-        for name in names
-    },
+    **options_of_others("FlinkRunner"),
 }
 
 

@@ -61,7 +61,7 @@ from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.ranks import Group, Ranks, pick_device
 from foldfeed.trainer.resume import environment
 from foldfeed.trainer.session import Session, folder_of, new_session, publish, read_session
-from foldfeed.trainer.snapshot import SnapshotFolder
+from foldfeed.trainer.snapshot import SNAPSHOTS, SnapshotFolder
 from foldfeed.trainer.source import Source
 from foldfeed.trainer.task import Task, load_task
 from foldfeed.trainer.task import identity as run_identity
@@ -399,7 +399,7 @@ class ElasticRank:
 
     def _folders(self) -> tuple[SnapshotFolder, SnapshotFolder | None]:
         folder = SnapshotFolder(
-            self.output / launch.SNAPSHOTS, self.config.snapshots.keep, before_write=self._may_write
+            self.output / SNAPSHOTS, self.config.snapshots.keep, before_write=self._may_write
         )
         memory = memory_folder(self.config.snapshots.memory, str(self.header["run_id"]))
         if memory is not None:

@@ -19,7 +19,7 @@ from foldfeed.trainer.config import EVOFORMER, DataConfig, ModelConfig, RunConfi
 from foldfeed.trainer.errors import NoValidSnapshotError, SnapshotMismatchError, TrainerConfigError
 from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.snapshot import MANIFEST, Generation, SnapshotFolder, read_generation
+from foldfeed.trainer.snapshot import MANIFEST, SNAPSHOTS, Generation, SnapshotFolder, read_generation
 from foldfeed.trainer.task import EvoformerTask, Task, load_task
 
 
@@ -87,7 +87,7 @@ def export_safetensors(path: Path, target: Path, task: str = EVOFORMER) -> Gener
     except ModuleNotFoundError as error:
         raise MissingExtraError("safetensors", "export") from error
     if not (path / MANIFEST).exists():
-        folder = SnapshotFolder(path / "snapshots", keep=1)
+        folder = SnapshotFolder(path / SNAPSHOTS, keep=1)
         if not folder.steps():
             raise NoValidSnapshotError(str(folder.path), ["there is none"])
         path = folder.generation_path(folder.steps()[-1])

@@ -41,15 +41,13 @@ from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.mirror import Mirror, fetch
 from foldfeed.trainer.ranks import Ranks, joined, pick_device, world_from_environment
 from foldfeed.trainer.resume import check_belongs, environment, named_generation, newest_valid
-from foldfeed.trainer.snapshot import SnapshotFolder
+from foldfeed.trainer.snapshot import RUN_FILE, SNAPSHOTS, SnapshotFolder
 from foldfeed.trainer.source import BatchSource, SourceMeters
 from foldfeed.trainer.task import Task, identity, load_task
 from foldfeed.trainer.tiers import Saver, memory_folder
 from foldfeed.trainer.watch import StackWatch
 
-RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
-SNAPSHOTS = "snapshots"
 
 # The run id in run.json is also in the manifest of every snapshot, so a new run.json cannot take its place.
 _REPAIR = (

@@ -128,7 +128,6 @@ class Trainer:
         self.optimizer = FlatAdamW(self.flat.params, self.buckets, config.optimizer)
         ranks.require_equal(self.flat.layout_hash.encode(), "the parameter layout at the start")
         ranks.require_equal(self._digests()[1], "the initial weights")
-        self.transport = "ddp"
         self.reducer = self._make_reducer()
         self._forward: nn.Module = self.reducer.wrap(self.model)
 
@@ -166,9 +165,8 @@ class Trainer:
         if self.config.reducer == "ddp":
             return DdpReducer(self.flat, self.ranks, num_shards, self._bucket_bytes)
         found = choose(self.config, self.ranks, self.flat.segments, ranks_per_node())
-        self.transport = f"{found.name} ({len(found.buckets)} buckets)"
         if found.why:
-            self.metrics.say(f"gradients travel by {self.transport}: {found.why}")
+            self.metrics.say(f"gradients travel by {found.name} ({len(found.buckets)} buckets): {found.why}")
         return TreeReducer(self.flat, found.buckets, self.ranks, num_shards, make_exchange=found.make)
 
     def run(self, saver: Saver, header: Mapping[str, Any], ledger: Ledger, watch: StackWatch) -> Outcome:

@@ -100,19 +100,15 @@ class Metrics:
           step: completed steps, 1 after the first.
           scalars: by name; must hold the console line's fields.
         """
-        # JSON has no NaN: a skipped step's loss and norm are null.
-        self.last = step, {k: value if math.isfinite(value) else None for k, value in scalars.items()}
+        self.last = step, _finite(scalars)
         if not self.active:
             return
-        self._write(step, self.last[1])
-        if self._writer is not None:
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, step)
+        self.note(step, scalars)
         if step % self._log_every == 0 or step == 1:
             self.say(console_line(step, scalars))
 
     def note(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes further scalars of a step that is logged, on a line of their own.
+        """Writes scalars of a step on a line of their own, for files alone.
 
         Args:
           step: completed steps.
@@ -120,7 +116,7 @@ class Metrics:
         """
         if not self.active:
             return
-        self._write(step, {k: value if math.isfinite(value) else None for k, value in scalars.items()})
+        self._write(step, _finite(scalars))
         if self._writer is not None:
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, step)
@@ -137,6 +133,11 @@ class Metrics:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _finite(scalars: Mapping[str, float]) -> dict[str, float | None]:
+    """Returns scalars as JSON takes them, which has no NaN: a skipped step's loss and norm are null."""
+    return {name: value if math.isfinite(value) else None for name, value in scalars.items()}
 
 
 def console_line(step: int, scalars: Mapping[str, float]) -> str:

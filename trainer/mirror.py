@@ -26,9 +26,7 @@ from typing import BinaryIO, NamedTuple
 from foldfeed.feature_store.errors import StorageError
 from foldfeed.feature_store.storage import Blobs, open_blobs
 from foldfeed.trainer.errors import InvalidSnapshotError, NoValidSnapshotError
-from foldfeed.trainer.snapshot import GENERATION, MANIFEST, read_generation
-
-RUN_FILE = "run.json"
+from foldfeed.trainer.snapshot import GENERATION, MANIFEST, RUN_FILE, SNAPSHOTS, read_generation
 
 
 class Offer(NamedTuple):
@@ -142,7 +140,7 @@ def fetch(url: str, output: Path, say: Callable[[str], None]) -> bool:
     reasons = []
     for name in reversed(names):
         try:
-            _fetch_one(blobs, name, output / "snapshots")
+            _fetch_one(blobs, name, output / SNAPSHOTS)
         except (InvalidSnapshotError, FileNotFoundError) as error:
             reasons.append(f"{name}: {error}")
             say(f"warning: {name} at {url} is no valid generation ({error}); trying an older one")

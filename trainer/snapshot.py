@@ -35,6 +35,9 @@ from foldfeed.trainer.errors import InvalidSnapshotError, SnapshotError
 FORMAT = 1
 BUFFERS = ("params", "exp_avg", "exp_avg_sq")
 MANIFEST = "manifest.json"
+# In a run's folder.
+SNAPSHOTS = "snapshots"
+RUN_FILE = "run.json"
 GENERATION = re.compile(r"step-(\d{8,})")
 # Bounds the copies that crc32c and write need.
 CHUNK_BYTES = 16 * 2**20

@@ -102,6 +102,8 @@ def _candidates(
     makers: dict[str, MakeExchange] = {}
     if config.reducer != "hierarchical":
         makers["tree"] = lambda output, numel: TreeExchange(ranks, num_shards, numel, output)
+    if config.reducer == "tree":
+        return makers
     # Alike on all ranks: they all say what they see.
     seen = {int(row[0]) for row in ranks.gather_floats([float(ranks_per_node)], "the ranks of each node")}
     fits = len(seen) == 1 and 1 < ranks_per_node < ranks.world and ranks.world % ranks_per_node == 0
@@ -110,7 +112,7 @@ def _candidates(
             f"--reducer hierarchical: nodes have {sorted(seen)} ranks of {ranks.world}; it needs several "
             "nodes with equally many ranks each, and more than one. Use --reducer tree."
         )
-    if config.reducer in ("hierarchical", "auto") and fits:
+    if fits:
         groups = node_groups(ranks, ranks_per_node, config.timeout_s)
         makers["hierarchical"] = lambda output, numel: TwoLevelExchange(
             ranks, num_shards, numel, output, groups
