@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainer_options import SMALL_CROPS, SMALL_MODEL
 from trainer_ranks import free_port
 
 from foldfeed.feature_store import FeatureStore
@@ -23,33 +24,8 @@ from foldfeed.trainer.config import DataConfig, HeldOutConfig, ModelConfig, Opti
 from foldfeed.trainer.errors import TrainerConfigError
 
 TINY = [
-    *(
-        "--crop-residues",
-        "16",
-        "--num-clusters",
-        "4",
-        "--num-extra",
-        "8",
-        "--global-batch",
-        "3",
-        "--steps",
-        "4",
-    ),
-    *(
-        "--snapshot-every",
-        "2",
-        "--c-m",
-        "8",
-        "--c-z",
-        "8",
-        "--c-e",
-        "8",
-        "--num-blocks",
-        "1",
-        "--num-heads",
-        "2",
-    ),
-    *("--c-opm", "4", "--c-tri", "4", "--device", "cpu", "--lr", "0.01", "--warmup-steps", "0"),
+    *(*SMALL_CROPS, "--global-batch", "3", "--steps", "4", "--snapshot-every", "2"),
+    *(*SMALL_MODEL, "--c-tri", "4", "--device", "cpu", "--lr", "0.01", "--warmup-steps", "0"),
 ]
 
 

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from trainer_options import SMALL_CROPS, SMALL_MODEL
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.storage import open_blobs
@@ -16,8 +17,7 @@ from foldfeed.trainer.errors import NoValidSnapshotError
 from foldfeed.trainer.mirror import Mirror, fetch
 from foldfeed.trainer.snapshot import read_generation
 
-SIZES = ["--crop-residues", "16", "--num-clusters", "4", "--num-extra", "8", "--global-batch", "3"]
-MODEL = ["--c-m", "8", "--c-z", "8", "--c-e", "8", "--num-blocks", "1", "--num-heads", "2", "--c-opm", "4"]
+SIZES = [*SMALL_CROPS, "--global-batch", "3", *SMALL_MODEL]
 FLAGS = ["--device", "cpu", "--no-tensorboard", "--memory-snapshots", "none", "--snapshot-every", "2"]
 
 
@@ -29,7 +29,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def train(store: FeatureStore, output: Path, url: str, steps: int, code: int = 0) -> str:
     """Trains in this process; returns the digest of the weights."""
-    given = ["--store", store.url, "--output", str(output), "--steps", str(steps), *SIZES, *MODEL, *FLAGS]
+    given = ["--store", store.url, "--output", str(output), "--steps", str(steps), *SIZES, *FLAGS]
     assert main([*given, "--mirror-snapshots", url] if url else given) == code
     result = output / "result.json"
     return str(json.loads(result.read_text())["weights_digest"]) if result.exists() else ""

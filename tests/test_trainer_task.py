@@ -13,6 +13,7 @@ import pytest
 import torch
 from records import make_record
 from torch import nn
+from trainer_options import SMALL_CROPS, SMALL_MODEL
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 from foldfeed.trainer import Loss, Task, TrainerConfigError, curve, export
@@ -20,31 +21,7 @@ from foldfeed.trainer.cli import main
 from foldfeed.trainer.config import DataConfig, HeldOutConfig, ModelConfig, RunConfig
 from foldfeed.trainer.task import EvoformerTask, identity, load_task
 
-SIZES = [
-    "--crop-residues",
-    "16",
-    "--num-clusters",
-    "4",
-    "--num-extra",
-    "8",
-    "--device",
-    "cpu",
-    "--no-tensorboard",
-]
-TINY_MODEL = [
-    "--c-m",
-    "8",
-    "--c-z",
-    "8",
-    "--c-e",
-    "8",
-    "--num-blocks",
-    "1",
-    "--num-heads",
-    "2",
-    "--c-opm",
-    "4",
-]
+SIZES = [*SMALL_CROPS, "--device", "cpu", "--no-tensorboard"]
 EVERY_STEP = {"trained": ("a", "b", "c", "d"), "held": ("e", "f", "g")}
 
 
@@ -83,7 +60,7 @@ def digest_of(output: Path) -> str:
     return str(json.loads((output / "result.json").read_text())["weights_digest"])
 
 
-HELD_OUT = ["--record-set", "trained", "--eval-set", "held", "--eval-every", "2", *TINY_MODEL]
+HELD_OUT = ["--record-set", "trained", "--eval-set", "held", "--eval-every", "2", *SMALL_MODEL]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from trainer_options import SMALL_CROPS
 from trainer_ranks import launch
 
 from foldfeed.feature_store import FeatureStore
@@ -169,7 +170,7 @@ def test_transports_of_the_same_tree_are_one_run() -> None:
 @pytest.mark.timeout(280)
 def test_a_run_may_change_its_transport_and_says_why(small_store: FeatureStore, tmp_path: Path) -> None:
     """Four ranks that believe to be on two nodes, then four on one; the weights are those of one rank."""
-    sizes = ["--crop-residues", "16", "--num-clusters", "4", "--num-extra", "8", "--no-tensorboard"]
+    sizes = [*SMALL_CROPS, "--no-tensorboard"]
     given = ["--store", small_store.url, "--global-batch", "4", "--device", "cpu", *sizes]
 
     def train(ranks: int, per_node: int, *options: str) -> subprocess.CompletedProcess[str]:
