@@ -314,7 +314,7 @@ def continue_run(
 def describe(trainer: Trainer, header: dict[str, Any]) -> None:
     """Tells the person at the terminal what is trained."""
     config, ranks = trainer.config, trainer.ranks
-    sizes = [4 * bucket.numel for bucket in trainer.buckets]
+    sizes = [4 * bucket.numel for bucket in trainer.messages]
     trainer.metrics.say(
         f"run {header['run_id']}: {ranks.world} x {ranks.device.type}, "
         f"{sum(s.numel for s in trainer.flat.segments):,} parameters in {len(sizes)} buckets "

@@ -69,6 +69,8 @@ class Trainer:
       model: the plain model (also inside DDP's wrapper).
       task: what is trained.
       flat: its buffers.
+      buckets: the order in which the gradient's norm is summed; never changes.
+      messages: the buckets that are exchanged at once; planned anew for other ranks.
       step: completed steps.
       num_skipped: steps skipped so far.
       saved: completed steps of the newest snapshot on disk, as far as this rank knows.
@@ -162,11 +164,13 @@ class Trainer:
 
     def _make_reducer(self) -> Reducer:
         num_shards = self.config.data.num_shards
+        self.messages = self.buckets
         if self.config.reducer == "ddp":
             return DdpReducer(self.flat, self.ranks, num_shards, self._bucket_bytes)
         found = choose(self.config, self.ranks, self.flat.segments, ranks_per_node())
+        self.messages = list(found.buckets)
         if found.why:
-            self.metrics.say(f"gradients travel by {found.name} ({len(found.buckets)} buckets): {found.why}")
+            self.metrics.say(f"gradients travel by {found.name}: {found.why}")
         return TreeReducer(self.flat, found.buckets, self.ranks, num_shards, make_exchange=found.make)
 
     def run(self, saver: Saver, header: Mapping[str, Any], ledger: Ledger, watch: StackWatch) -> Outcome:
