@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from foldfeed.feature_store.format.record import DatabaseUse, MsaRecord, RowProvenance
     from foldfeed.feature_store.format.settings import StoreSettings
     from foldfeed.feature_store.format.structure import Structure
+    from foldfeed.feature_store.format.templates import TemplateHit, Templates
     from foldfeed.feature_store.importers.attach_structures import AttachOptions, attach_structures
     from foldfeed.feature_store.importers.into_store import import_into
     from foldfeed.feature_store.importers.layouts import AlignmentImport
@@ -120,6 +121,8 @@ _HOMES = {
     "Structure": "format.structure",
     "StructureParseError": "errors",
     "TagError": "errors",
+    "TemplateHit": "format.templates",
+    "Templates": "format.templates",
     "VersionDiff": "store.version_diff",
     "WrittenPart": "parts.writer",
     "attach_structures": "importers.attach_structures",
@@ -185,6 +188,8 @@ __all__ = [
     "Structure",
     "StructureParseError",
     "TagError",
+    "TemplateHit",
+    "Templates",
     "VersionDiff",
     "WrittenPart",
     "attach_structures",

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from foldfeed.feature_store.format.record import MAX_RESIDUES
+from foldfeed.feature_store.format.templates import to_date
 from foldfeed.feature_store.index.transactions import ON_EXISTING
 from foldfeed.pipelines.costs import DatabaseCost
 from foldfeed.pipelines.databases import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError
 from foldfeed.pipelines.sequences import DeadLetter
+from foldfeed.pipelines.template_tool import DEFAULT_MAX_TEMPLATE_HITS
 
 # Longest query of a build unless told otherwise. JackHMMER's memory grows with query x target length: 7,096
 # residues took 1.2 GB, so this takes roughly 2 GB.
@@ -54,6 +56,12 @@ class BuildConfig:
       runner: Beam runner.
       beam_options: further options for Beam.
       check_databases: read the databases again even where their files look unchanged.
+      templates: sequences of known structures that each record's alignment is searched in; None for none.
+      template_msa: name of the database whose rows make the profile of that search; the record's whole
+        alignment when None.
+      max_template_hits: most hits that a record keeps.
+      max_template_date: hits released later, or on an unknown day, are not kept (``YYYY-MM-DD``); None for
+        all, which leaves the choice to whoever reads them.
     """
 
     queries: tuple[str, ...]
@@ -73,6 +81,10 @@ class BuildConfig:
     runner: str = "FnApiRunner"
     beam_options: tuple[str, ...] = ()
     check_databases: bool = False
+    templates: DatabaseSpec | None = None
+    template_msa: str | None = None
+    max_template_hits: int = DEFAULT_MAX_TEMPLATE_HITS
+    max_template_date: str | None = None
 
     def __post_init__(self) -> None:
         if not self.queries:
@@ -83,11 +95,13 @@ class BuildConfig:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ConfigError(f"database name {twice[0]!r} is given twice; every database needs its own name")
+        self._check_templates(names)
         unknown = sorted(set(self.max_hits) - set(names))
         if unknown:
             raise ConfigError(f"max_hits names {unknown[0]!r}, which is no database of this build ({names})")
         numbers: dict[str, float] = {f"max_hits of {name!r}": value for name, value in self.max_hits.items()}
         numbers |= {"cpus_per_search": self.cpus_per_search, "timeout_s": self.timeout_s}
+        numbers |= {"max_template_hits": self.max_template_hits}
         numbers |= {"workers": self.workers or 1, "parts": self.parts or 1, "max_residues": self.max_residues}
         for name, value in numbers.items():
             if value <= 0:
@@ -100,6 +114,37 @@ class BuildConfig:
             )
         if self.max_residues > MAX_RESIDUES:
             raise ConfigError(f"max_residues is {self.max_residues}; the store holds at most {MAX_RESIDUES}")
+
+    def _check_templates(self, names: Sequence[str]) -> None:
+        wrong = next((database for database in self.databases if database.searches_templates), None)
+        if wrong is not None:
+            raise ConfigError(f"database {wrong.name!r} holds templates; give it as --templates {wrong.name}")
+        options = (self.template_msa, self.max_template_date)
+        if self.templates is None:
+            if any(option is not None for option in options) or (
+                self.max_template_hits != DEFAULT_MAX_TEMPLATE_HITS
+            ):
+                raise ConfigError(
+                    "template_msa, max_template_hits and max_template_date have no effect without templates"
+                )
+            return
+        if not self.templates.searches_templates:
+            raise ConfigError(
+                f"templates {self.templates.name!r} is a database of {self.templates.tool}, which makes "
+                f"alignments; give it as --database {self.templates.name}"
+            )
+        if self.templates.name in names:
+            raise ConfigError(f"templates and a database are both called {self.templates.name!r}")
+        if self.template_msa is not None and self.template_msa not in names:
+            raise ConfigError(
+                f"template_msa is {self.template_msa!r}, which is no database of this build "
+                f"({', '.join(names)})"
+            )
+        if self.max_template_date is not None:
+            try:
+                to_date(self.max_template_date)
+            except ValueError as error:
+                raise ConfigError(f"max_template_date: {error}") from error
 
     @property
     def results_url(self) -> str:

@@ -30,10 +30,11 @@ from foldfeed.pipelines.forecast import lines_of as forecast_lines
 from foldfeed.pipelines.interrupt import StoppedBySignal
 from foldfeed.pipelines.job import forecast_build, run_build
 from foldfeed.pipelines.progress import byte_bars
-from foldfeed.pipelines.registry import Registry, database_of
+from foldfeed.pipelines.registry import Registry, database_of, templates_of
 from foldfeed.pipelines.runners import RUNNERS
 from foldfeed.pipelines.share import Share
 from foldfeed.pipelines.staging import staged_database
+from foldfeed.pipelines.template_tool import DEFAULT_MAX_TEMPLATE_HITS
 
 # Dead letters printed on the terminal; the file holds all of them.
 MAX_SHOWN_LETTERS = 20
@@ -68,6 +69,31 @@ MAX_SHOWN_LETTERS = 20
     multiple=True,
     metavar="NAME=N",
     help="Most rows of a database, the query counted. [default: uniref90=10000, mgnify=501, others all]",
+)
+@click.option(
+    "--templates",
+    metavar="NAME[=FASTA,DATES]",
+    help="Search each record's alignment against sequences of known structures, too (hmmsearch), and keep "
+    "the hits: a FASTA file like the PDB's pdb_seqres.txt and a table of release dates, or the NAME of one "
+    "that `foldfeed database add` knows.",
+)
+@click.option(
+    "--template-msa",
+    metavar="NAME",
+    help="Database whose rows make the profile of that search. [default: the record's whole alignment]",
+)
+@click.option(
+    "--max-template-hits",
+    type=click.IntRange(min=1),
+    default=DEFAULT_MAX_TEMPLATE_HITS,
+    show_default=True,
+    metavar="N",
+    help="Most hits that a record keeps.",
+)
+@click.option(
+    "--max-template-date",
+    metavar="YYYY-MM-DD",
+    help="Keep no hits of later or unknown date. [default: keep all; readers choose by date]",
 )
 @click.option("--cpus-per-search", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
 @click.option(
@@ -142,6 +168,10 @@ def build(
     row_order_seed: int | None,
     results: str | None,
     max_hits: tuple[str, ...],
+    templates: str | None,
+    template_msa: str | None,
+    max_template_hits: int,
+    max_template_date: str | None,
     cpus_per_search: int,
     workers: int | None,
     engine: Engine,
@@ -174,6 +204,8 @@ def build(
           --runner flink --workers 64 -- --flink_master=host:8081 --flink_job_server_jar=/jars/server.jar \\
           --environment_type=EXTERNAL --environment_config=localhost:50000
       foldfeed build --queries q.fasta --database uniref90=/db/u.fasta --store my-store --task 3 --tasks 16
+      foldfeed build --queries q.fasta --database uniref90=/db/u.fasta --store my-store \\
+          --templates pdb=/db/pdb_seqres.txt,/db/release_dates.tsv
     """
     try:
         if dry_run and stage_databases is not None:
@@ -186,6 +218,10 @@ def build(
             row_order_seed=row_order_seed,
             results=results,
             max_hits=dict(_parse_max_hits(text) for text in max_hits),
+            templates=None if templates is None else templates_of(templates, Registry(registry)),
+            template_msa=template_msa,
+            max_template_hits=max_template_hits,
+            max_template_date=max_template_date,
             cpus_per_search=cpus_per_search,
             workers=workers,
             engine=engine,

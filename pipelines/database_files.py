@@ -18,6 +18,8 @@ from pathlib import Path
 
 import zstandard
 
+from foldfeed.feature_store.errors import AlignmentParseError
+from foldfeed.feature_store.parsers.release_dates import parse_release_dates
 from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines import jackhmmer
 from foldfeed.pipelines.databases import DatabaseSpec, digest_of, file_sha256
@@ -172,11 +174,24 @@ def refreshed(manifest: DatabaseManifest) -> DatabaseManifest:
 def _count(spec: DatabaseSpec) -> tuple[int, int]:
     if spec.tool == MMSEQS and is_database(spec.paths[0]):
         counts = [count_mmseqs(spec.name, spec.paths[0])]
+    elif spec.searches_templates:
+        counts = [count_fasta(spec.name, spec.paths[0])]
+        _check_dates(spec.name, spec.paths[1])
     elif spec.tool in (jackhmmer.NAME, MMSEQS):
         counts = [count_fasta(spec.name, path) for path in spec.paths]
     else:
         counts = [_count_hh(spec.name, prefix) for prefix in spec.paths]
     return sum(one for one, _ in counts), sum(two for _, two in counts)
+
+
+def _check_dates(name: str, path: str) -> None:
+    """Raises DatabaseError where a file is no table of release dates, or an empty one."""
+    try:
+        dates = parse_release_dates(Path(path).read_bytes())
+    except AlignmentParseError as error:
+        raise DatabaseError(name, path, f"it is no table of release dates: {error}") from error
+    if not dates:
+        raise DatabaseError(name, path, "it has no release date")
 
 
 def _count_hh(name: str, prefix: str) -> tuple[int, int]:

@@ -18,13 +18,15 @@ from pathlib import Path
 
 from foldfeed.feature_store.storage import Blobs
 from foldfeed.feature_store.storage.options import without_secrets
-from foldfeed.pipelines import hhblits, jackhmmer
+from foldfeed.pipelines import hhblits, hmmsearch, jackhmmer
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
 from foldfeed.pipelines.manifest import DatabaseManifest, file_state
 from foldfeed.pipelines.mmseqs_files import NAME as MMSEQS
 from foldfeed.pipelines.mmseqs_files import check_fasta_size, is_database, mmseqs_files
 
 TOOLS = (jackhmmer.NAME, hhblits.NAME, MMSEQS)
+# What searches templates: sequences of known structures, of which the release dates are known.
+TEMPLATE_TOOLS = (hmmsearch.NAME,)
 
 # Place of a known name in the merged alignment; others come after these, in the order given.
 # Source: AlphaFold 2 ``data/pipeline.py``: make_msa_features((uniref90_msa, bfd_msa, mgnify_msa)).
@@ -58,8 +60,9 @@ class DatabaseSpec:
     Attributes:
       name: e.g. ``uniref90``; decides the place in the merged alignment and the default cap.
       paths: a FASTA file for jackhmmer, or several that are its shards; HH-suite prefixes for hhblits;
-        one FASTA file (plain, gzip) or one MMseqs2 database for mmseqs2.
-      tool: ``jackhmmer``, ``hhblits`` or ``mmseqs2``.
+        one FASTA file (plain, gzip) or one MMseqs2 database for mmseqs2; a FASTA file and a table of
+        release dates for hmmsearch.
+      tool: ``jackhmmer``, ``hhblits`` or ``mmseqs2``; ``hmmsearch`` for templates.
       manifest: of a database from a registry; its files must still be those that were added.
     """
 
@@ -74,8 +77,14 @@ class DatabaseSpec:
                 f"database name {self.name!r} must be 1 to 64 of A-Z a-z 0-9 _ . - and start with a letter, "
                 "a digit or _"
             )
-        if self.tool not in TOOLS:
+        if self.tool not in TOOLS + TEMPLATE_TOOLS:
             raise ConfigError(f"database {self.name!r}: tool {self.tool!r} is not one of {', '.join(TOOLS)}")
+        if self.searches_templates and len(self.paths) != 2:
+            raise ConfigError(
+                f"templates {self.name!r}: give a FASTA file and a table of release dates with a comma "
+                f"between them, NAME=SEQRES.fasta,DATES.tsv; this is {len(self.paths)} path(s). `foldfeed "
+                "database add NAME FOLDER --tool hmmsearch --unpack-to FOLDER` makes both from mmCIF files"
+            )
         if not self.paths or not all(self.paths):
             raise ConfigError(f"database {self.name!r}: the path is empty; write NAME=PATH[:TOOL]")
         if self.tool == MMSEQS and len(self.paths) > 1:
@@ -125,6 +134,32 @@ class DatabaseSpec:
         paths = fasta_files(path) if tool == jackhmmer.NAME else tuple(path.split(","))
         return cls(name=name, paths=tuple(os.path.abspath(part) if part else "" for part in paths), tool=tool)
 
+    @classmethod
+    def parse_templates(cls, text: str) -> DatabaseSpec:
+        """Returns the templates that ``NAME=FASTA,DATES[:hmmsearch]`` names.
+
+        Raises:
+          ConfigError: the text has no such form.
+        """
+        name, equals, path = text.partition("=")
+        if not equals or "://" in path:
+            what = f"a local path, not the URL {without_secrets(path)!r}" if equals else "NAME=FASTA,DATES"
+            raise ConfigError(f"templates {name!r} must be {what}, e.g. pdb=/db/pdb_seqres.txt,/db/dates.tsv")
+        stem, colon, tool = path.rpartition(":")
+        if colon and tool in TEMPLATE_TOOLS:
+            path = stem
+        elif colon and tool in TOOLS:
+            raise ConfigError(
+                f"templates {name!r}: {tool} searches no templates; {', '.join(TEMPLATE_TOOLS)} does"
+            )
+        paths = tuple(os.path.abspath(part) if part else "" for part in path.split(","))
+        return cls(name=name, paths=paths, tool=hmmsearch.NAME)
+
+    @property
+    def searches_templates(self) -> bool:
+        """Whether it is a database of templates, which makes no rows of alignments."""
+        return self.tool in TEMPLATE_TOOLS
+
     @property
     def merge_rank(self) -> int:
         """Place in the merged alignment; databases of equal rank keep the order given."""
@@ -147,6 +182,10 @@ class DatabaseSpec:
             return self.paths
         if self.tool == MMSEQS:
             return _mmseqs_files(self.name, self.paths[0])
+        if self.searches_templates:
+            _check_fasta(self.name, self.paths[0])
+            _require_file(self.name, self.paths[1])
+            return self.paths
         return tuple(file for prefix in self.paths for file in _hh_files(self.name, prefix))
 
 

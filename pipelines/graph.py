@@ -9,6 +9,10 @@
                                                         +------------------------+
                                        complete? <- group by record <------------+
                                            |                                     |
+                              (where there are templates, before:                |
+                               template units -> SEARCH -> receipts,             |
+                               complete? <- group by record)                     |
+                                           |                                     |
                                   group by part number <-------------------------+
                                            |
                                        write part
@@ -22,13 +26,12 @@ arrive; alignments never travel through Beam.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import apache_beam as beam
 
 from foldfeed.feature_store.errors import FoldfeedError
-from foldfeed.pipelines.errors import WorkerError
 from foldfeed.pipelines.fasta import read_fasta
 from foldfeed.pipelines.parts import PartReceipt, completed, write_one_part
 from foldfeed.pipelines.plan import part_of, resolve_duplicates
@@ -46,15 +49,9 @@ from foldfeed.pipelines.search import (
     shard_units,
     work_units,
 )
-from foldfeed.pipelines.search_tool import require_same_binary
+from foldfeed.pipelines.search_step import Searching, as_text
 from foldfeed.pipelines.sequences import DeadLetter, QuerySequence
-from foldfeed.pipelines.subprocess_runner import cancel_all, follow_parent
-
-T = TypeVar("T")
-
-
-def _as_text(error: FoldfeedError, what: str = "") -> WorkerError:
-    return WorkerError(f"{what}: {error}" if what else str(error))
+from foldfeed.pipelines.template_graph import SearchTemplates
 
 
 class ReadFile(beam.DoFn):
@@ -73,55 +70,19 @@ class ReadFile(beam.DoFn):
                 url, file_index=file_index, max_residues=self._max_residues, folder=self._folder
             )
         except FoldfeedError as error:
-            raise _as_text(error) from error
+            raise as_text(error) from error
 
 
-class _Searching(beam.DoFn):
-    """What a step that runs search tools needs.
-
-    Args:
-      context: of the build.
-      stop_together: one failure ends the other searches of this process. For the local runner, which reports
-        a failed step only when all searches under way have ended: hours, in the worst case. Another engine
-        tries a failed bundle again, perhaps in the same process, so there the others must go on.
-    """
-
-    def __init__(self, context: JobContext, stop_together: bool) -> None:
-        self._context = context
-        self._stop_together = stop_together
-
-    def setup(self) -> None:
-        """Checks once per worker that the planned tools are here."""
-        if not self._stop_together:
-            follow_parent()
-        try:
-            for database in self._context.databases:
-                require_same_binary(database.tool)
-        except FoldfeedError as error:
-            raise _as_text(error) from error
-
-    def _guarded(self, unit: WorkUnit, search: Callable[[], T]) -> T:
-        try:
-            return search()
-        except Exception as error:
-            if self._stop_together:
-                cancel_all(f"another search failed: {error}")
-            if isinstance(error, FoldfeedError):
-                name = self._context.databases[unit.database_index].name
-                raise _as_text(error, f"record {unit.record_ids[0]!r}, search in {name!r}") from error
-            raise
-
-
-class ScanShard(_Searching):
+class ScanShard(Searching):
     """Shard units of one shard -> (id of the whole unit, a receipt) of each."""
 
     def process(self, element: list[ShardUnit]) -> Iterator[tuple[str, Receipt]]:
         """Searches one shard for some queries, or finds their candidates in the result store."""
-        for receipt in self._guarded(element[0].unit, lambda: scan_shards(element, self._context)):
+        for receipt in self.guarded(element[0].unit, lambda: scan_shards(element, self.context)):
             yield receipt.unit_id, receipt
 
 
-class SearchUnit(_Searching):
+class SearchUnit(Searching):
     """(unit id, the unit and the receipts of its shards) -> one receipt."""
 
     def process(
@@ -129,7 +90,7 @@ class SearchUnit(_Searching):
     ) -> Iterator[tuple[str, Receipt]]:
         """Searches, or finds the answer in the result store."""
         name, (unit, scans) = element
-        yield name, self._guarded(unit, lambda: search_unit(unit, self._context, scans))
+        yield name, self.guarded(unit, lambda: search_unit(unit, self.context, scans))
 
 
 class WritePart(beam.DoFn):
@@ -147,7 +108,7 @@ class WritePart(beam.DoFn):
         try:
             yield write_one_part(part, [entry for entry in entries if entry is not None], self._context)
         except FoldfeedError as error:
-            raise _as_text(error, what) from error
+            raise as_text(error, what) from error
 
 
 def _is_query(entry: QuerySequence | DeadLetter) -> bool:
@@ -354,5 +315,7 @@ def build_graph(
     """
     queries, dead = pipeline | "ReadQueries" >> ReadQueries(urls, context.max_residues)
     searched = queries | "SearchAll" >> SearchAll(context, stop_together, hints)
+    if context.templates is not None:
+        searched = searched | "AllTemplates" >> SearchTemplates(context, stop_together, hints)
     entries = (searched, dead) | "AllEntries" >> beam.Flatten()
     _ = entries | "WriteParts" >> WriteParts(context)

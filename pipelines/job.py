@@ -24,7 +24,7 @@ from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.runners import choose_runner
 from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.subprocess_runner import allow_all, drive_build
-from foldfeed.pipelines.tools import other_engine_of, prepare_databases
+from foldfeed.pipelines.tools import other_engine_of, prepare_databases, prepare_templates
 
 
 def run_build(config: BuildConfig, *, say: Callable[[str], None] | None = None) -> BuildReport:
@@ -107,7 +107,8 @@ def planned(config: BuildConfig) -> tuple[tuple[SearchedDatabase, ...], Plan, st
         engine=config.engine,
         check=config.check_databases,
     )
-    plan = make_plan(config.queries, databases, config.max_residues)
+    templates = None if config.templates is None else prepare_templates(config, databases)
+    plan = make_plan(config.queries, databases, config.max_residues, templates)
     num_parts = config.parts or default_num_parts(plan.num_queries)
     job_id = job_id_of(plan, databases, num_parts)
     return databases, plan, job_id, num_parts

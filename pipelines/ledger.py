@@ -23,6 +23,7 @@ from foldfeed.pipelines.costs import DatabaseCost
 from foldfeed.pipelines.results import UnitReceipt
 from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.subprocess_runner import Usage
+from foldfeed.pipelines.template_tool import TemplateDatabase
 
 TABLE = "searches"
 SCHEMA = pa.schema(
@@ -50,14 +51,14 @@ SCHEMA = pa.schema(
 
 
 def rows_of(
-    record_id: str, receipts: Iterable[UnitReceipt], databases: Sequence[SearchedDatabase]
+    record_id: str, receipts: Iterable[UnitReceipt], databases: Sequence[SearchedDatabase | TemplateDatabase]
 ) -> list[dict[str, object]]:
     """Returns the rows of one record.
 
     Args:
       record_id: the record.
       receipts: of its searches, one per database.
-      databases: of the build, whose names the rows carry.
+      databases: of the build, templates among them, whose names the rows carry.
     """
     return [
         {

@@ -31,6 +31,7 @@ from foldfeed.pipelines.sequences import (
     coverage_of,
     dead_letter,
 )
+from foldfeed.pipelines.template_search import template_unit_id, templates_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,13 +66,23 @@ class PartReceipt:
 
 
 def completed(
-    query: QuerySequence, receipts: Iterable[Receipt], context: JobContext
+    query: QuerySequence,
+    receipts: Iterable[Receipt],
+    context: JobContext,
+    asked: Sequence[int] | None = None,
 ) -> QuerySequence | DeadLetter:
-    """Returns the query if every database answered, else the dead letter that says which did not."""
+    """Returns the query if every database answered, else the dead letter that says which did not.
+
+    Args:
+      query: what was searched.
+      receipts: of its searches.
+      context: of the build.
+      asked: positions in `JobContext.searched`; those of all databases, without the templates, when None.
+    """
     by_database = {receipt.database_index: receipt for receipt in receipts}
     failed = [
-        by_database.get(index) or _no_report(index, database.name)
-        for index, database in enumerate(context.databases)
+        by_database.get(index) or _no_report(index, context.searched[index].name)
+        for index in (range(len(context.databases)) if asked is None else asked)
         if index not in by_database or by_database[index].status != "ok"
     ]
     if not failed:
@@ -143,7 +154,12 @@ def _records(
         try:
             units = units_of(query.sequence, context.databases)
             record = build_record(query, context.databases, [results.get(unit_id) for unit_id in units])
-            cost = ledger.rows_of(query.record_id, map(results.receipt, units), context.databases)
+            if context.templates is not None:
+                found = template_unit_id(query.sequence, context.databases, context.templates)
+                units = (*units, found)
+                hits = templates_of(results.get(found), query.sequence, context.templates)
+                record = dataclasses.replace(record, templates=hits)
+            cost = ledger.rows_of(query.record_id, map(results.receipt, units), context.searched)
         except (AlignmentParseError, InvalidRecordError, SearchError, CorruptResultError) as error:
             # A damaged answer is searched anew by the next run; the other errors would come again.
             retry: Retry = "retryable" if isinstance(error, CorruptResultError) else "poison"

@@ -18,6 +18,8 @@ from foldfeed.pipelines.fasta import read_fasta
 from foldfeed.pipelines.search import shard_ids_of, units_of
 from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.sequences import Coverage, DeadLetter, QuerySequence, coverage_of, dead_letter
+from foldfeed.pipelines.template_search import template_unit_id
+from foldfeed.pipelines.template_tool import TemplateDatabase
 
 # Records per part where the user gives no number: a few hundred megabytes of tiles for deep alignments.
 RECORDS_PER_PART = 1024
@@ -35,6 +37,7 @@ class Plan:
       content_digest: sha256 (hex) over all entries in order.
       shard_unit_ids: the parts of the searches in databases of several files, for a progress bar; none where
         there are more than `MAX_SHOWN_PARTS`.
+      templates: what is searched with the alignments, if anything; its searches are among ``unit_ids``.
     """
 
     coverage: Coverage
@@ -43,6 +46,7 @@ class Plan:
     unit_ids: frozenset[str]
     content_digest: str
     shard_unit_ids: frozenset[str] = frozenset()
+    templates: TemplateDatabase | None = None
 
 
 # A bar that shows searches alone will do where there are so many.
@@ -82,9 +86,19 @@ def resolve_duplicates(
     return winner, [duplicate_of(loser, winner) for loser in losers]
 
 
-def make_plan(urls: Sequence[str], databases: tuple[SearchedDatabase, ...], max_residues: int) -> Plan:
+def make_plan(
+    urls: Sequence[str],
+    databases: tuple[SearchedDatabase, ...],
+    max_residues: int,
+    templates: TemplateDatabase | None = None,
+) -> Plan:
     """Reads all files once and returns the plan.
 
+    Args:
+      urls: FASTA files.
+      databases: in merge order.
+      max_residues: longer queries are not searched.
+      templates: what is searched with the alignments.
     Raises:
       QueryFileError: a file cannot be opened.
     """
@@ -100,6 +114,8 @@ def make_plan(urls: Sequence[str], databases: tuple[SearchedDatabase, ...], max_
         if isinstance(entry, QuerySequence) and entry.record_id not in first_of:
             first_of[entry.record_id] = None
             unit_ids.update(units_of(entry.sequence, databases))
+            if templates is not None:
+                unit_ids.add(template_unit_id(entry.sequence, databases, templates))
             if len(parts) <= MAX_SHOWN_PARTS:
                 parts.update(part for one in databases for part in shard_ids_of(entry.sequence, one))
         elif isinstance(entry, DeadLetter) and len(rejects) < MAX_KEPT_REJECTS:
@@ -111,6 +127,7 @@ def make_plan(urls: Sequence[str], databases: tuple[SearchedDatabase, ...], max_
         unit_ids=frozenset(unit_ids),
         content_digest=digest.hexdigest(),
         shard_unit_ids=frozenset(parts if len(parts) <= MAX_SHOWN_PARTS else ()),
+        templates=templates,
     )
 
 
@@ -120,7 +137,12 @@ def job_id_of(plan: Plan, databases: tuple[SearchedDatabase, ...], num_parts: in
         (database.name, database.digest, database.tool.identity.digest, database.max_hits)
         for database in databases
     ]
-    text = json.dumps([plan.content_digest, searched, num_parts])
+    words: list[object] = [plan.content_digest, searched, num_parts]
+    if plan.templates is not None:
+        one = plan.templates
+        day = None if one.max_date is None else one.max_date.isoformat()
+        words.append([one.name, one.digest, one.tool.identity.digest, one.msa, one.max_hits, day])
+    text = json.dumps(words)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -116,5 +116,15 @@ def database_of(text: str, registry: Registry) -> DatabaseSpec:
     return DatabaseSpec(name=manifest.name, paths=manifest.paths, tool=manifest.tool, manifest=manifest)
 
 
+def templates_of(text: str, registry: Registry) -> DatabaseSpec:
+    """Returns the templates that ``NAME=FASTA,DATES``, or the name of some in a registry, says.
+
+    Raises:
+      ConfigError: neither.
+      RegistryError: the registry cannot be read.
+    """
+    return DatabaseSpec.parse_templates(text) if "=" in text else database_of(text, registry)
+
+
 def _listed(known: Mapping[str, DatabaseManifest]) -> str:
     return f"it has {', '.join(known)}" if known else "it has none"

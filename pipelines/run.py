@@ -195,6 +195,7 @@ def context_of(
         run_id=f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}",
         num_parts=num_parts,
         max_residues=config.max_residues,
+        templates=plan.templates,
     )
 
 

@@ -35,6 +35,7 @@ from foldfeed.pipelines.results import ResultStore, SearchFacts, unit_id_of
 from foldfeed.pipelines.search_tool import SearchedDatabase, SearchResult
 from foldfeed.pipelines.sequences import QuerySequence
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
+from foldfeed.pipelines.template_tool import TemplateDatabase
 from foldfeed.pipelines.unchanged import as_planned, shard_as_planned
 
 # A signal (the kernel's out-of-memory killer, a lost node) may not come again; one more try is cheap.
@@ -62,6 +63,7 @@ class JobContext:
       run_id: names this attempt at the job.
       num_parts: parts of the store that the job writes.
       max_residues: longer queries are not searched.
+      templates: what is searched with the alignments; None for none.
     """
 
     store_url: str
@@ -72,6 +74,12 @@ class JobContext:
     run_id: str
     num_parts: int
     max_residues: int
+    templates: TemplateDatabase | None = None
+
+    @property
+    def searched(self) -> tuple[SearchedDatabase | TemplateDatabase, ...]:
+        """The databases, and behind them the templates where there are any."""
+        return self.databases if self.templates is None else (*self.databases, self.templates)
 
     @property
     def run_folder(self) -> str:
@@ -85,7 +93,7 @@ class WorkUnit:
 
     Attributes:
       unit_id: its name in the result store.
-      database_index: position in `JobContext.databases`.
+      database_index: position in `JobContext.searched`.
       sequence: the query.
       record_ids: records that wait for it, sorted.
     """
@@ -102,7 +110,7 @@ class Receipt:
 
     Attributes:
       unit_id: its name there.
-      database_index: position in `JobContext.databases`.
+      database_index: position in `JobContext.searched`.
       record_ids: records that wait for it.
       status: ``ok``; ``retryable`` when the same search may succeed later; ``poison`` when it will not.
       reason: why not ok, else "".
@@ -214,8 +222,8 @@ def scan_shards(parts: Sequence[ShardUnit], context: JobContext) -> list[Receipt
             _keep_candidates(part, found, context)
     except SearchError as error:
         left = [part for part in missing if not results.holds(part.unit_id)]
-        failed = {part.unit_id: _failed(part.unit, context, error) for part in left}
-    return [failed.get(part.unit_id) or _receipt(part.unit, "ok") for part in parts]
+        failed = {part.unit_id: receipt_of_failure(part.unit, context, error) for part in left}
+    return [failed.get(part.unit_id) or receipt_of(part.unit, "ok") for part in parts]
 
 
 def search_unit(unit: WorkUnit, context: JobContext, scans: Iterable[Receipt] = ()) -> Receipt:
@@ -231,25 +239,25 @@ def search_unit(unit: WorkUnit, context: JobContext, scans: Iterable[Receipt] = 
     """
     results = ResultStore(context.results_url)
     if results.holds(unit.unit_id):
-        return _receipt(unit, "ok")
+        return receipt_of(unit, "ok")
     # In an order that does not depend on the engine; what will never work comes first.
     failed = sorted(
         (scan for scan in scans if scan.status != "ok"), key=lambda scan: (scan.status, scan.reason)
     )
     if failed:
-        _write_failure(failed[0], context)
+        write_failure(failed[0], context)
         return failed[0]
     database = context.databases[unit.database_index]
     try:
         result = _search(unit, context)
         hits = read_hits(result, unit.sequence)
     except (SearchError, AlignmentParseError) as error:
-        receipt = _failed(unit, context, error)
-        _write_failure(receipt, context)
+        receipt = receipt_of_failure(unit, context, error)
+        write_failure(receipt, context)
         return receipt
-    facts = _facts(unit, context, database.name, database.digest, len(hits.hit_ids) - 1)
+    facts = facts_of(unit, context, database.name, database.digest, len(hits.hit_ids) - 1)
     results.put(unit.unit_id, result, facts)
-    return _receipt(unit, "ok")
+    return receipt_of(unit, "ok")
 
 
 def failure_folder(context: JobContext) -> str:
@@ -262,9 +270,9 @@ def _search(unit: WorkUnit, context: JobContext) -> SearchResult:
     tool = database.tool
     if not isinstance(tool, ShardedJackhmmer):
         with as_planned(database, context.results_url):
-            return _once_more_after_a_signal(lambda: tool.search(unit.sequence))
+            return once_more_after_a_signal(lambda: tool.search(unit.sequence))
     candidates = [_candidates(part, context) for part in _parts_of(unit, context)]
-    return _once_more_after_a_signal(lambda: tool.join(unit.sequence, candidates))
+    return once_more_after_a_signal(lambda: tool.join(unit.sequence, candidates))
 
 
 def _parts_of(unit: WorkUnit, context: JobContext) -> list[ShardUnit]:
@@ -295,7 +303,7 @@ def _scan(parts: Sequence[ShardUnit], context: JobContext) -> Iterator[SearchRes
     for sequence in sequences:
         with shard_as_planned(database, tool.shards[number], context.results_url):
             if many is None:
-                found = _once_more_after_a_signal(functools.partial(tool.scan, sequence, number))
+                found = once_more_after_a_signal(functools.partial(tool.scan, sequence, number))
             else:
                 found = next(many)
         yield found
@@ -306,11 +314,12 @@ def _keep_candidates(part: ShardUnit, found: SearchResult, context: JobContext) 
     tool = database.tool
     assert isinstance(tool, ShardedJackhmmer), tool
     name = f"{database.name}, shard {part.number + 1} of {len(tool.shards)}"
-    facts = _facts(part.unit, context, name, tool.shards[part.number].digest, None)
+    facts = facts_of(part.unit, context, name, tool.shards[part.number].digest, None)
     ResultStore(context.results_url).put(part.unit_id, found, facts)
 
 
-def _once_more_after_a_signal(search: Callable[[], SearchResult]) -> SearchResult:
+def once_more_after_a_signal(search: Callable[[], SearchResult]) -> SearchResult:
+    """Returns what a search gives, after another try where a signal killed the first."""
     for left in reversed(range(ATTEMPTS_AFTER_SIGNAL)):
         try:
             return search()
@@ -320,9 +329,10 @@ def _once_more_after_a_signal(search: Callable[[], SearchResult]) -> SearchResul
     raise AssertionError("the loop returns or raises")
 
 
-def _facts(
+def facts_of(
     unit: WorkUnit, context: JobContext, database: str, digest: str, num_hits: int | None
 ) -> SearchFacts:
+    """Returns who searched what, for the receipt of an answer."""
     return SearchFacts(
         database=database,
         database_digest=digest,
@@ -334,9 +344,10 @@ def _facts(
     )
 
 
-def _failed(unit: WorkUnit, context: JobContext, error: Exception) -> Receipt:
-    reason = f"search in {context.databases[unit.database_index].name!r}: {error}"
-    return _receipt(unit, _status(error), reason, type(error).__name__)
+def receipt_of_failure(unit: WorkUnit, context: JobContext, error: Exception) -> Receipt:
+    """Returns the receipt of a search that an error ended."""
+    reason = f"search in {context.searched[unit.database_index].name!r}: {error}"
+    return receipt_of(unit, _status(error), reason, type(error).__name__)
 
 
 def _status(error: Exception) -> Status:
@@ -344,7 +355,8 @@ def _status(error: Exception) -> Status:
     return "retryable" if killed or isinstance(error, ToolTimeoutError | DatabaseChangedError) else "poison"
 
 
-def _receipt(unit: WorkUnit, status: Status, reason: str = "", kind: str = "") -> Receipt:
+def receipt_of(unit: WorkUnit, status: Status, reason: str = "", kind: str = "") -> Receipt:
+    """Returns what came of a search."""
     return Receipt(
         unit_id=unit.unit_id,
         database_index=unit.database_index,
@@ -355,7 +367,8 @@ def _receipt(unit: WorkUnit, status: Status, reason: str = "", kind: str = "") -
     )
 
 
-def _write_failure(receipt: Receipt, context: JobContext) -> None:
+def write_failure(receipt: Receipt, context: JobContext) -> None:
+    """Leaves a failed search in the run's folder, for the count and for people."""
     text = json.dumps({**dataclasses.asdict(receipt), "host": socket.gethostname()}, indent=1)
     blobs = open_blobs(context.results_url)
     blobs.write_atomic(f"{failure_folder(context)}/{receipt.unit_id}.json", text.encode())

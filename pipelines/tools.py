@@ -9,18 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from foldfeed.feature_store.storage import Blobs
+from foldfeed.feature_store.format.templates import to_date
+from foldfeed.feature_store.storage import Blobs, open_blobs
 from foldfeed.pipelines import jackhmmer
-from foldfeed.pipelines.build_config import Engine
+from foldfeed.pipelines.build_config import BuildConfig, Engine
 from foldfeed.pipelines.databases import DatabaseSpec, database_digest, in_merge_order, shard_digests
 from foldfeed.pipelines.errors import ConfigError
 from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
 from foldfeed.pipelines.hhblits import Hhblits
+from foldfeed.pipelines.hmmsearch import Hmmsearch
 from foldfeed.pipelines.jackhmmer import Jackhmmer
 from foldfeed.pipelines.mmseqs import Mmseqs
 from foldfeed.pipelines.mmseqs_files import NAME as MMSEQS
 from foldfeed.pipelines.search_tool import SearchedDatabase, SearchTool, Shard
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
+from foldfeed.pipelines.template_tool import TemplateDatabase
 
 
 def find_tool(
@@ -67,6 +70,34 @@ def other_engine_of(tool: SearchTool) -> str | None:
     if isinstance(tool, ShardedJackhmmer):
         words.append(f"in {len(tool.shards)} shards")
     return " ".join(words) if len(words) > 1 else None
+
+
+def prepare_templates(config: BuildConfig, databases: Sequence[SearchedDatabase]) -> TemplateDatabase:
+    """Returns the templates of a build with their tool and digest.
+
+    Args:
+      config: of a build with templates.
+      databases: of the build, in merge order.
+    Raises:
+      DatabaseError, ToolNotFoundError: the files or the tool are not there.
+    """
+    spec = config.templates
+    assert spec is not None
+    names = [database.name for database in databases]
+    msa = range(len(names)) if config.template_msa is None else [names.index(config.template_msa)]
+    fasta, dates = spec.paths
+    return TemplateDatabase(
+        name=spec.name,
+        digest=database_digest(spec, open_blobs(config.results_url), check=config.check_databases),
+        tool=Hmmsearch.find(
+            database=fasta, dates=dates, cpus=config.cpus_per_search, timeout_s=config.timeout_s
+        ),
+        files=spec.files(),
+        msa=tuple(msa),
+        msa_name=config.template_msa or "all",
+        max_hits=config.max_template_hits,
+        max_date=None if config.max_template_date is None else to_date(config.max_template_date),
+    )
 
 
 def prepare_databases(

@@ -21,6 +21,7 @@ from foldfeed.pipelines.databases import cached_sha256, digest_of, shard_digest_
 from foldfeed.pipelines.errors import DatabaseChangedError
 from foldfeed.pipelines.manifest import file_state, num_bytes_of
 from foldfeed.pipelines.search_tool import SearchedDatabase, Shard
+from foldfeed.pipelines.template_tool import TemplateDatabase
 
 # (path, bytes, content hash) of every file.
 Contents: TypeAlias = Sequence[tuple[str, int, str]]
@@ -32,7 +33,7 @@ _found: set[tuple[str, tuple[str, ...]]] = set()
 
 
 @contextlib.contextmanager
-def as_planned(database: SearchedDatabase, results_url: str) -> Iterator[None]:
+def as_planned(database: SearchedDatabase | TemplateDatabase, results_url: str) -> Iterator[None]:
     """Checks around a search that the files of a database are those of its digest.
 
     Args:

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import zarr
 
+TEMPLATE_NUMBERS = ("release_date", "e_value", "score", "probability", "sum_probs", "resolution")
+
 
 def permuted_ranks(seed: int, record_id: str, depth: int) -> list[int]:
     """The rank of every stored row, by FORMAT.md, "Row order"."""
@@ -137,6 +139,37 @@ class ConformanceReader:
             digest.update(b"\0".join([b"pairing_key", *keys]))
         if row["structure"] is not None:
             digest.update(self.structure_fingerprint(record_id).encode())
+        if row["templates"] is not None:
+            digest.update(b"templates " + self.templates_fingerprint(record_id).encode())
+        return digest.hexdigest()
+
+    def templates(self, record_id: str) -> list[dict]:
+        """Every hit: its numbers, id, sequence and runs, by FORMAT.md, "Templates"."""
+        row = self.rows[record_id]
+        group = self.part(row["part_id"])
+        byte, residue, run = (row[f"first_template_{name}"] for name in ("id_byte", "residue", "run"))
+        found = []
+        for at in range(row["first_template"], row["first_template"] + row["num_templates"]):
+            hit = {name: group[f"template_{name}"][at] for name in TEMPLATE_NUMBERS}
+            size, length, runs = (
+                int(group[f"template_{name}"][at]) for name in ("id_bytes", "num_residues", "num_runs")
+            )
+            hit["id"] = group["template_id"][byte : byte + size].tobytes()
+            hit["sequence"] = group["template_sequence"][residue : residue + length].tobytes()
+            hit["runs"] = group["template_run"][run : run + runs]
+            byte, residue, run = byte + size, residue + length, run + runs
+            found.append(hit)
+        return found
+
+    def templates_fingerprint(self, record_id: str) -> str:
+        row, hits = self.rows[record_id], self.templates(record_id)
+        source = json.dumps(json.loads(row["templates"]), sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(source.encode())
+        digest.update(b"\0".join(hit["id"] for hit in hits) + b"\0".join(hit["sequence"] for hit in hits))
+        for name in TEMPLATE_NUMBERS:
+            digest.update(b"".join(hit[name].tobytes() for hit in hits))
+        digest.update(b"".join(np.int32(len(hit["runs"])).tobytes() for hit in hits))
+        digest.update(b"".join(hit["runs"].tobytes() for hit in hits))
         return digest.hexdigest()
 
     def pairing_keys(self, record_id: str) -> list[bytes]:

@@ -47,7 +47,7 @@ def make_store(root: Path) -> FeatureStore:
     store = FeatureStore.create(root, StoreSettings(tile_rows=16, tile_cols=8))
 
     def commit(names: str, job: str, seed: int, **options: str) -> None:
-        records = [make_record(name, 20 + seed, 13, seed=seed) for name in names]
+        records = [make_record(name, 20 + seed, 13, seed=seed, templates=True) for name in names]
         part = write_part(store.url, records, store.settings)
         store.commit([part.part_id], job_id=job, **options)
 
@@ -76,6 +76,7 @@ def read_everything(root: Path) -> list:
         for array in (record.msa(), record.deletions(), *record.features().values()):
             found.append((array.dtype.str, array.shape, np.ascontiguousarray(array).tobytes()))
         found.append(record.rows().to_pylist())
+        found.append(record.templates().fingerprint)
     found.append(
         [(entry.version, entry.time, entry.message, entry.job_id, entry.tags) for entry in store.log()]
     )

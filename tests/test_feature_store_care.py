@@ -272,8 +272,9 @@ def test_a_record_is_read_back_whole(store):
         "extra",
         "structure",
         "neff",
+        "templates",
     }
-    wanted = [make_record("even", 10, 20), make_record("odd", 9, 21)]
+    wanted = [make_record("even", 10, 20), make_record("odd", 9, 21, templates=True)]
     part = write_part(store.url, wanted, store.settings)
     store.commit([part.part_id], job_id="whole")
     for want in wanted:

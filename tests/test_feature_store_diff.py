@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from range_server import range_server
-from records import make_record, make_structure
+from records import make_record, make_structure, make_templates
 
 from foldfeed.feature_store import CorruptDataError, FeatureStore, StoreSettings, write_part
 from foldfeed.feature_store.care.compact import compact
@@ -59,6 +59,10 @@ def changed(record, what, rng):
         other = make_record(record.record_id, record.depth + 1, record.length, int(rng.integers(1 << 30)))
         names = ("msa", "deletions", "rows", "sequence", "databases")
         return dataclasses.replace(record, **{name: getattr(other, name) for name in names}, neff=None)
+    if what == "templates":
+        return dataclasses.replace(record, templates=make_templates(record.length, int(rng.integers(99))))
+    if what == "no templates":
+        return dataclasses.replace(record, templates=None)
     if what == "no structure":
         return dataclasses.replace(record, structure=None)
     structure = record.structure or make_structure(record.length, 5)
@@ -70,7 +74,7 @@ def changed(record, what, rng):
 
 
 KINDS = ["description", "extra", "databases", "token", "deletion", "sequence", "hit_id", "species", "e_value"]
-KINDS += ["depth", "no structure", "facts", "atoms"]
+KINDS += ["depth", "no structure", "facts", "atoms", "templates", "no templates"]
 
 
 def equal_arrays(a, b) -> bool:
@@ -98,6 +102,8 @@ def reasons(a, b) -> set[str]:
             found.add("rows")
     if (a.structure and a.structure.fingerprint) != (b.structure and b.structure.fingerprint):
         found.add("structure")
+    if (a.templates and a.templates.fingerprint) != (b.templates and b.templates.fingerprint):
+        found.add("templates")
     return found
 
 

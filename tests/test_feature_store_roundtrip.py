@@ -53,9 +53,20 @@ def assert_equal(stored, record: MsaRecord) -> None:
     for column, values in (("e_value", record.rows.e_value), ("bit_score", record.rows.bit_score)):
         want = [None if np.isnan(value) else value for value in values.tolist()]
         assert table[column].to_pylist() == want
+    assert_templates_equal(stored.templates(), record.templates)
     assert stored.fingerprint == record.fingerprint
     assert stored.sequence == record.sequence
     assert stored.extra == dict(record.extra)
+
+
+def assert_templates_equal(stored, wanted) -> None:
+    assert (stored is None) == (wanted is None)
+    if wanted is None:
+        return
+    assert dict(stored.source) == dict(wanted.source)
+    for one, other in zip(stored.hits, wanted.hits, strict=True):
+        for name in one.__slots__:
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
 def assert_derived_and_atoms_equal(stored, record: MsaRecord) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from foldfeed.feature_store.errors import CorruptDataError, FormatVersionError
 from foldfeed.feature_store.format.effective_rows import measure_effective_rows
 from foldfeed.feature_store.format.record import MsaRecord
+from foldfeed.feature_store.format.schema import TEMPLATE_AXIS
 from foldfeed.feature_store.format.settings import StoreSettings
 from foldfeed.feature_store.parts.reader import PartReader
 from foldfeed.feature_store.parts.rebuild import load_record, rewritten
@@ -278,12 +279,20 @@ def _compare(
 
 def _records_in(array: ShardReader, span: range, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Returns the records with residues or rows in that stretch of an array's first axis."""
-    columns = {"residue": ("first_residue", "length"), "row": ("first_row", "depth")}.get(array.spec.dims[0])
+    columns = {
+        "residue": ("first_residue", "length"),
+        "row": ("first_row", "depth"),
+        TEMPLATE_AXIS: ("first_template", "num_templates"),
+    }.get(array.spec.dims[0])
     if columns is None:
         return ()
     first, count = columns
+    # Null where a record has none of it.
+    places = ((row["record_id"], row.get(first), row.get(count)) for row in rows)
     return tuple(
-        row["record_id"] for row in rows if row[first] < span.stop and row[first] + row[count] > span.start
+        name
+        for name, start, size in places
+        if start is not None and size is not None and start < span.stop and start + size > span.start
     )
 
 

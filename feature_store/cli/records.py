@@ -17,6 +17,7 @@ from foldfeed.feature_store.cli.terminal import printable
 from foldfeed.feature_store.cli.tools import open_store, output_stream, parse_window, working
 from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.format.settings import ROW_ORDER_USES
+from foldfeed.feature_store.format.templates import Templates
 from foldfeed.feature_store.store.feature_store import FeatureStore, Record
 
 
@@ -31,7 +32,7 @@ from foldfeed.feature_store.store.feature_store import FeatureStore, Record
 @click.option(
     "--rows-of",
     metavar="CONDITION",
-    help="`rows`, `residues` and `structures` hold what belongs to these records only.",
+    help="`rows`, `residues`, `structures` and `templates` hold what belongs to these records only.",
 )
 @click.option(
     "--param",
@@ -69,6 +70,9 @@ def query(
                   deletion_mean, neff, observed, residue_number, insertion_code
       structures  one per structure: record_id, entry_id, label_asym_id, auth_asym_id, entity_id, model,
                   method, resolution_angstrom, release_date, num_residues, num_observed
+      templates   one per template hit: record_id, rank, template_id, entry_id, chain_id, release_date,
+                  resolution_angstrom, e_value, score, probability, sum_probs, num_residues, num_aligned,
+                  identity, coverage, sequence
       sets, splits (see `foldfeed sets`)
 
     A question about `rows` or `residues` reads the columns that it needs of every record (some million rows a
@@ -155,6 +159,9 @@ def _show_record(record: Record, num_rows: int) -> None:
         facts = ", ".join(f"{name} {value}" for name, value in sorted(structure.source.items()))
         observed = int(structure.observed.sum())
         click.echo(f"structure    {observed} of {record.length} residues observed; {printable(facts)}")
+    templates = record.templates()
+    if templates is not None:
+        click.echo(f"templates    {_told_of(templates)}")
     for use in record.databases:
         click.echo(
             f"database     {use['name']}: {use['num_rows']} rows of {use['num_hits']} hits "
@@ -164,6 +171,18 @@ def _show_record(record: Record, num_rows: int) -> None:
     if num_rows:
         click.echo()
         write_table(record.rows().slice(0, num_rows), "table", sys.stdout.buffer)
+
+
+def _told_of(templates: Templates) -> str:
+    facts = templates.source
+    words = [f"{len(templates)} hits of {facts.get('num_hits', 'unknown')} found"]
+    if "database" in facts:
+        words.append(f"in {facts['database']} ({facts.get('tool', '')} {facts.get('tool_version', '')})")
+    if templates.hits:
+        words.append(f"the best is {templates.hits[0].template_id}")
+        known = [hit.release_date for hit in templates.hits if hit.release_date is not None]
+        words.append(f"released {min(known)} to {max(known)}" if known else "release dates unknown")
+    return printable("; ".join(words))
 
 
 @click.command()
@@ -242,8 +261,8 @@ def diff(store: str, old: str, new: str | None, form: str) -> None:
     OLD and NEW are versions or tags (see `foldfeed log`). One row per record that was added, removed,
     replaced (it says something else) or annotated (columns of one's own, or N_eff, differ). WHY names what
     differs: description, sequence, depth, alignment, rows (hit ids, E-values, ...), databases, extra,
-    structure. VERSIONS are the commits that did it, JOB_IDS their jobs; both are empty where `gc` may have
-    removed what tells. The exit code is 0 whether or not anything changed.
+    structure, templates. VERSIONS are the commits that did it, JOB_IDS their jobs; both are empty where
+    `gc` may have removed what tells. The exit code is 0 whether or not anything changed.
 
     \b
     Examples:

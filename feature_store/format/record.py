@@ -21,6 +21,7 @@ from foldfeed.feature_store.errors import InvalidRecordError
 from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.format.effective_rows import NEFF_MAX_ROWS, EffectiveRows, measure_effective_rows
 from foldfeed.feature_store.format.structure import Structure
+from foldfeed.feature_store.format.templates import Templates
 
 # Ids are file-name and SQL friendly and cannot walk out of a folder; UniProt, PDB and UniRef ids all fit.
 RECORD_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.|:+=@-]{0,254}")
@@ -98,6 +99,8 @@ class MsaRecord:
       structure: atoms of the query's residues, when there are any; it belongs to what the record says.
       neff: of `msa`, when whoever made the record computed it; it follows from the alignment, so it does not
         belong to what the record says.
+      templates: chains of known structure that a search found; None when none was made. What was found
+        belongs to what the record says.
     """
 
     record_id: str
@@ -110,6 +113,7 @@ class MsaRecord:
     extra: Mapping[str, str] = dataclasses.field(default_factory=dict)
     structure: Structure | None = None
     neff: EffectiveRows | None = None
+    templates: Templates | None = None
 
     def __post_init__(self) -> None:
         reason = self._problem()
@@ -149,6 +153,8 @@ class MsaRecord:
             digest.update("\x00".join(["pairing_key", *self.rows.pairing_key]).encode())
         if self.structure is not None:
             digest.update(self.structure.fingerprint.encode())
+        if self.templates is not None:
+            digest.update(f"templates {self.templates.fingerprint}".encode())
         return digest.hexdigest()
 
     def with_neff(self, max_rows: int = NEFF_MAX_ROWS) -> MsaRecord:
@@ -226,6 +232,8 @@ class MsaRecord:
     def _derived_problem(self) -> str | None:
         if self.structure is not None and self.structure.length != self.length:
             return f"its structure has {self.structure.length} residues, its sequence {self.length}"
+        if self.templates is not None and self.templates.reaches() > self.length:
+            return f"a template is aligned with its residue {self.templates.reaches()} of {self.length}"
         if self.neff is None:
             return None
         values = self.neff.per_residue

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from foldfeed.feature_store.format import alphabet, record, structure
+from foldfeed.feature_store.format import alphabet, record, structure, templates
 from foldfeed.feature_store.format.settings import FORMAT_NAME, FORMAT_VERSION, StoreSettings
 
 ZSTD_LEVEL = 3
@@ -39,6 +39,21 @@ TEXT_CHUNK = 1 << 16
 # A part has this array if and only if one of its rows has a key, so parts without are the same bytes as
 # before it came.
 PAIRING_KEY = "row_pairing_key"
+# A part has these arrays if and only if one of its records has a template hit, for the same reason. Entries
+# of `TEMPLATE_AXIS` are hits; their names, sequences and runs lie one after the other.
+TEMPLATE_AXIS = "template"
+TEMPLATE_ARRAYS = (
+    "template_id_bytes",
+    "template_id",
+    "template_num_residues",
+    "template_sequence",
+    "template_release_date",
+    *templates.NUMBERS,
+    "template_num_runs",
+    "template_run",
+)
+TEMPLATE_CHUNK = 1024
+RUN_CHUNK = 4096
 # First axis of the arrays of a structure.
 STRUCTURE_AXIS = "structure_residue"
 # A deletion count from this on does not fit its cell; the cell holds it and the exact count is in the
@@ -199,6 +214,7 @@ def array_specs(settings: StoreSettings) -> dict[str, ArraySpec]:
         ArraySpec(name="entropy", dtype="<f4", chunk=(RESIDUE_CHUNK,), fill="NaN", dims=("residue",)),
         ArraySpec(name="neff", dtype="<f4", chunk=(RESIDUE_CHUNK,), fill="NaN", dims=("residue",)),
         *_structure_specs(),
+        *_template_specs(),
     )
     return {spec.name: spec for spec in specs}
 
@@ -216,6 +232,40 @@ def _structure_specs() -> list[ArraySpec]:
         )
         for name, (dtype, shape) in structure.ARRAYS.items()
     ]
+
+
+def _template_specs() -> list[ArraySpec]:
+    """Returns the arrays of `TEMPLATE_ARRAYS`; only records with template hits take entries of them."""
+    counts = ("template_id_bytes", "template_num_residues", "template_num_runs")
+    found = [
+        ArraySpec(name=name, dtype="<i4", chunk=(TEMPLATE_CHUNK,), fill=0, dims=(TEMPLATE_AXIS,))
+        for name in counts
+    ]
+    found += [
+        ArraySpec(name=name, dtype="|u1", chunk=(TEXT_CHUNK,), fill=0, dims=(f"{name}_byte",))
+        for name in ("template_id", "template_sequence")
+    ]
+    found += [
+        ArraySpec(name=name, dtype="<f8", chunk=(TEMPLATE_CHUNK,), fill="NaN", dims=(TEMPLATE_AXIS,))
+        for name in templates.NUMBERS
+    ]
+    found += [
+        ArraySpec(
+            name="template_release_date",
+            dtype="<i4",
+            chunk=(TEMPLATE_CHUNK,),
+            fill=templates.NO_DATE,
+            dims=(TEMPLATE_AXIS,),
+        ),
+        ArraySpec(
+            name="template_run",
+            dtype="<i4",
+            chunk=(RUN_CHUNK, 3),
+            fill=0,
+            dims=("template_run", "query_template_pairs"),
+        ),
+    ]
+    return found
 
 
 def fill_chunk(spec: ArraySpec) -> np.ndarray:
@@ -300,5 +350,12 @@ INDEX_SCHEMA = pa.schema(
         pa.field("neff", pa.float64(), nullable=True),
         pa.field("structure", pa.string(), nullable=True),
         pa.field("first_structure_residue", pa.int64(), nullable=True),
+        # Null: templates were not searched.
+        pa.field("templates", pa.string(), nullable=True),
+        pa.field("num_templates", pa.int32(), nullable=True),
+        pa.field("first_template", pa.int64(), nullable=True),
+        pa.field("first_template_id_byte", pa.int64(), nullable=True),
+        pa.field("first_template_residue", pa.int64(), nullable=True),
+        pa.field("first_template_run", pa.int64(), nullable=True),
     ]
 )

@@ -54,6 +54,36 @@ def parse_stockholm(text: Text, max_rows: int | None = None) -> ParsedAlignment:
     return alignment_of_aligned(list(rows), list(rows.values()), [lines[name] for name in rows])
 
 
+def stockholm_as_a3m(text: Text) -> list[tuple[str, bytes]]:
+    """Returns name and A3M row (upper case and ``-`` in the query's columns, lower case between) of all rows.
+
+    Unlike `parse_stockholm` it keeps the letters of insertions, also of those behind the last column.
+
+    Raises:
+      AlignmentParseError: as `parse_stockholm`.
+    """
+    rows, lines = _split(text, None)
+    names = list(rows)
+    query = np.frombuffer(rows[names[0]], dtype=np.uint8)
+    is_query_column = ~_GAPS[query]
+    found = []
+    for name, row in rows.items():
+        letters = np.frombuffer(row, dtype=np.uint8)
+        if len(letters) != len(query):
+            raise AlignmentParseError(
+                f"row {shown(name)} has {len(letters)} columns, the first row has {len(query)}", lines[name]
+            )
+        normal = _NORMAL[letters]
+        if not normal.all():
+            raise AlignmentParseError(f"row {shown(name)} holds what is no residue and no gap", lines[name])
+        kept = is_query_column | (normal != ord("-"))
+        # Lower case is 32 above upper case.
+        found.append(
+            (name, (normal + 32 * ~is_query_column.astype(np.bool_)).astype(np.uint8)[kept].tobytes())
+        )
+    return found
+
+
 def alignment_of_aligned(
     names: list[str], rows: Sequence[bytes | bytearray], lines: list[int]
 ) -> ParsedAlignment:

@@ -55,6 +55,7 @@ def load_record(part: PartReader, row: Mapping[str, Any]) -> MsaRecord:
             extra=json.loads(row["extra"]),
             structure=reader.structure(),
             neff=_neff(reader),
+            templates=reader.templates(),
         )
     except (InvalidRecordError, UnicodeDecodeError, AssertionError, IndexError, ValueError) as error:
         raise CorruptDataError(where, f"it is not a valid record ({error})") from error

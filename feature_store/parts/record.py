@@ -26,9 +26,11 @@ from foldfeed.feature_store.format.grid import (
     resolve_window,
 )
 from foldfeed.feature_store.format.structure import Structure
+from foldfeed.feature_store.format.templates import Templates
 from foldfeed.feature_store.parts.dataset import to_dataset
 from foldfeed.feature_store.parts.reader import PartReader, RecordLocation
 from foldfeed.feature_store.parts.shard_reader import FileRange
+from foldfeed.feature_store.parts.template_scan import load_templates
 from foldfeed.feature_store.parts.tiles import Crop, CropArrays, CropPlan, Slab, TiledRecord, pair_of
 
 # What is stored for every residue of a record, whether or not it has a structure.
@@ -340,6 +342,21 @@ class Record:
         if found is None:
             return None
         return found["atom_positions"], found["atom_mask"], json.loads(self._row["structure"])
+
+    def templates(self, **rules: Any) -> Templates | None:
+        """Returns the chains of known structure that a search found, or None when none was searched.
+
+        Example:
+          >>> record.templates(max_date="2018-04-30", max_hits=20)
+
+        Args:
+          **rules: which of them, see `Templates.select`; all when none is given.
+        Raises:
+          ValueError: a rule that cannot be.
+          CorruptDataError: a chunk does not match its checksum, or what it holds is no hit.
+        """
+        found = load_templates(self._part, self._row)
+        return found.select(self.sequence, **rules) if found is not None and rules else found
 
     def rows(self) -> pa.Table:
         """Returns the provenance of every row, see `RowProvenance`.

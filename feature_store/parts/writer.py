@@ -37,6 +37,7 @@ from foldfeed.feature_store.format.schema import (
     GROUP_FILE,
     PAIRING_KEY,
     ROW_CHUNK,
+    TEMPLATE_ARRAYS,
     ArraySpec,
     array_specs,
     chunk_entries_of,
@@ -45,10 +46,13 @@ from foldfeed.feature_store.format.schema import (
 from foldfeed.feature_store.format.settings import StoreSettings
 from foldfeed.feature_store.format.sidecars import summarise
 from foldfeed.feature_store.format.structure import Structure
+from foldfeed.feature_store.format.templates import Templates, arrays_of
 from foldfeed.feature_store.parts.shard_writer import ShardWriter
 from foldfeed.feature_store.storage import open_blobs
 
 PART_ID_HEX = 40
+# Arrays that a part has only where a record needs them.
+_WHEN_USED = (PAIRING_KEY, *TEMPLATE_ARRAYS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,9 +114,9 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
         self._settings = settings
         specs = array_specs(settings) if specs is None else specs
         self._chunk_entries = chunk_entries_of(specs)
-        self._pairing_spec = specs[PAIRING_KEY]
+        self._specs = specs
         self._shards = {
-            name: ShardWriter(folder, spec) for name, spec in specs.items() if name != PAIRING_KEY
+            name: ShardWriter(folder, spec) for name, spec in specs.items() if name not in _WHEN_USED
         }
         self._last_id = ""
 
@@ -138,6 +142,8 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
         if record.structure is not None:
             for name, values in record.structure.arrays.items():
                 self._shards[name].append(values)
+        if record.templates is not None and record.templates.hits:
+            self._append_templates(record.templates)
         # Nulls are left out: a record that does not use a later column is the same bytes as before it came.
         known = {name: value for name, value in row.items() if value is not None}
         line = json.dumps(known, sort_keys=True, separators=(",", ":")).encode() + b"\n"
@@ -178,6 +184,7 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
             "first_overflow": self._shards["deletion_overflow"].length,
             "neff": None if record.neff is None else record.neff.total,
             **self._structure_columns(record.structure),
+            **self._template_columns(record.templates),
         }
 
     def _structure_columns(self, found: Structure | None) -> dict[str, Any]:
@@ -187,6 +194,36 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
             "structure": json.dumps(dict(found.source), sort_keys=True),
             "first_structure_residue": self._shards["atom_mask"].length,
         }
+
+    def _template_columns(self, found: Templates | None) -> dict[str, Any]:
+        if found is None:
+            return {}
+        return {
+            "templates": json.dumps(dict(found.source), sort_keys=True),
+            "num_templates": len(found.hits),
+            "first_template": self._length_of("template_id_bytes"),
+            "first_template_id_byte": self._length_of("template_id"),
+            "first_template_residue": self._length_of("template_sequence"),
+            "first_template_run": self._length_of("template_run"),
+        }
+
+    def _length_of(self, name: str) -> int:
+        return self._shards[name].length if name in self._shards else 0
+
+    def _append_templates(self, found: Templates) -> None:
+        for name in TEMPLATE_ARRAYS:
+            if name not in self._shards:
+                self._shards[name] = ShardWriter(self._folder, self._specs[name])
+        sizes, names = encode_names([hit.template_id for hit in found.hits])
+        lengths, sequences = encode_names([hit.sequence for hit in found.hits])
+        values = arrays_of(found.hits) | {
+            "template_id_bytes": sizes,
+            "template_id": np.frombuffer(names, dtype=np.uint8),
+            "template_num_residues": lengths,
+            "template_sequence": np.frombuffer(sequences, dtype=np.uint8),
+        }
+        for name in TEMPLATE_ARRAYS:
+            self._shards[name].append(values[name])
 
     def _append_tiles(self, record: MsaRecord, row: dict[str, Any]) -> None:
         grid = grid_of(row["first_tile"], record.depth, record.length, self._settings)
@@ -229,7 +266,7 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
     def _append_pairing_keys(self, keys: Sequence[str]) -> None:
         """Appends the keys of the record whose other rows were appended just before."""
         if PAIRING_KEY not in self._shards:
-            self._shards[PAIRING_KEY] = ShardWriter(self._folder, self._pairing_spec)
+            self._shards[PAIRING_KEY] = ShardWriter(self._folder, self._specs[PAIRING_KEY])
         self._pad_pairing_keys(len(keys))
         self._shards[PAIRING_KEY].append(fixed_width(keys, PAIRING_KEY_BYTES))
 

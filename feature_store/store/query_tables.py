@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from foldfeed.feature_store.parts.residue_scan import RESIDUES_SCHEMA, residue_batches
 from foldfeed.feature_store.parts.row_scan import ROWS_SCHEMA, row_batches
+from foldfeed.feature_store.parts.template_scan import TEMPLATES_SCHEMA, template_batches
 from foldfeed.feature_store.storage import Blobs
 from foldfeed.feature_store.store import record_sets, splits
 from foldfeed.feature_store.store.record_sets import RecordSet
@@ -25,7 +26,7 @@ from foldfeed.feature_store.store.structure_table import STRUCTURES_SCHEMA, stru
 SETS_SCHEMA = pa.schema([("name", pa.string()), *record_sets.SCHEMA])
 SPLITS_SCHEMA = pa.schema([("name", pa.string()), *splits.SCHEMA])
 # What lies beside a record rather than in the index.
-PER_RECORD = ("rows", "residues", "structures")
+PER_RECORD = ("rows", "residues", "structures", "templates")
 
 
 class _Source(Protocol):
@@ -74,6 +75,9 @@ def lazy_tables(
         ),
         "structures": LazyTable(
             STRUCTURES_SCHEMA, lambda only, columns: structure_batches(files(), records(only), columns), key
+        ),
+        "templates": LazyTable(
+            TEMPLATES_SCHEMA, lambda only, columns: template_batches(files(), records(only), columns), key
         ),
         "sets": LazyTable(SETS_SCHEMA, set_batches),
         "splits": LazyTable(SPLITS_SCHEMA, split_batches),

@@ -207,9 +207,10 @@ class RecordSource(abc.ABC, Generic[RecordT]):
         Tables: ``records`` (the index), ``rows`` (provenance of every alignment row: record_id, rank,
         database, e_value, bit_score, hit_id, species, pairing_key), ``residues`` (record_id, position from
         0, letter, profile, entropy, gap_fraction, deletion_mean, neff, observed, residue_number,
-        insertion_code; see `residue_scan`), ``structures`` (see `structure_table`), ``sets`` (name,
-        record_id) and ``splits`` (name, record_id, cluster_id, part). ``profile`` is FLOAT[22] in the order
-        ARNDCQEGHILKMFPSTWYVX-, so ``profile[instr('ARNDCQEGHILKMFPSTWYVX-', 'W')]`` is the share of W.
+        insertion_code; see `residue_scan`), ``structures`` (see `structure_table`), ``templates`` (hits
+        of template searches, see `template_scan`), ``sets`` (name, record_id) and ``splits`` (name,
+        record_id, cluster_id, part). ``profile`` is FLOAT[22] in the order ARNDCQEGHILKMFPSTWYVX-, so
+        ``profile[instr('ARNDCQEGHILKMFPSTWYVX-', 'W')]`` is the share of W.
 
         A query that names ``rows`` or ``residues`` reads them of every record, but only the columns that it
         needs and one batch of rows in memory at a time. It reads fewer records when it says which: with a
@@ -221,8 +222,8 @@ class RecordSource(abc.ABC, Generic[RecordT]):
 
         Args:
           sql: one query.
-          rows_of: a condition on ``records``; ``rows``, ``residues`` and ``structures`` then hold what
-            belongs to these records only.
+          rows_of: a condition on ``records``; ``rows``, ``residues``, ``structures`` and ``templates`` then
+            hold what belongs to these records only.
           params: values for ``?`` (a list) or ``$name`` (a dict) in ``sql``. They are bound, never written
             into the text; a text is cast where it meets a number or a date.
           timeout_s: seconds after which the query is stopped, between two batches where it reads; no limit

@@ -55,9 +55,9 @@ class VersionDiff:
       table: `DIFF_SCHEMA`, one row per record that differs, sorted by id. ``change`` is one of `CHANGES`.
         ``why`` says in what a replaced record differs: ``description``, ``sequence``, ``depth`` (and with it
         the alignment), ``alignment`` (tokens or deletions, at the same depth), ``rows`` (hit ids, databases,
-        species, E-values or scores of rows, at the same depth), ``databases``, ``extra``, ``structure``; of
-        an annotated one it names the columns. ``versions`` are those between the two whose commits touched
-        the record, ``job_ids`` their jobs; null where `gc` may have removed what tells.
+        species, E-values or scores of rows, at the same depth), ``databases``, ``extra``, ``structure``,
+        ``templates``; of an annotated one it names the columns. ``versions`` are those between the two whose
+        commits touched the record, ``job_ids`` their jobs; null where `gc` may have removed what tells.
       commits: all between the two, the oldest first.
     """
 
@@ -215,6 +215,11 @@ def _reasons(before: pa.Table, after: pa.Table, record_of: Callable[[_Row], Reco
             yield "structure"
     elif json.loads(one["structure"]) != json.loads(other["structure"]) or not _same_atoms(*both()):
         yield "structure"
+    if one["templates"] is None or other["templates"] is None:
+        if one["templates"] is not other["templates"]:
+            yield "templates"
+    elif not _same_templates(*both()):
+        yield "templates"
 
 
 def _same_alignment(old: Record, new: Record) -> bool:
@@ -250,4 +255,9 @@ def _same_batches(ours: Iterator[pa.RecordBatch], theirs: Iterator[pa.RecordBatc
 
 def _same_atoms(old: Record, new: Record) -> bool:
     a, b = old.structure(), new.structure()
+    return a is not None and b is not None and a.fingerprint == b.fingerprint
+
+
+def _same_templates(old: Record, new: Record) -> bool:
+    a, b = old.templates(), new.templates()
     return a is not None and b is not None and a.fingerprint == b.fingerprint
