@@ -9,7 +9,8 @@ there is not done again and equal searches publish equal bytes; a task that ends
 of its share.
 
 A search in a database of several files is joined from its parts, which several tasks search. Every task joins
-at its end what has all parts and no answer: whoever is last sees all parts, so nothing is left over.
+at its end what has all parts and no answer: whoever is last sees all parts, so nothing is left over. So it is
+with templates, which are searched with alignments that several tasks made; each begins with its own share.
 """
 
 from __future__ import annotations
@@ -36,14 +37,17 @@ from foldfeed.pipelines.search import (
     JobContext,
     Receipt,
     WorkUnit,
+    join_units,
     scan_batches,
     scan_group,
     scan_shards,
     search_unit,
+    units_of,
 )
 from foldfeed.pipelines.search_tool import SearchedDatabase
-from foldfeed.pipelines.share import Share, WorkItem, items_of, shard_units_of, sharded_units
+from foldfeed.pipelines.share import Share, WorkItem, items_of, queries_of, shard_units_of, sharded_units
 from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all, drive_build
+from foldfeed.pipelines.template_search import search_template_unit, template_unit
 
 _Work = TypeVar("_Work", list[WorkItem], WorkUnit)
 
@@ -64,6 +68,7 @@ class ShareReport:
       num_reused: of these, found in the result store.
       failures: what came of the others.
       num_joined: searches in databases of several files whose parts this task joined.
+      num_templates: searches of templates that this task did.
       num_planned: searches of the whole build.
       num_answered: of these, with an answer when the task ended.
       seconds: wall time.
@@ -77,6 +82,7 @@ class ShareReport:
     num_reused: int
     failures: tuple[Receipt, ...]
     num_joined: int
+    num_templates: int
     num_planned: int
     num_answered: int
     seconds: float
@@ -100,7 +106,7 @@ def search_share(config: BuildConfig, share: Share) -> ShareReport:
     for url in config.queries:
         open_query_file(url).close()
     databases, plan, job_id, num_parts = planned(config)
-    context = _context(config, databases, job_id, num_parts)
+    context = _context(config, databases, plan, job_id, num_parts)
     results = ResultStore(context.results_url)
     items = items_of(config.queries, databases, config.max_residues, share)
     there = results.present({item.unit_id for item in items})
@@ -112,7 +118,12 @@ def search_share(config: BuildConfig, share: Share) -> ShareReport:
             _joinable(config, context, share),
             config.num_workers,
         )
-    failures = tuple(receipt for receipt in [*receipts, *joined] if receipt.status != "ok")
+        templates = _all(
+            lambda unit: [search_template_unit(unit, context)],
+            _templates(config, context, share),
+            config.num_workers,
+        )
+    failures = tuple(receipt for receipt in [*receipts, *joined, *templates] if receipt.status != "ok")
     return ShareReport(
         share=share,
         job_id=job_id,
@@ -122,6 +133,7 @@ def search_share(config: BuildConfig, share: Share) -> ShareReport:
         num_reused=len(items) - len(todo),
         failures=failures,
         num_joined=sum(receipt.status == "ok" for receipt in joined),
+        num_templates=sum(receipt.status == "ok" for receipt in templates),
         num_planned=len(plan.unit_ids),
         num_answered=_count(plan, results),
         seconds=time.monotonic() - started,
@@ -137,6 +149,8 @@ def lines_of(report: ShareReport) -> Iterator[str]:
     )
     if report.num_joined:
         yield f"joined from the files of their databases: {report.num_joined} searches"
+    if report.num_templates:
+        yield f"templates, with alignments that are there: {report.num_templates} searches"
     for failure in report.failures[:MAX_SHOWN_FAILURES]:
         yield f"  {', '.join(failure.record_ids)}: {failure.reason} ({failure.status})"
     if len(report.failures) > MAX_SHOWN_FAILURES:
@@ -156,7 +170,7 @@ def _refuse_engine(config: BuildConfig) -> None:
 
 
 def _context(
-    config: BuildConfig, databases: tuple[SearchedDatabase, ...], job_id: str, num_parts: int
+    config: BuildConfig, databases: tuple[SearchedDatabase, ...], plan: Plan, job_id: str, num_parts: int
 ) -> JobContext:
     """Returns what a search needs to know; the store, which tasks do not touch, is not made."""
     return JobContext(
@@ -168,6 +182,7 @@ def _context(
         run_id=f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}",
         num_parts=num_parts,
         max_residues=config.max_residues,
+        templates=plan.templates,
     )
 
 
@@ -214,9 +229,31 @@ def _joinable(config: BuildConfig, context: JobContext, share: Share) -> list[Wo
     }
     there = results.present({*parts, *(name for names in parts.values() for name in names)})
     found = [unit for unit in units if unit.unit_id not in there and there.issuperset(parts[unit.unit_id])]
-    # Tasks that end together begin at different places of the same circle.
+    return _from_its_own(found, share)
+
+
+def _templates(config: BuildConfig, context: JobContext, share: Share) -> list[WorkUnit]:
+    """Returns the searches of templates that have an alignment and no answer, in the same order."""
+    if context.templates is None:
+        return []
+    units: dict[str, WorkUnit] = {}
+    needed: dict[str, tuple[str, ...]] = {}
+    for query in queries_of(config.queries, config.max_residues):
+        unit = template_unit(query, context)
+        there = units.get(unit.unit_id)
+        units[unit.unit_id] = unit if there is None else join_units([there, unit])
+        alignments = units_of(query.sequence, context.databases)
+        needed[unit.unit_id] = tuple(alignments[index] for index in context.templates.msa)
+    results = ResultStore(context.results_url)
+    present = results.present({*units, *(name for names in needed.values() for name in names)})
+    found = [unit for name, unit in units.items() if name not in present and present.issuperset(needed[name])]
+    return _from_its_own(found, share)
+
+
+def _from_its_own(units: list[WorkUnit], share: Share) -> list[WorkUnit]:
+    """Returns units in an order in which tasks that end together begin at different places of a circle."""
     return sorted(
-        found, key=lambda unit: ((int(unit.unit_id[:8], 16) - share.task) % share.tasks, unit.unit_id)
+        units, key=lambda unit: ((int(unit.unit_id[:8], 16) - share.task) % share.tasks, unit.unit_id)
     )
 
 

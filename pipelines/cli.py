@@ -218,7 +218,7 @@ def build(
             row_order_seed=row_order_seed,
             results=results,
             max_hits=dict(_parse_max_hits(text) for text in max_hits),
-            templates=None if templates is None else templates_of(templates, Registry(registry)),
+            templates=_templates_of(templates, Registry(registry), stage_databases),
             template_msa=template_msa,
             max_template_hits=max_template_hits,
             max_template_date=max_template_date,
@@ -265,6 +265,18 @@ def _databases_of(texts: tuple[str, ...], registry: Registry, folder: str | None
         return tuple(database_of(text, registry) for text in texts)
     with byte_bars() as tell:
         return tuple(staged_database(text, registry, folder, tell) for text in texts)
+
+
+def _templates_of(text: str | None, registry: Registry, folder: str | None) -> DatabaseSpec | None:
+    if text is None or folder is None:
+        return None if text is None else templates_of(text, registry)
+    if "=" in text:
+        raise ConfigError(
+            f"--stage-databases copies templates by name only, and {text!r} is not one; "
+            "`foldfeed database add NAME FASTA DATES --tool hmmsearch` gives them one"
+        )
+    with byte_bars() as tell:
+        return staged_database(text, registry, folder, tell)
 
 
 def _share_of(task: int | None, tasks: int | None) -> Share | None:

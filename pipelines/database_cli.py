@@ -16,13 +16,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from foldfeed.pipelines.database_files import differences, is_compressed, make_manifest, refreshed, unpack
-from foldfeed.pipelines.databases import TOOLS, DatabaseSpec
+from foldfeed.pipelines.databases import TEMPLATE_TOOLS, TOOLS, DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError
 from foldfeed.pipelines.manifest import DatabaseManifest
 from foldfeed.pipelines.registry import VARIABLE, Registry
 
 if TYPE_CHECKING:
     from foldfeed.pipelines.staging import StagedDatabase
+
+
+# Files that gave nothing, printed by name.
+_MAX_SHOWN = 20
 
 
 def registry_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,6 +48,8 @@ def database() -> None:
       foldfeed database add uniref90 /db/uniref90.fasta.gz --unpack-to /scratch/db --version 2026_03
       foldfeed database add uniref30 /db/UniRef30_2023_02 --licence CC-BY-SA-4.0
       foldfeed database stage s3://bucket/mgnify.fasta@16 --to /scratch/db --name mgnify
+      foldfeed database add pdb pdb_seqres.txt release_dates.tsv --tool hmmsearch
+      foldfeed database add pdb mmcif_files/ --tool hmmsearch --unpack-to /scratch/db
       foldfeed database list
       foldfeed build --queries q.fasta --database uniref90 --database uniref30 --store my-store
     """
@@ -53,12 +59,18 @@ def database() -> None:
 @click.argument("name")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option(
-    "--tool", type=click.Choice(TOOLS), help="[default: hhblits for an HH-suite prefix, else jackhmmer]"
+    "--tool",
+    type=click.Choice(TOOLS + TEMPLATE_TOOLS),
+    help="hmmsearch for templates. [default: hhblits for an HH-suite prefix, else jackhmmer]",
 )
 @click.option("--version", default="", metavar="TEXT", help="Of the release, e.g. 2026_03.")
 @click.option("--date", default="", metavar="YYYY-MM-DD", help="Of the release.")
 @click.option("--licence", default="", metavar="TEXT", help="Of the data, e.g. CC-BY-4.0.")
-@click.option("--unpack-to", metavar="DIR", help="Where a .gz or .zst is unpacked to. [default: beside it]")
+@click.option(
+    "--unpack-to",
+    metavar="DIR",
+    help="Where a .gz or .zst is unpacked to [default: beside it], or what is made of mmCIF files goes.",
+)
 @click.option("--replace", is_flag=True, help="Take this in place of other data of that name.")
 @registry_option
 def add(
@@ -79,10 +91,19 @@ def add(
     The tools read plain files, so a single compressed one is unpacked once. Several plain FASTA files, or
     PATH@16 for PATH-00000-of-00016 and so on, are shards of one database: searched apart, with the answer
     of one.
+
+    Templates (--tool hmmsearch) are two files, the sequences of known structures (FASTA like the PDB's
+    pdb_seqres.txt) and a table of their release dates: lines of entry, tab, YYYY-MM-DD and perhaps a tab and
+    the resolution, or OpenFold's mmcif_cache.json. Or a folder of mmCIF files, from which both are made.
     """
     if date:
         _check_date(date)
     source = ""
+    if tool in TEMPLATE_TOOLS:
+        _add_templates(
+            name, paths, unpack_to, {"version": version, "date": date, "licence": licence}, replace, registry
+        )
+        return
     if any("://" in path for path in paths):
         raise click.UsageError(
             "the tools read local files; copy and add it with "
@@ -209,6 +230,47 @@ def verify(names: tuple[str, ...], quick: bool, registry: str | None) -> None:
         wrong = wrong or bool(found)
     if wrong:
         click.get_current_context().exit(1)
+
+
+def _add_templates(
+    name: str,
+    paths: tuple[str, ...],
+    unpack_to: str | None,
+    facts: dict[str, str],
+    replace: bool,
+    registry: str | None,
+) -> None:
+    from foldfeed.feature_store.cli.tools import working
+    from foldfeed.pipelines.template_database import count_dated, make_template_files
+
+    known = Registry(registry)
+    if len(paths) == 1 and os.path.isdir(paths[0]):
+        if unpack_to is None:
+            raise click.UsageError(f"{paths[0]} is a folder; say with --unpack-to where the two files go")
+        with working("reading mmCIF files"):
+            made = make_template_files(name, paths[0], unpack_to)
+        paths = (made.fasta, made.dates)
+        click.echo(
+            f"{made.num_chains:,} chains of {made.num_entries:,} entries, {made.num_undated:,} of these "
+            f"without a release date; {len(made.rejects):,} files left out"
+        )
+        for where, reason in made.rejects[:_MAX_SHOWN]:
+            click.echo(f"  {where}: {reason}", err=True)
+        if len(made.rejects) > _MAX_SHOWN:
+            click.echo(f"  ... and {len(made.rejects) - _MAX_SHOWN:,} more", err=True)
+    elif len(paths) == 2 and is_compressed(paths[0]):
+        paths = (unpack(name, paths[0], unpack_to), paths[1])
+    elif unpack_to is not None:
+        raise click.UsageError("--unpack-to has no effect: the first PATH is no folder and not compressed")
+    try:
+        spec = DatabaseSpec(name=name, paths=tuple(map(os.path.abspath, paths)), tool=TEMPLATE_TOOLS[0])
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
+    manifest = make_manifest(spec, **facts)
+    num_dated, num_all = count_dated(*spec.paths)
+    known.put(manifest, replace=replace)
+    click.echo(_line(manifest))
+    click.echo(f"{name}: {num_dated:,} of {num_all:,} sequences have a release date")
 
 
 def _check_date(text: str) -> None:

@@ -18,6 +18,8 @@ from foldfeed.pipelines.results import ResultStore, UnitReceipt
 from foldfeed.pipelines.search import shard_ids_of, units_of
 from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.sequences import QuerySequence
+from foldfeed.pipelines.template_search import template_unit_id
+from foldfeed.pipelines.template_tool import TemplateDatabase
 
 # Receipts that are read for an estimate; ids are hashes, so any share of them is a fair sample.
 MAX_RECEIPTS = 1000
@@ -62,7 +64,7 @@ class Forecast:
       num_queries: records that would be built.
       num_rejects: entries that cannot be.
       is_finished: everything is searched and committed already.
-      databases: in merge order.
+      databases: in merge order, behind them the templates if there are any.
       num_workers: searches at a time on this machine.
       cpus_per_search: threads of one search.
     """
@@ -99,21 +101,24 @@ def make_forecast(
       cpus_per_search: threads of one search.
     """
     present = results.present(plan.unit_ids)
-    known: list[set[str]] = [set() for _ in databases]
-    missing = [[0, 0] for _ in databases]
-    files: list[set[str]] = [set() for _ in databases]
+    searched: tuple[SearchedDatabase | TemplateDatabase, ...] = databases
+    if plan.templates is not None:
+        searched = (*databases, plan.templates)
+    known: list[set[str]] = [set() for _ in searched]
+    missing = [[0, 0] for _ in searched]
+    files: list[set[str]] = [set() for _ in searched]
     seen: set[str] = set()
     for entry in read_queries(urls, max_residues):
         if not isinstance(entry, QuerySequence) or entry.record_id in seen:
             continue
         seen.add(entry.record_id)
-        for index, unit_id in enumerate(units_of(entry.sequence, databases)):
+        for index, unit_id in enumerate(_units(entry.sequence, databases, plan.templates)):
             if unit_id not in known[index]:
                 known[index].add(unit_id)
                 if unit_id not in present:
                     missing[index][0] += 1
                     missing[index][1] += len(entry.sequence)
-                    if len(files[index]) < MAX_SHOWN_PARTS:
+                    if index < len(databases) and len(files[index]) < MAX_SHOWN_PARTS:
                         files[index].update(shard_ids_of(entry.sequence, databases[index]))
     receipts = results.sample(MAX_RECEIPTS) if any(count for count, _ in missing) else []
     return Forecast(
@@ -122,17 +127,22 @@ def make_forecast(
         is_finished=is_finished,
         databases=tuple(
             _of_database(database, len(units), count, residues, receipts, parts, results.present(parts))
-            for database, units, (count, residues), parts in zip(
-                databases, known, missing, files, strict=True
-            )
+            for database, units, (count, residues), parts in zip(searched, known, missing, files, strict=True)
         ),
         num_workers=num_workers,
         cpus_per_search=cpus_per_search,
     )
 
 
+def _units(
+    sequence: str, databases: tuple[SearchedDatabase, ...], templates: TemplateDatabase | None
+) -> tuple[str, ...]:
+    units = units_of(sequence, databases)
+    return units if templates is None else (*units, template_unit_id(sequence, databases, templates))
+
+
 def _of_database(
-    database: SearchedDatabase,
+    database: SearchedDatabase | TemplateDatabase,
     num_searches: int,
     num_missing: int,
     missing_residues: int,

@@ -232,10 +232,14 @@ def _table(path: Path) -> bytes:
     return b"".join(line + b"\n" for line in lines if not line.startswith(b"#"))
 
 
-def _released(target: str, dates: dict[str, Release]) -> dict[str, object]:
-    """Returns the facts of a chain's entry: that of the whole name, else of what stands before its last _."""
+def released_of(target: str, dates: dict[str, Release]) -> Release | None:
+    """Returns what is known of a chain's entry: of the whole name, else of what stands before its last _."""
     name = target.lower()
-    release = dates.get(name) or dates.get(name.rpartition("_")[0])
+    return dates.get(name) or dates.get(name.rpartition("_")[0])
+
+
+def _released(target: str, dates: dict[str, Release]) -> dict[str, object]:
+    release = released_of(target, dates)
     return {
         "release_date": None if release is None else release.date.isoformat(),
         "resolution_angstrom": None if release is None else release.resolution_angstrom,

@@ -80,12 +80,12 @@ def items_of(
       share: whose.
     """
     lengths: list[dict[str, int]] = [{} for _ in databases]
-    for query in _queries(urls, max_residues):
+    for query in queries_of(urls, max_residues):
         for known, unit_id in zip(lengths, units_of(query.sequence, databases), strict=True):
             known[unit_id] = len(query.sequence)
     mine = deal(lengths, databases, share)
     units: dict[str, WorkUnit] = {}
-    for query in _queries(urls, max_residues):
+    for query in queries_of(urls, max_residues):
         for unit in work_units(query, databases):
             if (unit.database_index, unit.unit_id) in mine:
                 there = units.get(unit.unit_id)
@@ -153,7 +153,7 @@ def sharded_units(
     if not any(shard_ids_of("", database) for database in databases):
         return
     seen: set[str] = set()
-    for query in _queries(urls, max_residues):
+    for query in queries_of(urls, max_residues):
         for unit in work_units(query, databases):
             sharded = isinstance(databases[unit.database_index].tool, ShardedJackhmmer)
             if sharded and unit.unit_id not in seen:
@@ -166,7 +166,7 @@ def _part(unit: WorkUnit, number: int, databases: Sequence[SearchedDatabase]) ->
     return parts[number] if parts else None
 
 
-def _queries(urls: Sequence[str], max_residues: int) -> Iterator[QuerySequence]:
+def queries_of(urls: Sequence[str], max_residues: int) -> Iterator[QuerySequence]:
     """Yields the entries that are searched: valid, the first of their id."""
     seen: set[str] = set()
     for entry in read_queries(urls, max_residues):

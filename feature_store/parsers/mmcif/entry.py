@@ -196,6 +196,19 @@ class MmcifEntry:
         """Builds one chain after the other."""
         return (self.chain(name) for name in self.chain_ids)
 
+    def sequence_of(self, label_asym_id: str) -> str:
+        """Returns the one-letter sequence of a chain, without a look at its atoms.
+
+        Raises:
+          KeyError: no protein chain of that name has atoms.
+          StructureParseError: its table breaks a rule.
+        """
+        return self._sequences.of(self._entities[label_asym_id]).sequence
+
+    def description_of(self, label_asym_id: str) -> str:
+        """Returns what the entry calls a chain's entity, "" where it says nothing."""
+        return self._descriptions.get(self._entities[label_asym_id], "")
+
     def chain(self, label_asym_id: str) -> MmcifChain:
         """Returns one chain.
 
