@@ -1,6 +1,6 @@
 """Empty slots for templates, in the shapes that AlphaFold 2's model takes.
 
-foldfeed has no templates. A model that has a template stack still needs its inputs; here they are all zeros,
+A batch has no templates. A model that has a template stack still needs its inputs; here they are all zeros,
 and ``template_mask`` says that none of the slots holds one. That is what AlphaFold 2 makes of a chain without
 template hits. Names and shapes are OpenFold's, as for labels (`foldfeed.loader.structure_labels`).
 
