@@ -33,6 +33,7 @@ from foldfeed.pipelines.runners import LOCAL_RUNNER
 from foldfeed.pipelines.search import JobContext
 from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.sequences import DeadLetter
+from foldfeed.pipelines.together import num_groups_of
 
 if TYPE_CHECKING:
     import apache_beam as beam
@@ -195,6 +196,7 @@ def context_of(
         run_id=f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}",
         num_parts=num_parts,
         max_residues=config.max_residues,
+        num_groups=num_groups_of(len(plan.unit_ids) // len(databases)),
     )
 
 

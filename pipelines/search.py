@@ -7,7 +7,7 @@ twice is harmless.
 
 In a database of several files a unit has a part for every shard, which `scan_shards` may do anywhere and in
 any order; `search_unit` joins what they left in the result store, and does itself what is missing or damaged
-there.
+there. So it does with what `foldfeed.pipelines.together` searches before, many queries in one run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.format.settings import StoreSettings
@@ -31,6 +31,7 @@ from foldfeed.pipelines.errors import (
     ToolTimeoutError,
 )
 from foldfeed.pipelines.hits import read_hits
+from foldfeed.pipelines.mmseqs import Mmseqs
 from foldfeed.pipelines.results import ResultStore, SearchFacts, unit_id_of
 from foldfeed.pipelines.search_tool import SearchedDatabase, SearchResult
 from foldfeed.pipelines.sequences import QuerySequence
@@ -47,6 +48,7 @@ SCAN_BATCH = 16
 SCAN_GROUPS = 8
 
 Status = Literal["ok", "retryable", "poison"]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +64,7 @@ class JobContext:
       run_id: names this attempt at the job.
       num_parts: parts of the store that the job writes.
       max_residues: longer queries are not searched.
+      num_groups: into so many groups queries fall that a tool may search together.
     """
 
     store_url: str
@@ -72,6 +75,7 @@ class JobContext:
     run_id: str
     num_parts: int
     max_residues: int
+    num_groups: int = 1
 
     @property
     def run_folder(self) -> str:
@@ -208,14 +212,14 @@ def scan_shards(parts: Sequence[ShardUnit], context: JobContext) -> list[Receipt
     """
     results = ResultStore(context.results_url)
     missing = [part for part in parts if not results.holds(part.unit_id)]
-    failed: dict[str, Receipt] = {}
+    lost: dict[str, Receipt] = {}
     try:
         for part, found in zip(missing, _scan(missing, context), strict=True):
             _keep_candidates(part, found, context)
     except SearchError as error:
         left = [part for part in missing if not results.holds(part.unit_id)]
-        failed = {part.unit_id: _failed(part.unit, context, error) for part in left}
-    return [failed.get(part.unit_id) or _receipt(part.unit, "ok") for part in parts]
+        lost = {part.unit_id: failed(part.unit, context, error) for part in left}
+    return [lost.get(part.unit_id) or receipt_of(part.unit, "ok") for part in parts]
 
 
 def search_unit(unit: WorkUnit, context: JobContext, scans: Iterable[Receipt] = ()) -> Receipt:
@@ -231,25 +235,25 @@ def search_unit(unit: WorkUnit, context: JobContext, scans: Iterable[Receipt] = 
     """
     results = ResultStore(context.results_url)
     if results.holds(unit.unit_id):
-        return _receipt(unit, "ok")
+        return receipt_of(unit, "ok")
     # In an order that does not depend on the engine; what will never work comes first.
-    failed = sorted(
+    lost = sorted(
         (scan for scan in scans if scan.status != "ok"), key=lambda scan: (scan.status, scan.reason)
     )
-    if failed:
-        _write_failure(failed[0], context)
-        return failed[0]
+    if lost:
+        _write_failure(lost[0], context)
+        return lost[0]
     database = context.databases[unit.database_index]
     try:
         result = _search(unit, context)
         hits = read_hits(result, unit.sequence)
     except (SearchError, AlignmentParseError) as error:
-        receipt = _failed(unit, context, error)
+        receipt = failed(unit, context, error)
         _write_failure(receipt, context)
         return receipt
-    facts = _facts(unit, context, database.name, database.digest, len(hits.hit_ids) - 1)
+    facts = facts_of(unit, context, database.name, database.digest, len(hits.hit_ids) - 1)
     results.put(unit.unit_id, result, facts)
-    return _receipt(unit, "ok")
+    return receipt_of(unit, "ok")
 
 
 def failure_folder(context: JobContext) -> str:
@@ -260,11 +264,39 @@ def failure_folder(context: JobContext) -> str:
 def _search(unit: WorkUnit, context: JobContext) -> SearchResult:
     database = context.databases[unit.database_index]
     tool = database.tool
+    if isinstance(tool, Mmseqs) and tool.first is not None:
+        return _search_after(unit, tool, context)
     if not isinstance(tool, ShardedJackhmmer):
         with as_planned(database, context.results_url):
-            return _once_more_after_a_signal(lambda: tool.search(unit.sequence))
+            return once_more_after_a_signal(lambda: tool.search(unit.sequence))
     candidates = [_candidates(part, context) for part in _parts_of(unit, context)]
-    return _once_more_after_a_signal(lambda: tool.join(unit.sequence, candidates))
+    return once_more_after_a_signal(lambda: tool.join(unit.sequence, candidates))
+
+
+def _search_after(unit: WorkUnit, tool: Mmseqs, context: JobContext) -> SearchResult:
+    """Searches with the profile of the earlier search, which is done again where its answer is not kept."""
+    database = context.databases[unit.database_index]
+    first = first_of(unit, context)
+    try:
+        earlier = ResultStore(context.results_url).get(first.unit_id)
+    except (KeyError, CorruptResultError):
+        earlier = None
+    with (
+        as_planned(context.databases[first.database_index], context.results_url),
+        as_planned(database, context.results_url),
+    ):
+        if earlier is None:
+            return once_more_after_a_signal(lambda: tool.search(unit.sequence))
+        return once_more_after_a_signal(lambda: tool.search_many([unit.sequence], [earlier])[0])
+
+
+def first_of(unit: WorkUnit, context: JobContext) -> WorkUnit:
+    """Returns the search of the same query that another one begins with, in the database that it is after."""
+    after = context.databases[unit.database_index].after
+    (index,) = (index for index, database in enumerate(context.databases) if database.name == after)
+    database = context.databases[index]
+    unit_id = unit_id_of(unit.sequence, database.digest, database.tool.identity.digest)
+    return dataclasses.replace(unit, unit_id=unit_id, database_index=index)
 
 
 def _parts_of(unit: WorkUnit, context: JobContext) -> list[ShardUnit]:
@@ -295,7 +327,7 @@ def _scan(parts: Sequence[ShardUnit], context: JobContext) -> Iterator[SearchRes
     for sequence in sequences:
         with shard_as_planned(database, tool.shards[number], context.results_url):
             if many is None:
-                found = _once_more_after_a_signal(functools.partial(tool.scan, sequence, number))
+                found = once_more_after_a_signal(functools.partial(tool.scan, sequence, number))
             else:
                 found = next(many)
         yield found
@@ -306,11 +338,12 @@ def _keep_candidates(part: ShardUnit, found: SearchResult, context: JobContext) 
     tool = database.tool
     assert isinstance(tool, ShardedJackhmmer), tool
     name = f"{database.name}, shard {part.number + 1} of {len(tool.shards)}"
-    facts = _facts(part.unit, context, name, tool.shards[part.number].digest, None)
+    facts = facts_of(part.unit, context, name, tool.shards[part.number].digest, None)
     ResultStore(context.results_url).put(part.unit_id, found, facts)
 
 
-def _once_more_after_a_signal(search: Callable[[], SearchResult]) -> SearchResult:
+def once_more_after_a_signal(search: Callable[[], T]) -> T:
+    """Returns what a search gives, which is tried again where a signal killed it."""
     for left in reversed(range(ATTEMPTS_AFTER_SIGNAL)):
         try:
             return search()
@@ -320,9 +353,15 @@ def _once_more_after_a_signal(search: Callable[[], SearchResult]) -> SearchResul
     raise AssertionError("the loop returns or raises")
 
 
-def _facts(
-    unit: WorkUnit, context: JobContext, database: str, digest: str, num_hits: int | None
+def facts_of(
+    unit: WorkUnit,
+    context: JobContext,
+    database: str,
+    digest: str,
+    num_hits: int | None,
+    num_together: int | None = None,
 ) -> SearchFacts:
+    """Returns what a receipt says of a search beside its cost, as of now and here."""
     return SearchFacts(
         database=database,
         database_digest=digest,
@@ -331,12 +370,14 @@ def _facts(
         host=socket.gethostname(),
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         run_id=context.run_id,
+        num_together=num_together,
     )
 
 
-def _failed(unit: WorkUnit, context: JobContext, error: Exception) -> Receipt:
+def failed(unit: WorkUnit, context: JobContext, error: Exception) -> Receipt:
+    """Returns the receipt of a search that gave no usable result."""
     reason = f"search in {context.databases[unit.database_index].name!r}: {error}"
-    return _receipt(unit, _status(error), reason, type(error).__name__)
+    return receipt_of(unit, _status(error), reason, type(error).__name__)
 
 
 def _status(error: Exception) -> Status:
@@ -344,7 +385,8 @@ def _status(error: Exception) -> Status:
     return "retryable" if killed or isinstance(error, ToolTimeoutError | DatabaseChangedError) else "poison"
 
 
-def _receipt(unit: WorkUnit, status: Status, reason: str = "", kind: str = "") -> Receipt:
+def receipt_of(unit: WorkUnit, status: Status, reason: str = "", kind: str = "") -> Receipt:
+    """Returns the receipt of a search."""
     return Receipt(
         unit_id=unit.unit_id,
         database_index=unit.database_index,
