@@ -164,7 +164,7 @@ def find_binary(name: str) -> str:
     if found is None:
         package, extra = {
             "jackhmmer": ("hmmer", ", or without root 'pip install foldfeed[search]'"),
-            "hhblits": ("hhsuite", ""),
+            **dict.fromkeys(("hhblits", "hhmake", "cstranslate", "ffindex_apply"), ("hhsuite", "")),
             "mmseqs": ("mmseqs2", ", or without root 'pip install foldfeed[mmseqs]'"),
         }.get(name, (name, ""))
         raise ToolNotFoundError(
