@@ -36,6 +36,9 @@ def main() -> None:
         "--output", type=Path, default=Path(__file__).parent / "results" / "search_mmseqs.jsonl"
     )
     options = parser.parse_args()
+    if not os.environ.get("FOLDFEED_TEST_DATA"):
+        print("search_mmseqs: nothing is measured, FOLDFEED_TEST_DATA names no folder of real sequences")
+        return
     data = Path(os.environ["FOLDFEED_TEST_DATA"])
     text = gzip.decompress((data / "queries" / "mmseqs_500.fasta.gz").read_bytes()).decode()
     queries = ["".join(entry.split("\n")[1:]) for entry in text.split(">")[1:]][: max(options.sizes)]

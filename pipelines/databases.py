@@ -59,7 +59,7 @@ class DatabaseSpec:
     Attributes:
       name: e.g. ``uniref90``; decides the place in the merged alignment and the default cap.
       paths: a FASTA file for jackhmmer, or several that are its shards; HH-suite prefixes for hhblits;
-        one FASTA file (plain, gzip) or one MMseqs2 database for mmseqs2.
+        one FASTA file (plain, gzip) or one MMseqs2 database, of sequences or of clusters, for mmseqs2.
       tool: ``jackhmmer``, ``hhblits`` or ``mmseqs2``.
       manifest: of a database from a registry; its files must still be those that were added.
       options: of mmseqs2.
