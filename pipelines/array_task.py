@@ -48,6 +48,7 @@ from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.share import Share, WorkItem, items_of, queries_of, shard_units_of, sharded_units
 from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all, drive_build
 from foldfeed.pipelines.template_search import search_template_unit, template_unit
+from foldfeed.pipelines.together import group_of, groups, search_together
 
 _Work = TypeVar("_Work", list[WorkItem], WorkUnit)
 
@@ -187,9 +188,23 @@ def _context(
 
 
 def _batches(items: Iterable[WorkItem], context: JobContext) -> Iterator[list[WorkItem]]:
-    """Yields what is searched in one go: a search, or what one file may be scanned for at once; in order."""
+    """Yields what is searched in one go: a search, or what one file may be scanned for at once; in order.
+
+    What a tool searches in one run comes first, because it takes longest.
+    """
     parts: dict[tuple[int, int, int], list[WorkItem]] = {}
+    alone: list[WorkItem] = []
+    together: dict[int, list[WorkUnit]] = {}
     for item in items:
+        run = group_of(item.unit, context)
+        if run is not None:
+            together.setdefault(run[0], []).append(item.unit)
+        else:
+            alone.append(item)
+    for units in together.values():
+        for group_units in groups(units):
+            yield [WorkItem(unit=unit, part=None) for unit in group_units]
+    for item in alone:
         if item.part is None:
             yield [item]
         else:
@@ -202,7 +217,13 @@ def _batches(items: Iterable[WorkItem], context: JobContext) -> Iterator[list[Wo
 
 def _search(items: list[WorkItem], context: JobContext) -> list[Receipt]:
     parts = [item.part for item in items if item.part is not None]
-    return scan_shards(parts, context) if parts else [search_unit(items[0].unit, context)]
+    if parts:
+        return scan_shards(parts, context)
+    units = [item.unit for item in items]
+    if group_of(units[0], context) is None:
+        return [search_unit(units[0], context)]
+    found = {receipt.unit_id: [receipt] for receipt in search_together(units, context)}
+    return [search_unit(unit, context, found[unit.unit_id]) for unit in units]
 
 
 def _all(search: Callable[[_Work], list[Receipt]], work: Iterable[_Work], num_workers: int) -> list[Receipt]:

@@ -49,7 +49,8 @@ MAX_SHOWN_LETTERS = 20
     required=True,
     metavar="NAME[=PATH[:TOOL]]",
     help="What to search: a FASTA file (jackhmmer), an HH-suite prefix (hhblits), with `:mmseqs2` a FASTA "
-    "file or MMseqs2 database, or the NAME alone of one that `foldfeed database add` knows; may be repeated. "
+    "file or MMseqs2 database (behind that, with commas: after=NAME, filter=0, s=7.5, db-load-mode=2), or "
+    "the NAME alone of one that `foldfeed database add` knows; may be repeated. "
     "Several files with commas between them, or PATH@16 for PATH-00000-of-00016 and so on, are one database.",
 )
 @click.option(
@@ -200,6 +201,8 @@ def build(
       foldfeed build --queries a.fa.gz --queries b.fa --store my-store \\
           --database uniref90=/db/uniref90.fasta --database mgnify=/db/mgnify.fasta \\
           --database uniref30=/db/UniRef30_2023_02:hhblits --cpus-per-search 2
+      foldfeed build --queries q.fasta --store my-store --database uniref30=/db/uniref30_2302_db:mmseqs2 \\
+          --database env=/db/colabfold_envdb_202108_db:mmseqs2,after=uniref30
       foldfeed build --queries s3://b/q.fa --database uniref90=/db/u.fasta --store s3://b/store \\
           --runner flink --workers 64 -- --flink_master=host:8081 --flink_job_server_jar=/jars/server.jar \\
           --environment_type=EXTERNAL --environment_config=localhost:50000

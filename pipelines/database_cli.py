@@ -50,6 +50,7 @@ def database() -> None:
       foldfeed database stage s3://bucket/mgnify.fasta@16 --to /scratch/db --name mgnify
       foldfeed database add pdb pdb_seqres.txt release_dates.tsv --tool hmmsearch
       foldfeed database add pdb mmcif_files/ --tool hmmsearch --unpack-to /scratch/db
+      foldfeed database build-hhsuite /scratch/db/mine --store my-store --name mine
       foldfeed database list
       foldfeed build --queries q.fasta --database uniref90 --database uniref30 --store my-store
     """
@@ -178,6 +179,55 @@ def stage(
         known.put(manifest, replace=replace)
         click.echo(_line(manifest))
     click.echo(_where(found))
+
+
+@database.command("build-hhsuite")
+@click.argument("prefix", metavar="PREFIX")
+@click.option("--store", metavar="URL", help="Feature store whose alignments it is made of.")
+@click.option("--where", metavar="SQL", help='Which records of the store, e.g. "depth > 100". [default: all]')
+@click.option(
+    "--folder", metavar="FOLDER", help="A3M or Stockholm files (plain, gzip, Zstandard) instead of a store."
+)
+@click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
+@click.option("--name", metavar="NAME", help="Remember it under this name.")
+@registry_option
+def build_hhsuite(
+    prefix: str,
+    store: str | None,
+    where: str | None,
+    folder: str | None,
+    cpus: int,
+    name: str | None,
+    registry: str | None,
+) -> None:
+    """Make an HH-suite database of alignments, ready for `--database NAME=PREFIX:hhblits`.
+
+    The alignments are those of the records of a store, or the files of a folder. Files PREFIX_a3m,
+    PREFIX_hhm and PREFIX_cs219 (.ffdata, .ffindex) are made; equal alignments give equal bytes. hhblits calls
+    an entry by its record's id, or by its file's name.
+    """
+    from foldfeed.feature_store.store.feature_store import FeatureStore
+    from foldfeed.feature_store.store.selection import choose_ids
+    from foldfeed.pipelines import hhsuite_build
+
+    if (store is None) == (folder is None):
+        raise click.UsageError("give either --store or --folder")
+    if folder is not None and where is not None:
+        raise click.UsageError("--where has no effect with --folder")
+    if folder is not None:
+        if not os.path.isdir(folder):
+            raise click.UsageError(f"--folder {folder!r} is no folder")
+        alignments = hhsuite_build.alignments_of_folder(folder)
+    else:
+        opened = FeatureStore.open(str(store))
+        alignments = hhsuite_build.alignments_of_store(opened, choose_ids(opened, where=where))
+    number = hhsuite_build.build_hhsuite(alignments, prefix, cpus=cpus)
+    click.echo(f"{number:,} alignments: {os.path.abspath(prefix)}")
+    if name is not None:
+        spec = DatabaseSpec(name=name, paths=(os.path.abspath(prefix),), tool="hhblits")
+        manifest = make_manifest(spec)
+        Registry(registry).put(manifest, replace=False)
+        click.echo(_line(manifest))
 
 
 @database.command("list")

@@ -21,6 +21,7 @@ from foldfeed.feature_store.storage.options import without_secrets
 from foldfeed.pipelines import hhblits, hmmsearch, jackhmmer
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
 from foldfeed.pipelines.manifest import DatabaseManifest, file_state
+from foldfeed.pipelines.mmseqs_commands import DEFAULTS, MmseqsOptions
 from foldfeed.pipelines.mmseqs_files import NAME as MMSEQS
 from foldfeed.pipelines.mmseqs_files import check_fasta_size, is_database, mmseqs_files
 
@@ -60,16 +61,18 @@ class DatabaseSpec:
     Attributes:
       name: e.g. ``uniref90``; decides the place in the merged alignment and the default cap.
       paths: a FASTA file for jackhmmer, or several that are its shards; HH-suite prefixes for hhblits;
-        one FASTA file (plain, gzip) or one MMseqs2 database for mmseqs2; a FASTA file and a table of
-        release dates for hmmsearch.
+        one FASTA file (plain, gzip) or one MMseqs2 database, of sequences or of clusters, for mmseqs2; a
+        FASTA file and a table of release dates for hmmsearch.
       tool: ``jackhmmer``, ``hhblits`` or ``mmseqs2``; ``hmmsearch`` for templates.
       manifest: of a database from a registry; its files must still be those that were added.
+      options: of mmseqs2.
     """
 
     name: str
     paths: tuple[str, ...]
     tool: str
     manifest: DatabaseManifest | None = None
+    options: MmseqsOptions = DEFAULTS
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -92,13 +95,17 @@ class DatabaseSpec:
                 f"database {self.name!r}: {MMSEQS} searches one FASTA file or database at a time, not "
                 f"{len(self.paths)}; give each a name of its own"
             )
+        if self.tool != MMSEQS and self.options != DEFAULTS:
+            raise ConfigError(f"database {self.name!r}: {self.tool} has no options; only {MMSEQS} has")
+        if self.options.after == self.name:
+            raise ConfigError(f"database {self.name!r} cannot be searched after itself")
         twice = sorted(path for path, count in collections.Counter(self.paths).items() if count > 1)
         if self.tool == jackhmmer.NAME and twice:
             raise ConfigError(f"database {self.name!r}: {twice[0]!r} is given twice; its hits would be, too")
 
     @classmethod
     def parse(cls, text: str) -> DatabaseSpec:
-        """Returns the database that ``NAME=PATH[:TOOL]`` names.
+        """Returns the database that ``NAME=PATH[:TOOL]`` names; options of mmseqs2 stand behind it.
 
         Without a tool it is hhblits where ``PATH_a3m.ffdata`` exists, else jackhmmer. PATH may be several
         with commas between them: prefixes that hhblits searches in one run, as AlphaFold 2 does with BFD and
@@ -120,6 +127,7 @@ class DatabaseSpec:
                 "--stage-databases FOLDER"
             )
         stem, colon, tool = path.rpartition(":")
+        tool, *words = tool.split(",") if tool.startswith(f"{MMSEQS},") else [tool]
         if colon and tool in TOOLS:
             path = stem
         elif os.path.exists(f"{path.split(',')[0]}_a3m.ffdata"):
@@ -132,7 +140,12 @@ class DatabaseSpec:
         else:
             tool = jackhmmer.NAME
         paths = fasta_files(path) if tool == jackhmmer.NAME else tuple(path.split(","))
-        return cls(name=name, paths=tuple(os.path.abspath(part) if part else "" for part in paths), tool=tool)
+        return cls(
+            name=name,
+            paths=tuple(os.path.abspath(part) if part else "" for part in paths),
+            tool=tool,
+            options=MmseqsOptions.parse(words),
+        )
 
     @classmethod
     def parse_templates(cls, text: str) -> DatabaseSpec:

@@ -5,7 +5,9 @@
                                                         +-> units -> SEARCH -> receipts
                                                         |   (in a database of several files, before:
                                                         |    shard units -> by shard -> batches of
-                                                        |    queries -> SCAN -> receipts, by unit)
+                                                        |    queries -> SCAN -> receipts, by unit;
+                                                        |    where a tool takes many queries in a run:
+                                                        |    by group of queries -> TOGETHER -> receipts)
                                                         +------------------------+
                                        complete? <- group by record <------------+
                                            |                                     |
@@ -52,6 +54,7 @@ from foldfeed.pipelines.search import (
 from foldfeed.pipelines.search_step import Searching, as_text
 from foldfeed.pipelines.sequences import DeadLetter, QuerySequence
 from foldfeed.pipelines.template_graph import SearchTemplates
+from foldfeed.pipelines.together import group_of, search_together, searches_together, waits
 
 
 class ReadFile(beam.DoFn):
@@ -82,8 +85,18 @@ class ScanShard(Searching):
             yield receipt.unit_id, receipt
 
 
+class SearchTogether(Searching):
+    """(group, its searches without an answer) -> (unit id, receipt) of each."""
+
+    def process(self, element: tuple[tuple[int, int], Iterable[WorkUnit]]) -> Iterator[tuple[str, Receipt]]:
+        """Searches the queries of a group in one run of the tool."""
+        units = list(element[1])
+        for receipt in self.guarded(units[0], lambda: search_together(units, self.context)):
+            yield receipt.unit_id, receipt
+
+
 class SearchUnit(Searching):
-    """(unit id, the unit and the receipts of its shards) -> one receipt."""
+    """(unit id, the unit and the receipts of what was searched before) -> one receipt."""
 
     def process(
         self, element: tuple[str, tuple[WorkUnit, Iterable[Receipt]]]
@@ -152,6 +165,13 @@ def _batches(
     element: tuple[tuple[int, int, int], Iterable[ShardUnit]], context: JobContext
 ) -> Iterator[list[ShardUnit]]:
     return scan_batches(element[1], context)
+
+
+def _by_query_group(
+    element: tuple[str, WorkUnit], context: JobContext
+) -> list[tuple[tuple[int, int], WorkUnit]]:
+    group = group_of(element[1], context)
+    return [(group, element[1])] if group is not None and waits(element[1], context) else []
 
 
 def _with_scans(
@@ -243,10 +263,40 @@ class SearchAll(beam.PTransform):
         )
 
     def _with_scans(self, units: beam.PCollection) -> beam.PCollection:
-        """Returns (unit id, (unit, receipts of its shards)), after the shards were searched."""
-        if not any(shard_ids_of("", database) for database in self._context.databases):
+        """Returns (unit id, (unit, receipts)), after shards were searched, and groups of queries."""
+        scans = []
+        if any(shard_ids_of("", database) for database in self._context.databases):
+            scans.append(self._shards(units))
+        if searches_together(self._context.databases):
+            scans.append(self._together(units))
+        if not scans:
             return units | "NoShards" >> beam.Map(_without_scans)
-        scans = (
+        every = scans[0] if len(scans) == 1 else tuple(scans) | "AllScans" >> beam.Flatten()
+        return (
+            {"unit": units, "scans": every}
+            | "GroupShards" >> beam.CoGroupByKey()
+            | "WithScans" >> beam.Map(_with_scans)
+        )
+
+    def _together(self, units: beam.PCollection) -> beam.PCollection:
+        """Returns receipts by unit of what one run of a tool searches for many queries."""
+        return (
+            units
+            | "ByQueryGroup"
+            >> beam.FlatMap(_by_query_group, self._context).with_output_types(
+                tuple[tuple[int, int], WorkUnit]
+            )
+            | "GroupQueries" >> beam.GroupByKey()
+            | "SpreadGroups" >> beam.Reshuffle()
+            | "SearchTogether"
+            >> beam.ParDo(SearchTogether(self._context, self._stop_together))
+            .with_output_types(tuple[str, Receipt])
+            .with_resource_hints(**self._hints)
+        )
+
+    def _shards(self, units: beam.PCollection) -> beam.PCollection:
+        """Returns receipts by unit of what was searched shard by shard."""
+        return (
             units
             | "ShardUnits" >> beam.FlatMap(_shard_units, self._context)
             | "ByGroup" >> beam.Map(_by_group).with_output_types(tuple[tuple[int, int, int], ShardUnit])
@@ -257,11 +307,6 @@ class SearchAll(beam.PTransform):
             >> beam.ParDo(ScanShard(self._context, self._stop_together))
             .with_output_types(tuple[str, Receipt])
             .with_resource_hints(**self._hints)
-        )
-        return (
-            {"unit": units, "scans": scans}
-            | "GroupShards" >> beam.CoGroupByKey()
-            | "WithScans" >> beam.Map(_with_scans)
         )
 
 

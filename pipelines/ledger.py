@@ -46,6 +46,7 @@ SCHEMA = pa.schema(
         ("bytes_from_disk", pa.int64()),
         ("answer_bytes", pa.int64()),
         ("energy_wh", pa.float64()),
+        ("num_together", pa.int64()),
     ]
 )
 

@@ -33,7 +33,8 @@ def ledger(
     Table `searches`, one row per record and database: record_id, unit_id, database, database_digest,
     num_residues, num_hits, host, finished, run_id, tool, tool_version, wall_s, cpu_s, max_rss_bytes,
     bytes_read, bytes_from_disk, answer_bytes, energy_wh (of the processors, an estimate; null where the
-    machine does not tell). Records of equal sequence share a search, that is, a unit_id.
+    machine does not tell), num_together (queries of a run of MMseqs2, each with its share of the cost by
+    residues). Records of equal sequence share a search, that is, a unit_id.
 
     \b
     Examples:

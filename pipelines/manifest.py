@@ -37,10 +37,11 @@ class DatabaseManifest:
 
     Attributes:
       name: as `foldfeed build --database NAME` takes it.
-      tool: ``jackhmmer`` or ``hhblits``.
-      paths: a FASTA file, or HH-suite prefixes.
+      tool: ``jackhmmer``, ``hhblits`` or ``mmseqs2``.
+      paths: a FASTA file, HH-suite prefixes, or an MMseqs2 database.
       files: all files of it.
-      num_sequences: sequences of a FASTA file; alignments of an HH-suite database.
+      num_sequences: sequences of a FASTA file or MMseqs2 database, of clusters their members; alignments of
+        an HH-suite database.
       num_residues: of all sequences; match columns of an HH-suite database.
       digest: sha256 (hex) by which results of it are kept, see
         `foldfeed.pipelines.databases.database_digest`.

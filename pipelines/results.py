@@ -51,6 +51,8 @@ class SearchFacts:
       host: that searched.
       finished: when, UTC, ISO 8601.
       run_id: of the build's run.
+      num_together: queries of the run that this one was searched in, itself among them; None where each has
+        a run of its own.
     """
 
     database: str = ""
@@ -60,6 +62,7 @@ class SearchFacts:
     host: str = ""
     finished: str = ""
     run_id: str = ""
+    num_together: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

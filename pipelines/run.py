@@ -33,6 +33,7 @@ from foldfeed.pipelines.runners import LOCAL_RUNNER
 from foldfeed.pipelines.search import JobContext
 from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.sequences import DeadLetter
+from foldfeed.pipelines.together import num_groups_of
 
 if TYPE_CHECKING:
     import apache_beam as beam
@@ -185,6 +186,7 @@ def context_of(
     settings = _settings(config)
     if plan.num_queries:
         settings = FeatureStore.create(config.store, settings).settings
+    num_searched = len(databases) + (plan.templates is not None)
     # Without relative paths: a worker may run in another folder.
     return JobContext(
         store_url=open_blobs(config.store).url,
@@ -196,6 +198,7 @@ def context_of(
         num_parts=num_parts,
         max_residues=config.max_residues,
         templates=plan.templates,
+        num_groups=num_groups_of(len(plan.unit_ids) // num_searched),
     )
 
 

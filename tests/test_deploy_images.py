@@ -104,7 +104,7 @@ def test_the_versions_are_those_of_the_constraints():
     assert {"pipelines", "dataflow"} <= set(extras)
     # The search programs are part of every result's name: a version of the day would make them all new.
     tools = [word for one in STAGES["worker"].of("RUN") for word in shlex.split(one.text)]
-    assert all(any(word.startswith(f"{name}=") for word in tools) for name in ("hmmer", "hhsuite"))
+    assert all(any(word.startswith(f"{name}=") for word in tools) for name in ("hmmer", "hhsuite", "mmseqs2"))
 
 
 def test_the_worker_starts_beams_boot_as_nobody_special():

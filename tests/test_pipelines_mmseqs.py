@@ -314,7 +314,7 @@ def test_databases_that_cannot_be_searched_are_refused(tmp_path):
     refused(r"db_h.index' does not exist")
     make_table(database)
     (tmp_path / "db_aln.dbtype").write_bytes(bytes(4))
-    refused("a database of clusters as ColabFold prepares them")
+    refused("both DB_seq and DB_aln must be there")
     (tmp_path / "db_aln.dbtype").unlink()
     (tmp_path / "db.idx.dbtype").write_bytes(bytes(4))
     refused("db.idx' does not exist")

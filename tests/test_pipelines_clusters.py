@@ -1,0 +1,448 @@
+"""MMseqs2 in databases of clusters, one after another and many queries in a run, as ColabFold searches."""
+
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from cluster_databases import entries, make_clusters, mmseqs
+from pipelines_data import (
+    GLOBINS,
+    config_of,
+    dead_letters_file,
+    first_on_path,
+    globins,
+    is_there,
+    tree_bytes,
+    write_fasta,
+)
+
+from foldfeed.feature_store import FeatureStore
+from foldfeed.feature_store.cli.main import main
+from foldfeed.pipelines import DatabaseSpec, run_build, together
+from foldfeed.pipelines.array_task import search_share
+from foldfeed.pipelines.database_files import make_manifest
+from foldfeed.pipelines.errors import (
+    ConfigError,
+    DatabaseError,
+    ToolNotFoundError,
+    ToolOutputError,
+)
+from foldfeed.pipelines.job import forecast_build
+from foldfeed.pipelines.mmseqs import Mmseqs
+from foldfeed.pipelines.mmseqs_commands import MmseqsOptions, commands_of
+from foldfeed.pipelines.registry import Registry, database_of
+from foldfeed.pipelines.results import ResultStore
+from foldfeed.pipelines.search_tool import find_binary
+from foldfeed.pipelines.share import Share
+from foldfeed.pipelines.tools import prepare_databases
+
+HERE = is_there("mmseqs") and GLOBINS.exists()
+REASON = "mmseqs or HMMER's tutorial not found; apt-get install mmseqs2 hmmer-examples"
+needs_mmseqs = pytest.mark.skipif(not HERE, reason=REASON)
+pytestmark = pytest.mark.external_tool
+
+# The words of `colabfold_search -s 8 --threads 1` after `createdb`, as it logs them, without those that stand
+# for a default: UniRef30, then the environmental database with the profile, then both in one file.
+BY_HAND = """
+search qdb uniref res tmp --threads 1 --num-iterations 3 --db-load-mode 0 -a -e 0.1 --max-seqs 10000 -s 8.0
+mvdb tmp/latest/profile_1 prof_res
+lndb qdb_h prof_res_h
+expandaln qdb uniref_seq res uniref_aln res_exp --db-load-mode 0 --threads 1 --expansion-mode 0 -e inf \
+ --expand-filter-clusters 1 --max-seq-id 0.95
+align prof_res uniref_seq res_exp res_exp_realign --db-load-mode 0 -e 10 --max-accept 100000 --threads 1 \
+ --alt-ali 10 -a
+filterresult qdb uniref_seq res_exp_realign res_exp_realign_filter --db-load-mode 0 --qid 0 --qsc 0.8 \
+ --diff 0 --threads 1 --max-seq-id 1.0 --filter-min-enable 100
+result2msa qdb uniref_seq res_exp_realign_filter uniref.a3m --msa-format-mode 6 --db-load-mode 0 --threads 1 \
+ --filter-msa 1 --filter-min-enable 1000 --diff 3000 --qid 0.0,0.2,0.4,0.6,0.8,1.0 --qsc 0 --max-seq-id 0.95
+search prof_res env res_env tmp3 --threads 1 --num-iterations 3 --db-load-mode 0 -a -e 0.1 --max-seqs 10000 \
+ -s 8.0
+expandaln prof_res env_seq res_env env_aln res_env_exp -e inf --expansion-mode 0 --db-load-mode 0 --threads 1
+align tmp3/latest/profile_1 env_seq res_env_exp res_env_exp_realign --db-load-mode 0 -e 10 \
+ --max-accept 100000 --threads 1 --alt-ali 10 -a
+filterresult qdb env_seq res_env_exp_realign res_env_exp_realign_filter --db-load-mode 0 --qid 0 --qsc 0.8 \
+ --diff 0 --max-seq-id 1.0 --threads 1 --filter-min-enable 100
+result2msa qdb env_seq res_env_exp_realign_filter env.a3m --msa-format-mode 6 --db-load-mode 0 --threads 1 \
+ --filter-msa 1 --filter-min-enable 1000 --diff 3000 --qid 0.0,0.2,0.4,0.6,0.8,1.0 --qsc 0 --max-seq-id 0.95
+mergedbs qdb final.a3m uniref.a3m env.a3m
+"""
+
+# What MMseqs2 has no letter for, and nothing that it could find.
+UNKNOWN = "X" * 40
+QUERIES = {"unknown": UNKNOWN, "short": "MKVAAAKW"}
+
+
+def queries() -> dict[str, str]:
+    """Returns queries with many, some and no rows."""
+    known = globins(40)
+    base = known["HBB_MANSP"]
+    return {"odd": f"{base[:20]}UOBZJX{base[20:]}", "last": list(known.values())[-1]} | QUERIES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two databases of clusters, ``uniref`` and ``env``, of some common and some own sequences."""
+    folder = tmp_path_factory.mktemp("clusters")
+    known = list(globins(45).items())
+    binary = find_binary("mmseqs")
+    make_clusters(binary, folder, write_fasta(folder / "u.fasta", dict(known[:32])), "uniref")
+    # Insertions and other residues: rows that UniRef does not give.
+    other = {f"env{name}": f"{text[:50]}WWPW{text[55:]}" for name, text in known[14:]}
+    make_clusters(binary, folder, write_fasta(folder / "e.fasta", other), "env")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory, folder) -> Path:
+    """The same databases, the first with an index of words of five letters, which is made quickly."""
+    target = tmp_path_factory.mktemp("indexed")
+    for path in folder.glob("*_*"):
+        if path.is_file():
+            (target / path.name).symlink_to(path)
+    for name in ("uniref", "env"):
+        for path in folder.glob(f"{name}.*"):
+            if path.is_file():
+                (target / path.name).symlink_to(path)
+        mmseqs(find_binary("mmseqs"), target, f"createindex {name} tmp --split 1 -k 5 --threads 1 -v 1")
+    return target
+
+
+def pair(folder: Path, options: str = "") -> list[str]:
+    """Returns the databases as a person writes them."""
+    return [f"env={folder}/env:mmseqs2,after=uniref{options}", f"uniref={folder}/uniref:mmseqs2{options}"]
+
+
+def tools(folder: Path, cpus: int = 1, options: str = "") -> tuple[Mmseqs, Mmseqs]:
+    """Returns what searches the first database, and the second after it."""
+    specs = [DatabaseSpec.parse(text) for text in pair(folder, options)]
+    found = prepare_databases(specs, max_hits={}, cpus=cpus, timeout_s=60.0, digests=None)
+    by_name = {database.name: database.tool for database in found}
+    assert [database.after for database in found] == ["uniref", ""]
+    return by_name["uniref"], by_name["env"]
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory, folder) -> dict[str, bytes]:
+    """Runs ColabFold's commands as a person would; returns the rows of every query."""
+    work = tmp_path_factory.mktemp("hand")
+    for path in folder.iterdir():
+        (work / path.name).symlink_to(path)
+    binary = find_binary("mmseqs")
+    # ColabFold's own names of queries are numbers.
+    write_fasta(work / "q.fasta", {str(101 + place): text for place, text in enumerate(queries().values())})
+    mmseqs(binary, work, "createdb q.fasta qdb --shuffle 0 --dbtype 1")
+    for line in BY_HAND.strip().splitlines():
+        mmseqs(binary, work, line)
+    final = dict(entries(work / "final.a3m"))
+    return {name: final[place].encode() for place, name in enumerate(queries())}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, folder):
+    work = tmp_path_factory.mktemp("build")
+    path = write_fasta(work / "q.fasta", queries() | {"bad": "AC7"})
+    config = config_of(work, path, pair(folder), timeout_s=120.0, workers=1)
+    return config, run_build(config)
+
+
+def as_colabfold(name: str, alignments: bytes) -> bytes:
+    """Returns rows as ColabFold writes them: the query named by number, without letters it does not know."""
+    place = list(queries()).index(name)
+    query = queries()[name]
+    written = query.translate(str.maketrans("UOBZJ", "XXDEL"))
+    return alignments.replace(f">query\n{query}\n".encode(), f">{101 + place}\n{written}\n".encode())
+
+
+def answers(config) -> dict[str, list]:
+    """Returns a build's stored results by record id, UniRef's first."""
+    found: dict[str, list] = {}
+    results = ResultStore(config.results_url)
+    for path in Path(config.results_url).glob("units/*/*.json"):
+        receipt, result = results.receipt(path.stem), results.get(path.stem)
+        row = result.alignment.split(b"\n", 2)[1].decode()
+        name = next(name for name, text in queries().items() if text == row)
+        found.setdefault(name, []).append((receipt.facts.database != "uniref", receipt, result))
+    return {
+        name: [(receipt, result) for _, receipt, result in sorted(pairs, key=lambda one: one[0])]
+        for name, pairs in found.items()
+    }
+
+
+@needs_mmseqs
+def test_a_build_of_a_pair_equals_colabfolds_commands_by_hand(by_hand, built):
+    config, report = built
+    assert (report.num_records, report.num_searched, report.num_failed) == (4, 8, 0)
+    found = answers(config)
+    for name, rows in by_hand.items():
+        assert as_colabfold(name, b"".join(result.alignment for _, result in found[name])) == rows, name
+    depth = {name: rows.count(b">") for name, rows in by_hand.items()}
+    assert depth["odd"] > 30
+    assert depth["short"] == depth["unknown"] == 2
+    assert b">env" in by_hand["odd"]
+    (letter,) = dead_letters_file(report.dead_letters_path)
+    assert (letter["record_id"], letter["retry"]) == ("bad", "poison")
+    record = FeatureStore.open(config.store)["odd"]
+    assert [use["name"] for use in record.databases] == ["env", "uniref"]
+    assert {row["database"] for row in record.rows().to_pylist()[1:]} == {"env", "uniref"}
+
+
+@needs_mmseqs
+def test_receipts_share_a_runs_cost_and_a_second_build_searches_nothing(built):
+    config, _ = built
+    found = answers(config)
+    for place in (0, 1):
+        costs = {name: pairs[place][0].usage for name, pairs in found.items()}
+        assert len({usage.max_rss_bytes for usage in costs.values()}) == 1
+        ratio = costs["odd"].cpu_s / costs["short"].cpu_s
+        assert ratio == pytest.approx(len(queries()["odd"]) / len(queries()["short"]))
+    assert {pairs[0][0].facts.num_together for pairs in found.values()} == {4}
+    again = run_build(config)
+    assert (again.num_searched, again.num_reused) == (0, 8)
+    forecast = forecast_build(
+        dataclasses.replace(config, store=config.store + "2", results=config.results_url)
+    )
+    assert [(one.database, one.num_missing) for one in forecast.databases] == [("env", 0), ("uniref", 0)]
+    question = "select num_together n, count(*) from searches group by 1"
+    told = CliRunner().invoke(main, ["ledger", config.store, question, "--format", "csv"])
+    assert told.output.splitlines()[1:] == ["4,8"], told.output
+
+
+@needs_mmseqs
+def test_an_answer_does_not_depend_on_queries_beside_it_nor_on_threads(indexed):
+    """Together, in another order, by two threads, mapped: each as alone."""
+    texts = list(queries().values())
+    first, second = tools(indexed)
+    alone = [(first.search(text), None) for text in texts]
+    alone = [(one, second.search_many([text], [one])[0]) for text, (one, _) in zip(texts, alone, strict=True)]
+    for order, cpus, options in ((texts, 1, ""), (texts[::-1], 2, ""), (texts, 1, ",db-load-mode=2")):
+        first, second = tools(indexed, cpus, options)
+        assert first.identity == tools(indexed)[0].identity
+        earlier = first.search_many(order)
+        later = second.search_many(order, earlier)
+        for text, one, two in zip(order, earlier, later, strict=True):
+            want = alone[texts.index(text)]
+            assert (one.alignment, one.table) == (want[0].alignment, want[0].table)
+            assert (two.alignment, two.table) == (want[1].alignment, b"")
+    assert min(one.alignment.count(b">") for one, _ in alone) == 1
+    assert max(two.alignment.count(b">") for _, two in alone) > 20
+    total = sum(one.usage.cpu_s for one in earlier)
+    assert total == pytest.approx(earlier[0].usage.cpu_s / len(order[0]) * sum(map(len, order)))
+    with_both = second.search(texts[0])
+    assert with_both.alignment == alone[0][1].alignment
+
+
+@needs_mmseqs
+def test_an_array_gives_the_parts_of_a_build(tmp_path, indexed, monkeypatch):
+    path = write_fasta(tmp_path / "q.fasta", globins(2) | QUERIES)
+    monkeypatch.setattr(together, "TOGETHER", 2)
+    stores = {}
+    for name in ("whole", "shared"):
+        config = config_of(tmp_path, path, pair(indexed), store=str(tmp_path / name), parts=2, workers=1)
+        if name == "shared":
+            shares = [search_share(config, Share(task=task, tasks=2)) for task in (0, 1)]
+            assert [share.failures for share in shares] == [(), ()]
+            assert sum(share.num_items for share in shares) == 8
+            assert not any(share.num_items % 2 for share in shares)
+        report = run_build(config)
+        assert (report.num_searched, report.num_records) == (8 if name == "whole" else 0, 4)
+        stores[name] = tree_bytes(tmp_path / name / "parts")
+    assert stores["whole"] == stores["shared"]
+
+
+def real_but(folder: Path, monkeypatch, script: str) -> None:
+    """Puts a script around the real mmseqs, ``$REAL``, before it on PATH."""
+    real = find_binary("mmseqs")
+    folder.mkdir()
+    program = folder / "mmseqs"
+    program.write_text(f'#!/bin/sh\nREAL="{real}"\n{script}\nexec "$REAL" "$@"\n')
+    program.chmod(0o755)
+    first_on_path(monkeypatch, folder)
+
+
+@needs_mmseqs
+def test_a_poisoned_query_costs_no_other_one(tmp_path, indexed, monkeypatch):
+    """A search dies wherever one query is among those of the run; in the second database, too."""
+    known = globins(4)
+    poison = list(known.values())[1]
+    real_but(tmp_path / "bin", monkeypatch, f'[ "$1" = expandaln ] && grep -q {poison} query.fasta && exit 3')
+    config = config_of(tmp_path, write_fasta(tmp_path / "q.fasta", known), pair(indexed), workers=1)
+    report = run_build(config)
+    assert (report.num_records, report.num_searched, report.num_failed) == (3, 6, 2)
+    (letter,) = report.dead_letters
+    assert (letter.record_id, letter.retry, letter.kind) == (list(known)[1], "poison", "ToolFailedError")
+    assert "exit code 3" in letter.reason
+    assert "'env' after 'uniref'" in letter.reason
+    (note,) = Path(config.results_url).glob("jobs/*/*/together/*.json")
+    said = json.loads(note.read_text())
+    assert (said["database"], len(said["unit_ids"]), said["kind"]) == ("uniref", 4, "ToolFailedError")
+    together_of = [receipt.facts.num_together for receipt in ResultStore(config.results_url).sample(10)]
+    # One by one in the database where it failed, together again in the other.
+    assert sorted(together_of) == [1, 1, 1, 3, 3, 3]
+
+
+@needs_mmseqs
+def test_a_lost_profile_is_made_again(tmp_path, indexed):
+    known = globins(2)
+    config = config_of(tmp_path, write_fasta(tmp_path / "q.fasta", known), pair(indexed), workers=1)
+    run_build(config)
+    results = ResultStore(config.results_url)
+    before = tree_bytes(Path(config.results_url) / "units", "*.zst")
+    receipts = {
+        path.stem: results.receipt(path.stem) for path in Path(config.results_url).glob("units/*/*.json")
+    }
+    for unit_id, receipt in receipts.items():
+        stem = Path(config.results_url) / "units" / unit_id[:2] / unit_id
+        if receipt.facts.database == "env":
+            stem.with_suffix(".json").unlink()
+            stem.with_suffix(".zst").unlink()
+        elif receipt.facts.num_residues == len(next(iter(known.values()))):
+            stem.with_suffix(".zst").write_bytes(b"damaged")
+    report = run_build(dataclasses.replace(config, store=config.store + "2", results=config.results_url))
+    assert (report.num_records, report.num_failed) == (2, 0)
+    assert tree_bytes(Path(config.results_url) / "units", "*.zst") == before
+
+
+@needs_mmseqs
+def test_an_earlier_result_without_a_profile_is_no_answer(indexed):
+    first, second = tools(indexed)
+    found = first.search("MKVAAAKW")
+    for table in (b"", found.table[:-1], found.table[:4]):
+        with pytest.raises(ToolOutputError, match="kept no profile of every query"):
+            second.search_many(["MKVAAAKW"], [dataclasses.replace(found, table=table)])
+
+
+@needs_mmseqs
+def test_an_mmseqs_that_cannot_expand_is_refused(tmp_path, folder, monkeypatch):
+    real_but(tmp_path / "bin", monkeypatch, '[ "$1" = expandaln ] && { echo "Invalid Command: $1"; exit 1; }')
+    spec = DatabaseSpec.parse(f"u={folder}/uniref:mmseqs2")
+    with pytest.raises(ToolNotFoundError, match=r"no 'expandaln --expand-filter-clusters'.*release 14"):
+        prepare_databases([spec], max_hits={}, cpus=1, timeout_s=60.0, digests=None)
+
+
+@needs_mmseqs
+def test_the_members_of_clusters_are_counted_and_known(tmp_path, folder, indexed):
+    counts = [make_manifest(DatabaseSpec.parse(text)) for text in (pair(folder)[1], pair(indexed)[1])]
+    assert counts[0].num_sequences == counts[1].num_sequences == 32
+    assert counts[0].num_residues == sum(map(len, list(globins(45).values())[:32]))
+    names = {Path(file.path).name for file in counts[1].files} - {
+        Path(file.path).name for file in counts[0].files
+    }
+    assert names == {"uniref.idx", "uniref.idx.index", "uniref.idx.dbtype"}
+    assert counts[0].digest != counts[1].digest
+    registry = Registry(tmp_path / "r.json")
+    registry.put(dataclasses.replace(counts[0], name="uniref"), replace=False)
+    assert database_of("uniref,after=other,s=7.5", registry).options == MmseqsOptions(
+        after="other", sensitivity=7.5
+    )
+    with pytest.raises(ConfigError, match="'what=1' of mmseqs2 is unknown"):
+        database_of("uniref,what=1", registry)
+
+
+@needs_mmseqs
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda path: path("_aln.dbtype").unlink(),
+            r"uniref_aln.dbtype' does not exist: of a database of clusters",
+        ),
+        (lambda path: path("_seq.index").unlink(), r"uniref_seq.index' does not exist"),
+        (
+            lambda path: path("_aln.dbtype").write_bytes(bytes(4)),
+            "its type is 0, not 5: it holds no alignments",
+        ),
+        (lambda path: path(".idx").write_bytes(b"cut"), "its index tells of .* it was cut; copy it again"),
+    ],
+)
+def test_half_a_database_of_clusters_is_refused(tmp_path, indexed, change, said):
+    for path in indexed.glob("uniref*"):
+        if path.is_file():
+            (tmp_path / path.name).symlink_to(path.resolve())
+
+    def own(ending: str) -> Path:
+        path = tmp_path / f"uniref{ending}"
+        path.unlink()
+        path.write_bytes(b"")
+        return path
+
+    change(own)
+    with pytest.raises(DatabaseError, match=said):
+        DatabaseSpec.parse(f"u={tmp_path}/uniref:mmseqs2").files()
+
+
+@needs_mmseqs
+def test_a_cut_table_is_refused_when_it_is_counted(tmp_path, folder):
+    for path in folder.glob("uniref*"):
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    data = next(
+        path for path in sorted(tmp_path.glob("uniref_aln*")) if not path.suffix or path.suffix == ".0"
+    )
+    data.write_bytes(data.read_bytes()[:20])
+    with pytest.raises(DatabaseError, match=r"uniref_aln.*it was cut"):
+        make_manifest(DatabaseSpec.parse(f"u={tmp_path}/uniref:mmseqs2"))
+
+
+@needs_mmseqs
+def test_a_database_after_another_one_needs_that_one(tmp_path, folder):
+    plain = tmp_path / "plain"
+    subprocess.run(
+        ["mmseqs", "createdb", str(folder / "u.fasta"), str(plain), "-v", "1"],
+        check=True,
+        capture_output=True,
+    )
+    fasta = f"f={folder}/u.fasta"
+    for texts, kind, said in (
+        (pair(folder)[:1], ConfigError, "after 'uniref', which is no database of this build"),
+        ([*pair(folder), f"x={folder}/env:mmseqs2,after=env"], ConfigError, "'env', which is searched after"),
+        ([fasta, f"x={folder}/env:mmseqs2,after=f"], ConfigError, "'f', which is searched by jackhmmer"),
+        ([f"p={plain}:mmseqs2", f"x={folder}/env:mmseqs2,after=p"], DatabaseError, "no database of clusters"),
+        ([*pair(folder)[1:], f"p={plain}:mmseqs2,after=uniref"], DatabaseError, "no database of clusters"),
+    ):
+        with pytest.raises(kind, match=said):
+            prepare_databases(
+                [DatabaseSpec.parse(text) for text in texts], max_hits={}, cpus=1, timeout_s=60, digests=None
+            )
+
+
+def test_options_are_read_and_refused_in_words():
+    options = DatabaseSpec.parse("e=/x:mmseqs2,after=u,filter=0,s=5.7,db-load-mode=2").options
+    assert options == MmseqsOptions(after="u", filter=False, sensitivity=5.7, db_load_mode=2)
+    for text, said in (
+        ("e=/x:mmseqs2,after", "option 'after' of mmseqs2 is unknown"),
+        ("e=/x:mmseqs2,s=8,s=7", "'s=7' of mmseqs2 is given twice"),
+        ("e=/x:mmseqs2,filter=2", "must be filter=0 or filter=1"),
+        ("e=/x:mmseqs2,s=9", "s=9 must be 1 to 8"),
+        ("e=/x:mmseqs2,s=nan", "s=nan must be 1 to 8"),
+        ("e=/x:mmseqs2,s=fast", "could not convert"),
+        ("e=/x:mmseqs2,db-load-mode=4", "must be 0, 1, 2 or 3"),
+        ("e=/x:mmseqs2,after=e", "cannot be searched after itself"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            DatabaseSpec.parse(text)
+    with pytest.raises(ConfigError, match="jackhmmer has no options"):
+        DatabaseSpec(name="a", paths=("/x",), tool="jackhmmer", options=MmseqsOptions(filter=False))
+
+
+def test_a_choice_that_changes_rows_changes_the_commands_and_no_other():
+    def words(**options) -> str:
+        kind = options.pop("kind", "clusters")
+        return " ".join(word for command in commands_of(kind, MmseqsOptions(**options)) for word in command)
+
+    whole = words()
+    assert words(db_load_mode=3) == whole
+    every = words(filter=False)
+    for before, after in (
+        ("--expand-filter-clusters 1", "--expand-filter-clusters 0"),
+        ("--max-accept 100000 ", "--max-accept 1000000 "),
+        ("--qsc 0.8", "--qsc -20.0"),
+        ("--filter-msa 1", "--filter-msa 0"),
+    ):
+        assert whole.count(before) == every.count(after) == 1
+    assert words(sensitivity=5.7) == whole.replace("-s 8.0", "-s 5.7")
+    after = words(kind="clusters after")
+    assert "search profile {database}" in after
+    assert "--expand-filter-clusters" not in after
