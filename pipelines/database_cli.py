@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from foldfeed.pipelines import hmmsearch
 from foldfeed.pipelines.database_files import differences, is_compressed, make_manifest, refreshed, unpack
 from foldfeed.pipelines.databases import TEMPLATE_TOOLS, TOOLS, DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError
@@ -62,7 +63,7 @@ def database() -> None:
 @click.option(
     "--tool",
     type=click.Choice(TOOLS + TEMPLATE_TOOLS),
-    help="hmmsearch for templates. [default: hhblits for an HH-suite prefix, else jackhmmer]",
+    help="hmmsearch or hhsearch for templates. [default: hhblits for an HH-suite prefix, else jackhmmer]",
 )
 @click.option("--version", default="", metavar="TEXT", help="Of the release, e.g. 2026_03.")
 @click.option("--date", default="", metavar="YYYY-MM-DD", help="Of the release.")
@@ -95,14 +96,21 @@ def add(
 
     Templates (--tool hmmsearch) are two files, the sequences of known structures (FASTA like the PDB's
     pdb_seqres.txt) and a table of their release dates: lines of entry, tab, YYYY-MM-DD and perhaps a tab and
-    the resolution, or OpenFold's mmcif_cache.json. Or a folder of mmCIF files, from which both are made.
+    the resolution, or OpenFold's mmcif_cache.json. With --tool hhsearch the first is an HH-suite prefix like
+    the PDB70's. Or, for hmmsearch, a folder of mmCIF files, from which both are made.
     """
     if date:
         _check_date(date)
     source = ""
     if tool in TEMPLATE_TOOLS:
         _add_templates(
-            name, paths, unpack_to, {"version": version, "date": date, "licence": licence}, replace, registry
+            tool,
+            name,
+            paths,
+            unpack_to,
+            {"version": version, "date": date, "licence": licence},
+            replace,
+            registry,
         )
         return
     if any("://" in path for path in paths):
@@ -283,6 +291,7 @@ def verify(names: tuple[str, ...], quick: bool, registry: str | None) -> None:
 
 
 def _add_templates(
+    tool: str,
     name: str,
     paths: tuple[str, ...],
     unpack_to: str | None,
@@ -294,7 +303,7 @@ def _add_templates(
     from foldfeed.pipelines.template_database import count_dated, make_template_files
 
     known = Registry(registry)
-    if len(paths) == 1 and os.path.isdir(paths[0]):
+    if len(paths) == 1 and os.path.isdir(paths[0]) and tool == hmmsearch.NAME:
         if unpack_to is None:
             raise click.UsageError(f"{paths[0]} is a folder; say with --unpack-to where the two files go")
         with working("reading mmCIF files"):
@@ -313,11 +322,11 @@ def _add_templates(
     elif unpack_to is not None:
         raise click.UsageError("--unpack-to has no effect: the first PATH is no folder and not compressed")
     try:
-        spec = DatabaseSpec(name=name, paths=tuple(map(os.path.abspath, paths)), tool=TEMPLATE_TOOLS[0])
+        spec = DatabaseSpec(name=name, paths=tuple(map(os.path.abspath, paths)), tool=tool)
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     manifest = make_manifest(spec, **facts)
-    num_dated, num_all = count_dated(*spec.paths)
+    num_dated, num_all = count_dated(spec)
     known.put(manifest, replace=replace)
     click.echo(_line(manifest))
     click.echo(f"{name}: {num_dated:,} of {num_all:,} sequences have a release date")

@@ -21,7 +21,7 @@ import zstandard
 from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.parsers.release_dates import parse_release_dates
 from foldfeed.feature_store.storage import disk_full_is_typed
-from foldfeed.pipelines import jackhmmer
+from foldfeed.pipelines import hhsearch, jackhmmer
 from foldfeed.pipelines.databases import DatabaseSpec, digest_of, file_sha256
 from foldfeed.pipelines.errors import DatabaseError
 from foldfeed.pipelines.fasta import BadStreamError, decompressed
@@ -175,7 +175,8 @@ def _count(spec: DatabaseSpec) -> tuple[int, int]:
     if spec.tool == MMSEQS and is_database(spec.paths[0]):
         counts = [count_mmseqs(spec.name, spec.paths[0])]
     elif spec.searches_templates:
-        counts = [count_fasta(spec.name, spec.paths[0])]
+        count = _count_hh if spec.tool == hhsearch.NAME else count_fasta
+        counts = [count(spec.name, spec.paths[0])]
         _check_dates(spec.name, spec.paths[1])
     elif spec.tool in (jackhmmer.NAME, MMSEQS):
         counts = [count_fasta(spec.name, path) for path in spec.paths]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from foldfeed.feature_store.storage import Blobs
 from foldfeed.feature_store.storage.options import without_secrets
-from foldfeed.pipelines import hhblits, hmmsearch, jackhmmer
+from foldfeed.pipelines import hhblits, hhsearch, hmmsearch, jackhmmer
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
 from foldfeed.pipelines.manifest import DatabaseManifest, file_state
 from foldfeed.pipelines.mmseqs_commands import DEFAULTS, MmseqsOptions
@@ -27,7 +27,7 @@ from foldfeed.pipelines.mmseqs_files import check_fasta_size, is_database, mmseq
 
 TOOLS = (jackhmmer.NAME, hhblits.NAME, MMSEQS)
 # What searches templates: sequences of known structures, of which the release dates are known.
-TEMPLATE_TOOLS = (hmmsearch.NAME,)
+TEMPLATE_TOOLS = (hmmsearch.NAME, hhsearch.NAME)
 
 # Place of a known name in the merged alignment; others come after these, in the order given.
 # Source: AlphaFold 2 ``data/pipeline.py``: make_msa_features((uniref90_msa, bfd_msa, mgnify_msa)).
@@ -62,8 +62,9 @@ class DatabaseSpec:
       name: e.g. ``uniref90``; decides the place in the merged alignment and the default cap.
       paths: a FASTA file for jackhmmer, or several that are its shards; HH-suite prefixes for hhblits;
         one FASTA file (plain, gzip) or one MMseqs2 database, of sequences or of clusters, for mmseqs2; a
-        FASTA file and a table of release dates for hmmsearch.
-      tool: ``jackhmmer``, ``hhblits`` or ``mmseqs2``; ``hmmsearch`` for templates.
+        FASTA file and a table of release dates for hmmsearch, an HH-suite prefix and such a table for
+        hhsearch.
+      tool: ``jackhmmer``, ``hhblits`` or ``mmseqs2``; ``hmmsearch`` or ``hhsearch`` for templates.
       manifest: of a database from a registry; its files must still be those that were added.
       options: of mmseqs2.
     """
@@ -149,7 +150,10 @@ class DatabaseSpec:
 
     @classmethod
     def parse_templates(cls, text: str) -> DatabaseSpec:
-        """Returns the templates that ``NAME=FASTA,DATES[:hmmsearch]`` names.
+        """Returns the templates that ``NAME=PATH,DATES[:TOOL]`` names.
+
+        PATH is a FASTA file for hmmsearch, an HH-suite prefix for hhsearch. Without a tool it is hhsearch
+        where ``PREFIX_a3m.ffdata`` exists, else hmmsearch.
 
         Raises:
           ConfigError: the text has no such form.
@@ -161,12 +165,16 @@ class DatabaseSpec:
         stem, colon, tool = path.rpartition(":")
         if colon and tool in TEMPLATE_TOOLS:
             path = stem
+        elif os.path.exists(f"{path.split(',')[0]}_a3m.ffdata"):
+            tool = hhsearch.NAME
         elif colon and tool in TOOLS:
             raise ConfigError(
-                f"templates {name!r}: {tool} searches no templates; {', '.join(TEMPLATE_TOOLS)} does"
+                f"templates {name!r}: {tool} searches no templates; {' and '.join(TEMPLATE_TOOLS)} do"
             )
+        else:
+            tool = hmmsearch.NAME
         paths = tuple(os.path.abspath(part) if part else "" for part in path.split(","))
-        return cls(name=name, paths=paths, tool=hmmsearch.NAME)
+        return cls(name=name, paths=paths, tool=tool)
 
     @property
     def searches_templates(self) -> bool:
@@ -196,8 +204,10 @@ class DatabaseSpec:
         if self.tool == MMSEQS:
             return _mmseqs_files(self.name, self.paths[0])
         if self.searches_templates:
-            _check_fasta(self.name, self.paths[0])
             _require_file(self.name, self.paths[1])
+            if self.tool == hhsearch.NAME:
+                return (*_hh_files(self.name, self.paths[0]), self.paths[1])
+            _check_fasta(self.name, self.paths[0])
             return self.paths
         return tuple(file for prefix in self.paths for file in _hh_files(self.name, prefix))
 

@@ -133,13 +133,13 @@ class Hmmsearch:
                 NAME, f"its alignment of {len(chains)} rows is not that of its table's {len(domains)} domains"
             )
         sequences = self._sequences(chains, [domain.num_residues for domain in domains])
-        dates = _dates_of(self.dates, file_state(self.dates))
+        dates = dates_of(self.dates, file_state(self.dates))
         facts = b"".join(
             fact_line(
                 sequence=whole,
                 e_value=domain.e_value,
                 score=domain.score,
-                **_released(chain.target, dates),
+                **released(chain.target, dates),
             )
             for chain, domain, whole in zip(chains, domains, sequences, strict=True)
         )
@@ -238,7 +238,8 @@ def released_of(target: str, dates: dict[str, Release]) -> Release | None:
     return dates.get(name) or dates.get(name.rpartition("_")[0])
 
 
-def _released(target: str, dates: dict[str, Release]) -> dict[str, object]:
+def released(target: str, dates: dict[str, Release]) -> dict[str, object]:
+    """Returns what is known of a chain's entry as facts of a hit."""
     release = released_of(target, dates)
     return {
         "release_date": None if release is None else release.date.isoformat(),
@@ -247,6 +248,6 @@ def _released(target: str, dates: dict[str, Release]) -> dict[str, object]:
 
 
 @functools.lru_cache(maxsize=4)
-def _dates_of(path: str, state: str) -> dict[str, Release]:
+def dates_of(path: str, state: str) -> dict[str, Release]:
     """Returns the table of a file; read once per process and state."""
     return parse_release_dates(Path(path).read_bytes())

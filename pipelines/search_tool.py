@@ -25,8 +25,8 @@ from typing import Literal, Protocol
 from foldfeed.pipelines.errors import ToolNotFoundError, ToolTimeoutError
 from foldfeed.pipelines.subprocess_runner import Usage, run_program
 
-# "fasta": unaligned, the candidates of one shard.
-AlignmentFormat = Literal["stockholm", "a3m", "fasta"]
+# "fasta": unaligned, the candidates of one shard; "hhr": pairs of templates and query.
+AlignmentFormat = Literal["stockholm", "a3m", "fasta", "hhr"]
 
 # The header of the one record that a tool is given. Results are shared by all records of equal sequence, so
 # it must not be the record's own name.
@@ -167,7 +167,9 @@ def find_binary(name: str) -> str:
                 ("jackhmmer", "hmmbuild", "hmmsearch"),
                 ("hmmer", ", or without root 'pip install foldfeed[search]'"),
             ),
-            **dict.fromkeys(("hhblits", "hhmake", "cstranslate", "ffindex_apply"), ("hhsuite", "")),
+            **dict.fromkeys(
+                ("hhblits", "hhsearch", "hhmake", "cstranslate", "ffindex_apply"), ("hhsuite", "")
+            ),
             "mmseqs": ("mmseqs2", ", or without root 'pip install foldfeed[mmseqs]'"),
         }.get(name, (name, ""))
         raise ToolNotFoundError(

@@ -25,6 +25,8 @@ from foldfeed.feature_store.parsers.mmcif.tables import gemmi_module
 from foldfeed.feature_store.parsers.release_dates import HEADER, Release, parse_release_dates, release_line
 from foldfeed.feature_store.progress import Progress, silent
 from foldfeed.feature_store.storage import LocalBlobs
+from foldfeed.pipelines import hhsearch
+from foldfeed.pipelines.databases import DatabaseSpec
 from foldfeed.pipelines.errors import DatabaseError
 from foldfeed.pipelines.fasta import decompressed
 from foldfeed.pipelines.hmmsearch import released_of
@@ -135,20 +137,26 @@ def make_template_files(
     )
 
 
-def count_dated(fasta: str, dates: str) -> tuple[int, int]:
+def count_dated(spec: DatabaseSpec) -> tuple[int, int]:
     """Returns how many sequences of a database of templates have a release date, and how many there are."""
+    place, dates = spec.paths
     releases = parse_release_dates(Path(dates).read_bytes())
-    num_dated = num_all = 0
-    with open(fasta, "rb") as raw:
+    names = _index_names(place) if spec.tool == hhsearch.NAME else _fasta_names(place)
+    found = [released_of(name, releases) is not None for name in names]
+    return sum(found), len(found)
+
+
+def _index_names(prefix: str) -> Iterator[str]:
+    for line in Path(f"{prefix}_a3m.ffindex").read_bytes().splitlines():
+        yield line.split(b"\t")[0].decode("latin-1").removesuffix(".a3m")
+
+
+def _fasta_names(path: str) -> Iterator[str]:
+    with open(path, "rb") as raw:
         rest = b""
-        for chunk in decompressed(raw, fasta):
+        for chunk in decompressed(raw, path):
             *lines, rest = (rest + chunk).split(b"\n")
-            for line in [*lines]:
-                if line.startswith(b">"):
-                    words = line[1:].split(None, 1)
-                    num_all += 1
-                    num_dated += bool(words) and released_of(words[0].decode("latin-1"), releases) is not None
-    return num_dated, num_all
+            yield from (line[1:].split()[0].decode("latin-1") for line in lines if line.startswith(b">"))
 
 
 def _entries(root: Path, paths: list[Path], num_processes: int | None) -> Iterator[_Entry]:

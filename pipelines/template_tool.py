@@ -3,7 +3,7 @@
 Owns the protocol, the database of a build's templates (`TemplateDatabase`) and the way from a stored answer
 to hits. Does not own any program's flags. An answer is stored like any search's (`SearchResult`): the
 alignment as the program wrote it, and in place of its table one JSON line for every row of the alignment with
-what the row does not say: the chain's sequence, the day of its release, its resolution, the scores.
+what the row does not say: the chain's sequence, the day of its release, its resolution, hmmsearch's scores.
 
 Invariant: an answer says all that a record needs, so whoever writes records needs no database.
 """
@@ -13,12 +13,14 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.format.templates import TemplateHit
-from foldfeed.feature_store.parsers.hmmsearch import parse_hmmsearch
+from foldfeed.feature_store.parsers.hhr import HhrHit, parse_hhr
+from foldfeed.feature_store.parsers.hmmsearch import AlignedChain, parse_hmmsearch
+from foldfeed.feature_store.parsers.lines import Text
 from foldfeed.pipelines.errors import ToolOutputError
 from foldfeed.pipelines.search_tool import SearchResult, ToolIdentity
 
@@ -104,25 +106,32 @@ def read_template_hits(result: SearchResult, sequence: str) -> tuple[list[Templa
       AlignmentParseError: the text breaks its format.
       ToolOutputError: the alignment and its facts are not of one search.
     """
-    rows = parse_hmmsearch(result.alignment, len(sequence))
     facts = [json.loads(line) for line in result.table.splitlines()]
+    parse: Callable[[Text, int], Sequence[AlignedChain | HhrHit]] = (
+        parse_hhr if result.format == "hhr" else parse_hmmsearch
+    )
+    rows = parse(result.alignment, len(sequence))
     if len(rows) != len(facts):
         raise ToolOutputError(result.tool.name, f"its answer has {len(rows)} rows and facts of {len(facts)}")
     hits = []
     for row, fact in zip(rows, facts, strict=True):
         is_nucleic = row.description.startswith("mol:") and not row.description.startswith("mol:protein")
-        if is_nucleic or not len(row.runs):
-            continue
-        date = fact.pop("release_date")
-        try:
-            hits.append(
-                TemplateHit(
-                    template_id=row.target,
-                    runs=row.runs,
-                    release_date=None if date is None else datetime.date.fromisoformat(date),
-                    **fact,
-                )
-            )
-        except (TypeError, ValueError) as error:
-            raise AlignmentParseError(f"the hit {row.target!r} cannot be: {error}") from error
+        if not is_nucleic and len(row.runs):
+            hits.append(_hit(row, fact))
     return hits, len(rows)
+
+
+def _hit(row: AlignedChain | HhrHit, fact: dict[str, Any]) -> TemplateHit:
+    date = fact.pop("release_date")
+    if isinstance(row, HhrHit):
+        names = ("e_value", "score", "probability", "sum_probs")
+        fact |= {name: getattr(row, name) for name in names}
+    try:
+        return TemplateHit(
+            template_id=row.target,
+            runs=row.runs,
+            release_date=None if date is None else datetime.date.fromisoformat(date),
+            **fact,
+        )
+    except (TypeError, ValueError) as error:
+        raise AlignmentParseError(f"the hit {row.target!r} cannot be: {error}") from error

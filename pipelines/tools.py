@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 
 from foldfeed.feature_store.format.templates import to_date
 from foldfeed.feature_store.storage import Blobs, open_blobs
-from foldfeed.pipelines import jackhmmer
+from foldfeed.pipelines import hhsearch, jackhmmer
 from foldfeed.pipelines.build_config import BuildConfig, Engine
 from foldfeed.pipelines.databases import DatabaseSpec, database_digest, in_merge_order, shard_digests
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
 from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
 from foldfeed.pipelines.hhblits import Hhblits
+from foldfeed.pipelines.hhsearch import Hhsearch
 from foldfeed.pipelines.hmmsearch import Hmmsearch
 from foldfeed.pipelines.jackhmmer import Jackhmmer
 from foldfeed.pipelines.mmseqs import Mmseqs
@@ -99,12 +100,12 @@ def prepare_templates(config: BuildConfig, databases: Sequence[SearchedDatabase]
     assert spec is not None
     names = [database.name for database in databases]
     msa = range(len(names)) if config.template_msa is None else [names.index(config.template_msa)]
-    fasta, dates = spec.paths
+    database, dates = spec.paths
     return TemplateDatabase(
         name=spec.name,
         digest=database_digest(spec, open_blobs(config.results_url), check=config.check_databases),
-        tool=Hmmsearch.find(
-            database=fasta, dates=dates, cpus=config.cpus_per_search, timeout_s=config.timeout_s
+        tool=(Hhsearch if spec.tool == hhsearch.NAME else Hmmsearch).find(
+            database=database, dates=dates, cpus=config.cpus_per_search, timeout_s=config.timeout_s
         ),
         files=spec.files(),
         msa=tuple(msa),

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from mmcif_samples import sample
-from pipelines_data import config_of, first_on_path, globins, needs_hmmer, stand_in, write_fasta
+from pipelines_data import (
+    config_of,
+    first_on_path,
+    globins,
+    needs_hmmer,
+    stand_in,
+    write_fasta,
+)
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.care.verify import verify

@@ -11,13 +11,15 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import re
 from typing import Any, NamedTuple
 
 from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.parsers.a3m import shown
 from foldfeed.feature_store.parsers.lines import lines_of
-from foldfeed.feature_store.parsers.mmcif.tables import day_of
 
+# Python also takes 20200201 and 2020-W05-6.
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
 HEADER = "entry\trelease_date\tresolution_angstrom"
 
 
@@ -45,7 +47,7 @@ def parse_release_dates(text: bytes) -> dict[str, Release]:
     found: dict[str, Release] = {}
     for entry, day, resolution, line in rows:
         try:
-            release = Release(datetime.date.fromisoformat(day_of(day)), resolution)
+            release = Release(_date(day), resolution)
         except ValueError as error:
             raise AlignmentParseError(f"entry {shown(entry)}: {error}", line) from error
         key = entry.lower()
@@ -60,6 +62,12 @@ def release_line(entry: str, release: Release) -> str:
     """Returns a line of the table, without a line feed."""
     resolution = "" if release.resolution_angstrom is None else repr(release.resolution_angstrom)
     return f"{entry}\t{release.date.isoformat()}\t{resolution}"
+
+
+def _date(text: str) -> datetime.date:
+    if not _DAY.fullmatch(text):
+        raise ValueError(f"{shown(text)} is no date (YYYY-MM-DD)")
+    return datetime.date.fromisoformat(text)
 
 
 def _table_rows(text: bytes) -> list[tuple[str, str, float | None, int | None]]:
