@@ -72,9 +72,10 @@ MAX_SHOWN_LETTERS = 20
 )
 @click.option(
     "--templates",
-    metavar="NAME[=FASTA,DATES]",
-    help="Search each record's alignment against sequences of known structures, too (hmmsearch), and keep "
-    "the hits: a FASTA file like the PDB's pdb_seqres.txt and a table of release dates, or the NAME of one "
+    metavar="NAME[=PATH,DATES[:TOOL]]",
+    help="Search each record's alignment against sequences of known structures, too, and keep "
+    "the hits: a FASTA file like the PDB's pdb_seqres.txt (hmmsearch) or an HH-suite prefix (hhsearch), and a "
+    "table of release dates, or the NAME of one "
     "that `foldfeed database add` knows.",
 )
 @click.option(

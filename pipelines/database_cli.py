@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from foldfeed.pipelines import hmmsearch
+from foldfeed.pipelines import hhblits, hmmsearch
 from foldfeed.pipelines.database_files import differences, is_compressed, make_manifest, refreshed, unpack
 from foldfeed.pipelines.databases import TEMPLATE_TOOLS, TOOLS, DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError
@@ -51,6 +51,7 @@ def database() -> None:
       foldfeed database stage s3://bucket/mgnify.fasta@16 --to /scratch/db --name mgnify
       foldfeed database add pdb pdb_seqres.txt release_dates.tsv --tool hmmsearch
       foldfeed database add pdb mmcif_files/ --tool hmmsearch --unpack-to /scratch/db
+      foldfeed database make mine alignments/ --to /scratch/db
       foldfeed database list
       foldfeed build --queries q.fasta --database uniref90 --database uniref30 --store my-store
     """
@@ -133,6 +134,41 @@ def add(
         raise click.UsageError(str(error)) from error
     manifest = make_manifest(spec, version=version, date=date, licence=licence, source=source)
     Registry(registry).put(manifest, replace=replace)
+    click.echo(_line(manifest))
+
+
+@database.command()
+@click.argument("name")
+@click.argument("alignments", type=click.Path(exists=True), metavar="FOLDER")
+@click.option("--to", "target", required=True, metavar="FOLDER", help="On a local disk; made when absent.")
+@click.option("--version", default="", metavar="TEXT", help="Of the release.")
+@click.option("--date", default="", metavar="YYYY-MM-DD", help="Of the release.")
+@click.option("--licence", default="", metavar="TEXT", help="Of the data.")
+@registry_option
+def make(
+    name: str, alignments: str, target: str, version: str, date: str, licence: str, registry: str | None
+) -> None:
+    """Make an HH-suite database of the alignments in FOLDER, and remember it under NAME.
+
+    Every A3M or Stockholm file (plain or compressed) at or below FOLDER is an entry that is called as the
+    file; its first row is the query. HH-suite's hhmake and cstranslate do the work. The database is searched
+    by HHblits (`foldfeed build --database NAME`), and with a table of dates by HHsearch, for templates.
+
+    \b
+    Examples:
+      foldfeed export my-store --format a3m --output alignments/
+      foldfeed database make mine alignments/ --to /scratch/db
+    """
+    from foldfeed.feature_store.cli.tools import working
+    from foldfeed.pipelines.hhsuite_database import make_hhsuite_database
+
+    if date:
+        _check_date(date)
+    with working("making profiles"):
+        made = make_hhsuite_database(name, alignments, target)
+    spec = DatabaseSpec(name=name, paths=(made.prefix,), tool=hhblits.NAME)
+    manifest = make_manifest(spec, version=version, date=date, licence=licence)
+    Registry(registry).put(manifest, replace=False)
     click.echo(_line(manifest))
 
 
