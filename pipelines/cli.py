@@ -48,8 +48,8 @@ MAX_SHOWN_LETTERS = 20
     required=True,
     metavar="NAME[=PATH[:TOOL]]",
     help="What to search: a FASTA file (jackhmmer), an HH-suite prefix (hhblits), with `:mmseqs2` a FASTA "
-    "file or MMseqs2 database (behind that, with commas: after=NAME, filter=0, s=7.5, db-load-mode=2), or the "
-    "NAME alone of one that `foldfeed database add` knows; may be repeated. "
+    "file or MMseqs2 database (behind that, with commas: after=NAME, filter=0, s=7.5, db-load-mode=2), or "
+    "the NAME alone of one that `foldfeed database add` knows; may be repeated. "
     "Several files with commas between them, or PATH@16 for PATH-00000-of-00016 and so on, are one database.",
 )
 @click.option(

@@ -27,6 +27,7 @@ from foldfeed.pipelines.database_files import make_manifest
 from foldfeed.pipelines.errors import (
     ConfigError,
     DatabaseError,
+    StagingError,
     ToolNotFoundError,
     ToolOutputError,
 )
@@ -37,6 +38,7 @@ from foldfeed.pipelines.registry import Registry, database_of
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.search_tool import find_binary
 from foldfeed.pipelines.share import Share
+from foldfeed.pipelines.staging import staged_database
 from foldfeed.pipelines.tools import prepare_databases
 
 HERE = is_there("mmseqs") and GLOBINS.exists()
@@ -384,6 +386,25 @@ def test_a_cut_table_is_refused_when_it_is_counted(tmp_path, folder):
     data.write_bytes(data.read_bytes()[:20])
     with pytest.raises(DatabaseError, match=r"uniref_aln.*it was cut"):
         make_manifest(DatabaseSpec.parse(f"u={tmp_path}/uniref:mmseqs2"))
+
+
+@needs_mmseqs
+def test_databases_of_clusters_and_fasta_files_are_staged(tmp_path, folder):
+    registry = Registry(tmp_path / "r.json")
+    specs = [staged_database(text, registry, tmp_path / "copies") for text in pair(folder)]
+    assert [spec.options.after for spec in specs] == ["uniref", ""]
+    for spec, text in zip(specs, pair(folder), strict=True):
+        assert spec.tool == "mmseqs2"
+        assert Path(spec.paths[0]).is_relative_to(tmp_path / "copies")
+        assert make_manifest(spec).digest == make_manifest(DatabaseSpec.parse(text)).digest
+    fasta = staged_database(f"u={folder}/u.fasta:mmseqs2,s=5", registry, tmp_path / "copies")
+    assert (fasta.tool, fasta.options.sensitivity) == ("mmseqs2", 5)
+    whole = DatabaseSpec.parse(pair(folder)[1])
+    registry.put(make_manifest(whole), replace=False)
+    known = staged_database("uniref,filter=0", registry, tmp_path / "others")
+    assert (known.tool, known.options.filter, known.name) == ("mmseqs2", False, "uniref")
+    with pytest.raises(StagingError, match="searches one database at a time"):
+        staged_database(f"u={folder}/uniref,{folder}/env", registry, tmp_path / "copies")
 
 
 @needs_mmseqs
