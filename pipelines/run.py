@@ -196,7 +196,7 @@ def context_of(
         run_id=f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}",
         num_parts=num_parts,
         max_residues=config.max_residues,
-        num_groups=num_groups_of(len(plan.unit_ids) // len(databases)),
+        num_groups=num_groups_of(len(plan.unit_ids) // len(databases), config.num_workers),
     )
 
 

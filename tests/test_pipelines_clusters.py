@@ -270,10 +270,12 @@ def test_a_poisoned_query_costs_no_other_one(tmp_path, indexed, monkeypatch):
     known = globins(4)
     poison = list(known.values())[1]
     real_but(tmp_path / "bin", monkeypatch, f'[ "$1" = expandaln ] && grep -q {poison} query.fasta && exit 3')
-    config = config_of(tmp_path, write_fasta(tmp_path / "q.fasta", known), pair(indexed), workers=1)
+    path = write_fasta(tmp_path / "q.fasta", known | {"long": "A" * 65_536})
+    config = config_of(tmp_path, path, pair(indexed), workers=1, max_residues=70_000)
     report = run_build(config)
-    assert (report.num_records, report.num_searched, report.num_failed) == (3, 6, 2)
-    (letter,) = report.dead_letters
+    assert (report.num_records, report.num_searched, report.num_failed) == (3, 6, 4)
+    letter, long = report.dead_letters
+    assert (long.record_id, long.retry, long.kind) == ("long", "poison", "QueryTooLongError")
     assert (letter.record_id, letter.retry, letter.kind) == (list(known)[1], "poison", "ToolFailedError")
     assert "exit code 3" in letter.reason
     assert "'env' after 'uniref'" in letter.reason
@@ -427,6 +429,11 @@ def test_a_database_after_another_one_needs_that_one(tmp_path, folder):
             prepare_databases(
                 [DatabaseSpec.parse(text) for text in texts], max_hits={}, cpus=1, timeout_s=60, digests=None
             )
+
+
+def test_as_few_runs_as_workers_allow():
+    assert [together.num_groups_of(number, 1) for number in (0, 1, 64, 65, 1000)] == [1, 1, 1, 2, 16]
+    assert [together.num_groups_of(number, 32) for number in (0, 31, 80, 1000, 10_000)] == [1, 1, 2, 31, 157]
 
 
 def test_options_are_read_and_refused_in_words():
