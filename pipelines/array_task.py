@@ -113,7 +113,11 @@ def search_share(config: BuildConfig, share: Share) -> ShareReport:
     there = results.present({item.unit_id for item in items})
     todo = [item for item in items if item.unit_id not in there]
     with stop_searches_on_interrupt(), search_progress(plan, context):
-        receipts = _all(lambda work: _search(work, context), _batches(todo, context), config.num_workers)
+        receipts = _all(
+            lambda work: _search(work, context),
+            _batches(todo, context, config.num_workers),
+            config.num_workers,
+        )
         joined = _all(
             lambda unit: [search_unit(unit, context)],
             _joinable(config, context, share),
@@ -187,7 +191,7 @@ def _context(
     )
 
 
-def _batches(items: Iterable[WorkItem], context: JobContext) -> Iterator[list[WorkItem]]:
+def _batches(items: Iterable[WorkItem], context: JobContext, num_workers: int) -> Iterator[list[WorkItem]]:
     """Yields what is searched in one go: a search, or what one file may be scanned for at once; in order.
 
     What a tool searches in one run comes first, because it takes longest.
@@ -202,7 +206,7 @@ def _batches(items: Iterable[WorkItem], context: JobContext) -> Iterator[list[Wo
         else:
             alone.append(item)
     for units in together.values():
-        for group_units in groups(units):
+        for group_units in groups(units, num_workers):
             yield [WorkItem(unit=unit, part=None) for unit in group_units]
     for item in alone:
         if item.part is None:

@@ -106,7 +106,7 @@ def alignments_of_folder(folder: str | os.PathLike[str]) -> Iterator[NamedAlignm
     Raises:
       DatabaseError: there is none, two have one name, or one cannot be read.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[Path, str]] = {}
     for path in sorted(Path(folder).iterdir()):
         stem = path.name.removesuffix(".gz").removesuffix(".zst")
         ending = next((one for one in ENDINGS if stem.endswith(one)), None)
@@ -114,15 +114,17 @@ def alignments_of_folder(folder: str | os.PathLike[str]) -> Iterator[NamedAlignm
             continue
         name = stem.removesuffix(ending)
         if name in found:
-            raise DatabaseError(name, str(folder), f"{path.name} and {found[name].name} would be one entry")
-        found[name] = path
+            raise DatabaseError(
+                name, str(folder), f"{path.name} and {found[name][0].name} would be one entry"
+            )
+        found[name] = path, ending
     if not found:
         raise DatabaseError("", str(folder), f"there is no file that ends in {', '.join(ENDINGS)}")
-    for name, path in found.items():
+    for name, (path, ending) in found.items():
         with path.open("rb") as raw:
             text = b"".join(decompressed(raw, str(path)))
         try:
-            yield NamedAlignment(name=name, text=_as_a3m(name, text, ".a3m" in path.name))
+            yield NamedAlignment(name=name, text=_as_a3m(name, text, ending == ".a3m"))
         except AlignmentParseError as error:
             raise DatabaseError(name, str(path), str(error)) from error
 
@@ -261,11 +263,12 @@ def _make_piece(
         folder,
         timeout_s,
     )
-    names = [name for name, _ in entries]
     for table, program in (("hhm", "hhmake"), ("cs219", "cstranslate")):
         rows = _read_index(folder / f"{table}.ffindex")
-        if sorted(rows) != names or min(length for _, length in rows.values()) < 2:
-            raise ToolOutputError(program, f"it made {len(rows)} entries of {len(names)}, or an empty one")
+        for (name, _), alignment in zip(entries, alignments, strict=True):
+            # A NUL byte alone is what is left of a program that failed.
+            if rows.get(name, (0, 0))[1] < 2:
+                raise ToolOutputError(program, f"it made nothing of alignment {alignment.name!r}")
 
 
 def _env() -> str:

@@ -34,6 +34,8 @@ _ALIGNMENTS = 5
 # Set where the entries are compressed, which the tool reads as it does others.
 _COMPRESSED = 1 << 31
 MEMBERS, ALIGNMENTS, INDEX = "_seq", "_aln", ".idx"
+# What a database may consist of, beside its name.
+TABLES = ("", "_h", MEMBERS, f"{MEMBERS}_h", ALIGNMENTS, INDEX)
 
 
 def is_database(path: str) -> bool:

@@ -198,7 +198,7 @@ def context_of(
         num_parts=num_parts,
         max_residues=config.max_residues,
         templates=plan.templates,
-        num_groups=num_groups_of(len(plan.unit_ids) // num_searched),
+        num_groups=num_groups_of(len(plan.unit_ids) // num_searched, config.num_workers),
     )
 
 

@@ -31,10 +31,13 @@ from foldfeed.feature_store.errors import StorageFullError
 from foldfeed.feature_store.progress import Progress, silent
 from foldfeed.feature_store.storage import LocalBlobs, disk_full_is_typed, fsync_folder
 from foldfeed.feature_store.storage.options import without_secrets
+from foldfeed.pipelines import jackhmmer
 from foldfeed.pipelines.database_files import SUFFIXES, is_compressed, unpack
 from foldfeed.pipelines.databases import TOOLS, WHOLE_FILE_BYTES, DatabaseSpec, digest_of, file_sha256
 from foldfeed.pipelines.errors import DatabaseError, StagingError, StagingFullError
 from foldfeed.pipelines.manifest import DatabaseFile, DatabaseManifest, file_state
+from foldfeed.pipelines.mmseqs_commands import MmseqsOptions
+from foldfeed.pipelines.mmseqs_files import NAME as MMSEQS
 from foldfeed.pipelines.registry import Registry
 from foldfeed.pipelines.staging_copy import FileCopy
 from foldfeed.pipelines.staging_source import Identity, Source, source_of, source_of_manifest
@@ -97,15 +100,21 @@ def staged_database(
       ConfigError, RegistryError: the text names no database.
       StagingError: see `stage`.
     """
-    name, equals, place = text.partition("=")
-    if not equals:
-        return stage("", folder, name=name, manifest=registry.get(name), tell=tell).spec
+    name, *words = text.split(",") if "," in text.partition("=")[0] else [text]
+    if "=" not in name:
+        spec = stage("", folder, name=name, manifest=registry.get(name), tell=tell).spec
+        return dataclasses.replace(spec, options=MmseqsOptions.parse(words))
+    name, _, place = text.partition("=")
     stem, colon, tool = place.rpartition(":")
+    tool, *words = tool.split(",") if tool.startswith(f"{MMSEQS},") else [tool]
     asked = tool if colon and tool in TOOLS else None
     spec = stage(stem if asked else place, folder, name=name, tell=tell).spec
+    if asked == MMSEQS and spec.tool == jackhmmer.NAME:
+        # A FASTA file is searched by either.
+        spec = dataclasses.replace(spec, tool=MMSEQS)
     if asked is not None and asked != spec.tool:
         raise StagingError(place, f"it is a database of {spec.tool}, not of {asked}")
-    return spec
+    return dataclasses.replace(spec, options=MmseqsOptions.parse(words))
 
 
 class _Staging:

@@ -16,7 +16,7 @@ from foldfeed.feature_store.errors import StorageError
 from foldfeed.feature_store.storage import Blobs, open_blobs
 from foldfeed.feature_store.storage.contract import is_forbidden
 from foldfeed.feature_store.storage.options import without_secrets
-from foldfeed.pipelines import hhblits, jackhmmer
+from foldfeed.pipelines import hhblits, jackhmmer, mmseqs_files
 from foldfeed.pipelines.databases import HH_PARTS, fasta_files
 from foldfeed.pipelines.errors import ConfigError, StagingError
 from foldfeed.pipelines.manifest import DatabaseManifest, file_state
@@ -98,8 +98,8 @@ class Source:
 
     Attributes:
       text: as the user wrote it.
-      tool: ``jackhmmer`` or ``hhblits``.
-      names: of its FASTA files or HH-suite prefixes, without folders.
+      tool: ``jackhmmer``, ``hhblits`` or ``mmseqs2``.
+      names: of its FASTA files, HH-suite prefixes or MMseqs2 database, without folders.
       files: all of them, no two of one name.
     """
 
@@ -118,13 +118,26 @@ class Source:
 def source_of(text: str) -> Source:
     """Returns the database behind ``PATH_OR_URL[,PATH_OR_URL]...``, where one may be ``PATH@16``.
 
-    FASTA files may be compressed. What is no file is an HH-suite prefix where ``PREFIX_a3m.ffdata`` exists.
+    FASTA files may be compressed. What has a name without dots and ``PATH.dbtype`` beside it is a database of
+    MMseqs2; of other names nobody asks the server. What is no file is an HH-suite prefix where
+    ``PREFIX_a3m.ffdata`` exists.
 
     Raises:
       StagingError: there is nothing of that name.
       StorageError: its storage does not answer.
     """
     urls = _expanded(text)
+    if "." not in SourceFile(urls[0]).name and SourceFile(f"{urls[0]}.dbtype").exists():
+        if len(urls) > 1:
+            raise StagingError(
+                text, f"{mmseqs_files.NAME} searches one database at a time; give each by itself"
+            )
+        return Source(
+            text=text,
+            tool=mmseqs_files.NAME,
+            names=(SourceFile(urls[0]).name,),
+            files=tuple(file for table in mmseqs_files.TABLES for file in _mmseqs_files(urls[0] + table)),
+        )
     if SourceFile(urls[0]).exists():
         return Source(
             text=text,
@@ -161,6 +174,18 @@ def _expanded(text: str) -> list[str]:
     if not urls or any(url.endswith("/") for url in urls):
         raise ConfigError(f"{text!r} names no file; write a path or URL of a FASTA file or HH-suite prefix")
     return urls
+
+
+def _mmseqs_files(table: str) -> list[SourceFile]:
+    """Returns the files of one table of a database, none where it is not there: data, index and type."""
+    if not SourceFile(f"{table}.dbtype").exists():
+        return []
+    parts = [SourceFile(table)]
+    if not parts[0].exists():
+        parts = [SourceFile(f"{table}.0")]
+        while (part := SourceFile(f"{table}.{len(parts)}")).exists():
+            parts.append(part)
+    return [*parts, SourceFile(f"{table}.index"), SourceFile(f"{table}.dbtype")]
 
 
 def _hh_files(prefix: str) -> list[SourceFile]:

@@ -6,8 +6,8 @@ with it: the same group of queries first in the one, then, with the profiles tha
 store, in the other.
 
 Invariants: an answer is that of a search alone, and is stored only after it was parsed; which queries are in
-a group depends on their sequences and on their number, never on the engine. A run that fails costs nobody but
-the query that it is to blame on: each is searched alone then, and the run is described under
+a group depends on their sequences and on the number of groups, never on the engine. A run that fails
+costs nobody but the query that it is to blame on: each is searched alone then, and the run is described under
 ``jobs/JOB_ID/RUN_ID/together`` in the result store.
 """
 
@@ -37,13 +37,15 @@ from foldfeed.pipelines.search import (
 from foldfeed.pipelines.search_tool import SearchedDatabase, SearchResult
 from foldfeed.pipelines.unchanged import as_planned
 
-# Queries of one run, on average. bench/search_mmseqs.py says what a query costs in runs of 1, 8 and 64.
+# Queries of one run, on average: most, and where more workers would be idle. bench/search_mmseqs.py says what
+# a query costs in runs of 1, 8 and 64.
 TOGETHER = 64
+FEWEST = 32
 
 
-def num_groups_of(num_queries: int) -> int:
-    """Returns into how many groups queries are divided."""
-    return max(1, -(-num_queries // TOGETHER))
+def num_groups_of(num_queries: int, num_workers: int) -> int:
+    """Returns into how many groups queries are divided: as few as may be, but one for each worker."""
+    return max(1, -(-num_queries // TOGETHER), min(num_workers, num_queries // FEWEST))
 
 
 def searches_together(databases: Sequence[SearchedDatabase]) -> bool:
@@ -182,13 +184,13 @@ def _note(units: Sequence[WorkUnit], context: JobContext, error: SearchError) ->
     open_blobs(context.results_url).write_atomic(path, json.dumps(content, indent=1).encode())
 
 
-def groups(units: Iterable[WorkUnit]) -> list[list[WorkUnit]]:
+def groups(units: Iterable[WorkUnit], num_workers: int) -> list[list[WorkUnit]]:
     """Returns the searches of one task as runs of at most `TOGETHER` queries, in the order of the queries."""
     by_query: dict[str, list[WorkUnit]] = {}
     for unit in units:
         by_query.setdefault(unit.sequence, []).append(unit)
     queries = list(by_query.values())
+    size = -(-len(queries) // num_groups_of(len(queries), num_workers))
     return [
-        [unit for query in queries[at : at + TOGETHER] for unit in query]
-        for at in range(0, len(queries), TOGETHER)
+        [unit for query in queries[at : at + size] for unit in query] for at in range(0, len(queries), size)
     ]

@@ -27,6 +27,7 @@ from foldfeed.pipelines.database_files import make_manifest
 from foldfeed.pipelines.errors import (
     ConfigError,
     DatabaseError,
+    StagingError,
     ToolNotFoundError,
     ToolOutputError,
 )
@@ -37,6 +38,7 @@ from foldfeed.pipelines.registry import Registry, database_of
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.search_tool import find_binary
 from foldfeed.pipelines.share import Share
+from foldfeed.pipelines.staging import staged_database
 from foldfeed.pipelines.tools import prepare_databases
 
 HERE = is_there("mmseqs") and GLOBINS.exists()
@@ -268,10 +270,12 @@ def test_a_poisoned_query_costs_no_other_one(tmp_path, indexed, monkeypatch):
     known = globins(4)
     poison = list(known.values())[1]
     real_but(tmp_path / "bin", monkeypatch, f'[ "$1" = expandaln ] && grep -q {poison} query.fasta && exit 3')
-    config = config_of(tmp_path, write_fasta(tmp_path / "q.fasta", known), pair(indexed), workers=1)
+    path = write_fasta(tmp_path / "q.fasta", known | {"long": "A" * 65_536})
+    config = config_of(tmp_path, path, pair(indexed), workers=1, max_residues=70_000)
     report = run_build(config)
-    assert (report.num_records, report.num_searched, report.num_failed) == (3, 6, 2)
-    (letter,) = report.dead_letters
+    assert (report.num_records, report.num_searched, report.num_failed) == (3, 6, 4)
+    letter, long = report.dead_letters
+    assert (long.record_id, long.retry, long.kind) == ("long", "poison", "QueryTooLongError")
     assert (letter.record_id, letter.retry, letter.kind) == (list(known)[1], "poison", "ToolFailedError")
     assert "exit code 3" in letter.reason
     assert "'env' after 'uniref'" in letter.reason
@@ -387,6 +391,25 @@ def test_a_cut_table_is_refused_when_it_is_counted(tmp_path, folder):
 
 
 @needs_mmseqs
+def test_databases_of_clusters_and_fasta_files_are_staged(tmp_path, folder):
+    registry = Registry(tmp_path / "r.json")
+    specs = [staged_database(text, registry, tmp_path / "copies") for text in pair(folder)]
+    assert [spec.options.after for spec in specs] == ["uniref", ""]
+    for spec, text in zip(specs, pair(folder), strict=True):
+        assert spec.tool == "mmseqs2"
+        assert Path(spec.paths[0]).is_relative_to(tmp_path / "copies")
+        assert make_manifest(spec).digest == make_manifest(DatabaseSpec.parse(text)).digest
+    fasta = staged_database(f"u={folder}/u.fasta:mmseqs2,s=5", registry, tmp_path / "copies")
+    assert (fasta.tool, fasta.options.sensitivity) == ("mmseqs2", 5)
+    whole = DatabaseSpec.parse(pair(folder)[1])
+    registry.put(make_manifest(whole), replace=False)
+    known = staged_database("uniref,filter=0", registry, tmp_path / "others")
+    assert (known.tool, known.options.filter, known.name) == ("mmseqs2", False, "uniref")
+    with pytest.raises(StagingError, match="searches one database at a time"):
+        staged_database(f"u={folder}/uniref,{folder}/env", registry, tmp_path / "copies")
+
+
+@needs_mmseqs
 def test_a_database_after_another_one_needs_that_one(tmp_path, folder):
     plain = tmp_path / "plain"
     subprocess.run(
@@ -406,6 +429,11 @@ def test_a_database_after_another_one_needs_that_one(tmp_path, folder):
             prepare_databases(
                 [DatabaseSpec.parse(text) for text in texts], max_hits={}, cpus=1, timeout_s=60, digests=None
             )
+
+
+def test_as_few_runs_as_workers_allow():
+    assert [together.num_groups_of(number, 1) for number in (0, 1, 64, 65, 1000)] == [1, 1, 1, 2, 16]
+    assert [together.num_groups_of(number, 32) for number in (0, 31, 80, 1000, 10_000)] == [1, 1, 2, 31, 157]
 
 
 def test_options_are_read_and_refused_in_words():

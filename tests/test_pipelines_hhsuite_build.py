@@ -137,12 +137,12 @@ def test_what_cannot_be_a_database_is_refused(tmp_path, monkeypatch):
         fields |= {"cstranslate": real.cstranslate, "library": real.library}
         return lambda: hhsuite_build.HhPrograms(**(fields | other))
 
-    for other, error in (
-        ({"hhmake": "/bin/true"}, ToolOutputError),
-        ({"cstranslate": "/bin/false"}, SearchError),
+    for other, error, said in (
+        ({"hhmake": "/bin/true"}, ToolOutputError, "made nothing of alignment 'family'"),
+        ({"cstranslate": "/bin/false"}, SearchError, "exit code 1"),
     ):
         monkeypatch.setattr(hhsuite_build.HhPrograms, "find", programs(**other))
-        with pytest.raises(error):
+        with pytest.raises(error, match=said):
             build_hhsuite(alignments(), tmp_path / "x")
         monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []

