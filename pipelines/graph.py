@@ -21,15 +21,19 @@ arrive; alignments never travel through Beam.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import apache_beam as beam
+from apache_beam.transforms.window import GlobalWindows
+from apache_beam.utils.windowed_value import WindowedValue
 
 from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.pipelines.errors import WorkerError
 from foldfeed.pipelines.fasta import read_fasta
+from foldfeed.pipelines.packing import CommonWork, cost_of_scan, cost_of_unit
 from foldfeed.pipelines.parts import PartReceipt, completed, write_one_part
 from foldfeed.pipelines.plan import part_of, resolve_duplicates
 from foldfeed.pipelines.search import (
@@ -49,8 +53,6 @@ from foldfeed.pipelines.search import (
 from foldfeed.pipelines.search_tool import require_same_binary
 from foldfeed.pipelines.sequences import DeadLetter, QuerySequence
 from foldfeed.pipelines.subprocess_runner import cancel_all, follow_parent
-
-T = TypeVar("T")
 
 
 def _as_text(error: FoldfeedError, what: str = "") -> WorkerError:
@@ -79,20 +81,25 @@ class ReadFile(beam.DoFn):
 class _Searching(beam.DoFn):
     """What a step that runs search tools needs.
 
+    The local runner gives each of its threads a bundle of elements at once; they are only collected then, and
+    all threads search them together when their bundles are complete (`foldfeed.pipelines.packing`). Another
+    engine tries a failed bundle again, perhaps in the same process, and has its own ways to balance: there an
+    element is searched when it comes.
+
     Args:
       context: of the build.
-      stop_together: one failure ends the other searches of this process. For the local runner, which reports
-        a failed step only when all searches under way have ended: hours, in the worst case. Another engine
-        tries a failed bundle again, perhaps in the same process, so there the others must go on.
+      is_local: it runs in the local runner. There one failure ends the other searches of this process,
+        because a failed step is reported only when all searches under way have ended: hours, perhaps.
     """
 
-    def __init__(self, context: JobContext, stop_together: bool) -> None:
+    def __init__(self, context: JobContext, is_local: bool) -> None:
         self._context = context
-        self._stop_together = stop_together
+        self._is_local = is_local
+        self._waiting: list[tuple[int, Callable[[], list[tuple[str, Receipt]]]]] = []
 
     def setup(self) -> None:
         """Checks once per worker that the planned tools are here."""
-        if not self._stop_together:
+        if not self._is_local:
             follow_parent()
         try:
             for database in self._context.databases:
@@ -100,11 +107,34 @@ class _Searching(beam.DoFn):
         except FoldfeedError as error:
             raise _as_text(error) from error
 
-    def _guarded(self, unit: WorkUnit, search: Callable[[], T]) -> T:
+    def start_bundle(self) -> None:
+        """Forgets what a bundle that failed may have left."""
+        self._waiting = []
+
+    def _searched(
+        self, unit: WorkUnit, cost: int, search: Callable[[], list[tuple[str, Receipt]]]
+    ) -> list[tuple[str, Receipt]]:
+        """Returns what a search gives, or nothing where it waits for the end of the bundle."""
+        work = functools.partial(self._guarded, unit, search)
+        if not self._is_local:
+            return work()
+        self._waiting.append((cost, work))
+        return []
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        """Searches what waits, together with the other threads."""
+        if self._waiting:
+            common = _common_work(type(self).__name__, self._context.run_id)
+            for receipts in common.do(self._waiting):
+                yield from map(GlobalWindows.windowed_value, receipts)
+
+    def _guarded(
+        self, unit: WorkUnit, search: Callable[[], list[tuple[str, Receipt]]]
+    ) -> list[tuple[str, Receipt]]:
         try:
             return search()
         except Exception as error:
-            if self._stop_together:
+            if self._is_local:
                 cancel_all(f"another search failed: {error}")
             if isinstance(error, FoldfeedError):
                 name = self._context.databases[unit.database_index].name
@@ -112,24 +142,35 @@ class _Searching(beam.DoFn):
             raise
 
 
+@functools.lru_cache(maxsize=8)
+def _common_work(step: str, run_id: str) -> CommonWork[list[tuple[str, Receipt]]]:
+    """Returns what the threads of one step of one run share."""
+    return CommonWork()
+
+
 class ScanShard(_Searching):
     """Shard units of one shard -> (id of the whole unit, a receipt) of each."""
 
-    def process(self, element: list[ShardUnit]) -> Iterator[tuple[str, Receipt]]:
+    def process(self, element: list[ShardUnit]) -> list[tuple[str, Receipt]]:
         """Searches one shard for some queries, or finds their candidates in the result store."""
-        for receipt in self._guarded(element[0].unit, lambda: scan_shards(element, self._context)):
-            yield receipt.unit_id, receipt
+        cost = cost_of_scan(element, self._context.databases)
+        return self._searched(element[0].unit, cost, functools.partial(self._scan, element))
+
+    def _scan(self, parts: list[ShardUnit]) -> list[tuple[str, Receipt]]:
+        return [(receipt.unit_id, receipt) for receipt in scan_shards(parts, self._context)]
 
 
 class SearchUnit(_Searching):
     """(unit id, the unit and the receipts of its shards) -> one receipt."""
 
-    def process(
-        self, element: tuple[str, tuple[WorkUnit, Iterable[Receipt]]]
-    ) -> Iterator[tuple[str, Receipt]]:
+    def process(self, element: tuple[str, tuple[WorkUnit, Iterable[Receipt]]]) -> list[tuple[str, Receipt]]:
         """Searches, or finds the answer in the result store."""
-        name, (unit, scans) = element
-        yield name, self._guarded(unit, lambda: search_unit(unit, self._context, scans))
+        _, (unit, scans) = element
+        cost = cost_of_unit(unit, self._context.databases)
+        return self._searched(unit, cost, functools.partial(self._search, unit, tuple(scans)))
+
+    def _search(self, unit: WorkUnit, scans: tuple[Receipt, ...]) -> list[tuple[str, Receipt]]:
+        return [(unit.unit_id, search_unit(unit, self._context, scans))]
 
 
 class WritePart(beam.DoFn):
@@ -250,10 +291,10 @@ class ReadQueries(beam.PTransform):
 class SearchAll(beam.PTransform):
     """Queries -> queries that every database answered, and dead letters for the others."""
 
-    def __init__(self, context: JobContext, stop_together: bool, hints: Mapping[str, str]) -> None:
+    def __init__(self, context: JobContext, is_local: bool, hints: Mapping[str, str]) -> None:
         super().__init__()
         self._context = context
-        self._stop_together = stop_together
+        self._is_local = is_local
         self._hints = hints
 
     def expand(self, queries: beam.PCollection) -> beam.PCollection:
@@ -268,7 +309,7 @@ class SearchAll(beam.PTransform):
         receipts = (
             self._with_scans(units)
             | "Search"
-            >> beam.ParDo(SearchUnit(self._context, self._stop_together))
+            >> beam.ParDo(SearchUnit(self._context, self._is_local))
             .with_output_types(tuple[str, Receipt])
             .with_resource_hints(**self._hints)
             | "Receipts" >> beam.Reshuffle()
@@ -293,7 +334,7 @@ class SearchAll(beam.PTransform):
             | "ScanBatches" >> beam.FlatMap(_batches, self._context)
             | "SpreadScans" >> beam.Reshuffle()
             | "ScanShards"
-            >> beam.ParDo(ScanShard(self._context, self._stop_together))
+            >> beam.ParDo(ScanShard(self._context, self._is_local))
             .with_output_types(tuple[str, Receipt])
             .with_resource_hints(**self._hints)
         )
@@ -339,7 +380,7 @@ def build_graph(
     urls: Sequence[str],
     context: JobContext,
     *,
-    stop_together: bool,
+    is_local: bool,
     hints: Mapping[str, str],
 ) -> None:
     """Adds the whole build to a pipeline.
@@ -348,11 +389,11 @@ def build_graph(
       pipeline: an empty one.
       urls: FASTA files.
       context: of the build.
-      stop_together: see `SearchUnit`.
+      is_local: see `_Searching`.
       hints: Beam's resource hints of the steps that search. An engine gives these steps workers of their own
         then, also one that uses no hints, so only engines that use them get any.
     """
     queries, dead = pipeline | "ReadQueries" >> ReadQueries(urls, context.max_residues)
-    searched = queries | "SearchAll" >> SearchAll(context, stop_together, hints)
+    searched = queries | "SearchAll" >> SearchAll(context, is_local, hints)
     entries = (searched, dead) | "AllEntries" >> beam.Flatten()
     _ = entries | "WriteParts" >> WriteParts(context)

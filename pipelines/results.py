@@ -111,7 +111,7 @@ class ResultStore:
             "search": dataclasses.asdict(facts or SearchFacts()),
         }
         self._blobs.write_atomic(f"{_stem(unit_id)}.zst", stored)
-        self._blobs.write_atomic(f"{_stem(unit_id)}.json", json.dumps(receipt, indent=1).encode())
+        self._blobs.write_atomic(f"{_stem(unit_id)}.json", json.dumps(receipt).encode())
 
     def get(self, unit_id: str) -> SearchResult:
         """Returns a result after checking its checksum.
