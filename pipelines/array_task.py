@@ -221,4 +221,4 @@ def _joinable(config: BuildConfig, context: JobContext, share: Share) -> list[Wo
 
 
 def _count(plan: Plan, results: ResultStore) -> int:
-    return len(results.present(plan.unit_ids))
+    return results.count_present(plan.unit_ids)

@@ -26,6 +26,7 @@ import zstandard
 
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.errors import CorruptResultError
+from foldfeed.pipelines.id_set import IdSet
 from foldfeed.pipelines.search_tool import SearchResult, ToolIdentity
 from foldfeed.pipelines.subprocess_runner import Usage
 
@@ -180,6 +181,14 @@ class ResultStore:
         for name in names[::step]:
             with contextlib.suppress(CorruptResultError):
                 found.append(self.receipt(name))
+        return found
+
+    def count_present(self, unit_ids: IdSet) -> int:
+        """Returns how many of the units are visible; memory is that of one folder's names."""
+        found = 0
+        for folder, names in unit_ids.buckets():
+            visible = set(self._blobs.list(f"units/{folder}"))
+            found += sum(f"{name}.json" in visible for name in names)
         return found
 
     def present(self, unit_ids: Collection[str]) -> set[str]:
