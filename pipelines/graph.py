@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import apache_beam as beam
 from apache_beam.transforms.window import GlobalWindows
@@ -54,6 +54,8 @@ from foldfeed.pipelines.search_tool import require_same_binary
 from foldfeed.pipelines.sequences import DeadLetter, QuerySequence
 from foldfeed.pipelines.subprocess_runner import cancel_all, follow_parent
 
+T = TypeVar("T")
+
 
 def _as_text(error: FoldfeedError, what: str = "") -> WorkerError:
     return WorkerError(f"{what}: {error}" if what else str(error))
@@ -81,31 +83,48 @@ class ReadFile(beam.DoFn):
 class _Searching(beam.DoFn):
     """What a step that runs search tools needs.
 
-    The local runner gives each of its threads a bundle of elements at once; they are only collected then, and
-    all threads search them together when their bundles are complete (`foldfeed.pipelines.packing`). Another
-    engine tries a failed bundle again, perhaps in the same process, and has its own ways to balance: there an
-    element is searched when it comes.
-
     Args:
       context: of the build.
-      is_local: it runs in the local runner. There one failure ends the other searches of this process,
-        because a failed step is reported only when all searches under way have ended: hours, perhaps.
+      stop_together: one failure ends the other searches of this process. For the local runner, which reports
+        a failed step only when all searches under way have ended: hours, in the worst case. Another engine
+        tries a failed bundle again, perhaps in the same process, so there the others must go on.
     """
 
-    def __init__(self, context: JobContext, is_local: bool) -> None:
+    def __init__(self, context: JobContext, stop_together: bool) -> None:
         self._context = context
-        self._is_local = is_local
-        self._waiting: list[tuple[int, Callable[[], list[tuple[str, Receipt]]]]] = []
+        self._stop_together = stop_together
 
     def setup(self) -> None:
         """Checks once per worker that the planned tools are here."""
-        if not self._is_local:
+        if not self._stop_together:
             follow_parent()
         try:
             for database in self._context.databases:
                 require_same_binary(database.tool)
         except FoldfeedError as error:
             raise _as_text(error) from error
+
+    def _guarded(self, unit: WorkUnit, search: Callable[[], T]) -> T:
+        try:
+            return search()
+        except Exception as error:
+            if self._stop_together:
+                cancel_all(f"another search failed: {error}")
+            if isinstance(error, FoldfeedError):
+                name = self._context.databases[unit.database_index].name
+                raise _as_text(error, f"record {unit.record_ids[0]!r}, search in {name!r}") from error
+            raise
+
+
+class _Packed(_Searching):
+    """A step whose threads search their elements together, the costliest first.
+
+    The local runner gives each of its threads a bundle of elements at once. They are only collected then, and
+    all threads search them together when their bundles are complete (`foldfeed.pipelines.packing`). Other
+    engines have their own ways to balance: there an element is searched when it comes.
+    """
+
+    _waiting: list[tuple[int, Callable[[], list[tuple[str, Receipt]]]]]
 
     def start_bundle(self) -> None:
         """Forgets what a bundle that failed may have left."""
@@ -115,10 +134,9 @@ class _Searching(beam.DoFn):
         self, unit: WorkUnit, cost: int, search: Callable[[], list[tuple[str, Receipt]]]
     ) -> list[tuple[str, Receipt]]:
         """Returns what a search gives, or nothing where it waits for the end of the bundle."""
-        work = functools.partial(self._guarded, unit, search)
-        if not self._is_local:
-            return work()
-        self._waiting.append((cost, work))
+        if not self._stop_together:
+            return self._guarded(unit, search)
+        self._waiting.append((cost, functools.partial(self._guarded, unit, search)))
         return []
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
@@ -128,19 +146,6 @@ class _Searching(beam.DoFn):
             for receipts in common.do(self._waiting):
                 yield from map(GlobalWindows.windowed_value, receipts)
 
-    def _guarded(
-        self, unit: WorkUnit, search: Callable[[], list[tuple[str, Receipt]]]
-    ) -> list[tuple[str, Receipt]]:
-        try:
-            return search()
-        except Exception as error:
-            if self._is_local:
-                cancel_all(f"another search failed: {error}")
-            if isinstance(error, FoldfeedError):
-                name = self._context.databases[unit.database_index].name
-                raise _as_text(error, f"record {unit.record_ids[0]!r}, search in {name!r}") from error
-            raise
-
 
 @functools.lru_cache(maxsize=8)
 def _common_work(step: str, run_id: str) -> CommonWork[list[tuple[str, Receipt]]]:
@@ -148,7 +153,7 @@ def _common_work(step: str, run_id: str) -> CommonWork[list[tuple[str, Receipt]]
     return CommonWork()
 
 
-class ScanShard(_Searching):
+class ScanShard(_Packed):
     """Shard units of one shard -> (id of the whole unit, a receipt) of each."""
 
     def process(self, element: list[ShardUnit]) -> list[tuple[str, Receipt]]:
@@ -160,7 +165,7 @@ class ScanShard(_Searching):
         return [(receipt.unit_id, receipt) for receipt in scan_shards(parts, self._context)]
 
 
-class SearchUnit(_Searching):
+class SearchUnit(_Packed):
     """(unit id, the unit and the receipts of its shards) -> one receipt."""
 
     def process(self, element: tuple[str, tuple[WorkUnit, Iterable[Receipt]]]) -> list[tuple[str, Receipt]]:
@@ -291,10 +296,10 @@ class ReadQueries(beam.PTransform):
 class SearchAll(beam.PTransform):
     """Queries -> queries that every database answered, and dead letters for the others."""
 
-    def __init__(self, context: JobContext, is_local: bool, hints: Mapping[str, str]) -> None:
+    def __init__(self, context: JobContext, stop_together: bool, hints: Mapping[str, str]) -> None:
         super().__init__()
         self._context = context
-        self._is_local = is_local
+        self._stop_together = stop_together
         self._hints = hints
 
     def expand(self, queries: beam.PCollection) -> beam.PCollection:
@@ -309,7 +314,7 @@ class SearchAll(beam.PTransform):
         receipts = (
             self._with_scans(units)
             | "Search"
-            >> beam.ParDo(SearchUnit(self._context, self._is_local))
+            >> beam.ParDo(SearchUnit(self._context, self._stop_together))
             .with_output_types(tuple[str, Receipt])
             .with_resource_hints(**self._hints)
             | "Receipts" >> beam.Reshuffle()
@@ -334,7 +339,7 @@ class SearchAll(beam.PTransform):
             | "ScanBatches" >> beam.FlatMap(_batches, self._context)
             | "SpreadScans" >> beam.Reshuffle()
             | "ScanShards"
-            >> beam.ParDo(ScanShard(self._context, self._is_local))
+            >> beam.ParDo(ScanShard(self._context, self._stop_together))
             .with_output_types(tuple[str, Receipt])
             .with_resource_hints(**self._hints)
         )
@@ -380,7 +385,7 @@ def build_graph(
     urls: Sequence[str],
     context: JobContext,
     *,
-    is_local: bool,
+    stop_together: bool,
     hints: Mapping[str, str],
 ) -> None:
     """Adds the whole build to a pipeline.
@@ -389,11 +394,11 @@ def build_graph(
       pipeline: an empty one.
       urls: FASTA files.
       context: of the build.
-      is_local: see `_Searching`.
+      stop_together: see `SearchUnit`.
       hints: Beam's resource hints of the steps that search. An engine gives these steps workers of their own
         then, also one that uses no hints, so only engines that use them get any.
     """
     queries, dead = pipeline | "ReadQueries" >> ReadQueries(urls, context.max_residues)
-    searched = queries | "SearchAll" >> SearchAll(context, is_local, hints)
+    searched = queries | "SearchAll" >> SearchAll(context, stop_together, hints)
     entries = (searched, dead) | "AllEntries" >> beam.Flatten()
     _ = entries | "WriteParts" >> WriteParts(context)

@@ -214,7 +214,7 @@ def graph_of(config: BuildConfig, context: JobContext, runner: str) -> Callable[
         build_graph,
         urls=config.queries,
         context=context,
-        is_local=runner == LOCAL_RUNNER,
+        stop_together=runner == LOCAL_RUNNER,
         hints=search_hints(config, runner),
     )
 

@@ -35,6 +35,7 @@ def test_every_piece_is_done_once_and_its_owner_gets_the_answer(batches):
     assert sorted(done) == sorted(name for one in answers for name in one)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=20))
 def test_one_thread_does_the_costliest_first(costs):
     order = []
