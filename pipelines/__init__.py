@@ -10,13 +10,14 @@ The data's way, by what a file is about:
                  (scan, scan_database, scan_memory, scan_choice, scan_kernels), sharded_jackhmmer (several
                  files; scan_names); subprocess_runner and warden run programs, energy estimates what they
                  draw; tools chooses
-    search       plan (units) -> search (one of them) -> results (kept by content); hits (what one found);
-                 unchanged (the database is still the planned one)
+    search       plan (units; id_set, kept_plan) -> search (one of them) -> results (kept by content); hits
+                 (what one found); unchanged (the database is still the planned one)
     records      msa (merge) -> features (a record) -> parts (into the store)
     a build      build_config -> job -> run -> outcome; forecast, costs, ledger, progress, interrupt
     an array     share (who searches what) -> array_task (one task of an array of jobs)
-    on Beam      graph, runners, engine (dataflow, flink: what one engine needs; engine_words), engine_errors;
-                 submit (without waiting) <- template (the launcher of Dataflow's flex template)
+    on Beam      graph, packing (the costliest first), runners, engine (dataflow, flink: what one engine
+                 needs; engine_words), engine_errors; submit (without waiting) <- template (the launcher
+                 of Dataflow's flex template)
     commands     cli, database_cli, ledger_cli, search_speed_cli (what a search costs here: search_speed)
 
 Importing this package does not import Beam; only a run does.

@@ -283,4 +283,4 @@ def _from_its_own(units: list[WorkUnit], share: Share) -> list[WorkUnit]:
 
 
 def _count(plan: Plan, results: ResultStore) -> int:
-    return len(results.present(plan.unit_ids))
+    return results.count_present(plan.unit_ids)

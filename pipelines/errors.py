@@ -16,7 +16,7 @@
         │   ├── ToolOutputError           exit 0, but the output is missing, cut or not of this query
          │   ├── DatabaseChangedError      the database is not the one that the build was planned with
          │   ├── QueryTooLongError         longer than the tool can take without cutting it silently
-         │   └── UnreadableDatabaseError   the fast scan cannot read the database (any more)
+         │   └── UnreadableDatabaseError   the fast scan cannot read the text of the database
         ├── CancelledError                the run was stopped: by the person, or because a step failed
         ├── CorruptResultError            a stored search result does not match its checksum
         ├── EngineError                   a Beam runner or option that is refused, with the reason
@@ -29,6 +29,8 @@ The values are fields and also ``args``, so every error survives pickling betwee
 """
 
 from __future__ import annotations
+
+import socket
 
 from foldfeed.feature_store.errors import FoldfeedError
 
@@ -229,6 +231,11 @@ class DatabaseChangedError(SearchError):
         self.path, self.reason = path, reason
         super().__init__(path, reason)
 
+    @classmethod
+    def unreadable(cls, path: str, error: OSError) -> DatabaseChangedError:
+        """Returns the error of a file that was there for the plan and cannot be read here and now."""
+        return cls(path, f"cannot be read on {socket.gethostname()} ({error})")
+
     def __str__(self) -> str:
         return (
             f"{self.path!r} {self.reason}, so no result of it is kept; the same command again plans with "
@@ -257,7 +264,9 @@ class QueryTooLongError(SearchError):
 
 
 class UnreadableDatabaseError(SearchError):
-    """The fast scan cannot read a database, or not any more: gone, changed, cut, or no FASTA.
+    """The fast scan cannot read the text of a database: it is empty, or no FASTA that HMMER reads.
+
+    A file that is gone, was cut or became another one is a `DatabaseChangedError`, whatever searches it.
 
     Attributes:
       path: of the file.
@@ -269,10 +278,7 @@ class UnreadableDatabaseError(SearchError):
         super().__init__(path, reason)
 
     def __str__(self) -> str:
-        return (
-            f"the fast scan cannot read {self.path!r}: {self.reason}. Put the file back as it was and run "
-            "the build again"
-        )
+        return f"the fast scan cannot read {self.path!r}: {self.reason}. Correct it and run the build again"
 
 
 class CancelledError(PipelineError):

@@ -122,7 +122,8 @@ class FastJackhmmer:
         The time limit is that of one search times the number of queries.
 
         Raises:
-          UnreadableDatabaseError: the database is no FASTA file that HMMER reads, or changed meanwhile.
+          UnreadableDatabaseError: the database is no FASTA file that HMMER reads.
+          DatabaseChangedError: it changed meanwhile, or is gone.
           ToolTimeoutError: it took too long.
           CancelledError: the run was stopped.
         """
@@ -158,7 +159,7 @@ class Candidates:
         """Writes the records that are one query's candidates, as they stand in the database.
 
         Raises:
-          UnreadableDatabaseError: the file is not what it was when it was scanned.
+          DatabaseChangedError: the file is not what it was when it was scanned.
         """
         self.database.copy_extents(self.extents[query], out)
 
@@ -188,7 +189,8 @@ def passing_extents(
     Returns: for each query int64 (passing, 2), starts and ends of records in the file, in its order.
 
     Raises:
-      UnreadableDatabaseError: the database is no FASTA file that HMMER reads, or not the same any more.
+      UnreadableDatabaseError: the database is no FASTA file that HMMER reads.
+      DatabaseChangedError: it is not the same any more.
     """
     found: list[list[NDArray[np.int64]]] = [[np.empty((0, 2), dtype=np.int64)] for _ in profiles]
     for chunk in database.chunks():

@@ -8,11 +8,12 @@ entry it cut into a dead letter, never into a shorter protein.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import fsspec
 import zstandard
@@ -51,7 +52,12 @@ def open_query_file(url: str) -> IO[bytes]:
 
 
 def read_fasta(
-    url: str, *, file_index: int = 0, max_residues: int = MAX_RESIDUES, folder: str = ""
+    url: str,
+    *,
+    file_index: int = 0,
+    max_residues: int = MAX_RESIDUES,
+    folder: str = "",
+    digest: hashlib._Hash | None = None,
 ) -> Iterator[QuerySequence | DeadLetter]:
     """Yields one value per entry of a FASTA file, in file order.
 
@@ -64,13 +70,28 @@ def read_fasta(
       file_index: position of this file among the files of a build.
       max_residues: longer sequences become dead letters.
       folder: where a relative path begins; "" for the current folder.
+      digest: is fed with the bytes of the file as they are read; not all, where a fault ends the reading.
     Raises:
       QueryFileError: the file cannot be opened. Faults inside it are dead letters.
     """
     # fsspec itself knows '~' and 'file:'.
     is_plain = "://" not in url and not url.startswith(("~", "file:"))
     with open_query_file(os.path.join(folder, url) if is_plain else url) as raw:
-        yield from _Reader(url, file_index, max_residues).read(raw)
+        source = raw if digest is None else cast(IO[bytes], _Digesting(raw, digest))
+        yield from _Reader(url, file_index, max_residues).read(source)
+
+
+class _Digesting:
+    """A file that feeds a hash with what is read from it."""
+
+    def __init__(self, raw: IO[bytes], digest: hashlib._Hash) -> None:
+        self._raw = raw
+        self._digest = digest
+
+    def read(self, size: int) -> bytes:
+        data = self._raw.read(size)
+        self._digest.update(data)
+        return data
 
 
 class _Reader:

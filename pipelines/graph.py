@@ -27,14 +27,18 @@ arrive; alignments never travel through Beam.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
+from apache_beam.transforms.window import GlobalWindows
+from apache_beam.utils.windowed_value import WindowedValue
 
 from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.pipelines.fasta import read_fasta
+from foldfeed.pipelines.packing import CommonWork, cost_of_scan, cost_of_unit
 from foldfeed.pipelines.parts import PartReceipt, completed, write_one_part
 from foldfeed.pipelines.plan import part_of, resolve_duplicates
 from foldfeed.pipelines.search import (
@@ -76,13 +80,53 @@ class ReadFile(beam.DoFn):
             raise as_text(error) from error
 
 
-class ScanShard(Searching):
+class _Packed(Searching):
+    """A step whose threads search their elements together, the costliest first.
+
+    The local runner gives each of its threads a bundle of elements at once. They are only collected then, and
+    all threads search them together when their bundles are complete (`foldfeed.pipelines.packing`). Other
+    engines have their own ways to balance: there an element is searched when it comes.
+    """
+
+    _waiting: list[tuple[int, Callable[[], list[tuple[str, Receipt]]]]]
+
+    def start_bundle(self) -> None:
+        """Forgets what a bundle that failed may have left."""
+        self._waiting = []
+
+    def _searched(
+        self, unit: WorkUnit, cost: int, search: Callable[[], list[tuple[str, Receipt]]]
+    ) -> list[tuple[str, Receipt]]:
+        """Returns what a search gives, or nothing where it waits for the end of the bundle."""
+        if not self._stop_together:
+            return self.guarded(unit, search)
+        self._waiting.append((cost, functools.partial(self.guarded, unit, search)))
+        return []
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        """Searches what waits, together with the other threads."""
+        if self._waiting:
+            common = _common_work(type(self).__name__, self.context.run_id)
+            for receipts in common.do(self._waiting):
+                yield from map(GlobalWindows.windowed_value, receipts)
+
+
+@functools.lru_cache(maxsize=8)
+def _common_work(step: str, run_id: str) -> CommonWork[list[tuple[str, Receipt]]]:
+    """Returns what the threads of one step of one run share."""
+    return CommonWork()
+
+
+class ScanShard(_Packed):
     """Shard units of one shard -> (id of the whole unit, a receipt) of each."""
 
-    def process(self, element: list[ShardUnit]) -> Iterator[tuple[str, Receipt]]:
+    def process(self, element: list[ShardUnit]) -> list[tuple[str, Receipt]]:
         """Searches one shard for some queries, or finds their candidates in the result store."""
-        for receipt in self.guarded(element[0].unit, lambda: scan_shards(element, self.context)):
-            yield receipt.unit_id, receipt
+        cost = cost_of_scan(element, self.context.databases)
+        return self._searched(element[0].unit, cost, functools.partial(self._scan, element))
+
+    def _scan(self, parts: list[ShardUnit]) -> list[tuple[str, Receipt]]:
+        return [(receipt.unit_id, receipt) for receipt in scan_shards(parts, self.context)]
 
 
 class SearchTogether(Searching):
@@ -95,15 +139,17 @@ class SearchTogether(Searching):
             yield receipt.unit_id, receipt
 
 
-class SearchUnit(Searching):
+class SearchUnit(_Packed):
     """(unit id, the unit and the receipts of what was searched before) -> one receipt."""
 
-    def process(
-        self, element: tuple[str, tuple[WorkUnit, Iterable[Receipt]]]
-    ) -> Iterator[tuple[str, Receipt]]:
+    def process(self, element: tuple[str, tuple[WorkUnit, Iterable[Receipt]]]) -> list[tuple[str, Receipt]]:
         """Searches, or finds the answer in the result store."""
-        name, (unit, scans) = element
-        yield name, self.guarded(unit, lambda: search_unit(unit, self.context, scans))
+        _, (unit, scans) = element
+        cost = cost_of_unit(unit, self.context.databases)
+        return self._searched(unit, cost, functools.partial(self._search, unit, tuple(scans)))
+
+    def _search(self, unit: WorkUnit, scans: tuple[Receipt, ...]) -> list[tuple[str, Receipt]]:
+        return [(unit.unit_id, search_unit(unit, self.context, scans))]
 
 
 class WritePart(beam.DoFn):

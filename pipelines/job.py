@@ -18,8 +18,9 @@ from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.build_config import BuildConfig, BuildReport
 from foldfeed.pipelines.fasta import open_query_file
 from foldfeed.pipelines.forecast import Forecast, make_forecast
+from foldfeed.pipelines.kept_plan import plan_of
 from foldfeed.pipelines.outcome import Finished, find_finished, may_be_finished, write_dead_letters
-from foldfeed.pipelines.plan import Plan, default_num_parts, job_id_of, make_plan
+from foldfeed.pipelines.plan import Plan, default_num_parts, job_id_of
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.runners import choose_runner
 from foldfeed.pipelines.search_tool import SearchedDatabase
@@ -108,7 +109,8 @@ def planned(config: BuildConfig) -> tuple[tuple[SearchedDatabase, ...], Plan, st
         check=config.check_databases,
     )
     templates = None if config.templates is None else prepare_templates(config, databases)
-    plan = make_plan(config.queries, databases, config.max_residues, templates)
+    results = open_blobs(config.results_url)
+    plan = plan_of(config.queries, databases, config.max_residues, results, templates)
     num_parts = config.parts or default_num_parts(plan.num_queries)
     job_id = job_id_of(plan, databases, num_parts)
     return databases, plan, job_id, num_parts

@@ -90,7 +90,11 @@ def file_state(path: str) -> str:
 
     The inode tells a file from a copy that was moved into its place and kept its size and time.
     """
-    stat = os.stat(path)
+    return file_state_of(path, os.stat(path))
+
+
+def file_state_of(path: str, stat: os.stat_result) -> str:
+    """Returns the `file_state` of a file that is open, whose own facts are known."""
     return json.dumps([os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino])
 
 

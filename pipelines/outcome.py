@@ -118,7 +118,7 @@ def find_finished(config: BuildConfig, job_id: str, plan: Plan) -> tuple[Finishe
         return None
     if config.row_order_seed is not None and config.row_order_seed != settings.row_order_seed:
         return None
-    if len(ResultStore(config.results_url).present(plan.unit_ids)) < len(plan.unit_ids):
+    if ResultStore(config.results_url).count_present(plan.unit_ids) < len(plan.unit_ids):
         return None
     try:
         index = Index.open(store.url, None)

@@ -2,7 +2,8 @@
 
 Owns the first pass over the queries, on the submitter. Does not own searching. The pass gives the audit at
 the end something to compare with that no engine has touched, the progress bar its total, and the job its
-name. Memory: about 100 bytes per distinct search.
+name. Memory does not grow with the number of queries: ids and searches are sorted on disk
+(`foldfeed.pipelines.id_set`).
 
 Invariant: the same files, databases, tools and settings give the same plan and the same job id.
 """
@@ -15,6 +16,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 
 from foldfeed.pipelines.fasta import read_fasta
+from foldfeed.pipelines.id_set import DIGEST_BYTES, IdSet, Sorter
 from foldfeed.pipelines.search import shard_ids_of, units_of
 from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.sequences import Coverage, DeadLetter, QuerySequence, coverage_of, dead_letter
@@ -43,22 +45,35 @@ class Plan:
     coverage: Coverage
     num_queries: int
     rejects: tuple[DeadLetter, ...]
-    unit_ids: frozenset[str]
+    unit_ids: IdSet
     content_digest: str
-    shard_unit_ids: frozenset[str] = frozenset()
+    shard_unit_ids: IdSet = dataclasses.field(default_factory=IdSet)
     templates: TemplateDatabase | None = None
 
 
+# Of an entry's place among all, in a record that is sorted.
+_PLACE_BYTES = 8
 # A bar that shows searches alone will do where there are so many.
 MAX_SHOWN_PARTS = 100_000
 # A file of millions of bad entries must not fill the submitter's memory with their descriptions.
 MAX_KEPT_REJECTS = 10_000
 
 
-def read_queries(urls: Sequence[str], max_residues: int) -> Iterator[QuerySequence | DeadLetter]:
-    """Yields the entries of all files, in order."""
+def read_queries(
+    urls: Sequence[str], max_residues: int, source_digests: list[str] | None = None
+) -> Iterator[QuerySequence | DeadLetter]:
+    """Yields the entries of all files, in order.
+
+    Args:
+      urls: FASTA files.
+      max_residues: longer ones are dead letters.
+      source_digests: receives the sha256 (hex) of what was read of each file, after its last entry.
+    """
     for file_index, url in enumerate(urls):
-        yield from read_fasta(url, file_index=file_index, max_residues=max_residues)
+        digest = None if source_digests is None else hashlib.sha256()
+        yield from read_fasta(url, file_index=file_index, max_residues=max_residues, digest=digest)
+        if source_digests is not None and digest is not None:
+            source_digests.append(digest.hexdigest())
 
 
 def duplicate_of(loser: QuerySequence, winner: QuerySequence) -> DeadLetter:
@@ -91,6 +106,7 @@ def make_plan(
     databases: tuple[SearchedDatabase, ...],
     max_residues: int,
     templates: TemplateDatabase | None = None,
+    source_digests: list[str] | None = None,
 ) -> Plan:
     """Reads all files once and returns the plan.
 
@@ -99,36 +115,75 @@ def make_plan(
       databases: in merge order.
       max_residues: longer queries are not searched.
       templates: what is searched with the alignments.
+      source_digests: receives the sha256 (hex) of what was read of each file.
     Raises:
       QueryFileError: a file cannot be opened.
+      StorageFullError: no space for temporary files.
     """
     digest = hashlib.sha256()
     coverage = Coverage()
-    first_of: dict[str, None] = {}
+    num_searched = len(databases) + (templates is not None)
+    queries = Sorter(DIGEST_BYTES + _PLACE_BYTES + DIGEST_BYTES * num_searched)
     rejects: list[DeadLetter] = []
-    unit_ids: set[str] = set()
-    parts: set[str] = set()
-    for entry in read_queries(urls, max_residues):
+    shown = _ShownParts(databases)
+    for entry in read_queries(urls, max_residues, source_digests):
+        place = coverage.count.to_bytes(_PLACE_BYTES, "big")
         coverage += coverage_of([entry])
         digest.update(_identity(entry))
-        if isinstance(entry, QuerySequence) and entry.record_id not in first_of:
-            first_of[entry.record_id] = None
-            unit_ids.update(units_of(entry.sequence, databases))
+        if isinstance(entry, QuerySequence):
+            names = list(units_of(entry.sequence, databases))
             if templates is not None:
-                unit_ids.add(template_unit_id(entry.sequence, databases, templates))
-            if len(parts) <= MAX_SHOWN_PARTS:
-                parts.update(part for one in databases for part in shard_ids_of(entry.sequence, one))
-        elif isinstance(entry, DeadLetter) and len(rejects) < MAX_KEPT_REJECTS:
+                names.append(template_unit_id(entry.sequence, databases, templates))
+            record_key = hashlib.sha256(entry.record_id.encode()).digest()
+            queries.add(record_key + place + bytes.fromhex("".join(names)))
+            shown.add(entry)
+        elif len(rejects) < MAX_KEPT_REJECTS:
             rejects.append(entry)
+    units = Sorter(DIGEST_BYTES)
+    num_queries = 0
+    for names_of_first in _firsts(queries):
+        num_queries += 1
+        for start in range(0, len(names_of_first), DIGEST_BYTES):
+            units.add(names_of_first[start : start + DIGEST_BYTES])
     return Plan(
         coverage=coverage,
-        num_queries=len(first_of),
+        num_queries=num_queries,
         rejects=tuple(rejects),
-        unit_ids=frozenset(unit_ids),
+        unit_ids=IdSet(name for bucket in units.buckets() for name in bucket),
         content_digest=digest.hexdigest(),
-        shard_unit_ids=frozenset(parts if len(parts) <= MAX_SHOWN_PARTS else ()),
+        shard_unit_ids=IdSet.of(shown.names),
         templates=templates,
     )
+
+
+def _firsts(queries: Sorter) -> Iterator[bytes]:
+    """Yields the searches of the first of the entries that share an id."""
+    for bucket in queries.buckets():
+        last = b""
+        # Of equal ids the first in the files comes first: its place is next in the record.
+        for record in bucket:
+            if record[:DIGEST_BYTES] != last:
+                last = record[:DIGEST_BYTES]
+                yield record[DIGEST_BYTES + _PLACE_BYTES :]
+
+
+class _ShownParts:
+    """Collects the parts of searches for a progress bar, as long as they are few."""
+
+    def __init__(self, databases: tuple[SearchedDatabase, ...]) -> None:
+        self.names: set[str] = set()
+        self._seen: set[str] = set()
+        self._databases = databases
+        self._are_few = any(shard_ids_of("", database) for database in databases)
+
+    def add(self, query: QuerySequence) -> None:
+        if not self._are_few or query.record_id in self._seen:
+            return
+        self._seen.add(query.record_id)
+        self.names.update(part for one in self._databases for part in shard_ids_of(query.sequence, one))
+        if len(self.names) > MAX_SHOWN_PARTS:
+            self._are_few = False
+            self.names, self._seen = set(), set()
 
 
 def job_id_of(plan: Plan, databases: tuple[SearchedDatabase, ...], num_parts: int) -> str:

@@ -109,7 +109,7 @@ def byte_bars(console: Console | None = None) -> Iterator[Told]:
 
 def count_done(plan: Plan, context: JobContext) -> tuple[int, int]:
     """Returns how many planned searches have an answer, and how many failed in this run."""
-    done = len(ResultStore(context.results_url).present(plan.unit_ids))
+    done = ResultStore(context.results_url).count_present(plan.unit_ids)
     failed = len(open_blobs(context.results_url).list(failure_folder(context)))
     return done, failed
 
@@ -119,7 +119,7 @@ def _poll(plan: Plan, context: JobContext, bar: Progress, task: TaskID, stop: th
     while not stop.wait(pause_s):
         started = time.monotonic()
         try:
-            parts = len(ResultStore(context.results_url).present(plan.shard_unit_ids))
+            parts = ResultStore(context.results_url).count_present(plan.shard_unit_ids)
             bar.update(task, completed=sum(count_done(plan, context)) + parts)
         except OSError:
             # The bar only looks; whoever writes there reports what is wrong.

@@ -26,6 +26,7 @@ import zstandard
 
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.errors import CorruptResultError
+from foldfeed.pipelines.id_set import IdSet
 from foldfeed.pipelines.search_tool import SearchResult, ToolIdentity
 from foldfeed.pipelines.subprocess_runner import Usage
 
@@ -114,7 +115,7 @@ class ResultStore:
             "search": dataclasses.asdict(facts or SearchFacts()),
         }
         self._blobs.write_atomic(f"{_stem(unit_id)}.zst", stored)
-        self._blobs.write_atomic(f"{_stem(unit_id)}.json", json.dumps(receipt, indent=1).encode())
+        self._blobs.write_atomic(f"{_stem(unit_id)}.json", json.dumps(receipt).encode())
 
     def get(self, unit_id: str) -> SearchResult:
         """Returns a result after checking its checksum.
@@ -183,6 +184,14 @@ class ResultStore:
         for name in names[::step]:
             with contextlib.suppress(CorruptResultError):
                 found.append(self.receipt(name))
+        return found
+
+    def count_present(self, unit_ids: IdSet) -> int:
+        """Returns how many of the units are visible; memory is that of one folder's names."""
+        found = 0
+        for folder, names in unit_ids.buckets():
+            visible = set(self._blobs.list(f"units/{folder}"))
+            found += sum(f"{name}.json" in visible for name in names)
         return found
 
     def present(self, unit_ids: Collection[str]) -> set[str]:

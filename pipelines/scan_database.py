@@ -21,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foldfeed.pipelines import scan_memory
-from foldfeed.pipelines.errors import UnreadableDatabaseError
+from foldfeed.pipelines.errors import DatabaseChangedError, UnreadableDatabaseError
+from foldfeed.pipelines.manifest import file_state as state_of_path
+from foldfeed.pipelines.manifest import file_state_of, num_bytes_of
 from foldfeed.pipelines.scan_choice import best_kernel
 from foldfeed.pipelines.scan_kernels import REFUSED, SKIPPED, Chunk, Kernel, digitise, pack
 
@@ -37,8 +39,6 @@ _FAULT_TEXTS = {
     "name": "a header without a name, which HMMER refuses too,",
     "residue": "a character that is no residue, which HMMER refuses too,",
 }
-
-FileState = tuple[int, int, int]
 
 
 def codes_of_bytes() -> NDArray[np.uint8]:
@@ -65,14 +65,14 @@ class ScanDatabase:
     @property
     def num_bytes(self) -> int:
         """Size of the file."""
-        return self._state[0]
+        return num_bytes_of(self._state)
 
     @property
     def num_records(self) -> int:
         """HMMER's Z. Reads the file where it was not read yet.
 
         Raises:
-          UnreadableDatabaseError: see `chunks`.
+          UnreadableDatabaseError, DatabaseChangedError: see `chunks`.
         """
         if self._passes.num_records is None:
             for _ in self.chunks():
@@ -84,8 +84,8 @@ class ScanDatabase:
         """Yields every chunk once; in the file's order where nobody else reads with us.
 
         Raises:
-          UnreadableDatabaseError: the file is gone, is another by now, cannot be read, or holds text that
-            HMMER would refuse: what, and at which byte.
+          UnreadableDatabaseError: it holds text that HMMER would refuse: what, and at which byte.
+          DatabaseChangedError: the file is gone, is another by now, or cannot be read.
         """
         return self._passes.chunks()
 
@@ -100,7 +100,7 @@ class ScanDatabase:
           extents: int64 (chosen, 2), where they start and end in the file, see `Chunk.extents`.
           out: open for writing.
         Raises:
-          UnreadableDatabaseError: the file is not what it was any more.
+          DatabaseChangedError: the file is not what it was any more.
         """
         with self._opened() as file:
             for start, end in extents.tolist():
@@ -111,7 +111,7 @@ class ScanDatabase:
         """Returns the chunk that starts at a byte; it ends where the next does or the file.
 
         Raises:
-          UnreadableDatabaseError: see `chunks`.
+          UnreadableDatabaseError, DatabaseChangedError: see `chunks`.
         """
         with self._opened() as file:
             text = self._text(file, start)
@@ -122,12 +122,12 @@ class ScanDatabase:
         """Opens the file, and sees to it that it is the same before and after.
 
         Raises:
-          UnreadableDatabaseError: it is not, or the system does not give it.
+          DatabaseChangedError: it is not, or the system does not give it.
         """
         try:
             file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise self._unreadable(f"it cannot be opened any more: {error.strerror}") from error
+            raise DatabaseChangedError.unreadable(self.path, error) from error
         try:
             self._require_same(file)
             yield file
@@ -136,8 +136,8 @@ class ScanDatabase:
             os.close(file)
 
     def _require_same(self, file: int) -> None:
-        if _state_of(os.fstat(file)) != self._state:
-            raise self._unreadable("the file changed while it was searched")
+        if file_state_of(self.path, os.fstat(file)) != self._state:
+            raise DatabaseChangedError(self.path, "was changed while it was searched")
 
     def _unreadable(self, reason: str) -> UnreadableDatabaseError:
         return UnreadableDatabaseError(self.path, reason)
@@ -148,9 +148,9 @@ class ScanDatabase:
             try:
                 part = os.pread(file, end - start, start)
             except OSError as error:
-                raise self._unreadable(f"it cannot be read at byte {start}: {error.strerror}") from error
+                raise DatabaseChangedError.unreadable(self.path, error) from error
             if not part:
-                raise self._unreadable(f"the file ends at byte {start}, it was longer when it was opened")
+                raise DatabaseChangedError(self.path, f"was cut at byte {start} while it was searched")
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -187,27 +187,24 @@ class ScanDatabase:
         )
 
 
-def _state_of(stat: os.stat_result) -> FileState:
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
-
-
-def file_state(path: str) -> FileState:
-    """Returns what tells a file from a later one of its name: size, time of change, inode.
+def file_state(path: str) -> str:
+    """Returns `foldfeed.pipelines.manifest.file_state` of a file that can be scanned.
 
     Raises:
-      UnreadableDatabaseError: it is not there, or empty.
+      DatabaseChangedError: it is not there.
+      UnreadableDatabaseError: it is empty.
     """
     try:
-        state = _state_of(os.stat(path))
+        state = state_of_path(path)
     except OSError as error:
-        raise UnreadableDatabaseError(path, f"it cannot be opened: {error.strerror}") from error
-    if not state[0]:
+        raise DatabaseChangedError.unreadable(path, error) from error
+    if not num_bytes_of(state):
         raise UnreadableDatabaseError(path, "the file is empty")
     return state
 
 
 @functools.lru_cache(maxsize=1024)
-def _database(path: str, state: FileState, kernel: Kernel) -> ScanDatabase:
+def _database(path: str, state: str, kernel: Kernel) -> ScanDatabase:
     return ScanDatabase(path, kernel)
 
 
@@ -216,7 +213,8 @@ def open_database(path: str) -> ScanDatabase:
 
     Raises:
       ToolNotFoundError: the kernels were not compiled.
-      UnreadableDatabaseError: the file is not there, or empty.
+      DatabaseChangedError: the file is not there.
+      UnreadableDatabaseError: it is empty.
     """
     real = os.path.realpath(path)
     return _database(real, file_state(real), best_kernel())

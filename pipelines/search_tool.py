@@ -59,7 +59,13 @@ class ToolIdentity:
     @property
     def digest(self) -> str:
         """sha256 (hex) over all fields."""
-        return hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode()).hexdigest()
+        return _digest_of(self)
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_of(identity: ToolIdentity) -> str:
+    # Every name of a search needs it.
+    return hashlib.sha256(json.dumps(dataclasses.astuple(identity)).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

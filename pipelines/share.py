@@ -17,15 +17,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from foldfeed.pipelines.errors import ConfigError
+from foldfeed.pipelines.packing import predicted_cost
 from foldfeed.pipelines.plan import read_queries
 from foldfeed.pipelines.search import ShardUnit, WorkUnit, join_units, shard_ids_of, units_of, work_units
 from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.sequences import QuerySequence
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
-
-# What a search costs whatever its query, in residues of the query: jackhmmer 3.3.2 took 0.037, 0.085, 0.28
-# and 0.86 CPU seconds for queries of 60, 250, 1,000 and 3,000 random residues in 20,000 random targets.
-RESIDUES_OF_A_SCAN = 75
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,12 +142,11 @@ def _by_cost(known: Mapping[str, int], database: SearchedDatabase) -> Iterator[t
     """Yields (cost, unit id, number of the file) from the costliest on; equal ones by name."""
     tool = database.tool
     if isinstance(tool, ShardedJackhmmer):
-        # As few bytes as there are, so that a file without sequences is dealt out, too.
-        sizes = [max(1, os.path.getsize(shard.path)) for shard in tool.shards]
+        sizes = [os.path.getsize(shard.path) for shard in tool.shards]
     else:
         sizes = [1]
     costs = [
-        (-(residues + RESIDUES_OF_A_SCAN) * size, unit_id, number)
+        (-predicted_cost(residues, size), unit_id, number)
         for unit_id, residues in known.items()
         for number, size in enumerate(sizes)
     ]

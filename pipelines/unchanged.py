@@ -98,15 +98,11 @@ def _state(path: str) -> str:
     try:
         return file_state(path)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise DatabaseChangedError.unreadable(path, error) from error
 
 
 def _sha256(path: str, results_url: str) -> str:
     try:
         return cached_sha256(path, open_blobs(results_url), check=False)
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: str, error: OSError) -> DatabaseChangedError:
-    return DatabaseChangedError(path, f"cannot be read on {socket.gethostname()} ({error})")
+        raise DatabaseChangedError.unreadable(path, error) from error

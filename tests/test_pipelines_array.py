@@ -18,8 +18,9 @@ from foldfeed.pipelines import run_build
 from foldfeed.pipelines.array_task import search_share
 from foldfeed.pipelines.forecast import lines_of
 from foldfeed.pipelines.job import forecast_build
+from foldfeed.pipelines.packing import RESIDUES_OF_A_SCAN
 from foldfeed.pipelines.search_tool import find_binary
-from foldfeed.pipelines.share import RESIDUES_OF_A_SCAN, Share, deal, items_of
+from foldfeed.pipelines.share import Share, deal, items_of
 from foldfeed.pipelines.tools import prepare_databases
 
 pytestmark = [pytest.mark.external_tool, needs_hmmer, pytest.mark.timeout(120)]

@@ -9,7 +9,7 @@ pytest.importorskip("pyhmmer", reason="pip install 'foldfeed[fast]'")
 from pipelines_data import GLOBINS, config_of, globins, needs_hmmer, tree_bytes, write_fasta
 
 from foldfeed.pipelines import run_build, scan_kernels, scan_memory, search
-from foldfeed.pipelines.errors import ToolTimeoutError, UnreadableDatabaseError
+from foldfeed.pipelines.errors import DatabaseChangedError, ToolTimeoutError
 from foldfeed.pipelines.scan_database import ScanDatabase
 from foldfeed.pipelines.search_tool import Shard
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
@@ -88,7 +88,7 @@ def test_a_file_that_breaks_under_a_batch_fails_what_is_left_of_it(shards):
     found = tool.scan_many(list(globins(3).values()), 1)
     assert b">" in next(found).alignment
     shards[1].write_text("cut")
-    with pytest.raises(UnreadableDatabaseError, match="changed while it was searched"):
+    with pytest.raises(DatabaseChangedError, match="changed while it was searched"):
         next(found)
 
 

@@ -21,6 +21,7 @@ from foldfeed.pipelines import fast_jackhmmer, run_build, scan, scan_choice, sca
 from foldfeed.pipelines.errors import (
     CancelledError,
     ConfigError,
+    DatabaseChangedError,
     NothingCommittedError,
     SearchError,
     ToolNotFoundError,
@@ -183,19 +184,20 @@ def test_a_changed_database_is_read_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "kind", "words"),
     [
         (
             lambda path: path.write_text(">a\nAA1AA\n"),
+            UnreadableDatabaseError,
             "no residue, which HMMER refuses too, at byte 5 (b'1')",
         ),
-        (lambda path: path.write_text(">\nAAAA\n"), "a header without a name"),
-        (lambda path: path.write_text(""), "the file is empty"),
-        (lambda path: path.unlink(), "cannot be opened: No such file"),
+        (lambda path: path.write_text(">\nAAAA\n"), UnreadableDatabaseError, "a header without a name"),
+        (lambda path: path.write_text(""), UnreadableDatabaseError, "the file is empty"),
+        (lambda path: path.unlink(), DatabaseChangedError, "No such file"),
     ],
     ids=["residue", "name", "empty", "missing"],
 )
-def test_a_spoilt_database_ends_a_search_as_it_does_jackhmmers(tmp_path, spoil, words):
+def test_a_spoilt_database_ends_a_search_as_it_does_jackhmmers(tmp_path, spoil, kind, words):
     """One search fails with an error of the kind of jackhmmer's own; the next one reads the file anew."""
     database = write_fasta(tmp_path / "t.fasta", globins(2))
     query = next(iter(globins(1).values()))
@@ -205,7 +207,7 @@ def test_a_spoilt_database_ends_a_search_as_it_does_jackhmmers(tmp_path, spoil, 
     spoil(database)
     with pytest.raises(SearchError):
         plain.search(query)
-    with pytest.raises(UnreadableDatabaseError, match=re.escape(words)):
+    with pytest.raises(kind, match=re.escape(words)):
         fast.search(query)
     database.write_bytes(whole)
     assert fast.search(query).table.count(b"\n") == 2
@@ -231,7 +233,7 @@ def test_a_database_that_changes_under_a_search_is_no_mixture(tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(scan, "survivors", changed_meanwhile)
-        with pytest.raises(UnreadableDatabaseError, match="changed while it was searched"):
+        with pytest.raises(DatabaseChangedError, match="changed while it was searched"):
             fast.search(query)
 
 

@@ -10,6 +10,7 @@ from foldfeed.feature_store import FeatureStore, StoreSettings
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines import DeadLetter, QuerySequence, SearchResult, ToolIdentity
 from foldfeed.pipelines.errors import AuditError
+from foldfeed.pipelines.id_set import IdSet
 from foldfeed.pipelines.parts import PartReceipt, audit, completed, write_one_part
 from foldfeed.pipelines.plan import Plan, make_plan, part_of, read_queries, resolve_duplicates
 from foldfeed.pipelines.results import ResultStore
@@ -72,7 +73,7 @@ def answer(context: JobContext, sequence: str, text: str) -> None:
 
 def plan_of(entries) -> Plan:
     coverage = coverage_of(entries)
-    return Plan(coverage=coverage, num_queries=1, rejects=(), unit_ids=frozenset(), content_digest="")
+    return Plan(coverage=coverage, num_queries=1, rejects=(), unit_ids=IdSet(), content_digest="")
 
 
 def test_a_part_holds_sorted_records_and_names_those_it_could_not_build(tmp_path):
@@ -172,7 +173,7 @@ def test_the_plan_counts_every_entry_and_every_distinct_search(tmp_path):
     assert plan.num_queries == 3
     assert [letter.record_id for letter in plan.rejects] == ["bad"]
     # ACD and AAA in two databases; the second a is a duplicate and needs no search.
-    assert plan.unit_ids == {*units_of("ACD", context.databases), *units_of("AAA", context.databases)}
+    assert set(plan.unit_ids) == {*units_of("ACD", context.databases), *units_of("AAA", context.databases)}
     assert make_plan(urls, context.databases, 100) == plan
     assert make_plan(urls[::-1], context.databases, 100).content_digest != plan.content_digest
 

@@ -83,7 +83,7 @@ def similar_rows(msa: NDArray[np.uint8], identity: float = DEFAULT_IDENTITY) -> 
     """
     if not 0 < identity <= 1:
         raise ValueError(f"identity {identity} must be above 0 and at most 1")
-    unique, place, copies = np.unique(msa, axis=0, return_inverse=True, return_counts=True)
+    unique, place, copies = _distinct_rows(msa)
     num_residues = (unique != alphabet.GAP).sum(axis=1)
     # In order of length, the rows that can be similar to a block of rows at all are one range.
     order = np.argsort(num_residues, kind="stable")
@@ -95,7 +95,7 @@ def similar_rows(msa: NDArray[np.uint8], identity: float = DEFAULT_IDENTITY) -> 
     )
     back = np.empty_like(similar)
     back[order] = similar
-    return back[place.ravel()]
+    return back[place]
 
 
 def row_weights(msa: NDArray[np.uint8], identity: float = DEFAULT_IDENTITY) -> NDArray[np.float64]:
@@ -106,6 +106,18 @@ def row_weights(msa: NDArray[np.uint8], identity: float = DEFAULT_IDENTITY) -> N
 def effective_rows(msa: NDArray[np.uint8], identity: float = DEFAULT_IDENTITY) -> float:
     """Returns N_eff, the sum of `row_weights`: how many rows the alignment is worth; 1 to depth."""
     return math.fsum(row_weights(msa, identity))
+
+
+def _distinct_rows(msa: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the distinct rows in byte order, for each row which of them it is, and how often each occurs.
+
+    The same as `np.unique(msa, axis=0)`, which makes a structured type with a field for every column: 75 ms
+    instead of 6 for 10,000 rows of 166 columns, and 1.1 ms instead of 0.03 for a query alone.
+    """
+    # NumPy drops trailing NULs of such a value, which tells no two rows of equal length apart.
+    rows = np.ascontiguousarray(msa).view(f"S{msa.shape[1]}").ravel()
+    _, firsts, place, copies = np.unique(rows, return_index=True, return_inverse=True, return_counts=True)
+    return msa[firsts], place.ravel(), copies
 
 
 def _bit_planes(msa: NDArray[np.uint8]) -> NDArray[np.uint64]:

@@ -96,7 +96,7 @@ class LocalBlobs:
 
     def list(self, prefix: str) -> list[str]:
         folder = self.root / prefix
-        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        return sorted(os.listdir(folder)) if folder.is_dir() else []
 
     @contextlib.contextmanager
     def staging_folder(self) -> Iterator[Path]:
