@@ -126,12 +126,12 @@ def test_what_is_read_into_a_slot_is_what_is_read_anywhere(store, name):
     with make_loader(store, recipe) as loader:
         for sample in range(12):
             planned = loader._reader.planned(sample)
-            want = fetch(planned.record, planned.plan)
+            want = fetch(planned.record, planned.plan).arrays
             shapes = shapes_of(planned.plan)
             size = slot_bytes(shapes)
             memory = mmap.mmap(-1, size + 640)
             memory.write(b"\xab" * (size + 640))
-            got = fetch(planned.record, planned.plan, place(memory, 640, shapes))
+            got = fetch(planned.record, planned.plan, place(memory, 640, shapes)).arrays
             assert memory[:640] == b"\xab" * 640
             again, note = open_note(note_of(got, 640, read_s=1.5), memory)
             assert note["read_s"] == 1.5

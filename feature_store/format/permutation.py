@@ -10,8 +10,8 @@ walking: a result outside ``range(n)`` is put through the network again until it
 bijection. The network is not a cipher to keep secrets with; it has to look random to statistics, which the
 tests check.
 
-Arrays go through a compiled form of the same arithmetic where that was built (`permute_kernel`); the NumPy here
-is the general path, and the description of both.
+Arrays go through a compiled form of the same arithmetic where that was built (`permute_kernel`); the NumPy
+here is the general path, and the description of both.
 
 The module owns no state besides the round keys, is immutable and therefore thread-safe. The round keys, and
 with them every order ever recorded, are frozen under `SCHEME`: change the arithmetic and you must change it.

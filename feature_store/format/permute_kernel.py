@@ -1,8 +1,8 @@
 """The compiled form of the keyed permutation, where it was built: `permute`.
 
-Owns the binding to ``permute.c``. Does not own the arithmetic, which `foldfeed.feature_store.format.permutation`
-explains and computes with NumPy where there is no compiled form; both give the same numbers (a test). It is an
-optional part of an installation: it is there where a C compiler was.
+Owns the binding to ``permute.c``. Does not own the arithmetic: `foldfeed.feature_store.format.permutation`
+explains it and computes it with NumPy where there is no compiled form; both give the same numbers (a test).
+It is an optional part of an installation: it is there where a C compiler was.
 
 Safe from any thread; the call releases the interpreter's lock.
 """
