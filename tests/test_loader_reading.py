@@ -250,9 +250,21 @@ def test_a_sample_that_cannot_be_read_raises_what_it_raises_in_threads(tmp_path)
     )
 
 
-def test_a_process_that_reads_knows_no_torch():
-    check = "import sys, foldfeed.loader.reading_process; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+def test_a_process_that_reads_loads_little(store):
+    """Before its first sample: each of these takes a quarter of a second or more, torch two."""
+    check = """
+import sys
+import foldfeed.loader.reading_process
+from foldfeed.feature_store import FeatureStore
+from foldfeed.loader.reader import SampleReader
+from foldfeed.loader.recipe import Recipe
+reader = SampleReader(
+    FeatureStore.open(sys.argv[1]), Recipe.named("crop_first"), None, seed=1, global_batch=1, virtual_shards=1
+)
+reader.read(0)
+sys.exit(", ".join({"torch", "duckdb", "pandas", "zarr"} & set(sys.modules)) or 0)
+"""
+    subprocess.run([sys.executable, "-c", check, store.url], check=True, timeout=120)
 
 
 ORPHAN = """
