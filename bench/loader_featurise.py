@@ -83,7 +83,7 @@ def one_core(store: FeatureStore, recipe: Recipe, rounds: int) -> dict[str, dict
     reader, found = reader_of(store, recipe), {}
     for g in range(len(store)):
         planned = reader.planned(g)
-        raw = RawSample.of(reader.fetch(planned))
+        raw = RawSample.of(reader.fetch(planned).arrays)
         row = {
             "rows_read": float(len(planned.plan.rows)),
             "plan_ms": milliseconds(lambda g=g: reader.planned(g), rounds),

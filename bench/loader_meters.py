@@ -44,22 +44,32 @@ def measure(reader: SampleReader, num_samples: int, trace: Path) -> dict[str, fl
     planned = [reader.planned(sample) for sample in range(num_samples)]
 
     def sample(one: PlannedSample) -> None:
-        host_features(RawSample.of(reader.fetch(reader.planned(one.number))), reader.recipe)
+        host_features(RawSample.of(reader.fetch(reader.planned(one.number)).arrays), reader.recipe)
 
     def reading(one: PlannedSample) -> None:
         reader.fetch(reader.planned(one.number))
+
+    jobs = {}
+    for one in planned:
+        shape = one.record.resolve(slice(*one.plan.columns), one.plan.selection)
+        jobs[one.number] = one.record.part.tiles.job(one.record.tiled, shape.window, shape.rows)
+    no_sizes = dict.fromkeys(("stored_bytes", "decoded_bytes", "used_bytes"), 1)
+
+    def sizes(one: PlannedSample) -> None:
+        # What reading a crop does for the meters, besides.
+        one.record.part.tiles.sizes(jobs[one.number])
 
     def threads(one: PlannedSample) -> None:
         for activity in (PLAN, FETCH, PREPARE):
             with stage.doing(activity, sample=one.sample):
                 pass
-        meters.read(1e-3, reader.sizes(one))
+        sizes(one)
+        meters.read(1e-3, no_sizes)
         meters.took("sample_prepare", 1e-3)
 
     def note(one: PlannedSample) -> None:
         spans = [(PLAN, 1, 1.0, 1.0), (FETCH, 1, 1.0, 1.0)]
-        sizes = dict.fromkeys(("stored_bytes", "decoded_bytes", "used_bytes"), 1)
-        facts = {"of_sample": one.sample, "read_s": 1e-3, "sizes": sizes, "spans": spans}
+        facts = {"of_sample": one.sample, "read_s": 1e-3, "sizes": no_sizes, "spans": spans}
         facts |= {"now": time.perf_counter(), "times": meters.times()}
         meters.heard(1, json.loads(json.dumps(facts)))
 
@@ -72,7 +82,7 @@ def measure(reader: SampleReader, num_samples: int, trace: Path) -> dict[str, fl
         "sample_ms": 1e3 * sample_s,
         "reading_ms": 1e3 * reading_s,
         "meters_us": 1e6 * median_s(threads, planned),
-        "sizes_us": 1e6 * median_s(reader.sizes, planned),
+        "sizes_us": 1e6 * median_s(sizes, planned),
         "note_us": 1e6 * median_s(note, planned),
     }
     with meters.tracing(trace):

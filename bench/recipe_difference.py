@@ -33,7 +33,7 @@ NAMES = ("af2", "crop_first")
 def assignment_by_rank(loader: CropLoader, sample: int) -> dict[int, int]:
     """Returns the centre of every row that is no centre, by rank."""
     plan = loader.plan(sample)
-    raw = RawSample.of(fetch(loader.store.at(plan.address.record), plan))
+    raw = RawSample.of(fetch(loader.store.at(plan.address.record), plan).arrays)
     centres = replace_masked(raw.msa[raw.centre_at], raw.action, raw.profile, raw.profile_at, raw.profile_u)
     found = bit_counters.nearest(raw.msa[raw.member_at].numpy(), centres.numpy())
     return dict(zip(plan.rows[raw.member_at.numpy()].tolist(), found.tolist(), strict=True))

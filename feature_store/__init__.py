@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from foldfeed.feature_store.index.transactions import CommitResult
     from foldfeed.feature_store.parsers.mmcif.entry import MmcifChain, MmcifEntry, load_mmcif, read_mmcif
     from foldfeed.feature_store.parts.many_crops import CropRequest
+    from foldfeed.feature_store.parts.reader import RecordRead
     from foldfeed.feature_store.parts.record import Record
     from foldfeed.feature_store.parts.tiles import Crop, CropPlan, Slab
     from foldfeed.feature_store.parts.writer import WrittenPart, write_part
@@ -100,6 +101,7 @@ _HOMES = {
     "QueryError": "errors",
     "QueryTimeoutError": "errors",
     "Record": "parts.record",
+    "RecordRead": "parts.reader",
     "RecordNotFoundError": "errors",
     "RecordSet": "store.record_sets",
     "RecordSetMismatchError": "errors",
@@ -168,6 +170,7 @@ __all__ = [
     "QueryTimeoutError",
     "Record",
     "RecordNotFoundError",
+    "RecordRead",
     "RecordSet",
     "RecordSetMismatchError",
     "RecordSource",

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, not when the package is (PEP 562)."""
+"""Names of a package, and modules, that are imported when they are first used (PEP 562)."""
 
 from __future__ import annotations
 
@@ -30,3 +30,13 @@ def lazy_names(
         return sorted({*vars(sys.modules[package]), *homes})
 
     return import_name, all_names
+
+
+class LateModule:
+    """A module that is imported when something of it is first used, for what takes long to load."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._name), name)

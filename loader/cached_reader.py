@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import cast
 
-from foldfeed.feature_store.format.structure import ARRAYS as STRUCTURE_ARRAYS
 from foldfeed.feature_store.parts.shard_reader import FileRange
 from foldfeed.feature_store.storage import Blobs
 from foldfeed.loader.cache.ahead import Ahead
@@ -25,11 +24,9 @@ from foldfeed.loader.cache.files import CachedFiles
 from foldfeed.loader.cache.future import BlockUse, FutureUse, RecordUse, places_by_part
 from foldfeed.loader.cache.tiers import FileOfPart, Tiers
 from foldfeed.loader.errors import SampleError
-from foldfeed.loader.fetch import Room, SampleArrays
+from foldfeed.loader.fetch import Fetched, Room, arrays_of
 from foldfeed.loader.reader import PlannedSample, SampleRead, SampleReader
 from foldfeed.loader.recipe import Recipe
-
-_LABELS = ("atom_positions", "atom_mask")
 
 
 class CachedReader:
@@ -84,7 +81,7 @@ class CachedReader:
                 self._plans.pop(number, None)
             raise
 
-    def fetch(self, planned: PlannedSample, room: Room | None = None) -> SampleArrays:
+    def fetch(self, planned: PlannedSample, room: Room | None = None) -> Fetched:
         """See `SampleReader.fetch`."""
         self._plans[planned.number] = planned
         try:
@@ -93,15 +90,11 @@ class CachedReader:
         finally:
             self._plans.pop(planned.number, None)
 
-    def sizes(self, planned: PlannedSample) -> dict[str, int]:
-        """See `SampleReader.sizes`."""
-        return self._reader.sizes(planned)
-
     def read(self, number: int) -> SampleRead:
         """See `SampleReader.read`."""
         try:
             planned = self.planned(number)
-            return SampleRead(self.fetch(planned), planned, None)
+            return SampleRead(*self.fetch(planned), planned, None)
         except SampleError as error:
             if not self.may_replace(error, 0):
                 raise
@@ -169,9 +162,4 @@ def _by_number(uses: NextUses, num_draws: int) -> NextUses:
 def _ranges_of(planned: PlannedSample) -> list[FileRange]:
     """Returns the stretches of files that `foldfeed.loader.fetch.fetch` reads for a plan."""
     plan = planned.plan
-    arrays = [("aatype", plan.crop), ("profile", plan.columns)]
-    if plan.full_deletion_mean:
-        arrays.append(("deletion_mean", plan.crop))
-    if plan.labels:
-        arrays += [(name, plan.atoms) for name in (STRUCTURE_ARRAYS if plan.min_plddt else _LABELS)]
-    return planned.record.ranges(slice(*plan.columns), plan.selection, arrays)
+    return planned.record.ranges(slice(*plan.columns), plan.selection, arrays_of(plan))

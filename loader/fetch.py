@@ -1,8 +1,8 @@
 """Reads exactly what a plan says, into arrays of its own or into room that the caller gives.
 
-Owns the way from a plan to arrays; the store owns tiles, checksums and files. One sample is one crop read
-plus two sidecars. The shapes of all arrays follow from the plan, so room for them can be found before
-anything is read (`ring`), and tiles are decoded straight into it.
+Owns the way from a plan to arrays; the store owns tiles, checksums and files. One sample is one crop with a
+few sidecars, read together. The shapes of all arrays follow from the plan, so room for them can be found
+before anything is read (`ring`), and tiles are decoded straight into it.
 
 Knows NumPy and no torch, so that a process that only reads starts quickly. Thread safe, as the store is.
 Errors of the store pass through unchanged; the loader adds the sample.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +95,20 @@ class SampleArrays:
         return sum(getattr(self, name).nbytes for name in ARRAYS)
 
 
+class Fetched(NamedTuple):
+    """A sample as read, and what that took.
+
+    Attributes:
+      arrays: the sample.
+      sizes: by name, ``stored_bytes`` that the tiles of its crop take in the store; ``decoded_bytes`` of all
+        their cells (a byte for each token and each deletion count); ``used_bytes`` of the cells among them
+        that the sample is made of.
+    """
+
+    arrays: SampleArrays
+    sizes: dict[str, int]
+
+
 def shapes_of(plan: SamplePlan) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the arrays that `fetch` gives for a plan, by name, before anything is read."""
     num_rows, width = len(plan.rows), plan.columns[1] - plan.columns[0]
@@ -126,8 +140,23 @@ def num_bytes_of(shapes: Mapping[str, tuple[int, ...]], alignment: int = 1) -> i
     return sum(-(-size // alignment) * alignment for size in sizes)
 
 
-def fetch(record: Record, plan: SamplePlan, room: Room | None = None) -> SampleArrays:
-    """Returns what a plan asks for.
+def arrays_of(plan: SamplePlan) -> list[tuple[str, tuple[int, int]]]:
+    """Returns which arrays of a record a plan reads beside its crop, and residues ``[start, stop)`` of each.
+
+    The query's residues are not among them: they are row 0 of the crop.
+    """
+    arrays = [("profile", plan.columns)]
+    if plan.full_deletion_mean:
+        arrays.append(("deletion_mean", plan.crop))
+    if plan.labels:
+        arrays += [("atom_positions", plan.atoms), ("atom_mask", plan.atoms)]
+        if plan.min_plddt:
+            arrays.append(("b_factor", plan.atoms))
+    return arrays
+
+
+def fetch(record: Record, plan: SamplePlan, room: Room | None = None) -> Fetched:
+    """Returns what a plan asks for; behind a network in one round of reads, see `Record.read`.
 
     Args:
       record: the plan's record.
@@ -141,18 +170,18 @@ def fetch(record: Record, plan: SamplePlan, room: Room | None = None) -> SampleA
     assert (record.length, record.depth) == (plan.length, plan.depth), (record, plan)
     if room is None:
         room = {name: np.empty(shape, dtype=DTYPES[name]) for name, shape in shapes_of(plan).items()}
-    columns = slice(*plan.columns)
     start, stop = plan.crop_in_columns
-    if (start, stop) == (0, plan.columns[1] - plan.columns[0]):
-        record.crop(columns, plan.selection, out=(room["msa"], room["deletions"]))
-    else:
-        # Deletions of columns outside of the crop are read with their tiles and left behind.
-        whole = np.empty(room["msa"].shape, dtype=np.int32)
-        record.crop(columns, plan.selection, out=(room["msa"], whole))
-        room["deletions"][:] = whole[:, start:stop]
-    room["aatype"][:] = record.aatype(slice(*plan.crop))
-    room["profile"][:] = record.profile(columns)
+    is_whole = (start, stop) == (0, plan.columns[1] - plan.columns[0])
+    # Deletions of columns outside of the crop are read with their tiles and left behind.
+    deletions = room["deletions"] if is_whole else np.empty(room["msa"].shape, dtype=np.int32)
+    read = record.read(slice(*plan.columns), plan.selection, arrays_of(plan), out=(room["msa"], deletions))
+    if not is_whole:
+        room["deletions"][:] = deletions[:, start:stop]
     rows = plan.rows
+    # Row 0 is the query, which is what the store's aatype is made of.
+    assert rows[0] == 0, rows
+    room["aatype"][:] = room["msa"][0, start:stop]
+    room["profile"][:] = read.arrays["profile"]
     room["centre_at"][:] = np.searchsorted(rows, plan.centres)
     room["extra_at"][:] = np.searchsorted(rows, plan.extras)
     is_member = np.ones(len(rows), dtype=bool)
@@ -162,20 +191,36 @@ def fetch(record: Record, plan: SamplePlan, room: Room | None = None) -> SampleA
     room["profile_at"][:] = plan.masking.profile_at
     room["profile_u"][:] = plan.masking.profile_u
     if plan.full_deletion_mean:
-        room["deletion_mean"][:] = record.deletion_mean(slice(*plan.crop))
+        room["deletion_mean"][:] = read.arrays["deletion_mean"]
     if plan.labels:
-        _fetch_atoms(record, plan, room)
-    return SampleArrays(**room, crop_in_columns=(start, stop), first_residue=plan.crop[0])
+        _put_atoms(record.structure_source, read.arrays, plan, room)
+    arrays = SampleArrays(**room, crop_in_columns=(start, stop), first_residue=plan.crop[0])
+    sizes = {
+        "stored_bytes": read.num_bytes,
+        "decoded_bytes": read.num_cells,
+        "used_bytes": len(rows) * (room["msa"].shape[1] + stop - start),
+    }
+    return Fetched(arrays, sizes)
 
 
-def _fetch_atoms(record: Record, plan: SamplePlan, room: Room) -> None:
+def _put_atoms(
+    source: Mapping[str, str] | None,
+    read: Mapping[str, NDArray[Any] | None],
+    plan: SamplePlan,
+    room: Room,
+) -> None:
     room["clamped"][:] = plan.clamped
-    found = _confident_atoms(record, plan) if plan.min_plddt else record.atoms(slice(*plan.atoms))
-    if found is None:
+    positions, mask = (read[name] for name in ("atom_positions", "atom_mask"))
+    if source is None or positions is None or mask is None:
         for name in ("atom_positions", "atom_mask", "resolution"):
             room[name][:] = 0
         return
-    positions, mask, source = found
+    if plan.min_plddt:
+        # Source: OpenFold ``data_pipeline.make_pdb_features``.
+        confidence = read["b_factor"]
+        assert confidence is not None
+        kept = np.asarray((confidence > plan.min_plddt).any(axis=1))
+        positions, mask = np.where(kept[:, None, None], positions, np.float32(0)), mask * kept[:, None]
     # The first residue of a protein has none before it.
     missing = len(room["atom_mask"]) - len(mask)
     for name, values in (("atom_positions", positions), ("atom_mask", mask)):
@@ -186,18 +231,3 @@ def _fetch_atoms(record: Record, plan: SamplePlan, room: Room) -> None:
     # have it.
     text = source.get("resolution_angstrom", "")
     room["resolution"][:] = float(text) if is_plain_number(text) else 0.0
-
-
-def _confident_atoms(
-    record: Record, plan: SamplePlan
-) -> tuple[NDArray[np.float32], NDArray[np.uint8], Mapping[str, str]] | None:
-    """Returns what `Record.atoms` does, without the atoms of residues that were predicted with less.
-
-    Source: OpenFold ``data_pipeline.make_pdb_features``.
-    """
-    structure = record.structure(slice(*plan.atoms))
-    if structure is None:
-        return None
-    kept = np.asarray((structure.b_factor > plan.min_plddt).any(axis=1))
-    positions = np.where(kept[:, None, None], structure.atom_positions, np.float32(0))
-    return positions, structure.atom_mask * kept[:, None], structure.source

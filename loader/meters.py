@@ -244,7 +244,7 @@ class Meters:
 
         Args:
           seconds: that planning and reading took.
-          sizes: of `foldfeed.loader.reader.SampleReader.sizes`.
+          sizes: of `foldfeed.loader.fetch.Fetched`.
         """
         with self._lock:
             self._histograms["sample_read"].add(seconds)
@@ -328,7 +328,7 @@ class Meters:
         """Returns plain data, JSON-able.
 
         ``steps`` and ``samples`` received; ``samples_read`` and, of their alignments, ``stored_bytes``,
-        ``decoded_bytes`` and ``used_bytes`` (`foldfeed.loader.reader.SampleReader.sizes`), samples read ahead
+        ``decoded_bytes`` and ``used_bytes`` (`foldfeed.loader.fetch.Fetched`), samples read ahead
         included; ``reading_processes`` now; ``stages``, see `StageTime.report`; ``latencies``, see
         `LatencyHistogram.summary`.
         """

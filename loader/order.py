@@ -149,6 +149,11 @@ class SampleOrder:
         if not numbers.size:
             return np.empty(numbers.shape, dtype=np.int64)
         flat, back = numbers.ravel(), None
+        epoch = int(flat.min()) // self.num_records
+        if int(flat.max()) // self.num_records == epoch:
+            # As nearly always; spares a division of every number.
+            positions = flat - epoch * self.num_records
+            return _epoch_order(self.num_records, self.seed, epoch).forward(positions).reshape(numbers.shape)
         epochs = flat // self.num_records
         starts = _run_starts(epochs)
         if (np.diff(epochs[starts]) < 0).any():

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from foldfeed.feature_store import CorruptDataError, FoldfeedError, Record
 from foldfeed.feature_store.storage import Blobs
 from foldfeed.loader.errors import LoaderConfigError, SampleError
-from foldfeed.loader.fetch import Room, SampleArrays, fetch
+from foldfeed.loader.fetch import Fetched, Room, SampleArrays, fetch
 from foldfeed.loader.order import SampleOrder
 from foldfeed.loader.plan import SamplePlan, make_plan
 from foldfeed.loader.recipe import AF2, Recipe
@@ -47,11 +47,13 @@ class SampleRead(NamedTuple):
 
     Attributes:
       arrays: what was read.
+      sizes: how much that was, see `foldfeed.loader.fetch.Fetched`.
       planned: by which plan.
       substitution: which record took the place of which, None where none did.
     """
 
     arrays: SampleArrays
+    sizes: dict[str, int]
     planned: PlannedSample
     substitution: Substitution | None
 
@@ -161,7 +163,7 @@ class SampleReader:
         )
         return PlannedSample(sample, plan, record, number, attempt)
 
-    def fetch(self, planned: PlannedSample, room: Room | None = None) -> SampleArrays:
+    def fetch(self, planned: PlannedSample, room: Room | None = None) -> Fetched:
         """Returns a planned sample as read, into ``room`` if given, see `foldfeed.loader.fetch.fetch`.
 
         Damage that may lie on the way (in a cache, or in transit) is read once more from the store itself.
@@ -180,25 +182,6 @@ class SampleReader:
                     return fetch(planned.record, planned.plan, room)
         except (FoldfeedError, OSError) as error:
             raise SampleError(planned.sample, planned.record.record_id, str(error)) from error
-
-    def sizes(self, planned: PlannedSample) -> dict[str, int]:
-        """Returns how much a planned sample reads of its alignment, by name.
-
-        ``stored_bytes`` that the tiles of its crop take in the store; ``decoded_bytes`` of all their cells (a
-        byte for each token and each deletion count); ``used_bytes`` of the cells among them that the sample
-        is made of. Costs about 0.1 ms: which tiles, and the shards' indices, which are kept.
-
-        Raises:
-          SampleError: a shard index is damaged.
-        """
-        plan = planned.plan
-        try:
-            tiles = planned.record.plan(slice(*plan.columns), plan.selection)
-        except (FoldfeedError, OSError) as error:
-            raise SampleError(planned.sample, planned.record.record_id, str(error)) from error
-        width = plan.columns[1] - plan.columns[0] + plan.crop[1] - plan.crop[0]
-        used = len(plan.rows) * width
-        return {"stored_bytes": tiles.num_bytes, "decoded_bytes": tiles.num_cells, "used_bytes": used}
 
     def costs(self, samples: Sequence[int]) -> list[int]:
         """Returns what samples are expected to cost, from the index alone: cells of the alignment, about.
@@ -257,7 +240,7 @@ class SampleReader:
         while True:
             try:
                 planned = self.planned(number, attempt)
-                return SampleRead(self.fetch(planned), planned, self.substitution(planned, reason))
+                return SampleRead(*self.fetch(planned), planned, self.substitution(planned, reason))
             except SampleError as error:
                 if not self.may_replace(error, attempt):
                     raise

@@ -115,16 +115,14 @@ class OwnThreads:
             with stage.doing(PLAN, sample=of_sample):
                 planned = reader.planned(sample)
             with stage.doing(FETCH, sample=of_sample):
-                read = SampleRead(reader.fetch(planned), planned, None)
-                sizes = reader.sizes(planned)
+                read = SampleRead(*reader.fetch(planned), planned, None)
         except SampleError as error:
             if not reader.may_replace(error, 0):
                 raise
             with stage.doing(FETCH, sample=of_sample):
                 read = reader.read_from(sample, 1, error.reason)
-                sizes = reader.sizes(read.planned)
         read_s = clock() - started
-        self._meters.read(read_s, sizes)
+        self._meters.read(read_s, read.sizes)
         return ReadSample(
             arrays=read.arrays, read_s=read_s, release=lambda: None, substitution=read.substitution
         )

@@ -170,8 +170,8 @@ class _ReadingProcess:
     def _read(self, planned: PlannedSample, start: int, span: Span) -> None:
         try:
             with self._meters.stage(FETCH).doing(FETCH) as doing:
-                arrays = self._reader.fetch(planned, place(self._memory, start, shapes_of(planned.plan)))
-                sizes = self._reader.sizes(planned)
+                room = place(self._memory, start, shapes_of(planned.plan))
+                arrays, sizes = self._reader.fetch(planned, room)
         except Exception:
             self._space.give_back(start)
             raise
@@ -182,8 +182,8 @@ class _ReadingProcess:
         with _fresh_memory(size) as (descriptor, memory):
             try:
                 with self._meters.stage(FETCH).doing(FETCH) as doing:
-                    arrays = self._reader.fetch(planned, place(memory, 0, shapes_of(planned.plan)))
-                    sizes = self._reader.sizes(planned)
+                    room = place(memory, 0, shapes_of(planned.plan))
+                    arrays, sizes = self._reader.fetch(planned, room)
             except Exception:
                 self._alone_free.release()
                 raise
@@ -195,8 +195,7 @@ class _ReadingProcess:
         if not self._reader.may_replace(error, 0):
             raise error
         with self._meters.stage(FETCH).doing(FETCH) as doing:
-            found, planned, substitution = self._reader.read_from(number, 1, error.reason)
-            sizes = self._reader.sizes(planned)
+            found, sizes, planned, substitution = self._reader.read_from(number, 1, error.reason)
         assert substitution is not None
         shapes = {name: getattr(found, name).shape for name in ARRAYS}
         with _fresh_memory(slot_bytes(shapes)) as (descriptor, memory):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foldfeed.feature_store.format import permute_kernel
 from foldfeed.feature_store.format.permutation import MAX_SIZE, KeyedPermutation
 
 BIG_SIZES = (2**16 - 1, 2**16, 2**16 + 1, 99_991, 250_007)
@@ -52,6 +53,32 @@ def test_inverse_undoes_forward_at_any_size(size, key, data):
     assert np.all((items >= 0) & (items < size))
     assert np.array_equal(permutation.inverse(items), positions)
     assert np.array_equal(permutation.forward(permutation.inverse(positions)), positions)
+
+
+@pytest.mark.skipif(not permute_kernel.is_usable(), reason="installed without it (no C compiler)")
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, MAX_SIZE) | st.integers(1, 2**20),
+    seed=st.integers(0, 2**70),
+    count=st.sampled_from((0, 1, 31, 33, 1023, 1024, 1025, 3000)),
+)
+def test_the_compiled_form_equals_numpy(size, seed, count):
+    """All in one domain: values that walk stay in the block while fresh ones come."""
+    permutation = KeyedPermutation(size, (seed, 1))
+    positions = np.random.default_rng(seed % 97).integers(0, size, count)
+    for inverse in (False, True):
+        walked = positions.astype(np.uint64)
+        permutation._walk_by_numpy(walked, inverse=inverse)
+        together = permutation.inverse(positions) if inverse else permutation.forward(positions)
+        assert np.array_equal(walked.view(np.int64), together)
+
+
+def test_without_the_compiled_form_orders_are_the_same(monkeypatch):
+    permutation = KeyedPermutation(99_991, (7, 3))
+    order = permutation.forward(np.arange(99_991))
+    monkeypatch.setattr(permute_kernel, "_function", lambda: None)
+    assert np.array_equal(permutation.forward(np.arange(99_991)), order)
+    assert np.array_equal(permutation.inverse(order), np.arange(99_991))
 
 
 def test_one_position_at_a_time_equals_all_at_once():

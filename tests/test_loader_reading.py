@@ -126,12 +126,12 @@ def test_what_is_read_into_a_slot_is_what_is_read_anywhere(store, name):
     with make_loader(store, recipe) as loader:
         for sample in range(12):
             planned = loader._reader.planned(sample)
-            want = fetch(planned.record, planned.plan)
+            want = fetch(planned.record, planned.plan).arrays
             shapes = shapes_of(planned.plan)
             size = slot_bytes(shapes)
             memory = mmap.mmap(-1, size + 640)
             memory.write(b"\xab" * (size + 640))
-            got = fetch(planned.record, planned.plan, place(memory, 640, shapes))
+            got = fetch(planned.record, planned.plan, place(memory, 640, shapes)).arrays
             assert memory[:640] == b"\xab" * 640
             again, note = open_note(note_of(got, 640, read_s=1.5), memory)
             assert note["read_s"] == 1.5
@@ -250,9 +250,21 @@ def test_a_sample_that_cannot_be_read_raises_what_it_raises_in_threads(tmp_path)
     )
 
 
-def test_a_process_that_reads_knows_no_torch():
-    check = "import sys, foldfeed.loader.reading_process; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+def test_a_process_that_reads_loads_little(store):
+    """Before its first sample: each of these takes a quarter of a second or more, torch two."""
+    check = """
+import sys
+import foldfeed.loader.reading_process
+from foldfeed.feature_store import FeatureStore
+from foldfeed.loader.reader import SampleReader
+from foldfeed.loader.recipe import Recipe
+reader = SampleReader(
+    FeatureStore.open(sys.argv[1]), Recipe.named("crop_first"), None, seed=1, global_batch=1, virtual_shards=1
+)
+reader.read(0)
+sys.exit(", ".join({"torch", "duckdb", "pandas", "zarr"} & set(sys.modules)) or 0)
+"""
+    subprocess.run([sys.executable, "-c", check, store.url], check=True, timeout=120)
 
 
 ORPHAN = """

@@ -123,7 +123,7 @@ def readable(reader, numbers: range) -> tuple[list[int], int, dict[str, torch.Te
         arrays = []
         for number in numbers:
             try:
-                arrays.append(reader.fetch(reader.planned(number, attempt)))
+                arrays.append(reader.fetch(reader.planned(number, attempt)).arrays)
             except SampleError:
                 arrays.append(None)
         alone.append([one is not None for one in arrays])

@@ -10,6 +10,9 @@ walking: a result outside ``range(n)`` is put through the network again until it
 bijection. The network is not a cipher to keep secrets with; it has to look random to statistics, which the
 tests check.
 
+Arrays go through a compiled form of the same arithmetic where that was built (`permute_kernel`); the NumPy
+here is the general path, and the description of both.
+
 The module owns no state besides the round keys, is immutable and therefore thread-safe. The round keys, and
 with them every order ever recorded, are frozen under `SCHEME`: change the arithmetic and you must change it.
 
@@ -24,11 +27,13 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from foldfeed.feature_store.format.permute_kernel import permute
 
 SCHEME = "foldfeed/permutation/1"
 # Four rounds are enough for Luby and Rackoff when halves are wide; stores of a few records need more.
@@ -83,7 +88,7 @@ class KeyedPermutation:
       ValueError: size is outside 1..2**62.
     """
 
-    __slots__ = ("_add_keys", "_bits", "_hash_keys", "_round_keys", "key", "size")
+    __slots__ = ("_add_keys", "_bits", "_hash_keys", "_keys", "_round_keys", "key", "size")
 
     def __init__(self, size: int, key: Sequence[int]) -> None:
         self.size = operator.index(size)
@@ -92,7 +97,8 @@ class KeyedPermutation:
                 f"size {size} of a permutation must be 1 to {MAX_SIZE}; an empty set has no order"
             )
         self.key = tuple(operator.index(part) for part in key)
-        self._hash_keys, self._add_keys = round_keys(self.key)
+        self._keys = round_keys(self.key)
+        self._hash_keys, self._add_keys = self._keys
         self._round_keys = tuple(zip(self._hash_keys.tolist(), self._add_keys.tolist(), strict=True))
         # The domain is below 2n for n > 8, so walks are short.
         self._bits = max(MIN_BITS, (self.size - 1).bit_length())
@@ -107,7 +113,7 @@ class KeyedPermutation:
           IndexError: a position outside ``range(size)``.
           TypeError: positions are no integers.
         """
-        return self._walk(positions, self._encrypt)
+        return self._walk(positions, inverse=False)
 
     def inverse(self, items: ArrayLike) -> NDArray[np.int64]:
         """Returns the position of each item: ``inverse(forward(i)) == i``.
@@ -119,7 +125,7 @@ class KeyedPermutation:
           IndexError: an item outside ``range(size)``.
           TypeError: items are no integers.
         """
-        return self._walk(items, self._decrypt)
+        return self._walk(items, inverse=True)
 
     def __len__(self) -> int:
         return self.size
@@ -138,9 +144,7 @@ class KeyedPermutation:
             value = self._encrypt_one(value)
         return value
 
-    def _walk(
-        self, values: ArrayLike, step: Callable[[NDArray[np.uint64], Tables | None], None]
-    ) -> NDArray[np.int64]:
+    def _walk(self, values: ArrayLike, *, inverse: bool) -> NDArray[np.int64]:
         indices = np.asarray(values)
         if indices.size and indices.dtype.kind not in "iu":
             raise TypeError(f"positions must be integers, not {indices.dtype}; use .astype(numpy.int64)")
@@ -151,7 +155,13 @@ class KeyedPermutation:
                 f"positions {int(indices.min())}..{int(indices.max())} leave range({self.size}), "
                 "the set this permutation orders"
             )
+        if not permute(walked, self.size, self._bits, self._keys, inverse=inverse):
+            self._walk_by_numpy(walked, inverse=inverse)
+        return walked.view(np.int64).reshape(indices.shape)
+
+    def _walk_by_numpy(self, walked: NDArray[np.uint64], *, inverse: bool) -> None:
         tables = self._tables(walked.size)
+        step = self._decrypt if inverse else self._encrypt
         step(walked, tables)
         # Each pass leaves less than half outside (for n > 8), so this ends quickly; it ends at all because
         # a cycle of the network that starts inside the range comes back to it.
@@ -161,7 +171,6 @@ class KeyedPermutation:
             step(again, tables)
             walked[outside] = again
             outside = outside[again >= np.uint64(self.size)]
-        return walked.view(np.int64).reshape(indices.shape)
 
     def _encrypt(self, values: NDArray[np.uint64], tables: Tables | None) -> None:
         mask = np.uint64((1 << self._bits) - 1)

@@ -7,11 +7,12 @@ shard readers are; a fork shares the descriptors harmlessly (every read carries 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -63,6 +64,22 @@ class RecordLocation:
     first_overflow: int
     num_overflow: int
     first_structure_residue: int | None
+
+
+class RecordRead(NamedTuple):
+    """A crop and other arrays of one record.
+
+    Attributes:
+      crop: what `PartReader.crop` returns.
+      arrays: the others by name; None for those of a structure that the record does not have.
+      num_bytes: that the tiles of the crop take on disk, see `CropPlan`.
+      num_cells: that were decoded, see `CropPlan`.
+    """
+
+    crop: Crop
+    arrays: dict[str, np.ndarray | None]
+    num_bytes: int
+    num_cells: int
 
 
 class PartReader:
@@ -155,6 +172,48 @@ class PartReader:
         run_tasks(self.tiles.tasks([job], self.max_read_bytes), in_flight)
         self.tiles.finish(job)
         return self.tiles.result(job)
+
+    def read(
+        self,
+        at: RecordLocation,
+        window: tuple[int, int],
+        rows: Rows,
+        per_residue: Sequence[tuple[str, tuple[int, int]]],
+        out: CropArrays | None = None,
+    ) -> RecordRead:
+        """Returns a crop and other arrays of a record: `crop`, `per_residue` and `structure` in one round.
+
+        Args:
+          at: the record.
+          window: of the crop, as for `crop`.
+          rows: of it, as for `crop`.
+          per_residue: name and residues ``[start, stop)`` of other arrays; no name twice.
+          out: of the crop, as for `crop`.
+        """
+        job = self.tiles.job(self.tiled(at), window, rows, out)
+        found: dict[str, np.ndarray | None] = {}
+
+        def read(name: str, residues: tuple[int, int]) -> None:
+            if name not in structure.ARRAYS:
+                found[name] = self.per_residue(name, at, residues)
+            else:
+                arrays = self.structure(at, residues, (name,))
+                found[name] = None if arrays is None else arrays[name]
+
+        in_flight = 1 if self.is_local else DEFAULT_IN_FLIGHT
+        openers = self.tiles.openers([job])
+        if not self.is_local:
+            # Else they are opened where they are read: there is no round to be saved.
+            openers += [
+                self.arrays[name].open
+                for name, _ in per_residue
+                if name in self.arrays and not self.arrays[name].is_open and self.entries_of(name, at)[1]
+            ]
+        run_tasks(openers, in_flight)
+        others = [functools.partial(read, name, residues) for name, residues in per_residue]
+        run_tasks([*self.tiles.tasks([job], self.max_read_bytes), *others], in_flight)
+        self.tiles.finish(job)
+        return RecordRead(self.tiles.result(job), found, *self.tiles.sizes(job))
 
     def per_residue(self, name: str, at: RecordLocation, window: tuple[int, int] | None = None) -> np.ndarray:
         """Returns a per-residue array (``aatype``, ``profile``, ...) of a record, or of a window of it.

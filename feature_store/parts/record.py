@@ -8,7 +8,7 @@ reads when asked. Thread safe, because its part is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,16 +25,18 @@ from foldfeed.feature_store.format.grid import (
     resolve_run,
     resolve_window,
 )
+from foldfeed.feature_store.format.structure import ARRAYS as STRUCTURE_ARRAYS
 from foldfeed.feature_store.format.structure import Structure
 from foldfeed.feature_store.format.templates import Templates
 from foldfeed.feature_store.parts.dataset import to_dataset
-from foldfeed.feature_store.parts.reader import PartReader, RecordLocation
+from foldfeed.feature_store.parts.reader import PartReader, RecordLocation, RecordRead
 from foldfeed.feature_store.parts.shard_reader import FileRange
 from foldfeed.feature_store.parts.template_scan import load_templates
 from foldfeed.feature_store.parts.tiles import Crop, CropArrays, CropPlan, Slab, TiledRecord, pair_of
 
 # What is stored for every residue of a record, whether or not it has a structure.
 PER_RESIDUE = ("aatype", "profile", "deletion_mean", "gap_fraction", "entropy", "neff")
+_WINDOWED = (*PER_RESIDUE, *STRUCTURE_ARRAYS)
 
 
 class CropShape(NamedTuple):
@@ -201,6 +203,41 @@ class Record:
         assert isinstance(slab, Slab)
         return slab
 
+    def read(
+        self,
+        residues: Window | None = None,
+        rows: Window | Rows | None = None,
+        per_residue: Sequence[tuple[str, tuple[int, int]]] = (),
+        *,
+        out: CropArrays | None = None,
+    ) -> RecordRead:
+        """Returns a crop and other arrays of the record, all of them read at the same time.
+
+        Behind a network that is one round of reads, a second one only for what nobody read of the part before
+        (the indices of its shards) and for deletion counts above 254. `ranges` says which reads.
+
+        Args:
+          residues: of the crop, as for `crop`.
+          rows: of it, as for `crop`, or a `StoredRun` as for `slab`.
+          per_residue: names of other arrays (`PER_RESIDUE`, or of a `Structure`) with the residues ``[start,
+            stop)`` wanted of each.
+          out: as for `crop`.
+        Raises:
+          IndexError: outside the record.
+          ValueError: an unknown name, or one twice; ``out`` has another shape or dtype.
+          CorruptDataError: a tile or chunk does not match its checksum.
+        """
+        shape = self.resolve(residues, rows)
+        if out is not None:
+            _check_out(out, shape.size)
+        names = [name for name, _ in per_residue]
+        for name, (start, stop) in per_residue:
+            if name not in _WINDOWED or names.count(name) > 1:
+                raise ValueError(f"per_residue: {name!r} must be one of {', '.join(_WINDOWED)}, once")
+            if not 0 <= start <= stop <= self.length:
+                raise IndexError(f"{name} [{start}, {stop}) is outside of 0..{self.length}")
+        return self._part.read(self._at, shape.window, shape.rows, per_residue, out)
+
     def plan(self, residues: Window | None = None, rows: Window | Rows | None = None) -> CropPlan:
         """Returns which tiles such a crop reads, how many cells that is and how many bytes.
 
@@ -322,6 +359,14 @@ class Record:
             return Structure(**arrays, source=json.loads(self._row["structure"]))
         except (ValueError, TypeError) as error:
             raise CorruptDataError(f"{self._part.path}, record {self.record_id}", str(error)) from error
+
+    @property
+    def structure_source(self) -> dict[str, str] | None:
+        """Facts of the record's structure, see `Structure`; None without one. Known without reading it."""
+        if self._at.first_structure_residue is None:
+            return None
+        found: dict[str, str] = json.loads(self._row["structure"])
+        return found
 
     def atoms(
         self, residues: Window | None = None

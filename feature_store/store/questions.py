@@ -14,12 +14,13 @@ import datetime
 import difflib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
 
 from foldfeed.feature_store.errors import QueryError, RecordNotFoundError
 from foldfeed.feature_store.format.settings import StoreSettings
+from foldfeed.feature_store.lazy_names import LateModule
 from foldfeed.feature_store.parts.many_crops import BatchArrays, CropRequest, read_crops
 from foldfeed.feature_store.parts.reader import RecordLocation
 from foldfeed.feature_store.parts.record import Record
@@ -27,11 +28,17 @@ from foldfeed.feature_store.parts.row_scan import ROWS_SCHEMA
 from foldfeed.feature_store.parts.tiles import Crop, CropPlan
 from foldfeed.feature_store.storage import Blobs, open_blobs
 from foldfeed.feature_store.store import named_tables, point_in_time, record_sets, splits
-from foldfeed.feature_store.store import sql as query
-from foldfeed.feature_store.store.query_tables import PER_RECORD, lazy_tables
 from foldfeed.feature_store.store.record_sets import RecordSet, Within
 from foldfeed.feature_store.store.splits import Split
 from foldfeed.feature_store.store.time_limit import TimeLimit
+
+if TYPE_CHECKING:
+    from foldfeed.feature_store.store import query_tables
+    from foldfeed.feature_store.store import sql as query
+else:
+    # They bring DuckDB, pyarrow.dataset and with it pandas: 0.4 s of CPU, and who only reads needs none.
+    query = LateModule("foldfeed.feature_store.store.sql")
+    query_tables = LateModule("foldfeed.feature_store.store.query_tables")
 
 PLACE_COLUMNS = ("part_id", *RecordLocation.__slots__)
 
@@ -239,10 +246,10 @@ class RecordSource(abc.ABC, Generic[RecordT]):
         allowed = None
         if rows_of is not None:
             allowed = query.table(index, ["record_id"], rows_of, limit)["record_id"].to_pylist()
-        lazy = lazy_tables(self, self._files, allowed)
+        lazy = query_tables.lazy_tables(self, self._files, allowed)
         answer = query.sql({query.RECORDS: index, **lazy}, sql, params, limit)
-        if rows_of is not None and not any(lazy[name].was_read for name in PER_RECORD):
-            names = " or ".join(map(repr, PER_RECORD))
+        if rows_of is not None and not any(lazy[name].was_read for name in query_tables.PER_RECORD):
+            names = " or ".join(map(repr, query_tables.PER_RECORD))
             raise QueryError(f"rows_of {rows_of!r} has no effect: the query does not read the table {names}")
         return answer
 

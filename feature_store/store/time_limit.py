@@ -7,10 +7,12 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-
-import duckdb
+from typing import TYPE_CHECKING
 
 from foldfeed.feature_store.errors import QueryError, QueryTimeoutError
+
+if TYPE_CHECKING:
+    import duckdb
 
 # DuckDB forgets an interrupt that comes while it is between two statements, so it gets another one.
 _REPEAT_S = 0.02

@@ -1,0 +1,103 @@
+"""`Record.read`: a crop and other arrays at once are what each is by itself, in one round of reads."""
+
+import numpy as np
+import pytest
+from records import make_record
+from slow_blobs import slowed
+
+from foldfeed.feature_store import FeatureStore, StoredRun, StoreSettings, write_part
+from foldfeed.feature_store.format.structure import ARRAYS
+from foldfeed.feature_store.parts.record import PER_RESIDUE
+
+SHAPES = [(1, 1), (2, 9), (300, 33), (20, 12), (97, 64)]
+ORDERS = {
+    "rank": StoreSettings(tile_rows=16, tile_cols=8),
+    "permuted": StoreSettings(tile_rows=16, tile_cols=8, row_order="permuted", row_order_seed=5),
+}
+
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory) -> dict[str, str]:
+    found = {}
+    for name, store_settings in ORDERS.items():
+        store = FeatureStore.create(tmp_path_factory.mktemp("read") / name, store_settings)
+        records = [make_record(f"r{n}", *shape, seed=n) for n, shape in enumerate(SHAPES)]
+        part = write_part(store.url, records, store.settings)
+        store.commit([part.part_id], job_id="1")
+        found[name] = store.url
+    return found
+
+
+def drawn(rng: np.random.Generator, record):
+    """A window and rows of a record: all, a slice, some, or a run of stored rows that may wrap around."""
+    start = int(rng.integers(record.length))
+    window = (start, int(rng.integers(start + 1, record.length + 1)))
+    top = int(rng.integers(record.depth))
+    rows = [
+        None,
+        slice(top, int(rng.integers(top + 1, record.depth + 1))),
+        rng.integers(0, record.depth, 9),
+        StoredRun(int(rng.integers(max(record.depth - 1, 1))), int(rng.integers(1, record.depth + 1))),
+    ][int(rng.integers(4))]
+    return window, rows
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_read_together_is_what_is_read_alone(urls, order):
+    store = FeatureStore.open(urls[order])
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        record = store.at(int(rng.integers(len(SHAPES))))
+        window, rows = drawn(rng, record)
+        names = [*PER_RESIDUE, *ARRAYS]
+        wanted = {name: drawn(rng, record)[0] for name in names if rng.random() < 0.5}
+        read = record.read(slice(*window), rows, list(wanted.items()))
+        crop = record.crop(slice(*window), rows)
+        np.testing.assert_array_equal(read.crop.msa, crop.msa)
+        np.testing.assert_array_equal(read.crop.deletions, crop.deletions)
+        assert type(read.crop) is type(crop)
+        plan = record.plan(slice(*window), rows)
+        assert (read.num_bytes, read.num_cells) == (plan.num_bytes, plan.num_cells)
+        assert set(read.arrays) == set(wanted)
+        for name, residues in wanted.items():
+            if name in PER_RESIDUE:
+                np.testing.assert_array_equal(read.arrays[name], record.per_residue(name, slice(*residues)))
+            elif (structure := record.structure(slice(*residues))) is None:
+                assert read.arrays[name] is None
+            else:
+                np.testing.assert_array_equal(read.arrays[name], getattr(structure, name))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_far_record_comes_in_one_round_once_the_indices_are_known(urls, order):
+    store, blobs = slowed(urls[order], 0.05)
+    record = store["r2"]
+    wanted = [("profile", (3, 20)), ("atom_positions", (2, 20)), ("atom_mask", (2, 20))]
+    rows = StoredRun(40, 60) if order == "permuted" else slice(0, 40)
+    window = slice(3, 11)
+    for round_ in ("indices, then all", "all"):
+        blobs.reads.clear()
+        blobs.most_in_flight = 0
+        read = record.read(window, rows, wanted)
+        ranges = record.ranges(window, rows, wanted)
+        # Counts above 254 are asked for when the crop is seen to have some.
+        once = {(found.path, found.start) for found in ranges if "overflow" not in found.path}
+        assert len(once) >= 5
+        indices = len({path for path, _ in once}) if round_ != "all" else 0
+        large = sum("overflow" in path for path, *_ in blobs.reads)
+        assert len(blobs.reads) - large == len(once) + indices
+        assert {(path, start) for path, start, _ in blobs.reads} >= once
+        assert blobs.most_in_flight == len(once), round_
+    assert np.array_equal(read.arrays["profile"], FeatureStore.open(urls[order])["r2"].profile(slice(3, 20)))
+
+
+def test_what_cannot_be_read_together_is_refused(urls):
+    record = FeatureStore.open(urls["rank"])["r1"]
+    with pytest.raises(ValueError, match=r"'msa' must be one of aatype, .*, once"):
+        record.read(per_residue=[("msa", (0, 1))])
+    with pytest.raises(ValueError, match=r"'profile' must be one of"):
+        record.read(per_residue=[("profile", (0, 1)), ("profile", (1, 2))])
+    with pytest.raises(IndexError, match=r"profile \[3, 10\) is outside of 0..9"):
+        record.read(per_residue=[("profile", (3, 10))])
+    with pytest.raises(ValueError, match="this crop needs"):
+        record.read(out=(np.empty((1, 1), np.uint8), np.empty((1, 1), np.int32)))
