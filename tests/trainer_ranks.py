@@ -206,6 +206,7 @@ def tiny_config(folder: Path, **changes: Any) -> Any:
     data = {"crop_residues": 10, "num_clusters": 5, "num_extra": 7, "global_batch": 8} | changes.pop(
         "data", {}
     )
+    model, optimizer = changes.pop("model", {}), changes.pop("optimizer", {})
     # What lies in memory has tests of its own: here runs go back to the disk.
     snapshots = {"every": 4, "keep": 3, "memory": "none"} | changes.pop("snapshots", {})
     run = {
@@ -219,8 +220,8 @@ def tiny_config(folder: Path, **changes: Any) -> Any:
     return RunConfig(
         output=str(folder),
         data=DataConfig(store="synthetic", **data),
-        model=ModelConfig(c_m=16, c_z=8, c_e=8, num_blocks=1, num_heads=2, c_opm=4, c_tri=8),
-        optimizer=OptimizerConfig(warmup_steps=3),
+        model=ModelConfig(c_m=16, c_z=8, c_e=8, num_blocks=1, num_heads=2, c_opm=4, c_tri=8, **model),
+        optimizer=OptimizerConfig(**({"warmup_steps": 3} | optimizer)),
         snapshots=SnapshotConfig(**snapshots),
         **run,
     )
@@ -334,7 +335,9 @@ def toy_steps(
 
 
 def case_gradients(ranks: Any, folder: Path, options: dict[str, Any]) -> Any:
-    """The toy model under our reducer (several shard counts), with late gradients, and under DDP."""
+    """The toy model under our reducer (several shard counts), with late gradients, in bf16, and under DDP."""
+    import torch
+
     from foldfeed.trainer.buckets import plan_buckets
     from foldfeed.trainer.ddp import DdpReducer
     from foldfeed.trainer.dyadic import owned_shards
@@ -342,14 +345,16 @@ def case_gradients(ranks: Any, folder: Path, options: dict[str, Any]) -> Any:
     from foldfeed.trainer.reducer import TreeReducer
 
     results: dict[str, Any] = {}
-    for name, num_shards, twice_at in (("tree8", 8, -1), ("tree6", 6, -1), ("late8", 8, 1), ("ddp8", 8, -1)):
+    cases = (("tree8", 8, -1), ("tree6", 6, -1), ("late8", 8, 1), ("bf16", 6, -1), ("late16", 6, 1))
+    for name, num_shards, twice_at in (*cases, ("ddp8", 8, -1)):
         model = toy_model()
         flat = FlatParameters(model)
         buckets = plan_buckets([s.padded for s in flat.segments], bucket_bytes=6000)
         if name == "ddp8":
             reducer: Any = DdpReducer(flat, ranks, num_shards, 6000, find_unused_parameters=True)
         else:
-            reducer = TreeReducer(flat, buckets, ranks, num_shards)
+            wire = torch.bfloat16 if name in ("bf16", "late16") else torch.float32
+            reducer = TreeReducer(flat, buckets, ranks, num_shards, wire=wire)
         shards = owned_shards(num_shards, ranks.world, ranks.rank)
         gradients = toy_steps(reducer, flat, model, shards, num_shards, twice_at)
         reducer.close()
@@ -362,6 +367,7 @@ def case_gradients(ranks: Any, folder: Path, options: dict[str, Any]) -> Any:
     results["events"] = overlap_events(ranks)
     results["replaced"] = replaced_gradient(ranks)
     results["mismatch"] = replica_mismatch(ranks, folder)
+    results["refused"] = [other_layout(ranks, folder), model_in_ddp()]
     return results
 
 
@@ -438,12 +444,54 @@ def replica_mismatch(ranks: Any, folder: Path) -> Any:
         bits = trainer.flat.params.numpy().view("int32")
         bits[5] ^= 1
     try:
-        trainer.save(snapshots, {})
+        found = trainer.capture({})
+        snapshots.write(found.manifest, found.buffers, found.checksums)
     except ReplicaMismatchError as error:
         return [list(error.odd_ranks), snapshots.steps()]
     finally:
         trainer.reducer.close()
     return [[], snapshots.steps()]
+
+
+def other_layout(ranks: Any, folder: Path) -> str:
+    """The last rank builds its layers in another order."""
+    from torch import nn
+
+    from foldfeed.trainer.errors import ReplicaMismatchError
+    from foldfeed.trainer.loop import Trainer
+    from foldfeed.trainer.metrics import Metrics
+    from foldfeed.trainer.task import Task
+
+    class Odd(Task):
+        def build(self) -> nn.Module:
+            sizes = [(2, 3), (3, 2)] if ranks.rank < ranks.world - 1 else [(3, 2), (2, 3)]
+            return nn.Sequential(*[nn.Linear(*size) for size in sizes])
+
+        def loss(self, model: nn.Module, features: Any) -> Any:
+            raise NotImplementedError
+
+    config = tiny_config(folder)
+    metrics = Metrics(folder, active=False, tensorboard=False, log_every=1)
+    try:
+        Trainer(config, ranks, SyntheticSource(config.data, config.seed, ranks, {}), metrics, Odd())
+    except ReplicaMismatchError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def model_in_ddp() -> str:
+    """A model whose middle somebody put into DistributedDataParallel."""
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+
+    from foldfeed.trainer.errors import TrainerConfigError
+    from foldfeed.trainer.flat import FlatParameters
+
+    try:
+        FlatParameters(nn.Sequential(nn.Linear(2, 2), DistributedDataParallel(nn.Linear(2, 2))))
+    except TrainerConfigError as error:
+        return str(error)
+    return "nothing was raised"
 
 
 def case_fails(ranks: Any, folder: Path, options: dict[str, Any]) -> Any:
