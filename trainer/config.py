@@ -165,8 +165,8 @@ class OptimizerConfig:
       weight_decay: decoupled weight decay.
       schedule: after warmup ``constant``; ``step`` multiplies by decay_factor at every decay_steps-th step
         (AlphaFold 2: 0.95, 50000); ``linear`` or ``cosine`` reach decay_factor * lr at step decay_steps.
-      decay_steps: of the schedule.
-      decay_factor: of the schedule.
+      decay_steps: period of ``step``, last step of ``linear`` and ``cosine``.
+      decay_factor: what ``step`` multiplies by, the share of lr at which the others end.
       ema_decay: of the moving average of the weights (AlphaFold 2: 0.999); 0 for none.
     """
 
@@ -360,11 +360,12 @@ class RunConfig:
       reducer: how gradients travel: ``tree``, ``hierarchical`` (inside nodes first) or ``auto`` (measures
         both), all with equal bits on any ranks; ``ring`` (all-reduce) or ``ddp`` (torch's), as controls.
       bucket_mb: limit of a gradient bucket; 0 chooses one from the model's size.
-      precision: ``fp32``, or ``bf16``: matrix products in bfloat16, weights and their updates in float32.
+      precision: of forward passes: ``fp32``, or ``bf16``: matrix products in bfloat16, weights and their
+        updates in float32.
       compile: compile the model's blocks (torch.compile); other bits than without, equal ones in every run.
-      wire: ``fp32``; ``bf16`` rounds the gradient of each virtual shard and every sum of two (added in fp32)
-        to bfloat16, on any number of ranks: half the bytes; ``bf16-between`` is that with fp32 messages
-        inside nodes.
+      wire: numbers of messages: ``fp32``; ``bf16`` rounds the gradient of each virtual shard and every sum of
+        two (added in fp32) to bfloat16, on any number of ranks: half the bytes; ``bf16-between`` is that with
+        fp32 messages inside nodes.
       device: ``auto``, ``cpu`` or ``cuda``.
       threads: torch's threads per rank; more than one may change the order of sums inside a kernel.
       deterministic: use deterministic kernels, and refuse to continue where bits could differ.
