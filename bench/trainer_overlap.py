@@ -161,12 +161,27 @@ def rank_main(found: str, layers: int, layer_mb: float, layer_ms: float) -> None
         def exchange(output: torch.Tensor, numel: int) -> TreeExchange:
             return TreeExchange(ranks, world, numel, output)
 
-        link = measure_link(ranks, exchange, 1)
+        def short_exchange(output: torch.Tensor, numel: int) -> TreeExchange:
+            return TreeExchange(ranks, world, numel, output, torch.bfloat16)
+
+        link, short_link = (measure_link(ranks, make, 1) for make in (exchange, short_exchange))
         fixed = plan_buckets(sizes, bucket_bytes=auto_bucket_bytes(total))
-        for name, buckets in (("planned", plan_for(link, sizes)), ("fixed", fixed)):
+        for name, buckets in (
+            ("planned", plan_for(link, sizes)),
+            ("fixed", fixed),
+            ("bf16", plan_for(short_link, sizes)),
+        ):
             model = Model()
             flat = FlatParameters(model)
-            reducer = TreeReducer(flat, buckets, ranks, world, make_exchange=exchange)
+            wire = torch.bfloat16 if name == "bf16" else torch.float32
+            reducer = TreeReducer(
+                flat,
+                buckets,
+                ranks,
+                world,
+                wire=wire,
+                make_exchange=short_exchange if name == "bf16" else exchange,
+            )
             shard = owned_shards(world, world, rank).start
 
             def ours(reducer: TreeReducer = reducer, model: nn.Module = model, shard: int = shard) -> None:
@@ -180,7 +195,7 @@ def rank_main(found: str, layers: int, layer_mb: float, layer_ms: float) -> None
             results[f"tree_{name}_bytes"] = _sent() - sent
             timed(f"tree_{name}", ours)
             results[f"tree_{name}_buckets"] = len(buckets)
-            results[f"tree_{name}_predicted_bytes"] = 4 * sum(
+            results[f"tree_{name}_predicted_bytes"] = wire.itemsize * sum(
                 elements_sent(world, world, bucket.numel)[rank] for bucket in buckets
             )
             reducer.close()
@@ -217,6 +232,7 @@ def judge(found: dict[str, Any], number: int, mbit: int) -> dict[str, Any]:
         "step_to_ideal": round(step_s / ideal_s, 3),
         "step_to_best_ddp": round(step_s / ddp, 3),
         "hidden_share": round((compute_s + wire_s - step_s) / hideable_s, 3),
+        "bf16_bytes_to_fp32": round(found["tree_bf16_bytes"] / found["tree_planned_bytes"], 4),
         "bytes_to_predicted": round(found["tree_planned_bytes"] / found["tree_planned_predicted_bytes"], 4),
     }
 

@@ -1,9 +1,12 @@
-"""The trainer's step on this machine's CPU: with and without filling new tensors.
+"""The trainer's step on this machine's CPU: with and without filling new tensors, and what hooks cost.
 
 Deterministic mode fills every new tensor unless `torch.utils.deterministic.fill_uninitialized_memory` is off,
 as the trainer sets it. Both ways train the same synthetic batches from the same weights in turns, so a busy
 machine slows both; the digests of the weights are compared. The ratio is that of CPU seconds (medians of the
 steps), which neighbours on the machine change less than wall time.
+
+Hooks: backward of a model of many small parameters, without a reducer, with its hooks while they wait, and
+while they count down; in turns, CPU seconds of the thread, and the checks at the commit point beside them.
 
 Run: python bench/trainer_step.py [--rounds 8] [--output bench/results/trainer_step.jsonl]
 """
@@ -15,15 +18,19 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rows import emit
 
+from foldfeed.trainer.buckets import plan_buckets
+from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.launch import prepare_numerics
 from foldfeed.trainer.loop import Trainer
 from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.ranks import Ranks
+from foldfeed.trainer.reducer import TreeReducer
 from foldfeed.trainer.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -33,6 +40,54 @@ SIZES = {
     "tiny, crop 10": {},
     "demo, crop 64": {"data": {"crop_residues": 64, "num_clusters": 16, "num_extra": 64, "global_batch": 4}},
 }
+
+
+class Many(torch.nn.Module):
+    """Many parameters of eight elements, one after another."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(8)) for _ in range(number))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns a scalar."""
+        for weight in self.weights:
+            x = x * weight
+        return x.sum()
+
+
+def hooks(number: int, rounds: int) -> dict[str, float]:
+    """Returns microseconds per parameter: of backward alone, and of what the reducer adds to it."""
+    alone = Ranks(rank=0, world=1, device=torch.device("cpu"))
+    plain, hooked = Many(number), Many(number)
+    flats = [FlatParameters(plain), FlatParameters(hooked)]
+    buckets = plan_buckets([s.padded for s in flats[1].segments], bucket_bytes=64 * 1024)
+    # The exchange is another thread's: clocks are of this one.
+    reducer = TreeReducer(flats[1], buckets, alone, 2)
+    seconds: dict[str, list[float]] = {name: [] for name in ("alone", "waiting", "counting", "finish")}
+
+    def clock(name: str, work: Callable[[], object]) -> None:
+        started = time.thread_time()
+        work()
+        seconds[name].append(time.thread_time() - started)
+
+    x = torch.ones(8)
+    for _ in range(rounds):
+        clock("alone", plain(x).backward)
+        reducer.begin()
+        for shard, name in enumerate(("waiting", "counting")):
+            with reducer.shard(shard):
+                clock(name, hooked(x).backward)
+        clock("finish", lambda: reducer.finish([0.0]))
+    reducer.close()
+    found = {name: 1e6 * statistics.median(values[1:]) / number for name, values in seconds.items()}
+    return {
+        "parameters": number,
+        "backward_alone_us": round(found["alone"], 2),
+        "waiting_adds_us": round(found["waiting"] - found["alone"], 2),
+        "counting_adds_us": round(found["counting"] - found["alone"], 2),
+        "finish_us": round(found["finish"], 2),
+    }
 
 
 def measure(changes: dict[str, object], rounds: int) -> dict[str, object]:
@@ -74,7 +129,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/trainer_step.jsonl")
     arguments = parser.parse_args()
-    results = {name: measure(changes, arguments.rounds) for name, changes in SIZES.items()}
+    torch.set_num_threads(1)
+    results: dict[str, object] = {"hooks": hooks(4400, arguments.rounds)}
+    results |= {name: measure(changes, arguments.rounds) for name, changes in SIZES.items()}
     emit(
         "trainer_step", {"rounds": arguments.rounds, "device": "cpu", "threads": 1}, results, arguments.output
     )

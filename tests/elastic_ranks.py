@@ -14,6 +14,7 @@ replacements, are counted on.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ AWAY_S = 3.2
 # Where a fault can strike: what is called there, and whether before or after it.
 PHASES = {
     "forward": ("model", "CompactEvoformer.forward", "before"),
-    "hook": ("flat", "FlatParameters.check_gradient", "before"),
+    "hook": ("reducer", "TreeReducer._complete", "before"),
     "collective": ("exchange", "Exchange.reduce", "before"),
     "mid-collective": ("wire", "_Flow.send", "after"),
     "commit": ("loop", "combine", "before"),
@@ -154,7 +155,7 @@ def results(folder: Path, numbers: dict[int, int]) -> dict[str, Any]:
     metrics = folder / "metrics.jsonl"
     ledger = folder / "goodput.jsonl"
     return {
-        "digest": json.loads(result.read_text())["weights_digest"] if result.exists() else "",
+        "digest": final_digest(folder) if result.exists() else "",
         "generations": generations,
         "members": [[numbers[m["identity"]["pid"]] for m in view["members"]] for view in generations],
         "steps": [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
@@ -166,6 +167,15 @@ def results(folder: Path, numbers: dict[int, int]) -> dict[str, Any]:
         "folder": folder.name,
         "snapshots": sorted(path.name for path in folder.glob("snapshots/*")),
     }
+
+
+def final_digest(folder: Path) -> str:
+    """Returns one digest of the weights at the end, and of their average in the last snapshot."""
+    weights = json.loads((folder / "result.json").read_text())["weights_digest"]
+    average = max(folder.glob("snapshots/step-*")) / "ema.f32"
+    return (
+        f"{weights} {hashlib.sha256(average.read_bytes()).hexdigest()}" if average.exists() else str(weights)
+    )
 
 
 def tail(folder: Path) -> str:
@@ -213,7 +223,9 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
 
     print(f"---- process {number} is {os.getpid()} at {time.time():.3f}", flush=True)
     founds = number == 0
-    config = tiny_config(folder, steps=scenario["steps"], **scenario.get("config", {}))
+    # The average of the weights is a part of the state that travels.
+    changes = {"optimizer": {"ema_decay": 0.9}, **scenario.get("config", {})}
+    config = tiny_config(folder, steps=scenario["steps"], **changes)
     prepare_numerics(config)
     plan = Plan(
         founds=founds,

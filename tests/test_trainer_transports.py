@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from trainer_options import SMALL_CROPS
 from trainer_ranks import launch
 
@@ -24,11 +27,13 @@ from foldfeed.trainer.cli import main
 from foldfeed.trainer.config import DataConfig, RunConfig
 from foldfeed.trainer.dyadic import Block, aligned_blocks, blocks_of_ranks, subtree_sum, tree_sum
 from foldfeed.trainer.errors import TrainerConfigError
-from foldfeed.trainer.exchange import TreeExchange, elements_sent
+from foldfeed.trainer.exchange import TreeExchange, elements_sent, sum_rows
+from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.probe import Link
-from foldfeed.trainer.ranks import Ranks
+from foldfeed.trainer.ranks import Ranks, TorchGroup
+from foldfeed.trainer.reducer import TreeReducer
 from foldfeed.trainer.transports import _candidates, plan_for
-from foldfeed.trainer.two_level import node_blocks
+from foldfeed.trainer.two_level import TwoLevelExchange, node_blocks, node_groups
 
 # The world 6 has nodes of 3 or of 2 ranks; 7 and 11 shards divide by neither.
 WORLD, NODES, SHARDS = 6, [2, 3], [6, 7, 8, 11]
@@ -47,9 +52,12 @@ def test_two_levels_give_the_bits_of_one(sums: list[dict[str, Any]], num_shards:
     key = f"{num_shards} {local}"
     wanted = sums[0][f"tree {key}"]
     assert wanted == pytest.approx(sums[0][f"exact {key}"], rel=1e-5, abs=1e-5)
+    assert sums[0][f"tree bf16 {key}"] == pytest.approx(wanted, rel=0.02, abs=0.1)
     for found in sums:
         assert found[f"tree {key}"] == wanted
         assert found[f"two_level {key}"] == wanted
+        assert found[f"tree bf16 {key}"] == found[f"two_level bf16 {key}"] == sums[0][f"tree bf16 {key}"]
+        assert found[f"two_level bf16 {key}"] == found[f"two_level bf16-between {key}"]
         assert found[f"ring {key}"] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
     # Nodes of another size change nothing.
     assert sums[0][f"two_level {num_shards} {NODES[0]}"] == sums[0][f"two_level {num_shards} {NODES[1]}"]
@@ -156,6 +164,72 @@ def test_thousands_of_ranks_send_and_hold_what_the_formulae_say(num_shards: int)
     assert held == world * blocks[rank] * chunk + sum(blocks) * chunk + chunk + world * chunk
     # What is sent is kept once, what is received once: never more than a few buckets.
     assert held <= 6 * world * chunk
+
+
+@pytest.fixture
+def fake_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    """Rank 1,234 of 4,096 on nodes of 8; torch's fake groups send nothing, and nobody else is there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1234, world_size=4096)
+    real = dist.new_group
+    monkeypatch.setattr(dist, "new_group", lambda members=None, **options: real(members, backend="fake"))
+    cpu = torch.device("cpu")
+    whole = [TorchGroup(dist.new_group()) for _ in range(3)]
+    yield Ranks(rank=1234, world=4096, device=cpu, scatter=whole[0], gather=whole[1], control=whole[2])
+    dist.destroy_process_group()
+
+
+def test_a_fake_world_of_thousands_steps_and_holds_what_the_formulae_say(fake_world: Ranks) -> None:
+    """The real reducer, plan and groups of one rank of 4,096, for both transports, in fp32 and in bf16."""
+    num_shards, nodes, local = 4096, 512, 8
+    groups = node_groups(fake_world, local, 30.0)
+    members = [dist.get_process_group_ranks(group._group) for group in (groups.inside, groups.between)]
+    assert members[0] == list(range(1232, 1240))
+    assert members[1] == list(range(2, 4096, 8))
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(12)])
+    flat = FlatParameters(model)
+    sizes = [segment.padded for segment in flat.segments]
+    plan = plan_buckets(sizes, bucket_bytes=16 * 1024)
+    assert plan == plan_buckets(sizes, bucket_bytes=16 * 1024)
+    largest = max(bucket.numel for bucket in plan)
+
+    kinds: list[Callable[..., Any]] = [
+        lambda wire, output, numel: TreeExchange(fake_world, num_shards, numel, output, wire),
+        lambda wire, output, numel: TwoLevelExchange(fake_world, num_shards, numel, output, groups, wire),
+    ]
+    for wire, kind in itertools.product((torch.float32, torch.bfloat16), kinds):
+        make = functools.partial(kind, wire)
+        reducer = TreeReducer(flat, plan, fake_world, num_shards, make_exchange=make, wire=wire)
+        for _ in range(2):
+            reducer.begin()
+            with reducer.shard(1234):
+                model(torch.ones(2, 64)).sum().backward()
+            reducer.finish([1.0])
+        reducer.close()
+        made: Any = reducer._exchange
+        held = sum(
+            tensor.nbytes
+            for tensor in (vars(made) | getattr(made, "_buffers", {})).values()
+            if isinstance(tensor, torch.Tensor) and tensor is not reducer.gradient
+        )
+        chunk = -(-largest // local)
+        expected = {
+            # A bucket each for what is sent, received and gathered, in chunks; and one's own chunk.
+            TreeExchange: (3 * 4096 + 1) * -(-largest // 4096),
+            # The same three inside a node, and for an eighth of the bucket between nodes.
+            TwoLevelExchange: 3 * local * chunk + 3 * nodes * -(-chunk // nodes),
+        }
+        assert held == expected[type(made)] * wire.itemsize
+
+
+@given(st.integers(1, 70), st.integers(0, 3), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_equal_blocks_are_summed_level_by_level_to_the_same_bits(
+    count: int, level: int, dtype: torch.dtype
+) -> None:
+    blocks = [Block(number << level, 1 << level) for number in range(count)]
+    num_shards = count << level
+    rows = torch.randn(count, 3, generator=torch.Generator().manual_seed(count)).to(dtype)
+    known = dict(zip(blocks, rows.clone().unbind(0), strict=True))
+    assert torch.equal(sum_rows(rows, blocks, num_shards), tree_sum(known, num_shards, torch.add))
 
 
 def test_transports_of_the_same_tree_are_one_run() -> None:

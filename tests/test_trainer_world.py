@@ -30,9 +30,12 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
 
 
 def test_own_reducer_gives_equal_bits_for_every_world(gradients: dict[int, list[Any]]) -> None:
-    for name in ("tree8", "tree6"):
-        digests = {rank[name]["digest"] for ranks in gradients.values() for rank in ranks}
-        assert len(digests) == 1, name
+    found = {
+        name: {rank[name]["digest"] for ranks in gradients.values() for rank in ranks}
+        for name in ("tree8", "tree6", "bf16", "late16")
+    }
+    assert [len(digests) for digests in found.values()] == [1, 1, 1, 1]
+    assert found["bf16"] == found["late16"] != found["tree6"]
     assert gradients[4][0]["tree8"]["buckets"] >= 4
 
 
@@ -103,6 +106,22 @@ def test_a_rank_with_a_flipped_bit_is_named_and_nothing_is_written(gradients: di
     assert gradients[1][0]["mismatch"] == [[], [1]]
 
 
+def test_other_layouts_and_models_inside_ddp_are_refused(gradients: dict[int, list[Any]]) -> None:
+    for world in (2, 3, 4):
+        for rank in gradients[world]:
+            assert "the parameter layout at the start" in rank["refused"][0]
+            assert "module '1' is inside DistributedDataParallel" in rank["refused"][1]
+
+
+# All that changes numbers, in one run; and a model that computes twice what it does not keep.
+MODERN = {
+    "precision": "bf16",
+    "wire": "bf16",
+    "optimizer": {"ema_decay": 0.9, "schedule": "cosine", "decay_steps": 8},
+    "model": {"recompute": True},
+}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
     """Per world: a whole run, one with a NaN, one stopped at step 6 (whose folders the next test damages)."""
@@ -117,8 +136,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
             {"output": str(here / "ddp"), "reducer": "ddp"},
             {"output": str(here / "term"), "term_at": [4, world - 1]},
         ]
-        # An odd world is enough here, and costs less.
-        runs += [{"output": str(here / "filled"), "fill_memory": True}] if world in (1, 3) else []
+        if world in (1, 3):
+            # An odd world is enough here, and costs less.
+            runs += [{"output": str(here / "filled"), "fill_memory": True}]
+            # Stopped, and gone on with among as many.
+            modern = {"output": str(here / "modern"), **MODERN}
+            runs += [{**modern, "steps": 5}, modern]
         results[world] = launch("train", world, here, runs=runs)
     return results
 
@@ -137,6 +160,24 @@ def test_filling_new_tensors_changes_no_bit(trained: dict[int, list[Any]]) -> No
     for world in (1, 3):
         digests = {rank[5]["weights_digest"] for rank in trained[world]}
         assert digests == {trained[1][0][0]["weights_digest"]}
+
+
+def test_short_numbers_averages_and_schedules_are_equal_for_every_world(
+    trained: dict[int, list[Any]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = tmp_path_factory.getbasetemp() / "trained0"
+    (digest,) = {rank[7]["weights_digest"] for world in (1, 3) for rank in trained[world]}
+    assert digest != trained[1][0][0]["weights_digest"]
+    plain, modern = (trained[1][0][run]["metrics"][-1] for run in (0, 7))
+    assert modern["loss_metrics/global_avg_loss"] == pytest.approx(
+        plain["loss_metrics/global_avg_loss"], abs=0.2
+    )
+    assert modern["lr"] < plain["lr"] / 5
+    average, weights, other = (
+        (base / world / "modern" / "snapshots" / "step-00000008" / name).read_bytes()
+        for world, name in (("1", "ema.f32"), ("1", "params.f32"), ("3", "ema.f32"))
+    )
+    assert average == other != weights
 
 
 def test_a_run_with_ddp_agrees_to_rounding(trained: dict[int, list[Any]]) -> None:

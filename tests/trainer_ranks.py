@@ -206,6 +206,7 @@ def tiny_config(folder: Path, **changes: Any) -> Any:
     data = {"crop_residues": 10, "num_clusters": 5, "num_extra": 7, "global_batch": 8} | changes.pop(
         "data", {}
     )
+    model, optimizer = changes.pop("model", {}), changes.pop("optimizer", {})
     # What lies in memory has tests of its own: here runs go back to the disk.
     snapshots = {"every": 4, "keep": 3, "memory": "none"} | changes.pop("snapshots", {})
     run = {
@@ -219,8 +220,8 @@ def tiny_config(folder: Path, **changes: Any) -> Any:
     return RunConfig(
         output=str(folder),
         data=DataConfig(store="synthetic", **data),
-        model=ModelConfig(c_m=16, c_z=8, c_e=8, num_blocks=1, num_heads=2, c_opm=4, c_tri=8),
-        optimizer=OptimizerConfig(warmup_steps=3),
+        model=ModelConfig(c_m=16, c_z=8, c_e=8, num_blocks=1, num_heads=2, c_opm=4, c_tri=8, **model),
+        optimizer=OptimizerConfig(**({"warmup_steps": 3} | optimizer)),
         snapshots=SnapshotConfig(**snapshots),
         **run,
     )
@@ -334,7 +335,10 @@ def toy_steps(
 
 
 def case_gradients(ranks: Any, folder: Path, options: dict[str, Any]) -> Any:
-    """The toy model under our reducer (several shard counts), with late gradients, and under DDP."""
+    """The toy model under our reducer (several shard counts), with late gradients, in bf16, and under DDP."""
+    import torch
+    from rank_refusals import model_in_ddp, other_layout, replaced_gradient, replica_mismatch
+
     from foldfeed.trainer.buckets import plan_buckets
     from foldfeed.trainer.ddp import DdpReducer
     from foldfeed.trainer.dyadic import owned_shards
@@ -342,14 +346,16 @@ def case_gradients(ranks: Any, folder: Path, options: dict[str, Any]) -> Any:
     from foldfeed.trainer.reducer import TreeReducer
 
     results: dict[str, Any] = {}
-    for name, num_shards, twice_at in (("tree8", 8, -1), ("tree6", 6, -1), ("late8", 8, 1), ("ddp8", 8, -1)):
+    cases = (("tree8", 8, -1), ("tree6", 6, -1), ("late8", 8, 1), ("bf16", 6, -1), ("late16", 6, 1))
+    for name, num_shards, twice_at in (*cases, ("ddp8", 8, -1)):
         model = toy_model()
         flat = FlatParameters(model)
         buckets = plan_buckets([s.padded for s in flat.segments], bucket_bytes=6000)
         if name == "ddp8":
             reducer: Any = DdpReducer(flat, ranks, num_shards, 6000, find_unused_parameters=True)
         else:
-            reducer = TreeReducer(flat, buckets, ranks, num_shards)
+            wire = torch.bfloat16 if name in ("bf16", "late16") else torch.float32
+            reducer = TreeReducer(flat, buckets, ranks, num_shards, wire=wire)
         shards = owned_shards(num_shards, ranks.world, ranks.rank)
         gradients = toy_steps(reducer, flat, model, shards, num_shards, twice_at)
         reducer.close()
@@ -362,6 +368,7 @@ def case_gradients(ranks: Any, folder: Path, options: dict[str, Any]) -> Any:
     results["events"] = overlap_events(ranks)
     results["replaced"] = replaced_gradient(ranks)
     results["mismatch"] = replica_mismatch(ranks, folder)
+    results["refused"] = [other_layout(ranks, folder), model_in_ddp()]
     return results
 
 
@@ -394,56 +401,6 @@ def overlap_events(ranks: Any) -> list[list[Any]]:
     reducer.finish([])
     reducer.close()
     return events
-
-
-def replaced_gradient(ranks: Any) -> str:
-    """Every rank replaces a .grad; the error must come out of finish() without a collective."""
-    from foldfeed.trainer.buckets import plan_buckets
-    from foldfeed.trainer.errors import GradientError
-    from foldfeed.trainer.flat import FlatParameters
-    from foldfeed.trainer.reducer import TreeReducer
-
-    model = toy_model()
-    flat = FlatParameters(model)
-    buckets = plan_buckets([s.padded for s in flat.segments], bucket_bytes=10**9)
-    reducer = TreeReducer(flat, buckets, ranks, ranks.world)
-    reducer.begin()
-    model.last.weight.grad = None
-    try:
-        with reducer.shard(ranks.rank):
-            model(toy_shard(0, 0)).sum().backward()
-        reducer.finish([])
-    except GradientError as error:
-        return error.parameter
-    finally:
-        reducer.close()
-    return "nothing was raised"
-
-
-def replica_mismatch(ranks: Any, folder: Path) -> Any:
-    """One bit of a weight flips on the second rank: the snapshot must not happen, and name that rank."""
-    from foldfeed.trainer.errors import ReplicaMismatchError
-    from foldfeed.trainer.loop import Trainer
-    from foldfeed.trainer.metrics import Metrics
-    from foldfeed.trainer.snapshot import SnapshotFolder
-    from foldfeed.trainer.task import load_task
-
-    config = tiny_config(folder)
-    source = SyntheticSource(config.data, config.seed, ranks, {})
-    metrics = Metrics(folder, active=False, tensorboard=False, log_every=1)
-    trainer = Trainer(config, ranks, source, metrics, load_task(config))
-    trainer.train_step(next(iter(source)), 0.0)
-    snapshots = SnapshotFolder(folder / "desync", keep=1)
-    if ranks.rank == 1:
-        bits = trainer.flat.params.numpy().view("int32")
-        bits[5] ^= 1
-    try:
-        trainer.save(snapshots, {})
-    except ReplicaMismatchError as error:
-        return [list(error.odd_ranks), snapshots.steps()]
-    finally:
-        trainer.reducer.close()
-    return [[], snapshots.steps()]
 
 
 def case_fails(ranks: Any, folder: Path, options: dict[str, Any]) -> Any:

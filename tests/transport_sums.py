@@ -28,19 +28,29 @@ def sums_by_transport(ranks: Any, ranks_per_node: Sequence[int], shard_counts: S
                 v: torch.randn(total, generator=torch.Generator().manual_seed(v)) for v in range(num_shards)
             }
             leaves = {(v, 1): value for v, value in shards.items()}
-            for name in ("tree", "two_level", "ring"):
+            short = {(v, 1): value.bfloat16() for v, value in shards.items()}
+            names = ("tree", "two_level", "ring", "tree bf16", "two_level bf16", "two_level bf16-between")
+            for name in names:
                 output = torch.full((total,), torch.nan)
-                if name == "two_level":
-                    exchange: Any = TwoLevelExchange(ranks, num_shards, max(sizes), output, groups)
+                wire = torch.bfloat16 if "bf16" in name else torch.float32
+                inside = torch.float32 if "between" in name else wire
+                if name.startswith("two_level"):
+                    exchange: Any = TwoLevelExchange(
+                        ranks, num_shards, max(sizes), output, groups, wire, inside
+                    )
+                elif name.startswith("tree"):
+                    exchange = TreeExchange(ranks, num_shards, max(sizes), output, wire)
                 else:
-                    kind = TreeExchange if name == "tree" else RingExchange
-                    exchange = kind(ranks, num_shards, max(sizes), output)
+                    exchange = RingExchange(ranks, output)
                 start = 0
                 for index, size in enumerate(sizes):
                     span = slice(start, start + size)
                     mine = [
                         subtree_sum(
-                            {key: value[span].clone() for key, value in leaves.items()},
+                            {
+                                key: value[span].clone()
+                                for key, value in (short if "bf16" in name else leaves).items()
+                            },
                             block,
                             num_shards,
                             add_in_place,

@@ -100,7 +100,7 @@ SNAPSHOTS = {
 }
 RUN = [
     *("threads", "deterministic", "timeout_s", "log_every", "tensorboard", "max_skipped"),
-    *("metrics_port", "loader_trace", "lease_s"),
+    *("metrics_port", "loader_trace", "profile_step", "lease_s", "precision", "compile", "wire"),
 ]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from foldfeed.trainer.errors import TrainerConfigError
@@ -20,12 +20,20 @@ from foldfeed.trainer.errors import TrainerConfigError
 # The task that is built in.
 EVOFORMER = "evoformer"
 REDUCERS = ("tree", "hierarchical", "auto", "ring", "ddp")
+SCHEDULES = ("constant", "step", "linear", "cosine")
+PRECISIONS = ("fp32", "bf16")
+WIRES = ("fp32", "bf16", "bf16-between")
 # Steps between snapshots on disk when nothing is known about failures.
 DEFAULT_EVERY = 10
-# Of the data's settings, those that decide no number.
+# Of data and model, the settings that decide no number.
 _NOT_NUMBERS = (
     *("store", "loader_threads", "prefetch_steps"),
-    *("cache_folder", "cache_gb", "cache_memory_mb", "cache_redis"),
+    *("cache_folder", "cache_gb", "cache_memory_mb", "cache_redis", "recompute"),
+)
+# Those that came later are named only where they differ from what all runs were before: old digests stay.
+_LATER = (
+    *("on_unreadable", "distogram_weight", "schedule", "decay_steps", "decay_factor", "ema_decay"),
+    *("precision", "compile"),
 )
 
 
@@ -38,6 +46,27 @@ def _require_positive(owner: object, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(owner, name)
         _require(value > 0, f"{name} is {value}; it must be greater than 0.")
+
+
+def _require_share(owner: object, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(0.0 <= value < 1.0, f"{name} is {value}; it must be in [0, 1).")
+
+
+def _require_one_of(owner: object, name: str, choices: Sequence[str]) -> None:
+    value = getattr(owner, name)
+    _require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+
+
+def _numbers(config: Any) -> dict[str, Any]:
+    """Returns the settings of a part of the run that decide its numbers."""
+    told = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
+    return {
+        name: value
+        for name, (value, default) in told.items()
+        if name not in _NOT_NUMBERS and not (name in _LATER and value == default)
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +90,8 @@ class ModelConfig:
       max_relative: relative positions are clipped to +- this many residues.
       distogram_weight: of the loss of predicted distances (AlphaFold 2 uses 0.3); needs records with
         structures; 0 for no such head.
+      recompute: keep only what lies between blocks, and compute their inside again in backward: less memory,
+        more time, equal bits.
     """
 
     c_m: int = 32
@@ -76,22 +107,11 @@ class ModelConfig:
     dropout_pair: float = 0.25
     max_relative: int = 32
     distogram_weight: float = 0.0
+    recompute: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self,
-            (
-                "c_m",
-                "c_z",
-                "c_e",
-                "num_blocks",
-                "num_heads",
-                "c_opm",
-                "c_tri",
-                "transition_factor",
-                "max_relative",
-            ),
-        )
+        _require_positive(self, ("c_m", "c_z", "c_e", "num_blocks", "num_heads", "c_opm", "c_tri"))
+        _require_positive(self, ("transition_factor", "max_relative"))
         _require(
             self.num_extra_blocks >= 1, f"num_extra_blocks is {self.num_extra_blocks}; it must be at least 1."
         )
@@ -100,9 +120,7 @@ class ModelConfig:
             _require(
                 value % self.num_heads == 0, f"{name} {value} does not divide by num_heads {self.num_heads}."
             )
-        for name in ("dropout_msa", "dropout_pair"):
-            value = getattr(self, name)
-            _require(0.0 <= value < 1.0, f"{name} is {value}; it must be in [0, 1).")
+        _require_share(self, ("dropout_msa", "dropout_pair"))
         _require(
             self.distogram_weight >= 0,
             f"distogram_weight is {self.distogram_weight}; it must not be negative (0: no distances).",
@@ -135,7 +153,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW with clipping and warmup.
+    """AdamW with clipping, a schedule of the learning rate and, by choice, an average of the weights.
 
     Attributes:
       lr: learning rate after warmup.
@@ -145,6 +163,11 @@ class OptimizerConfig:
       beta2: decay of the second moment.
       eps: AdamW's epsilon.
       weight_decay: decoupled weight decay.
+      schedule: after warmup ``constant``; ``step`` multiplies by decay_factor at every decay_steps-th step
+        (AlphaFold 2: 0.95, 50000); ``linear`` or ``cosine`` reach decay_factor * lr at step decay_steps.
+      decay_steps: period of ``step``, last step of ``linear`` and ``cosine``.
+      decay_factor: what ``step`` multiplies by, the share of lr at which the others end.
+      ema_decay: of the moving average of the weights (AlphaFold 2: 0.999); 0 for none.
     """
 
     lr: float = 1e-3
@@ -154,15 +177,34 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-6
     weight_decay: float = 0.0
+    schedule: str = "constant"
+    decay_steps: int = 0
+    decay_factor: float = 0.0
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         _require_positive(self, ("lr", "eps"))
         for name in ("warmup_steps", "max_norm", "weight_decay"):
             value = getattr(self, name)
             _require(value >= 0, f"{name} is {value}; it must not be negative.")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            _require(0.0 <= value < 1.0, f"{name} is {value}; it must be in [0, 1).")
+        _require_share(self, ("beta1", "beta2", "decay_factor", "ema_decay"))
+        _require_one_of(self, "schedule", SCHEDULES)
+        if self.schedule == "constant":
+            for name in ("decay_steps", "decay_factor"):
+                value = getattr(self, name)
+                _require(
+                    not value, f"{name} is {value}, but a constant schedule does not decay; give another."
+                )
+            return
+        _require(
+            self.decay_steps > self.warmup_steps,
+            f"decay_steps is {self.decay_steps}; schedule {self.schedule} needs more than the "
+            f"{self.warmup_steps} steps of warmup.",
+        )
+        _require(
+            self.decay_factor > 0 or self.schedule != "step",
+            "decay_factor is 0; schedule step needs one between 0 and 1, such as 0.95.",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,17 +252,8 @@ class DataConfig:
         _require(
             bool(self.store), "store is empty; give the folder or URL that `foldfeed build --store` wrote."
         )
-        _require_positive(
-            self,
-            (
-                "crop_residues",
-                "num_clusters",
-                "num_extra",
-                "global_batch",
-                "loader_threads",
-                "prefetch_steps",
-            ),
-        )
+        _require_positive(self, ("crop_residues", "num_clusters", "num_extra", "global_batch"))
+        _require_positive(self, ("loader_threads", "prefetch_steps"))
         _require(
             self.virtual_shards >= 0, f"virtual_shards is {self.virtual_shards}; it must not be negative."
         )
@@ -244,11 +277,13 @@ class HeldOutConfig:
       eval_set: name of a record set of the store; none when empty.
       eval_every: steps between looks; the last step looks, too.
       eval_samples: first so many samples of it; 0 for each record once.
+      eval_ema: look with the moving average of the weights.
     """
 
     eval_set: str = ""
     eval_every: int = 50
     eval_samples: int = 0
+    eval_ema: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(self, ("eval_every",))
@@ -325,6 +360,12 @@ class RunConfig:
       reducer: how gradients travel: ``tree``, ``hierarchical`` (inside nodes first) or ``auto`` (measures
         both), all with equal bits on any ranks; ``ring`` (all-reduce) or ``ddp`` (torch's), as controls.
       bucket_mb: limit of a gradient bucket; 0 chooses one from the model's size.
+      precision: of forward passes: ``fp32``, or ``bf16``: matrix products in bfloat16, weights and their
+        updates in float32.
+      compile: compile the model's blocks (torch.compile); other bits than without, equal ones in every run.
+      wire: numbers of messages: ``fp32``; ``bf16`` rounds the gradient of each virtual shard and every sum of
+        two (added in fp32) to bfloat16, on any number of ranks: half the bytes; ``bf16-between`` is that with
+        fp32 messages inside nodes.
       device: ``auto``, ``cpu`` or ``cuda``.
       threads: torch's threads per rank; more than one may change the order of sums inside a kernel.
       deterministic: use deterministic kernels, and refuse to continue where bits could differ.
@@ -336,6 +377,7 @@ class RunConfig:
         (http://127.0.0.1:PORT/metrics); every rank of a node adds its local rank; 0 for nowhere.
       loader_trace: a file for what every thread of the loader did when, to be opened with Perfetto; other
         ranks than the first add their number to its name; none when empty.
+      profile_step: trace this step and the next two with torch's profiler; 0 for none.
       lease_s: a run that did not renew its hold on the output folder for so many seconds counts as dead.
     """
 
@@ -350,6 +392,9 @@ class RunConfig:
     held_out: HeldOutConfig = dataclasses.field(default_factory=HeldOutConfig)
     reducer: Literal["tree", "hierarchical", "auto", "ring", "ddp"] = "tree"
     bucket_mb: float = 0.0
+    precision: str = "fp32"
+    compile: bool = False
+    wire: str = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1
     deterministic: bool = True
@@ -359,6 +404,7 @@ class RunConfig:
     max_skipped: int = 20
     metrics_port: int = 0
     loader_trace: str = ""
+    profile_step: int = 0
     lease_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -373,22 +419,37 @@ class RunConfig:
             f"sizes of the compact Evoformer are given, but the task is {self.task}; leave them out.",
         )
         _require_positive(self, ("steps", "threads", "timeout_s", "log_every", "lease_s"))
+        for name, meaning in (
+            ("max_skipped", "any number"),
+            ("bucket_mb", "automatic"),
+            ("profile_step", "none"),
+        ):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}; it must not be negative (0: {meaning}).")
         _require(
-            self.max_skipped >= 0,
-            f"max_skipped is {self.max_skipped}; it must not be negative (0: any number).",
+            self.profile_step <= self.steps,
+            f"profile_step is {self.profile_step}, but the run has {self.steps} steps; give one of them.",
         )
         _require(
             0 <= self.metrics_port <= 65535,
             f"metrics_port is {self.metrics_port}; it must be a port, 1 to 65535, or 0 for none.",
         )
+        _require_one_of(self, "reducer", REDUCERS)
+        _require_one_of(self, "device", ("auto", "cpu", "cuda"))
+        _require_one_of(self, "precision", PRECISIONS)
+        _require_one_of(self, "wire", WIRES)
         _require(
-            self.bucket_mb >= 0, f"bucket_mb is {self.bucket_mb}; it must not be negative (0: automatic)."
+            self.wire == "fp32" or self.reducer not in ("ring", "ddp"),
+            f"wire {self.wire} does not go with reducer {self.reducer}, whose backend would add in bfloat16; "
+            "use tree, hierarchical or auto.",
         )
         _require(
-            self.reducer in REDUCERS, f"reducer is {self.reducer!r}; choose one of {', '.join(REDUCERS)}."
+            self.wire != "bf16-between" or self.reducer in ("hierarchical", "auto"),
+            f"wire {self.wire} is about messages between nodes; use reducer hierarchical or auto, or bf16.",
         )
         _require(
-            self.device in ("auto", "cpu", "cuda"), f"device is {self.device!r}; choose auto, cpu or cuda."
+            not self.held_out.eval_ema or self.optimizer.ema_decay > 0,
+            "eval_ema looks with a moving average of the weights, and there is none; give --ema-decay 0.999.",
         )
 
     def check_world(self, world: int) -> None:
@@ -406,23 +467,18 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings that decide the numbers, as JSON-able values."""
-        whole = dataclasses.asdict(self)
-        data = {k: v for k, v in whole["data"].items() if k not in _NOT_NUMBERS}
-        if self.data.on_unreadable == "stop":
-            # Came later; a run that stops is what all runs were.
-            del data["on_unreadable"]
-        data["virtual_shards"] = self.data.num_shards
-        if not self.model.distogram_weight:
-            # Came later; without it a run is the one that it was.
-            del whole["model"]["distogram_weight"]
+        own = {name: value for name, value in _numbers(self).items() if name in ("precision", "compile")}
         return {
             "seed": self.seed,
-            "data": data,
-            "model": whole["model"],
-            "optimizer": whole["optimizer"],
+            "data": {**_numbers(self.data), "virtual_shards": self.data.num_shards},
+            "model": _numbers(self.model),
+            "optimizer": _numbers(self.optimizer),
             # These sum in the same tree, so a run may change between them.
             "reducer": "tree" if self.reducer in ("hierarchical", "auto") else self.reducer,
             "bucket_mb": self.bucket_mb,
+            **own,
+            # Which messages are short changes no number.
+            **({} if self.wire == "fp32" else {"wire": "bf16"}),
         }
 
     def digest(self) -> str:

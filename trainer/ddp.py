@@ -75,8 +75,7 @@ class DdpReducer:
     def finish(self, scalars: Sequence[float]) -> list[list[float]]:
         """Scales DDP's mean over ranks to the sum over shards and exchanges the scalars."""
         started = time.perf_counter()
-        for position in range(len(self._flat.parameters)):
-            self._flat.check_gradient(position)
+        self._flat.check()
         torch.mul(self._flat.grads, self._ranks.world, out=self.gradient)
         rows = self._ranks.gather_floats(scalars, "the commit of a step")
         self.times["exposed"] = time.perf_counter() - started

@@ -160,7 +160,9 @@ class ElasticRank:
             "identity": settings,
             "layout_hash": self.trainer.flat.layout_hash,
             "store_fingerprint": source.fingerprint,
-            "environment": environment(alone.device, torch.get_num_threads(), config.deterministic),
+            "environment": environment(
+                alone.device, torch.get_num_threads(), config.deterministic, config.compile
+            ),
         }
         self.mirror = launch.mirror_of(config, self.metrics.say)
         self.membership: Membership | None = None

@@ -68,7 +68,9 @@ class OuterProductMean(nn.Module):
         projected = self.left_right(self.norm(msa_bsrm)) * mask_bsr.unsqueeze(-1)
         left_bsic, right_bsjc = projected.chunk(2, dim=-1)
         outer = torch.einsum("bsic,bsjd->bijcd", left_bsic, right_bsjc).flatten(-2)
-        pairs_bij1 = torch.einsum("bsi,bsj->bij", mask_bsr, mask_bsr).unsqueeze(-1)
+        # A count of rows: bfloat16 has no 257.
+        with torch.autocast(mask_bsr.device.type, enabled=False):
+            pairs_bij1 = torch.einsum("bsi,bsj->bij", mask_bsr, mask_bsr).unsqueeze(-1)
         update: torch.Tensor = self.out(outer / (pairs_bij1 + 1e-3))
         return update
 

@@ -1,6 +1,7 @@
 """Weights of a snapshot as a safetensors file: ``python -m foldfeed.trainer.export RUN_OR_SNAPSHOT FILE``.
 
-The file holds the model's parameters under their names, fp32, and where they come from as metadata. The
+The file holds the model's parameters (or their moving average) under their names, fp32, and where they come
+from as metadata. The
 snapshot is validated first; the layout is that of the model in its manifest, checked by the layout's hash.
 """
 
@@ -19,7 +20,7 @@ from foldfeed.trainer.config import EVOFORMER, DataConfig, ModelConfig, RunConfi
 from foldfeed.trainer.errors import NoValidSnapshotError, SnapshotMismatchError, TrainerConfigError
 from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.snapshot import MANIFEST, SNAPSHOTS, Generation, SnapshotFolder, read_generation
+from foldfeed.trainer.snapshot import EMA, MANIFEST, SNAPSHOTS, Generation, SnapshotFolder, read_generation
 from foldfeed.trainer.task import EvoformerTask, Task, load_task
 
 
@@ -43,16 +44,25 @@ def task_of(generation: Generation, task: str) -> Task:
     return EvoformerTask(ModelConfig(**known["model"]))
 
 
-def named_weights(generation: Generation, task: str = EVOFORMER) -> dict[str, torch.Tensor]:
+def named_weights(
+    generation: Generation, task: str = EVOFORMER, *, ema: bool = False
+) -> dict[str, torch.Tensor]:
     """Returns the parameters of a validated snapshot, fp32 on the CPU, by their names in the model.
 
     Args:
       generation: a validated snapshot.
       task: what it was trained with.
+      ema: their moving average instead.
     Raises:
+      TrainerConfigError: the run keeps no average.
       SnapshotMismatchError: this release's model has another layout than the one that was trained.
     """
     manifest = generation.manifest
+    if ema and EMA not in generation.buffers:
+        raise TrainerConfigError(
+            f"{generation.path} has no moving average of the weights: the run was not given --ema-decay; "
+            "export its weights, without --ema."
+        )
     flat = FlatParameters(task_of(generation, task).build())
     if flat.layout_hash != manifest["layout_hash"]:
         raise SnapshotMismatchError(
@@ -60,22 +70,24 @@ def named_weights(generation: Generation, task: str = EVOFORMER) -> dict[str, to
             [f"layout {manifest['layout_hash']} in the snapshot, {flat.layout_hash} now"],
             "Export it with the release that trained it.",
         )
-    params = generation.buffers["params"]
+    params = generation.buffers[EMA if ema else "params"]
     return {
         segment.name: params[segment.start : segment.start + segment.numel].view(segment.shape).clone()
         for segment in flat.segments
     }
 
 
-def export_safetensors(path: Path, target: Path, task: str = EVOFORMER) -> Generation:
+def export_safetensors(path: Path, target: Path, task: str = EVOFORMER, *, ema: bool = False) -> Generation:
     """Writes the weights of a snapshot, or of the newest snapshot on a run's disk, to a safetensors file.
 
     Args:
       path: a snapshot's folder, or a run's (``--output``).
       target: the file; appears whole or not at all.
       task: what the snapshot was trained with.
+      ema: the moving average of the weights instead of the weights.
     Returns: the generation.
     Raises:
+      TrainerConfigError: of another task, or without an average.
       InvalidSnapshotError: it does not validate.
       NoValidSnapshotError: the run has no snapshot.
       SnapshotMismatchError: the model's layout is another one.
@@ -92,12 +104,13 @@ def export_safetensors(path: Path, target: Path, task: str = EVOFORMER) -> Gener
             raise NoValidSnapshotError(str(folder.path), ["there is none"])
         path = folder.generation_path(folder.steps()[-1])
     generation = read_generation(path)
-    weights = named_weights(generation, task)
+    weights = named_weights(generation, task, ema=ema)
     digest = hashlib.sha256(generation.buffers["params"].numpy().data.cast("B")).hexdigest()
     metadata = {
         "format": "pt",
         "step": str(generation.step),
         "weights_digest": digest,
+        "weights": EMA if ema else "params",
         **{name: str(generation.manifest[name]) for name in ("run_id", "config_digest", "layout_hash")},
     }
     temporary = target.with_name(f".{target.name}.writing")
@@ -113,10 +126,12 @@ def export_safetensors(path: Path, target: Path, task: str = EVOFORMER) -> Gener
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--task", default=EVOFORMER, show_default=True, help="As in the training.")
-def command(source: Path, target: Path, task: str) -> None:
+@click.option("--ema", is_flag=True, help="The moving average of the weights (of a run with --ema-decay).")
+def command(source: Path, target: Path, task: str, ema: bool) -> None:
     """Write the weights of SOURCE (a snapshot, or a run's --output) to the safetensors file TARGET."""
-    generation = export_safetensors(source, target, task)
-    click.echo(f"{target}: weights of step {generation.step} from {generation.path}")
+    generation = export_safetensors(source, target, task, ema=ema)
+    what = "average of the weights" if ema else "weights"
+    click.echo(f"{target}: {what} of step {generation.step} from {generation.path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ meet the same alignment in every run; the padding between them stays zero.
 
 Owns: the buffers and the layout. Does not own: when gradients are summed or applied.
 Invariant: after construction ``p.data`` and ``p.grad`` alias the buffers for the life of the model; code that
-replaces a ``.grad`` is detected (`FlatParameters.check_gradient`), never silently ignored.
+replaces a ``.grad`` or keeps state in a module's buffer is detected (`FlatParameters.check`), never ignored.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import hashlib
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from foldfeed.trainer.errors import GradientError, TrainerConfigError
 
@@ -59,9 +60,9 @@ class FlatParameters:
 
         Raises:
           GradientError: a module asks for sparse gradients.
-          TrainerConfigError: a trainable parameter is not fp32, or there is none.
+          TrainerConfigError: a trainable parameter is not fp32, or there is none; a module is inside DDP.
         """
-        _refuse_sparse(model)
+        _refuse(model)
         model.to(device)
         named = _trainable(model)
         self.parameters: list[nn.Parameter] = [param for _, param in named]
@@ -71,6 +72,7 @@ class FlatParameters:
         self.grads = torch.zeros(self.numel, dtype=torch.float32, device=device)
         self.layout_hash = _layout_hash(self.segments)
         self._grad_pointers: list[int] = []
+        self._constants = _persistent_buffers(model)
         for segment, param in zip(self.segments, self.parameters, strict=True):
             view = self._view(self.params, segment)
             view.copy_(param.data)
@@ -82,31 +84,56 @@ class FlatParameters:
     def _view(buffer: torch.Tensor, segment: Segment) -> torch.Tensor:
         return buffer[segment.start : segment.start + segment.numel].view(segment.shape)
 
-    def check_gradient(self, position: int) -> None:
-        """Raises unless ``.grad`` of the parameter at ``position`` is still the view that was handed out.
+    def check(self) -> None:
+        """Raises unless every ``.grad`` is still the view that was handed out, and every buffer as it was.
 
         Raises:
-          GradientError: something replaced it (``zero_grad(set_to_none=True)``, an assignment).
+          GradientError: something replaced a ``.grad`` (``zero_grad(set_to_none=True)``, an assignment).
+          TrainerConfigError: a forward pass changed a buffer, as batch normalisation does.
         """
-        grad = self.parameters[position].grad
-        if grad is None or grad.data_ptr() != self._grad_pointers[position]:
-            raise GradientError(
-                self.segments[position].name,
-                "its .grad was replaced, so the flat buffer missed it. Zero gradients in place "
-                "(flat.zero_gradients() or zero_grad(set_to_none=False)) and never assign .grad.",
-            )
+        for position, (param, pointer) in enumerate(zip(self.parameters, self._grad_pointers, strict=True)):
+            grad = param.grad
+            if grad is None or grad.data_ptr() != pointer:
+                raise GradientError(
+                    self.segments[position].name,
+                    "its .grad was replaced, so the flat buffer missed it. Zero gradients in place "
+                    "(flat.zero_gradients() or zero_grad(set_to_none=False)), never assign .grad, and "
+                    "differentiate twice by torch.autograd.grad, not by backward(create_graph=True).",
+                )
+        for name, module, key, buffer, version in self._constants:
+            if module._buffers[key] is not buffer or buffer._version != version:
+                raise TrainerConfigError(
+                    f"buffer {name!r} changed during a step. Neither snapshots nor other ranks get what a "
+                    "module keeps in buffers, so weights would depend on the ranks: use a layer without "
+                    "running statistics (such as LayerNorm), or register a cache with persistent=False."
+                )
 
     def zero_gradients(self) -> None:
         """Zeroes all gradients with one fill."""
         self.grads.zero_()
 
 
-def _refuse_sparse(model: nn.Module) -> None:
+def _refuse(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise GradientError(
                 f"{name}.weight", "sparse gradients do not fit a flat buffer; build it with sparse=False."
             )
+        if isinstance(module, DistributedDataParallel):
+            raise TrainerConfigError(
+                f"module {name or 'the model'!r} is inside DistributedDataParallel, which would sum its "
+                "gradients a second time; give the plain one."
+            )
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, nn.Module, str, torch.Tensor, int]]:
+    """Returns (name, its module, name there, tensor, version) of the buffers that a state dict would hold."""
+    return [
+        (f"{prefix}.{key}" if prefix else key, module, key, buffer, buffer._version)
+        for prefix, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    ]
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

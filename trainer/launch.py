@@ -40,7 +40,13 @@ from foldfeed.trainer.loop import Outcome, Trainer
 from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.mirror import Mirror, fetch
 from foldfeed.trainer.ranks import Ranks, joined, pick_device, world_from_environment
-from foldfeed.trainer.resume import check_belongs, environment, named_generation, newest_valid
+from foldfeed.trainer.resume import (
+    changed_settings,
+    check_belongs,
+    environment,
+    named_generation,
+    newest_valid,
+)
 from foldfeed.trainer.snapshot import RUN_FILE, SNAPSHOTS, SnapshotFolder
 from foldfeed.trainer.source import BatchSource, SourceMeters
 from foldfeed.trainer.task import Task, identity, load_task
@@ -139,7 +145,7 @@ def train(
     task = task or load_task(config)
     settings = identity(config, task)
     config_digest = digest_of(settings)
-    numerics = environment(ranks.device, torch.get_num_threads(), config.deterministic)
+    numerics = environment(ranks.device, torch.get_num_threads(), config.deterministic, config.compile)
     ranks.require_equal(json.dumps([config_digest, fingerprint]).encode(), "settings and store")
     if config.deterministic:
         _require_one_environment(numerics, ranks)
@@ -243,7 +249,7 @@ def claim(
         if differences:
             raise SnapshotMismatchError(
                 str(output),
-                differences + _changed_settings(found["identity"], header["identity"]),
+                differences + changed_settings(found["identity"], header["identity"], "there"),
                 "Use the settings of the run that lives there, or another --output.",
             )
     elif (output / SNAPSHOTS).exists():
@@ -271,17 +277,6 @@ def _read_claim(path: Path, names: Sequence[str]) -> dict[str, Any]:
     if missing:
         raise TrainerError(f"{path} is damaged (it has no {missing[0]!r}). {_REPAIR}")
     return dict(found)
-
-
-def _changed_settings(found: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    changed = []
-    for name, value in now.items():
-        other = found.get(name)
-        if isinstance(value, dict) and isinstance(other, dict):
-            changed += _changed_settings(other, value, f"{prefix}{name}.")
-        elif other != value:
-            changed.append(f"{prefix}{name} {other!r} there, {value!r} now")
-    return changed
 
 
 def continue_run(
@@ -315,9 +310,10 @@ def describe(trainer: Trainer, header: dict[str, Any]) -> None:
     """Tells the person at the terminal what is trained."""
     config, ranks = trainer.config, trainer.ranks
     sizes = [4 * bucket.numel for bucket in trainer.messages]
+    plural = "" if len(sizes) == 1 else "s"
     trainer.metrics.say(
         f"run {header['run_id']}: {ranks.world} x {ranks.device.type}, "
-        f"{sum(s.numel for s in trainer.flat.segments):,} parameters in {len(sizes)} buckets "
+        f"{sum(s.numel for s in trainer.flat.segments):,} parameters in {len(sizes)} bucket{plural} "
         f"(largest {max(sizes) / 2**20:.2f} MiB), reducer {config.reducer}, "
         f"{config.data.global_batch} samples in {config.data.num_shards} virtual shards per step"
     )

@@ -12,15 +12,18 @@ Does not own: process groups, signals, exit codes (launch.py).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from foldfeed.trainer.buckets import auto_bucket_bytes, plan_buckets
 from foldfeed.trainer.commit import Commit, combine, shard_scalars
@@ -37,11 +40,12 @@ from foldfeed.trainer.optimizer import FlatAdamW, Update
 from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.reducer import Reducer, TreeReducer
 from foldfeed.trainer.rng import seed_initial_weights, seed_shard
-from foldfeed.trainer.snapshot import BUFFERS, Generation, SnapshotFolder, checksum
+from foldfeed.trainer.snapshot import BUFFERS, EMA, Generation, checksum
 from foldfeed.trainer.source import BatchSource, SourceMeters, StepLike
 from foldfeed.trainer.task import Task
 from foldfeed.trainer.tiers import Capture, Saver
-from foldfeed.trainer.transports import choose, ranks_per_node
+from foldfeed.trainer.traces import StepTraces
+from foldfeed.trainer.transports import choose, ranks_per_node, wire_dtype
 from foldfeed.trainer.watch import StackWatch, Stragglers
 
 
@@ -132,6 +136,9 @@ class Trainer:
         ranks.require_equal(self._digests()[1], "the initial weights")
         self.reducer = self._make_reducer()
         self._forward: nn.Module = self.reducer.wrap(self.model)
+        for module in task.compiled(self.model) if config.compile else ():
+            module.compile(dynamic=False)
+        self._traces = StepTraces(Path(config.output), config.profile_step, ranks.device)
 
     def meet(self, ranks: Ranks, state: Mapping[str, Any]) -> None:
         """Goes on among other ranks: fresh message buffers, the same model and loader.
@@ -171,7 +178,14 @@ class Trainer:
         self.messages = list(found.buckets)
         if found.why:
             self.metrics.say(f"gradients travel by {found.name}: {found.why}")
-        return TreeReducer(self.flat, found.buckets, self.ranks, num_shards, make_exchange=found.make)
+        return TreeReducer(
+            self.flat,
+            found.buckets,
+            self.ranks,
+            num_shards,
+            make_exchange=found.make,
+            wire=wire_dtype(self.config),
+        )
 
     def run(self, saver: Saver, header: Mapping[str, Any], ledger: Ledger, watch: StackWatch) -> Outcome:
         """Trains up to the configured number of steps, or until asked to stop.
@@ -196,6 +210,7 @@ class Trainer:
         stall_ms = 0.0
         while self.step < self.config.steps and not stopped:
             watch.beat(self.step)
+            self._traces.begin(self.step, self.ranks.rank)
             started = time.perf_counter()
             batch = next(steps)
             data_s = time.perf_counter() - started
@@ -237,6 +252,7 @@ class Trainer:
             saver.save(self.capture(header), memory=False, disk=True)
         saver.finish()
         ledger.mark(SAVE)
+        self._traces.end(self.step, self.ranks.rank)
         digest = self.weights_digest()
         self.ranks.require_equal(bytes.fromhex(digest), f"the final weights of step {self.step}")
         finished = self.step >= self.config.steps
@@ -261,32 +277,40 @@ class Trainer:
         for shard in batch.shards:
             with self.reducer.shard(shard.v):
                 seed_shard(self.config.seed, batch.step, shard.v)
-                loss = self.task.loss(self._forward, shard.features)
-                loss.total.backward()
+                with self._arithmetic(), record_function(f"trainer::shard[{shard.v}]::forward"):
+                    loss = self.task.loss(self._forward, shard.features)
+                with record_function(f"trainer::shard[{shard.v}]::backward"):
+                    loss.total.backward()
             losses[shard.v] = loss
 
         # After the last backward was issued, like the losses: on a GPU each `item` waits for the device.
         masks = [shard.features["seq_mask"] for shard in batch.shards if "seq_mask" in shard.features]
         residues = sum(int(mask.sum().item()) for mask in masks)
-        rows = self.reducer.finish(
-            [
-                float(self.stop_requested),
-                float(save_failed),
-                float(self.invites()),
-                data_s,
-                residues,
-                time.perf_counter() - started,
-                *shard_scalars(losses, num_shards, self.task.parts),
-            ]
-        )
+        scalars = [
+            float(self.stop_requested),
+            float(save_failed),
+            float(self.invites()),
+            data_s,
+            residues,
+            time.perf_counter() - started,
+            *shard_scalars(losses, num_shards, self.task.parts),
+        ]
+        with record_function("trainer::commit"):
+            rows = self.reducer.finish(scalars)
         commit = combine(rows, num_shards, self.task.parts)
 
-        update = self.optimizer.step(self.reducer.gradient, commit.num_samples, batch.step)
+        with record_function("trainer::optimizer"):
+            update = self.optimizer.step(self.reducer.gradient, commit.num_samples, batch.step)
         self.step += 1
         self.num_skipped += update.skipped
         if update.skipped:
             self._explain_skip(commit, batch, losses)
         return commit, update
+
+    def _arithmetic(self) -> torch.autocast:
+        """Returns the context of forward passes: what is computed in bfloat16, if anything."""
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _look(self) -> None:
         """Says how held-out records fare where this step looks at them. All ranks decide alike."""
@@ -294,7 +318,9 @@ class Trainer:
         due = self.step > self._looked and (self.step % every == 0 or self.step == self.config.steps)
         if self.held_out is None or not due:
             return
-        found = self.held_out.look(self.model)
+        averaged = self.optimizer.averaged if self.config.held_out.eval_ema else contextlib.nullcontext
+        with self._arithmetic(), averaged():
+            found = self.held_out.look(self.model)
         self._looked = self.step
         self.metrics.say(
             f"held out: step {self.step}  "
@@ -367,10 +393,15 @@ class Trainer:
         }
         self.metrics.log(self.step, scalars)
 
-    def host_buffers(self) -> dict[str, torch.Tensor]:
-        """Returns parameters and moments on the CPU, by name; there they alias the live ones."""
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns the flat buffers that make up the state, by name: parameters, moments, average if any."""
         tensors = (self.flat.params, self.optimizer.exp_avg, self.optimizer.exp_avg_sq)
-        return {name: tensor.cpu() for name, tensor in zip(BUFFERS, tensors, strict=True)}
+        average = {} if self.optimizer.ema is None else {EMA: self.optimizer.ema}
+        return dict(zip(BUFFERS, tensors, strict=True)) | average
+
+    def host_buffers(self) -> dict[str, torch.Tensor]:
+        """Returns the buffers of the state on the CPU, by name; there they alias the live ones."""
+        return {name: tensor.cpu() for name, tensor in self.state().items()}
 
     def _digests(self) -> tuple[dict[str, int], bytes]:
         """Returns the crc32c of each buffer in memory, and 8 bytes: of the parameters, of the moments."""
@@ -396,21 +427,6 @@ class Trainer:
         }
         return Capture(manifest=manifest, buffers=buffers, checksums=checksums)
 
-    def save(self, folder: SnapshotFolder, header: Mapping[str, Any]) -> float:
-        """Writes a snapshot from the first rank and waits for it. Returns seconds.
-
-        Raises:
-          ReplicaMismatchError: a rank's parameters or moments differ; nothing is written.
-          StorageFullError: on the first rank; the others learn that it failed.
-        """
-        started = time.perf_counter()
-        found = self.capture(header)
-        path = self.ranks.first_does(
-            lambda: str(folder.write(found.manifest, found.buffers, found.checksums)), "the snapshot"
-        )
-        self.metrics.say(f"snapshot: step {self.step}  {path}")
-        return time.perf_counter() - started
-
     def restore(self, generation: Generation) -> None:
         """Continues from a validated generation; the next step is its ``step``."""
         self.take_over(generation.buffers, generation.manifest)
@@ -419,15 +435,14 @@ class Trainer:
         self.source.load_state_dict(generation.manifest["loader"])
 
     def take_over(self, buffers: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """Sets parameters, moments and counts to those of a snapshot or of another rank.
+        """Sets buffers and counts to those of a snapshot or of another rank.
 
         Args:
           buffers: fp32 (numel,) on the CPU, by name.
           state: ``step`` and ``num_updates``.
         """
-        self.flat.params.copy_(buffers["params"])
-        self.optimizer.exp_avg.copy_(buffers["exp_avg"])
-        self.optimizer.exp_avg_sq.copy_(buffers["exp_avg_sq"])
+        for name, tensor in self.state().items():
+            tensor.copy_(buffers[name])
         self.optimizer.num_updates = int(state["num_updates"])
         self.step = int(state["step"])
 
@@ -438,5 +453,5 @@ class Trainer:
 
 def _checksums(buffers: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], bytes]:
     checksums = {name: checksum(buffer) for name, buffer in buffers.items()}
-    params, *moments = (checksums[name].to_bytes(4, "little") for name in BUFFERS)
+    params, *moments = (found.to_bytes(4, "little") for found in checksums.values())
     return checksums, params + google_crc32c.value(b"".join(moments)).to_bytes(4, "little")

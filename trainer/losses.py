@@ -67,6 +67,8 @@ class Loss(NamedTuple):
           counted: bool (b,); every sample when None.
           parts: for the metrics.
         """
+        # Losses add up in float32, whatever the model computed in.
+        per_sample = per_sample.to(torch.promote_types(per_sample.dtype, torch.float32))
         if counted is None:
             counted = torch.ones_like(per_sample, dtype=torch.bool)
         detached = {
@@ -83,7 +85,7 @@ def masked_msa_loss(logits_bsrt: torch.Tensor, features: Mapping[str, torch.Tens
       features: ``true_msa`` int64 (b, s, r), ``bert_mask`` and ``msa_mask`` float (b, s, r).
     """
     counted_bsr = features["bert_mask"] * features["msa_mask"]
-    flat = logits_bsrt.flatten(0, 2)
+    flat = logits_bsrt.float().flatten(0, 2)
     cross_entropy = nn.functional.cross_entropy(flat, features["true_msa"].flatten(), reduction="none")
     # `where`, not a product: a position outside the mask may hold an infinity.
     kept = torch.where(counted_bsr > 0, cross_entropy.view(counted_bsr.shape), torch.zeros_like(counted_bsr))
@@ -103,7 +105,7 @@ def distogram_loss(logits_bijd: torch.Tensor, features: Mapping[str, torch.Tenso
     bins_bij = distance_bins(features["pseudo_beta"])
     mask = features["pseudo_beta_mask"]
     known_bij = mask[:, :, None] * mask[:, None, :]
-    flat = logits_bijd.flatten(0, 2)
+    flat = logits_bijd.float().flatten(0, 2)
     cross_entropy = nn.functional.cross_entropy(flat, bins_bij.flatten(), reduction="none")
     kept = torch.where(known_bij > 0, cross_entropy.view(known_bij.shape), torch.zeros_like(known_bij))
     pairs = known_bij.sum((1, 2))

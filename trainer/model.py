@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from foldfeed.trainer.config import ModelConfig
 from foldfeed.trainer.evoformer import EvoformerBlock
@@ -66,7 +67,8 @@ class InputEmbedder(nn.Module):
         offset_bij = (index[:, :, None] - index[:, None, :]).clamp(-self.max_relative, self.max_relative)
         pair = self.left(target)[:, :, None] + self.right(target)[:, None, :]
         pair = pair + self.relative(offset_bij + self.max_relative)
-        msa = self.msa(features["msa_feat"]) + self.target(target)[:, None]
+        # What blocks add to stays in float32, whatever they compute in.
+        msa = self.msa(features["msa_feat"]).float() + self.target(target)[:, None]
         return msa, pair
 
 
@@ -75,6 +77,7 @@ class CompactEvoformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.recompute = config.recompute
         self.embedder = InputEmbedder(config)
         self.extra_msa = nn.Linear(EXTRA_CHANNELS, config.c_e)
         self.extra_blocks = nn.ModuleList(
@@ -97,10 +100,18 @@ class CompactEvoformer(nn.Module):
         extra = self._embed_extra(features)
         for block in self.extra_blocks:
             # The last extra block's MSA output is not used; its pair output is what it leaves behind.
-            extra, pair = block(extra, pair, features["extra_msa_mask"], mask_bij)
+            extra, pair = self._run(block, extra, pair, features["extra_msa_mask"], mask_bij)
         for block in self.blocks:
-            msa, pair = block(msa, pair, features["msa_mask"], mask_bij)
+            msa, pair = self._run(block, msa, pair, features["msa_mask"], mask_bij)
         return Predictions(self.head(self.head_norm(msa)), self._distances(pair))
+
+    def _run(self, block: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.recompute and torch.is_grad_enabled():
+            # It brings the random numbers back, too, so that dropout drops the same again.
+            found: tuple[torch.Tensor, torch.Tensor] = checkpoint(block, *inputs, use_reentrant=False)
+            return found
+        found = block(*inputs)
+        return found
 
     def _distances(self, pair_bijz: torch.Tensor) -> torch.Tensor | None:
         if self.distogram is None:
@@ -112,4 +123,4 @@ class CompactEvoformer(nn.Module):
         one_hot = nn.functional.one_hot(features["extra_msa"], NUM_TOKENS).to(torch.float32)
         deletions = torch.stack((features["extra_has_deletion"], features["extra_deletion_value"]), dim=-1)
         embedded: torch.Tensor = self.extra_msa(torch.cat((one_hot, deletions), dim=-1))
-        return embedded
+        return embedded.float()

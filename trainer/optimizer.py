@@ -1,18 +1,19 @@
-"""AdamW on the flat buffers, with clipping, warmup and the decision to skip a step.
+"""AdamW on the flat buffers, with clipping, a schedule, an average and the decision to skip a step.
 
 The norm is taken from the reduced gradient, which has equal bits on every rank, bucket by bucket in fp64 in
 a fixed order. So every rank sees the same norm, and the decision to skip a step with a NaN or an infinity is
 a consensus without a message. Division happens once: the gradient is a sum over samples and is scaled by
 ``clip / number of counted samples``, never by the world size.
 
-Invariant: a skipped step changes neither parameters nor moments nor Adam's step count.
+Invariant: a skipped step changes neither parameters nor moments nor average nor Adam's step count.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -41,6 +42,7 @@ class FlatAdamW:
     Attributes:
       exp_avg: fp32 (numel,), first moment.
       exp_avg_sq: fp32 (numel,), second moment.
+      ema: fp32 (numel,), exponential moving average of the parameters, which begins as they do; or None.
       num_updates: steps applied so far (Adam's own count, without the skipped ones).
     """
 
@@ -48,15 +50,16 @@ class FlatAdamW:
         """Allocates the moments.
 
         Args:
-          params: fp32 (numel,), updated in place.
+          params: fp32 (numel,) with the first weights, updated in place.
           buckets: the plan whose order fixes the norm's.
-          config: learning rate, warmup, clipping.
+          config: learning rate, clipping, average.
         """
         self._config = config
         self._buckets = list(buckets)
         self._param = torch.nn.Parameter(params, requires_grad=False)
         self.exp_avg = torch.zeros_like(params)
         self.exp_avg_sq = torch.zeros_like(params)
+        self.ema = params.clone() if config.ema_decay else None
         self._step = torch.zeros((), dtype=torch.float32, device=params.device)
         self._adamw = torch.optim.AdamW(
             [self._param],
@@ -82,10 +85,16 @@ class FlatAdamW:
     def num_updates(self, value: int) -> None:
         self._step.fill_(value)
 
-    def learning_rate(self, step: int) -> float:
-        """Returns the rate of a step (0, 1, ...): linear warmup, then constant."""
-        warmup = self._config.warmup_steps
-        return self._config.lr * min(1.0, (step + 1) / warmup) if warmup else self._config.lr
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Puts the average in the place of the parameters while the context lasts."""
+        assert self.ema is not None, "without ema_decay there is no average"
+        kept = self._param.clone()
+        self._param.copy_(self.ema)
+        try:
+            yield
+        finally:
+            self._param.copy_(kept)
 
     def step(self, gradient: torch.Tensor, num_samples: float, step: int) -> Update:
         """Applies one step, or skips it when the gradient is not finite.
@@ -95,7 +104,7 @@ class FlatAdamW:
           num_samples: how many samples were counted, over all ranks.
           step: number of this step, for the learning rate.
         """
-        lr = self.learning_rate(step)
+        lr = learning_rate(self._config, step)
         if num_samples == 0:
             return Update(norm=0.0, learning_rate=lr, skipped=True)
         norm = self.norm(gradient) / num_samples
@@ -108,6 +117,8 @@ class FlatAdamW:
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
+        if self.ema is not None:
+            self.ema.lerp_(self._param, 1.0 - self._config.ema_decay)
         return Update(norm=norm, learning_rate=lr, skipped=False)
 
     def norm(self, gradient: torch.Tensor) -> float:
@@ -120,3 +131,23 @@ class FlatAdamW:
         for part in torch.stack(parts).tolist():
             total += part * part
         return math.sqrt(total)
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """Returns the rate of a step (0, 1, ...): linear warmup, then what the schedule says.
+
+    With lr 1, no warmup, decay_steps 4 and decay_factor 0.5, steps 0, 2, 4, 8 have 1, 1, 0.5, 0.25 (step),
+    1, 0.75, 0.5, 0.5 (linear).
+
+    Source: AlphaFold 2 supplementary information, 1.11.3; that it decays again and again is from OpenFold.
+    """
+    warmup, last, factor = config.warmup_steps, config.decay_steps, config.decay_factor
+    rate = config.lr * min(1.0, (step + 1) / warmup) if warmup else config.lr
+    if config.schedule == "constant":
+        return rate
+    if config.schedule == "step":
+        return float(rate * factor ** (step // last))
+    done = min(1.0, max(0.0, (step - warmup) / (last - warmup)))
+    # Rounded: the last bit of a cosine depends on the C library, and ranks must agree on all bits.
+    left = 1.0 - done if config.schedule == "linear" else round(0.5 * (1.0 + math.cos(math.pi * done)), 12)
+    return rate * (factor + (1.0 - factor) * left)

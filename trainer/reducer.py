@@ -3,7 +3,8 @@
 Each rank runs its virtual shards one after another. After each but the last, the flat gradient is folded
 into the rank's stack of finished blocks (dyadic.py). During the last shard's backward, a hook on every
 parameter counts its bucket down; a complete bucket whose predecessors are launched goes to the
-communication thread at once, so the exchange runs while backward goes on.
+communication thread at once, so the exchange runs while backward goes on. (A hook that finds its bucket
+incomplete does nothing else: models have thousands of them.)
 
 `finish` is the commit point: all buckets, then one small message of scalars and flags. It returns only when
 every bucket's sum has arrived, and raises whatever the hooks or the thread met.
@@ -27,9 +28,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from foldfeed.trainer.buckets import Bucket
 from foldfeed.trainer.dyadic import Block, merge_chain, owned_shards
+from foldfeed.trainer.errors import TrainerError
 from foldfeed.trainer.exchange import Exchange, TreeExchange, finish_blocks
 from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.ranks import Ranks
@@ -82,6 +85,7 @@ class TreeReducer:
         num_shards: int,
         on_event: Callable[[str, int], None] | None = None,
         make_exchange: Callable[[torch.Tensor, int], Exchange] | None = None,
+        wire: torch.dtype = torch.float32,
     ) -> None:
         """Registers the hooks and starts the communication thread.
 
@@ -94,6 +98,7 @@ class TreeReducer:
             -1), from the thread where it happens; for tests and tracing.
           make_exchange: the transport, made from the output and the elements of the largest bucket; the
             usual tree when None.
+          wire: what every virtual shard's gradient and every sum is rounded to, as the transport's.
         """
         self.gradient = torch.zeros_like(flat.params)
         self.times: dict[str, float] = {"exposed": 0.0, "total": 0.0}
@@ -106,16 +111,17 @@ class TreeReducer:
         self._exchange: Exchange = (
             make_exchange(self.gradient, largest)
             if make_exchange is not None
-            else TreeExchange(ranks, num_shards, largest, self.gradient)
+            else TreeExchange(ranks, num_shards, largest, self.gradient, wire)
         )
-        self._scratch = torch.zeros(largest, dtype=torch.float32, device=flat.params.device)
+        self._scratch = torch.zeros(largest, dtype=wire, device=flat.params.device)
         self._bucket_of = [bucket.index for bucket in buckets for _ in bucket.segments]
         self._deferred: set[int] = set()
         self._pool: list[torch.Tensor] = []
         self._stack: list[tuple[Block, torch.Tensor]] = []
         self._lock = threading.Lock()
         self._side = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
-        self._streams: list[set[Any]] = [set() for _ in buckets]
+        # Per bucket, by the number that tells streams apart without making an object of each.
+        self._streams: list[dict[int, Any]] = [{} for _ in buckets]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="foldfeed-reducer")
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._hook(position))
@@ -167,6 +173,9 @@ class TreeReducer:
         """Merges the finished shard into the stack, a binary counter of blocks, and zeroes the gradient."""
         num_merged, block = merge_chain([below for below, _ in self._stack], number)
         values = self._flat.grads
+        if self._scratch.dtype is not values.dtype:
+            # Rounded whether it will travel or be added here: on other ranks it may be otherwise.
+            values = self._spare().copy_(values)
         for _ in range(num_merged):
             below = self._stack.pop()[1]
             below.add_(values)
@@ -174,33 +183,44 @@ class TreeReducer:
                 self._pool.append(values)
             values = below
         if values is self._flat.grads:
-            values = self._pool.pop() if self._pool else torch.empty_like(values)
-            values.copy_(self._flat.grads)
+            values = self._spare().copy_(values)
         self._stack.append((block, values))
         self._flat.zero_gradients()
 
+    def _spare(self) -> torch.Tensor:
+        return self._pool.pop() if self._pool else torch.empty_like(self.gradient, dtype=self._scratch.dtype)
+
     def _hook(self, position: int) -> Callable[[torch.Tensor], None]:
+        index = self._bucket_of[position]
+
         def on_gradient(_: torch.Tensor) -> None:
+            if not self._armed:
+                return
             # Runs inside autograd: an exception must not unwind through it, `finish` raises it.
             try:
-                self._flat.check_gradient(position)
-                if self._armed:
-                    self._count_down(position)
+                if self._side is not None:
+                    self._note_stream(index)
+                pending = self._pending[index]
+                pending.discard(position)
+                if not pending:
+                    self._complete(index)
             except BaseException as error:  # noqa: BLE001 - kept whole, re-raised by finish()
                 self._error = self._error or error
 
         return on_gradient
 
-    def _count_down(self, position: int) -> None:
-        index = self._bucket_of[position]
+    def _note_stream(self, index: int) -> None:
+        """Notes the stream that wrote to a bucket: autograd runs an operation on its forward's stream."""
+        device = self._ranks.device
+        number = torch._C._cuda_getCurrentRawStream(device.index)
+        if number not in self._streams[index]:
+            self._streams[index][number] = torch.cuda.current_stream(device)
+
+    def _complete(self, index: int) -> None:
         with self._lock:
-            if self._side is not None:
-                # Autograd runs an operation on its forward's stream: wait for each stream that wrote here.
-                self._streams[index].add(torch.cuda.current_stream(self._ranks.device))
             if index < self._next:
                 self._late.add(index)
                 return
-            self._pending[index].discard(position)
             while self._next < len(self._buckets) and self._is_ready(self._next):
                 self._launch(self._next)
                 self._next += 1
@@ -210,7 +230,7 @@ class TreeReducer:
 
     def _launch(self, index: int) -> None:
         self._event("launch", index)
-        events = [stream.record_event() for stream in self._streams[index]]
+        events = [stream.record_event() for stream in self._streams[index].values()]
         if self._side is not None:
             # Folded blocks and zeroed gradients come from the stream of the training loop.
             events.append(torch.cuda.current_stream(self._ranks.device).record_event())
@@ -224,7 +244,7 @@ class TreeReducer:
         started = time.perf_counter()
         self._event("exchange", bucket.index)
         try:
-            with self._on_side_stream(events):
+            with self._on_side_stream(events), record_function(f"trainer::bucket[{bucket.index}]::exchange"):
                 span = slice(bucket.start, bucket.stop)
                 stack = [(block, values[span]) for block, values in self._stack]
                 blocks = finish_blocks(stack, self._flat.grads[span], self._num_merged, self._scratch)
@@ -238,7 +258,7 @@ class TreeReducer:
         started = time.perf_counter()
         if self._error is None:
             try:
-                with self._on_side_stream(()):
+                with self._on_side_stream(()), record_function("trainer::bucket[last]::arrive"):
                     self._exchange.drain()
             except BaseException as error:  # noqa: BLE001 - kept whole, re-raised by finish()
                 self._error = self._error or error
@@ -262,12 +282,16 @@ class TreeReducer:
         Returns: one list per rank, in rank order.
         Raises:
           GradientError: a gradient view was replaced.
+          TrainerConfigError: the model changed a buffer.
           CommunicationError: a peer died or stalled.
         """
         started = time.perf_counter()
+        try:
+            self._flat.check()
+        except TrainerError as error:
+            # Raised once nothing is under way any more.
+            self._error = self._error or error
         self._collect(range(self._next, len(self._buckets)))
-        for position in range(len(self._flat.parameters)):
-            self._flat.check_gradient(position)
         flags = [float(index in self._late) for index in range(len(self._buckets))]
         rows = self._ranks.gather_floats([*flags, *scalars], "the commit of a step")
         late = [index for index in range(len(flags)) if any(row[index] for row in rows)]

@@ -10,15 +10,22 @@ Invariant: every function here is called by all ranks in the same order and retu
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from foldfeed.trainer.errors import InvalidSnapshotError, NoValidSnapshotError, SnapshotMismatchError
+from foldfeed.trainer.errors import (
+    InvalidSnapshotError,
+    NoValidSnapshotError,
+    SnapshotMismatchError,
+    TrainerConfigError,
+)
 from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.snapshot import Generation, SnapshotFolder, read_generation
 
@@ -112,8 +119,14 @@ def _validate(path: Path, ranks: Ranks, run_id: str = "") -> tuple[Generation | 
     return generation, ""
 
 
-def environment(device: torch.device, threads: int, deterministic: bool) -> dict[str, Any]:
-    """Returns what, besides the settings, decides the bits of a step."""
+def environment(
+    device: torch.device, threads: int, deterministic: bool, compiles: bool = False
+) -> dict[str, Any]:
+    """Returns what, besides the settings, decides the bits of a step.
+
+    Raises:
+      TrainerConfigError: it ``compiles``, and nothing is here that does.
+    """
     found: dict[str, Any] = {
         "torch": torch.__version__,
         "threads": threads,
@@ -125,7 +138,23 @@ def environment(device: torch.device, threads: int, deterministic: bool) -> dict
     if device.type == "cuda":
         found["kernels"] = torch.cuda.get_device_name(device)
         found.update({name: os.environ.get(name, "") for name in NCCL_SETTINGS})
-    return found
+    return found | ({"compiler": _compiler(device)} if compiles else {})
+
+
+def _compiler(device: torch.device) -> str:
+    """Returns name and version of what torch.compile makes kernels with."""
+    try:
+        if device.type == "cuda":
+            return f"triton {importlib.metadata.version('triton')}"
+        done = subprocess.run(
+            [os.environ.get("CXX", "g++"), "--version"], capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, importlib.metadata.PackageNotFoundError) as error:
+        need = "the package triton" if device.type == "cuda" else "a C++ compiler (g++, or one named by CXX)"
+        raise TrainerConfigError(
+            f"--compile needs {need}: {error}. Install it, or leave --compile out."
+        ) from error
 
 
 def check_belongs(
@@ -151,7 +180,7 @@ def check_belongs(
     path = str(generation.path)
     differences = _differences(manifest, expected)
     if differences:
-        settings = _differences(_flatten(manifest["identity"]), _flatten(expected["identity"]))
+        settings = changed_settings(manifest["identity"], expected["identity"], "in the snapshot")
         raise SnapshotMismatchError(
             path, settings or differences, "Use the settings it was made with, or another --output."
         )
@@ -169,6 +198,16 @@ def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[
         f"{name} {found.get(name)!r} in the snapshot, {value!r} now"
         for name, value in expected.items()
         if found.get(name) != value
+    ]
+
+
+def changed_settings(found: Mapping[str, Any], now: Mapping[str, Any], place: str) -> list[str]:
+    """Returns what differs between two identities, one phrase each; a setting may be in one of them alone."""
+    before, after = _flatten(found), _flatten(now)
+    return [
+        f"{name} {before.get(name, 'unset')!r} {place}, {after.get(name, 'unset')!r} now"
+        for name in before | after
+        if before.get(name) != after.get(name)
     ]
 
 

@@ -17,13 +17,11 @@ from foldfeed.trainer.ranks import Ranks, TorchGroup
 class RingExchange:
     """One all-reduce per bucket, in place in the output."""
 
-    def __init__(self, ranks: Ranks, num_shards: int, max_numel: int, output: torch.Tensor) -> None:
+    def __init__(self, ranks: Ranks, output: torch.Tensor) -> None:
         """Keeps the output; there are no message buffers of its own.
 
         Args:
           ranks: the groups.
-          num_shards: V; not needed here.
-          max_numel: elements of the largest bucket; not needed here.
           output: fp32 (flat numel,), receives the summed buckets.
         """
         assert ranks.world == 1 or isinstance(ranks.gather, TorchGroup), "only torch's groups all-reduce"

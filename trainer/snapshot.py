@@ -1,7 +1,7 @@
 """One snapshot on disk: raw bytes, checksums taken at the source, one manifest. No collective happens here.
 
     OUTPUT/snapshots/step-00000010/
-        params.f32  exp_avg.f32  exp_avg_sq.f32     little-endian float32, the flat buffers
+        params.f32  exp_avg.f32  exp_avg_sq.f32     little-endian float32, the flat buffers (ema.f32, if any)
         manifest.json                               what they are, their crc32c, the loader's state
 
 Checksums are computed from the buffers in memory, before anything is copied or written, so a replica that
@@ -34,6 +34,8 @@ from foldfeed.trainer.errors import InvalidSnapshotError, SnapshotError
 
 FORMAT = 1
 BUFFERS = ("params", "exp_avg", "exp_avg_sq")
+# Of runs that average their weights.
+EMA = "ema"
 MANIFEST = "manifest.json"
 # In a run's folder.
 SNAPSHOTS = "snapshots"
@@ -200,7 +202,8 @@ def read_generation(path: Path) -> Generation:
     """
     try:
         manifest = _read_manifest(path)
-        buffers = {name: _read_buffer(path, name, manifest["buffers"][name]) for name in BUFFERS}
+        names = (*BUFFERS, EMA) if EMA in manifest["buffers"] else BUFFERS
+        buffers = {name: _read_buffer(path, name, manifest["buffers"][name]) for name in names}
     except OSError as error:
         raise InvalidSnapshotError(str(path), f"cannot be read: {error.strerror or error}") from error
     return Generation(path=path, manifest=manifest, buffers=buffers)

@@ -18,7 +18,7 @@ import abc
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,7 @@ from foldfeed.loader import LoaderConfigError, Recipe
 from foldfeed.loader.recipe import CLUSTERED
 from foldfeed.trainer.config import EVOFORMER, DataConfig, ModelConfig, RunConfig
 from foldfeed.trainer.errors import TrainerConfigError
+from foldfeed.trainer.evoformer import EvoformerBlock
 from foldfeed.trainer.losses import Loss, PerSample, distogram_loss, masked_msa_loss
 from foldfeed.trainer.model import CompactEvoformer
 
@@ -61,6 +62,13 @@ class Task(abc.ABC):
           model: what `build` returned, or a wrapper that is called like it.
           features: tensors with a leading sample axis, as the recipe gives them.
         """
+
+    def compiled(self, model: nn.Module) -> Iterable[nn.Module]:
+        """Returns the modules that ``--compile`` compiles, each by itself; the whole model by default.
+
+        Gradients of a compiled module come at once when its backward has ended, and leave no earlier.
+        """
+        return [model]
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -114,6 +122,10 @@ class EvoformerTask(Task):
     def build(self) -> nn.Module:
         """Returns the model."""
         return CompactEvoformer(self.config)
+
+    def compiled(self, model: nn.Module) -> Iterable[nn.Module]:
+        """Returns the blocks."""
+        return [module for module in model.modules() if isinstance(module, EvoformerBlock)]
 
     def recipe(self, data: DataConfig) -> Recipe:
         """Returns the run's recipe, with labels where distances are predicted."""

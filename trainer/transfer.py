@@ -14,7 +14,7 @@ import torch.distributed as dist
 from foldfeed.trainer.errors import CommunicationError
 from foldfeed.trainer.loop import Trainer
 from foldfeed.trainer.ranks import Group, Ranks, TorchGroup
-from foldfeed.trainer.snapshot import BUFFERS, checksum
+from foldfeed.trainer.snapshot import checksum
 from foldfeed.trainer.wire import Channel, raw
 
 
@@ -33,18 +33,19 @@ def transfer(channel: Channel, trainer: Trainer, states: Sequence[Mapping[str, i
     takers = [rank for rank, step in enumerate(steps) if step < max(steps)]
     pairs = {taker: givers[number % len(givers)] for number, taker in enumerate(takers)}
     mine = [taker for taker, giver in pairs.items() if giver == ranks.rank]
+    names = tuple(trainer.state())
     with ranks.guard("the transfer of the state"):
         if mine:
             buffers = trainer.host_buffers()
-            sums = b"".join(checksum(buffers[name]).to_bytes(4, "little") for name in BUFFERS)
-            views = [*(raw(buffers[name]) for name in BUFFERS), memoryview(sums)]
+            sums = b"".join(checksum(buffers[name]).to_bytes(4, "little") for name in names)
+            views = [*(raw(buffers[name]) for name in names), memoryview(sums)]
             channel.exchange(dict.fromkeys(mine, views), {})
         if ranks.rank in pairs:
             giver = pairs[ranks.rank]
-            fresh = {name: torch.empty(trainer.flat.numel, dtype=torch.float32) for name in BUFFERS}
-            sent = bytearray(4 * len(BUFFERS))
-            channel.exchange({}, {giver: [*(raw(fresh[name]) for name in BUFFERS), memoryview(sent)]})
-            if bytes(sent) != b"".join(checksum(fresh[name]).to_bytes(4, "little") for name in BUFFERS):
+            fresh = {name: torch.empty(trainer.flat.numel, dtype=torch.float32) for name in names}
+            sent = bytearray(4 * len(names))
+            channel.exchange({}, {giver: [*(raw(fresh[name]) for name in names), memoryview(sent)]})
+            if bytes(sent) != b"".join(checksum(fresh[name]).to_bytes(4, "little") for name in names):
                 raise CommunicationError(
                     ranks.rank, "the transfer of the state", f"crc32c of rank {giver}'s state differs."
                 )

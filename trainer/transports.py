@@ -69,9 +69,10 @@ def choose(config: RunConfig, ranks: Ranks, segments: Sequence[Segment], ranks_p
         # The ring's bits depend on the plan, so it must not depend on a measurement. And the ranks of an
         # elastic run meet anew in less time than one takes.
         name = "ring" if config.reducer == "ring" else "tree"
-        made = RingExchange if name == "ring" else TreeExchange
         usual = plan_buckets(sizes, bucket_bytes=given or auto_bucket_bytes(total_bytes))
-        return Transport(name, usual, lambda output, numel: made(ranks, num_shards, numel, output), "")
+        if name == "ring":
+            return Transport(name, usual, lambda output, numel: RingExchange(ranks, output), "")
+        return Transport(name, usual, _tree(config, ranks), "")
     makers = _candidates(config, ranks, num_shards, ranks_per_node)
     num_blocks = len(blocks_of_ranks(num_shards, ranks.world)[ranks.rank])
     links = {name: measure(ranks, make, num_blocks) for name, make in makers.items()}
@@ -95,13 +96,23 @@ def plan_for(link: Link, sizes: Sequence[int], bucket_bytes: int = 0) -> list[Bu
     return plan_ramp(sizes, bucket_bytes=limit, least_bytes=link.least_bytes)
 
 
+def wire_dtype(config: RunConfig) -> torch.dtype:
+    """Returns what a run's gradients are rounded to before they are added."""
+    return torch.float32 if config.wire == "fp32" else torch.bfloat16
+
+
+def _tree(config: RunConfig, ranks: Ranks) -> MakeExchange:
+    wire = wire_dtype(config)
+    return lambda output, numel: TreeExchange(ranks, config.data.num_shards, numel, output, wire)
+
+
 def _candidates(
     config: RunConfig, ranks: Ranks, num_shards: int, ranks_per_node: int
 ) -> dict[str, MakeExchange]:
     """Returns the transports to measure, by name."""
     makers: dict[str, MakeExchange] = {}
     if config.reducer != "hierarchical":
-        makers["tree"] = lambda output, numel: TreeExchange(ranks, num_shards, numel, output)
+        makers["tree"] = _tree(config, ranks)
     if config.reducer == "tree":
         return makers
     # Alike on all ranks: they all say what they see.
@@ -114,8 +125,10 @@ def _candidates(
         )
     if fits:
         groups = node_groups(ranks, ranks_per_node, config.timeout_s)
+        wire = wire_dtype(config)
+        inside = torch.float32 if config.wire == "bf16-between" else wire
         makers["hierarchical"] = lambda output, numel: TwoLevelExchange(
-            ranks, num_shards, numel, output, groups
+            ranks, num_shards, numel, output, groups, wire, inside
         )
     return makers
 

@@ -16,7 +16,7 @@ One thread issues all collectives in bucket order, as in exchange.py.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,9 +29,8 @@ from foldfeed.trainer.dyadic import (
     blocks_of_ranks,
     owned_shards,
     subtree_sum,
-    tree_sum,
 )
-from foldfeed.trainer.exchange import add_in_place, pack
+from foldfeed.trainer.exchange import add_in_place, pack, sum_rows
 from foldfeed.trainer.ranks import Group, Ranks, TorchGroup
 
 
@@ -76,7 +75,14 @@ class TwoLevelExchange:
     """Four collectives per bucket, two inside the node and two between nodes."""
 
     def __init__(
-        self, ranks: Ranks, num_shards: int, max_numel: int, output: torch.Tensor, groups: NodeGroups
+        self,
+        ranks: Ranks,
+        num_shards: int,
+        max_numel: int,
+        output: torch.Tensor,
+        groups: NodeGroups,
+        wire: torch.dtype = torch.float32,
+        inside: torch.dtype | None = None,
     ) -> None:
         """Plans the blocks and allocates message buffers.
 
@@ -86,8 +92,11 @@ class TwoLevelExchange:
           max_numel: elements of the largest bucket.
           output: fp32 (flat numel,), receives the summed buckets.
           groups: from `node_groups`.
+          wire: of sums, and of messages between nodes.
+          inside: of messages inside a node, which may be wider; as ``wire`` when None.
         """
         self._ranks, self._groups, self._output = ranks, groups, output
+        self._wire, self._inside = wire, inside or wire
         self._num_shards = num_shards
         local = groups.ranks_per_node
         self._local, self._nodes = local, ranks.world // local
@@ -106,7 +115,7 @@ class TwoLevelExchange:
         with self._ranks.guard(f"the hierarchical exchange of gradient bucket {bucket.index}"):
             merged = self._merge_in_node(blocks, chunk)
             mine = self._sum_over_nodes(merged, share)
-            whole = self._gather(self._groups.between, mine, self._nodes, "chunk")[:chunk]
+            whole = self._gather(self._groups.between, mine, self._nodes, "chunk")[:chunk].to(self._inside)
             everything = self._gather(self._groups.inside, whole, self._local, "bucket")
         self._output[bucket.start : bucket.stop].copy_(everything[: bucket.numel])
 
@@ -116,9 +125,11 @@ class TwoLevelExchange:
     def _merge_in_node(self, blocks: Sequence[torch.Tensor], chunk: int) -> list[torch.Tensor]:
         """Returns this rank's chunk of each of the node's blocks."""
         counts = [len(found) for found in self._blocks]
-        packed = pack(self._buffer("send", self._local * len(blocks) * chunk), blocks, self._local, chunk)
+        buffer = self._buffer("send", self._local * len(blocks) * chunk, self._inside)
+        packed = pack(buffer, blocks, self._local, chunk)
         received = self._exchange(self._groups.inside, packed, counts, chunk, "received")
-        known = dict(zip([block for found in self._blocks for block in found], received, strict=True))
+        everybody = [block for found in self._blocks for block in found]
+        known = dict(zip(everybody, received.unbind(0), strict=True))
         return [
             subtree_sum(known, block, self._num_shards, add_in_place)
             for block in self._node_blocks[self._node]
@@ -127,36 +138,36 @@ class TwoLevelExchange:
     def _sum_over_nodes(self, merged: Sequence[torch.Tensor], share: int) -> torch.Tensor:
         """Returns the finished sum of this rank's share of its chunk."""
         counts = [len(found) for found in self._node_blocks]
-        packed = pack(self._buffer("send_out", self._nodes * len(merged) * share), merged, self._nodes, share)
+        buffer = self._buffer("send_out", self._nodes * len(merged) * share, self._wire)
+        packed = pack(buffer, merged, self._nodes, share)
         received = self._exchange(self._groups.between, packed, counts, share, "received_out")
-        known: Mapping[Block, torch.Tensor] = dict(
-            zip([block for found in self._node_blocks for block in found], received, strict=True)
-        )
-        return tree_sum(known, self._num_shards, add_in_place)
+        everybody = [block for found in self._node_blocks for block in found]
+        return sum_rows(received, everybody, self._num_shards)
 
     def _exchange(
         self, group: Group, packed: torch.Tensor, counts: Sequence[int], chunk: int, name: str
-    ) -> Sequence[torch.Tensor]:
-        """Runs an all-to-all of blocks; returns everybody's blocks of this rank's chunk, in shard order."""
-        received = self._buffer(name, sum(counts) * chunk)
+    ) -> torch.Tensor:
+        """Runs an all-to-all; returns everybody's blocks of this rank's chunk, a row each, in shard order."""
+        received = self._buffer(name, sum(counts) * chunk, packed.dtype)
         group.all_to_all(
             received,
             packed.flatten(),
             [count * chunk for count in counts],
             [packed.shape[1] * chunk] * packed.shape[0],
         )
-        return received.view(sum(counts), chunk).unbind(0)
+        # Sums round as the wire does, however wide the message was.
+        return received.view(sum(counts), chunk).to(self._wire)
 
     def _gather(self, group: Group, mine: torch.Tensor, parts: int, name: str) -> torch.Tensor:
-        everyone = self._buffer(name, parts * mine.numel())
+        everyone = self._buffer(name, parts * mine.numel(), mine.dtype)
         group.all_gather(everyone, mine.contiguous())()
         return everyone
 
-    def _buffer(self, name: str, numel: int) -> torch.Tensor:
+    def _buffer(self, name: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Returns the first elements of a buffer that grows to what its largest bucket needs."""
         found = self._buffers.get(name)
         if found is None or found.numel() < numel:
-            found = self._buffers[name] = torch.zeros(numel, dtype=torch.float32, device=self._output.device)
+            found = self._buffers[name] = torch.zeros(numel, dtype=dtype, device=self._output.device)
         return found[:numel]
 
 
