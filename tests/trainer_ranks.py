@@ -206,6 +206,8 @@ def tiny_config(folder: Path, **changes: Any) -> Any:
     data = {"crop_residues": 10, "num_clusters": 5, "num_extra": 7, "global_batch": 8} | changes.pop(
         "data", {}
     )
+    model = {"c_m": 16, "c_z": 8, "c_e": 8, "num_blocks": 1, "num_heads": 2, "c_opm": 4, "c_tri": 8}
+    model |= changes.pop("model", {})
     # What lies in memory has tests of its own: here runs go back to the disk.
     snapshots = {"every": 4, "keep": 3, "memory": "none"} | changes.pop("snapshots", {})
     run = {
@@ -219,7 +221,7 @@ def tiny_config(folder: Path, **changes: Any) -> Any:
     return RunConfig(
         output=str(folder),
         data=DataConfig(store="synthetic", **data),
-        model=ModelConfig(c_m=16, c_z=8, c_e=8, num_blocks=1, num_heads=2, c_opm=4, c_tri=8),
+        model=ModelConfig(**model),
         optimizer=OptimizerConfig(warmup_steps=3),
         snapshots=SnapshotConfig(**snapshots),
         **run,

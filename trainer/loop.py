@@ -133,6 +133,20 @@ class Trainer:
         self.reducer = self._make_reducer()
         self._forward: nn.Module = self.reducer.wrap(self.model)
 
+    def begin_again(self, ranks: Ranks) -> None:
+        """Goes to the state before the first step, whatever was done since; `meet` or `run` come next.
+
+        Args:
+          ranks: among whom a snapshot is looked for.
+        """
+        self.ranks = ranks
+        if self.step:
+            seed_initial_weights(self.config.seed)
+            initial = FlatParameters(self.task.build()).params
+            zeros = {name: torch.zeros_like(initial) for name in BUFFERS}
+            self.take_over({**zeros, "params": initial}, {"step": 0, "num_updates": 0})
+            self.num_skipped = self.saved = self._looked = self._not_finite_since = 0
+
     def meet(self, ranks: Ranks, state: Mapping[str, Any]) -> None:
         """Goes on among other ranks: fresh message buffers, the same model and loader.
 

@@ -350,15 +350,17 @@ class Membership:
                     raise WireError(self.ending.reason or f"ranks {missing} did not come")
                 self._peers.lock.wait(deadline - time.monotonic())
 
-    def require_current(self) -> None:
-        """Checks that this process may write for the run: it is first in the newest generation.
+    def require_current(self, *, first: bool = True) -> None:
+        """Checks that this process may write for the run.
 
+        Args:
+          first: it must be first in the newest generation; otherwise a member will do.
         Raises:
           ExcludedError: it may not.
         """
         latest = self._register.latest()
-        # Not the generation that this process knows: the next one may be decided, with it still first.
-        if latest is None or latest.uids[0] != self.me.uid:
+        # Not the generation that this process knows: the next one may be decided, with it still there.
+        if latest is None or self.me.uid not in latest.uids[: 1 if first else None]:
             number = latest.generation if latest is not None else -1
             raise ExcludedError(number, "another rank writes the snapshots now")
 

@@ -7,7 +7,9 @@
 The training loop pays for the checksums, the comparison and one copy. Each tier has its own copy and its own
 thread, so a slow disk never holds the memory tier up; a tier that is still writing when its next snapshot is
 due makes the loop wait. The memory tier survives the death of processes, not that of the machine; two
-generations lie there, and the older one's files are written over, so one is whole at any moment.
+generations lie there, and the older one's files are written over, so one is whole at any moment. All ranks
+hold the same state, so every machine writes a whole copy without any traffic, and after the loss of a machine
+(or damage in its memory) its successor gets the generation from the memory of another one (resume.py).
 
 A memory tier that is full, absent or not ours only slows a restart down: it is left out, said once. A disk
 that cannot be written ends the run, on all ranks, at the next step.
@@ -78,20 +80,21 @@ def prepare_memory(folder: SnapshotFolder | None, ranks: Ranks) -> bool:
     reason, place = "", ""
     root = folder.path.parent
     try:
-        # Rank 0 of this mount makes the folder; the number of the device tells mounts apart.
         boot = Path("/proc/sys/kernel/random/boot_id")
-        place = f"{boot.read_text().strip() if boot.exists() else ''} {root.stat().st_dev}"
         folder.path.mkdir(mode=0o700, exist_ok=True)
-        if folder.path.stat().st_uid != os.geteuid():
+        found = folder.path.stat()
+        # Tells machines, and mounts of one machine, apart.
+        place = f"{boot.read_text().strip() if boot.exists() else ''} {found.st_dev} {found.st_ino}"
+        if found.st_uid != os.geteuid():
             reason = f"{folder.path} belongs to another user"
     except OSError as error:
         reason = f"{root}: {error.strerror or error}"
-    found = ranks.gather_json([place, reason], "the look at memory for snapshots")
-    if found[ranks.rank][1]:
-        if [text for _, text in found[: ranks.rank]].count(reason) == 0:
+    rows = ranks.gather_json([place, reason], "the look at memory for snapshots")
+    if reason:
+        if [text for _, text in rows[: ranks.rank]].count(reason) == 0:
             _say_off(ranks, reason)
         return False
-    writes = [row[0] for row in found].index(place) == ranks.rank
+    writes = [row[0] for row in rows].index(place) == ranks.rank
     if writes:
         folder.sweep()
     return writes
@@ -100,7 +103,8 @@ def prepare_memory(folder: SnapshotFolder | None, ranks: Ranks) -> bool:
 def _say_off(ranks: Ranks, reason: str) -> None:
     # Printed by the rank it happened to: the first one need not be on that machine.
     print(
-        f"rank {ranks.rank}: no snapshots in memory ({reason}); a restart goes back to the last one on disk",
+        f"rank {ranks.rank}: no snapshots in memory ({reason}); a restart takes those of another machine, or "
+        "goes back to the last one on disk",
         flush=True,
     )
 
