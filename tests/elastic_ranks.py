@@ -318,7 +318,8 @@ def set_trap(rank: Any, fault: dict[str, Any], cut: Path) -> None:
         ready = rank.membership is not None and rank.membership.view.generation >= 1
         if armed[0] and ready and rank.trainer.step >= fault["step"]:
             armed[0] = False
-            os.write(1, b"STRUCK " + json.dumps(fault).encode() + b"\n")
+            struck = {**fault, "time": time.time()}
+            os.write(1, b"STRUCK " + json.dumps(struck).encode() + b"\n")
             if fault["signal"] == "FLIP":
                 rank.trainer.flat.params.numpy().view("int32")[5] ^= 1 << 20
             elif fault["signal"] == "CUT":

@@ -143,8 +143,11 @@ class Trainer:
         if self.step:
             seed_initial_weights(self.config.seed)
             initial = FlatParameters(self.task.build()).params
-            zeros = {name: torch.zeros_like(initial) for name in BUFFERS}
-            self.take_over({**zeros, "params": initial}, {"step": 0, "num_updates": 0})
+            buffers = {
+                name: torch.zeros_like(initial) if name.startswith("exp_avg") else initial
+                for name in self.host_buffers()
+            }
+            self.take_over(buffers, {"step": 0, "num_updates": 0})
             self.num_skipped = self.saved = self._looked = self._not_finite_since = 0
 
     def meet(self, ranks: Ranks, state: Mapping[str, Any]) -> None:

@@ -23,7 +23,6 @@ import torch
 from foldfeed.trainer.errors import InvalidSnapshotError, NoValidSnapshotError, SnapshotMismatchError
 from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.snapshot import (
-    BUFFERS,
     CHUNK_BYTES,
     Generation,
     SnapshotFolder,
@@ -152,8 +151,8 @@ def _spread(
     manifest: dict[str, Any] = json.loads(ranks.gather_bytes(text.encode(), phase)[holders[0]])
     buffers = dict(mine.buffers) if mine else {}
     assert ranks.control is not None, "a rank alone has nobody to ask"
-    for name in BUFFERS:
-        numel = int(manifest["buffers"][name]["numel"])
+    for name, entry in manifest["buffers"].items():
+        numel = int(entry["numel"])
         if mine is None:
             buffers[name] = torch.empty(numel, dtype=torch.float32)
         for start in range(0, numel, CHUNK_BYTES // 4):

