@@ -237,6 +237,10 @@ def train_synthetic(ranks: Any, folder: Path, **changes: Any) -> Any:
     from foldfeed.trainer.launch import prepare_numerics, train
 
     quirks = {name: changes.pop(name) for name in QUIRKS if name in changes}
+    if "NODE" in (memory := changes.get("snapshots", {}).get("memory", "")):
+        # Two ranks a node, each with a memory of its own.
+        memory = memory.replace("NODE", str(ranks.rank // 2))
+        changes["snapshots"] = {**changes["snapshots"], "memory": memory}
     config = tiny_config(folder, **changes)
     prepare_numerics(config)
     if quirks.get("fill_memory"):
@@ -429,6 +433,7 @@ def replica_mismatch(ranks: Any, folder: Path) -> Any:
     from foldfeed.trainer.metrics import Metrics
     from foldfeed.trainer.snapshot import SnapshotFolder
     from foldfeed.trainer.task import load_task
+    from foldfeed.trainer.tiers import Saver
 
     config = tiny_config(folder)
     source = SyntheticSource(config.data, config.seed, ranks, {})
@@ -436,11 +441,13 @@ def replica_mismatch(ranks: Any, folder: Path) -> Any:
     trainer = Trainer(config, ranks, source, metrics, load_task(config))
     trainer.train_step(next(iter(source)), 0.0)
     snapshots = SnapshotFolder(folder / "desync", keep=1)
+    saver = Saver(snapshots, None, ranks, config.snapshots)
     if ranks.rank == 1:
         bits = trainer.flat.params.numpy().view("int32")
         bits[5] ^= 1
     try:
-        trainer.save(snapshots, {})
+        trainer._begin_snapshot(saver, {}, 0.0, memory=False, disk=True)
+        trainer._end_snapshot()
     except ReplicaMismatchError as error:
         return [list(error.odd_ranks), snapshots.steps()]
     finally:

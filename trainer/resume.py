@@ -163,9 +163,8 @@ def _spread(
             received = part if sum(takes) else torch.empty(0)
             with ranks.guard(phase):
                 ranks.control.all_to_all(received, sent, takes, gives)
-    wrong = [
-        name for name in BUFFERS if f"{checksum(buffers[name]):08x}" != manifest["buffers"][name]["crc32c"]
-    ]
+    sums = {name: f"{checksum(buffer):08x}" for name, buffer in buffers.items()}
+    wrong = [name for name, found in sums.items() if found != manifest["buffers"][name]["crc32c"]]
     if wrong:
         return None, f"{', '.join(wrong)} failed their crc32c on the way"
     return Generation(path=path, manifest=manifest, buffers=buffers), ""

@@ -4,9 +4,11 @@
                                              +--> a copy --thread--> OUTPUT/snapshots/step-*
                                                                          +--thread--> a URL (mirror.py)
 
-The training loop pays for the checksums, the comparison and one copy. Each tier has its own copy and its own
-thread, so a slow disk never holds the memory tier up; a tier that is still writing when its next snapshot is
-due makes the loop wait. The memory tier survives the death of processes, not that of the machine; two
+Nothing changes the state between two updates, so it is summed up and copied by a thread while the next step
+computes (`Saver.stage`); the comparison is made at that step's commit point. The training loop pays for it,
+and for what the thread then still has to do. Each tier has its own copy and its own thread that writes, so a
+slow disk never holds the memory tier up; a tier that is still writing when its next snapshot is due makes the
+loop wait. The memory tier survives the death of processes, not that of the machine; two
 generations lie there, and the older one's files are written over, so one is whole at any moment. All ranks
 hold the same state, so every machine writes a whole copy without any traffic, and after the loss of a machine
 (or damage in its memory) its successor gets the generation from the memory of another one (resume.py).
@@ -23,6 +25,7 @@ import dataclasses
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -36,7 +39,7 @@ from foldfeed.trainer.errors import SnapshotError
 from foldfeed.trainer.interval import Interval
 from foldfeed.trainer.mirror import Mirror
 from foldfeed.trainer.ranks import Ranks
-from foldfeed.trainer.snapshot import SnapshotFolder
+from foldfeed.trainer.snapshot import SnapshotFolder, sum_and_copy
 
 # A double buffer: one generation stays whole while the other is written over.
 MEMORY_GENERATIONS = 2
@@ -49,12 +52,13 @@ class Capture:
 
     Attributes:
       manifest: JSON-able; has ``step``.
-      buffers: fp32 (numel,) on the CPU, by name; they may alias memory that the next step changes.
+      buffers: fp32 (numel,) on the CPU, by name; they may alias memory that the next step changes. None when
+        the tiers hold copies already (`Saver.stage`).
       checksums: crc32c of each, taken from these buffers.
     """
 
     manifest: Mapping[str, Any]
-    buffers: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor] | None
     checksums: Mapping[str, int]
 
 
@@ -123,6 +127,8 @@ class Lane:
         self.folder = folder
         self._name = name
         self._after = after
+        # Seconds that the last write took.
+        self.write_s = 0.0
         self._copy: dict[str, torch.Tensor] = {}
         self._result: Future[Path] | None = None
         self._thread: threading.Thread | None = None
@@ -134,17 +140,21 @@ class Lane:
             return None
         return self._result.exception()
 
+    def room(self, name: str, buffer: torch.Tensor) -> torch.Tensor:
+        """Returns where the copy of a buffer goes; nothing may be under way."""
+        if name not in self._copy:
+            self._copy[name] = torch.empty_like(buffer, device="cpu")
+        return self._copy[name]
+
     def submit(self, capture: Capture) -> None:
-        """Copies the state and starts to write it; waits for the write before.
+        """Copies the state, if that is not done, and starts to write it; waits for the write before.
 
         Raises:
           StorageFullError, SnapshotError, LeaseLostError: of the write before.
         """
         self.wait()
-        for name, buffer in capture.buffers.items():
-            if name not in self._copy:
-                self._copy[name] = torch.empty_like(buffer, device="cpu")
-            self._copy[name].copy_(buffer)
+        for name, buffer in (capture.buffers or {}).items():
+            self.room(name, buffer).copy_(buffer)
         result: Future[Path] = Future()
         self._result = result
         self._thread = threading.Thread(
@@ -153,8 +163,10 @@ class Lane:
         self._thread.start()
 
     def _write(self, capture: Capture, result: Future[Path]) -> None:
+        started = time.monotonic()
         try:
             path = self.folder.write(capture.manifest, self._copy, capture.checksums)
+            self.write_s = time.monotonic() - started
             self._after(path)
         except BaseException as error:  # noqa: BLE001 - kept whole, raised by wait()
             result.set_exception(error)
@@ -211,6 +223,8 @@ class Saver:
         self.disk = disk
         self._ranks = ranks
         self._memory_on = memory is not None
+        # Seconds that staging and writing took in the background.
+        self._busy_s = 0.0
         if before is not None:
             # A moment: what is left of a write in memory is swept away below.
             before.settle_memory()
@@ -246,6 +260,40 @@ class Saver:
     def due(self, step: int) -> tuple[bool, bool]:
         """Returns whether a snapshot belongs after ``step`` steps: in memory, on disk. Equal on all ranks."""
         return self._memory_on and self._in_memory.is_due(step), self._on_disk.is_due(step)
+
+    def stage(
+        self, state: Callable[[], Mapping[str, torch.Tensor]], *, memory: bool, disk: bool
+    ) -> Future[Mapping[str, int]]:
+        """Starts to sum the state up and to copy it for the tiers that this rank writes.
+
+        Args:
+          state: gives buffers as in `Capture`; they must stay as they are until it is done.
+          memory: whether the copy is for memory.
+          disk: whether it is for the disk.
+        Returns: crc32c by name, later.
+        """
+        chosen = ((self._memory, memory), (self._disk if self._ranks.is_first else None, disk))
+        lanes = [lane for lane, wanted in chosen if lane is not None and wanted]
+        found: Future[Mapping[str, int]] = Future()
+
+        def work() -> None:
+            started = time.monotonic()
+            try:
+                for lane in lanes:
+                    # It reads the copy; what it met is raised by `save`.
+                    lane.close()
+                sums = {
+                    name: sum_and_copy(buffer, [lane.room(name, buffer) for lane in lanes])
+                    for name, buffer in state().items()
+                }
+                self._busy_s = time.monotonic() - started + sum(lane.write_s for lane in lanes)
+            except BaseException as error:  # noqa: BLE001 - kept whole, raised by result()
+                found.set_exception(error)
+            else:
+                found.set_result(sums)
+
+        threading.Thread(target=work, name="foldfeed-stage").start()
+        return found
 
     def save(self, capture: Capture, *, memory: bool, disk: bool) -> None:
         """Starts to write a captured state.
@@ -289,8 +337,8 @@ class Saver:
         interval = self._on_disk if disk else self._in_memory
         if not interval.chosen:
             return
-        rows = self._ranks.gather_floats([cost_s, step_s], "the cost of a snapshot")
-        interval.learn(max(row[0] for row in rows), max(row[1] for row in rows))
+        rows = self._ranks.gather_floats([cost_s, step_s, self._busy_s], "the cost of a snapshot")
+        interval.learn(*(max(column) for column in zip(*rows, strict=True)))
 
     @property
     def failed(self) -> bool:
