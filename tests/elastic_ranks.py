@@ -257,6 +257,7 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
     if nodes := scenario.get("nodes"):
         memory = folder / f"memory{nodes[number]}"
         memory.mkdir(exist_ok=True)
+        os.environ["FOLDFEED_PLACE"] = f"region/switch{nodes[number]}/{number}"
         changes["snapshots"] = {**changes.get("snapshots", {}), "memory": str(memory)}
     config = tiny_config(folder, steps=scenario["steps"], **changes)
     prepare_numerics(config)

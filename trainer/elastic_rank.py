@@ -71,6 +71,7 @@ from foldfeed.trainer.source import Source
 from foldfeed.trainer.task import Task, load_task
 from foldfeed.trainer.task import identity as run_identity
 from foldfeed.trainer.tiers import Saver, memory_folder
+from foldfeed.trainer.topology import own_place
 from foldfeed.trainer.transfer import nccl_groups, transfer
 from foldfeed.trainer.watch import StackWatch
 from foldfeed.trainer.wire import Channel, MeshGroup
@@ -156,6 +157,7 @@ class ElasticRank:
         )
         self.meters = source.meters
         self.trainer = Trainer(config, alone, source.batches, self.metrics, task, held_out, source.meters)
+        self.trainer.check_peers = self._check_peers
         self.trainer.invites = lambda: self.membership is not None and self.membership.invites()
         self.lease = Lease(self.output, config.lease_s, self.metrics.say)
         settings = run_identity(config, task)
@@ -175,6 +177,7 @@ class ElasticRank:
         # The states since the last snapshot are not to be trusted.
         self._doubt = False
         self._was_odd = False
+        self._place = own_place()
         self._begins = False
         self._fruitless = 0
         self._phases: dict[str, float] = {}
@@ -230,6 +233,11 @@ class ElasticRank:
                     ) from error
                 view = self._regroup(error)
         return None
+
+    def _check_peers(self) -> None:
+        """Ends a step that cannot be completed before its next shard is computed."""
+        if self.membership is not None and (reason := self.membership.ending.reason):
+            raise CommunicationError(self.trainer.ranks.rank, "a step", reason)
 
     def _distrust(self, error: ReplicaMismatchError) -> None:
         """Gives the states since the last snapshot up, after a vote on them that was not unanimous."""
@@ -385,7 +393,9 @@ class ElasticRank:
             # A start; or those who had the state are gone, and those who came for it are left.
             self._restore(ranks)
             rows = self._compare(ranks)
-        row = transfer(state, self.trainer, [row["small"] for row in rows], ranks)
+        row = transfer(
+            state, self.trainer, [row["small"] for row in rows], [row["place"] for row in rows], ranks
+        )
         donor = rows[row]
         self._has_state, self._doubt = True, False
         self.header["run_id"] = donor["run_id"]
@@ -477,6 +487,7 @@ class ElasticRank:
             "lease": self.lease.token,
             "last": self.metrics.last,
             "doubt": self._doubt,
+            "place": self._place,
         }
         rows = ranks.gather_json(mine, "the meeting of the ranks")
         right = max(rows, key=lambda row: int(row["small"]["step"] >= 0))["settings"]

@@ -76,6 +76,7 @@ class Trainer:
       num_skipped: steps skipped so far.
       saved: completed steps of the newest snapshot on disk, as far as this rank knows.
       stop_requested: set it (from a signal handler) to stop at the next commit point.
+      check_peers: called before each virtual shard; raises CommunicationError when the step is in vain.
       invites: asked at each commit point whether the ranks should meet anew.
     """
 
@@ -116,6 +117,7 @@ class Trainer:
         self.num_skipped = 0
         self.saved = 0
         self.stop_requested = False
+        self.check_peers: Callable[[], None] = lambda: None
         self.invites: Callable[[], bool] = lambda: False
         # A snapshot under way: its checksums, and what ends it.
         self._staged: Future[Mapping[str, int]] | None = None
@@ -290,6 +292,7 @@ class Trainer:
         started = time.perf_counter()
         self.reducer.begin()
         for shard in batch.shards:
+            self.check_peers()
             with self.reducer.shard(shard.v):
                 seed_shard(self.config.seed, batch.step, shard.v)
                 loss = self.task.loss(self._forward, shard.features)

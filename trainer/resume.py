@@ -29,6 +29,7 @@ from foldfeed.trainer.snapshot import (
     checksum,
     read_generation,
 )
+from foldfeed.trainer.topology import own_place, pair_up
 
 # Settings of NCCL that change the order of its sums.
 NCCL_SETTINGS = ("NCCL_ALGO", "NCCL_PROTO", "NCCL_NVLS_ENABLE")
@@ -145,8 +146,8 @@ def _spread(
     Returns: the generation; or None and what is wrong with what came.
     """
     takers = [rank for rank in range(ranks.world) if rank not in holders]
-    pairs = {taker: holders[number % len(holders)] for number, taker in enumerate(takers)}
     phase = f"sending {path.name} from memory"
+    pairs = pair_up(takers, holders, ranks.gather_json(own_place(), phase))
     text = json.dumps(mine.manifest if ranks.rank == holders[0] and mine else {})
     manifest: dict[str, Any] = json.loads(ranks.gather_bytes(text.encode(), phase)[holders[0]])
     buffers = dict(mine.buffers) if mine else {}

@@ -15,19 +15,26 @@ from foldfeed.trainer.errors import CommunicationError
 from foldfeed.trainer.loop import Trainer
 from foldfeed.trainer.ranks import Group, Ranks, TorchGroup
 from foldfeed.trainer.snapshot import extend_checksum
+from foldfeed.trainer.topology import pair_up
 from foldfeed.trainer.wire import Channel, raw
 
 # Of a buffer, between two looks at the checksum: 8 MiB, which a socket's buffers hold about.
 PART_NUMEL = 1 << 21
 
 
-def transfer(channel: Channel, trainer: Trainer, states: Sequence[Mapping[str, int]], ranks: Ranks) -> int:
+def transfer(
+    channel: Channel,
+    trainer: Trainer,
+    states: Sequence[Mapping[str, int]],
+    places: Sequence[Sequence[str]],
+    ranks: Ranks,
+) -> int:
     """Brings every rank to the furthest one's step; returns a rank that had it.
 
-    Each rank that is behind gets parameters and moments from one that is not, all at once over different
-    connections: raw bytes, then their crc32c, taken from the giver's memory. Both sides sum a part up while
-    the next one is on its way. A rank that has a state keeps it until all was checked, so a giver that dies
-    leaves it as it was.
+    Each rank that is behind gets parameters and moments from the nearest one that is not, all at once over
+    different connections: raw bytes, then their crc32c, taken from the giver's memory. Both sides sum a part
+    up while the next one is on its way. A rank that has a state keeps it until all was checked, so a giver
+    that dies leaves it as it was.
 
     Raises:
       CommunicationError: a peer died, or the bytes that came are not those that were sent.
@@ -35,7 +42,7 @@ def transfer(channel: Channel, trainer: Trainer, states: Sequence[Mapping[str, i
     steps = [state["step"] for state in states]
     givers = [rank for rank, step in enumerate(steps) if step == max(steps)]
     takers = [rank for rank, step in enumerate(steps) if step < max(steps)]
-    pairs = {taker: givers[number % len(givers)] for number, taker in enumerate(takers)}
+    pairs = pair_up(takers, givers, places)
     mine = [taker for taker, giver in pairs.items() if giver == ranks.rank]
     with ranks.guard("the transfer of the state"):
         if mine:
@@ -53,6 +60,7 @@ def transfer(channel: Channel, trainer: Trainer, states: Sequence[Mapping[str, i
                     ranks.rank, "the transfer of the state", f"crc32c of rank {giver}'s state differs."
                 )
             trainer.take_over(fresh, states[giver])
+            print(f"rank {ranks.rank} got the state of step {trainer.step} from rank {giver}", flush=True)
     return givers[0]
 
 
