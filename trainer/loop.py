@@ -121,8 +121,7 @@ class Trainer:
         self.invites: Callable[[], bool] = lambda: False
         # A snapshot under way: its checksums, and what ends it.
         self._staged: Future[Mapping[str, int]] | None = None
-        self._conclude: Callable[[Mapping[str, int]], None]
-        self._learn: Callable[[float], None]
+        self._conclude: Callable[[Mapping[str, int], float], None]
         self._stall_s = 0.0
         self._not_finite_since = 0
         # The last step that looked at held-out records; a snapshot is taken after its step's look.
@@ -421,17 +420,17 @@ class Trainer:
             "loader": self.source.state_dict(),
         }
 
-        def conclude(checksums: Mapping[str, int]) -> None:
+        def conclude(checksums: Mapping[str, int], started: float) -> None:
             digest = _digest(checksums)
             self.ranks.require_equal(digest, f"parameters and moments after step {step}")
             named = {**manifest, "replica_digest": digest.hex()}
             saver.save(Capture(manifest=named, buffers=None, checksums=checksums), memory=memory, disk=disk)
             self.saved = step if disk else self.saved
+            self._stall_s = time.perf_counter() - started
+            if step_s:
+                saver.learn(self._stall_s, step_s, disk=disk)
 
-        def learn(stall_s: float) -> None:
-            saver.learn(stall_s, step_s, disk=disk)
-
-        self._conclude, self._learn = conclude, learn if step_s else lambda stall_s: None
+        self._conclude = conclude
         self._staged = saver.stage(self.host_buffers, memory=memory, disk=disk)
 
     def _end_snapshot(self) -> None:
@@ -445,9 +444,7 @@ class Trainer:
             return
         started = time.perf_counter()
         checksums, self._staged = self._staged.result(), None
-        self._conclude(checksums)
-        self._stall_s = time.perf_counter() - started
-        self._learn(self._stall_s)
+        self._conclude(checksums, started)
 
     def restore(self, generation: Generation) -> None:
         """Continues from a validated generation; the next step is its ``step``."""
