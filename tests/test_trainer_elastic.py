@@ -122,7 +122,7 @@ def test_a_rank_whose_link_is_cut_is_left_out_and_comes_back(nursery: Nursery, u
 def test_all_ranks_die_and_their_replacements_go_on_from_the_snapshot(
     nursery: Nursery, undisturbed: str
 ) -> None:
-    faults = [fault(number, 6, "forward") for number in range(2)]
+    faults = [fault(number, 7, "forward") for number in range(2)]
     found = nursery.run(ranks=2, steps=STEPS, respawns=2, faults=faults)
     members = check(found, undisturbed, [-9, -9, 0, 0])
     assert {number for view in members for number in view} <= {2, 3}
@@ -133,7 +133,9 @@ def test_all_ranks_die_and_their_replacements_go_on_from_the_snapshot(
 def test_a_rank_whose_memory_went_bad_is_named_and_all_go_back(nursery: Nursery, undisturbed: str) -> None:
     """The bit is in all sums since step 5; at step 8 the ranks compare. The second time the rank leaves."""
     faults = [fault(1, 5, "forward", "FLIP"), fault(1, 9, "optimizer", "FLIP")]
-    found = nursery.run(ranks=3, steps=STEPS, faults=faults)
+    # What a run was told to start from does not hold when it goes back by itself.
+    config = {"snapshots": {"resume": "none"}}
+    found = nursery.run(ranks=3, steps=STEPS, faults=faults, config=config)
     members = check(found, undisturbed, [0, 1, 0], goes_back=True)
     odd = members[1].index(1)
     for step in (8, 12):

@@ -320,7 +320,9 @@ class ElasticRank:
         if self.saver is not None:
             self.saver.settle_memory()
         self.trainer.begin_again(ranks)
-        launch.continue_run(self.trainer, folder, memory, self.header)
+        begun = self.plan.refounds or ranks.generation > 1
+        begun = ranks.gather_json(begun, "the choice of a snapshot")[0]
+        launch.continue_run(self.trainer, folder, memory, self.header, begun=begun)
         self.ledger.mark(RESTORE)
         self._has_state = True
         if self._begins:

@@ -122,7 +122,8 @@ class Membership:
         if kind in ("over", "report") and peer.uid in self.view.uids:
             self._over = max(self._over, int(message["generation"]))
             if self._over == self.view.generation:
-                self._end(f"rank {self.view.uids.index(peer.uid)} left it", 0.0)
+                silent_s = float(message.get("silent_s", 0.0))
+                self._end(f"rank {self.view.uids.index(peer.uid)} left it", silent_s)
         if kind != "beat":
             self._peers.lock.notify_all()
 
@@ -139,7 +140,7 @@ class Membership:
         self.ending = Ending(reason=reason, noticed=time.monotonic(), silent_s=silent_s)
         for channel in self._channels:
             channel.abort(reason)
-        self._peers.broadcast({"kind": "over", "generation": self.view.generation})
+        self._peers.broadcast({"kind": "over", "generation": self.view.generation, "silent_s": silent_s})
         self._peers.lock.notify_all()
 
     # ---------------------------------------------------------------- the main thread's calls
