@@ -5,23 +5,25 @@ amid their steps. Elastic: the others go on, a spare that stands by joins them. 
 all ranks, which import torch and read the last snapshot. Times come from the run's ledger, which the first
 rank writes after the first collective of a generation (of a start), and after each step.
 
-Then: how fast a state goes to a rank that joins, against bare sockets on the same way (loopback).
+Then: the same budget for 4, 8 and 16 ranks that sleep most of the time, so that few cores do; and how fast a
+state goes to a rank that joins, against bare sockets on the same way (loopback, a shaped link).
 
-Run: python bench/trainer_recovery.py --store STORE [--ranks 4] [--kills 3] [--parameters 31000000]
+Run: python bench/trainer_recovery.py --store STORE [--ranks 4] [--kills 3] [--worlds 4,8,16] [--mbit 1000]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +31,19 @@ from pathlib import Path
 import torch
 from rows import emit
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from elastic_ranks import Nursery
+
 from foldfeed.trainer.elastic import Launcher, Plan
+from foldfeed.trainer.network import Network
 from foldfeed.trainer.prove import SETTINGS, members_of
-from foldfeed.trainer.snapshot import BUFFERS, checksum
+from foldfeed.trainer.snapshot import BUFFERS
+from foldfeed.trainer.transfer import _move
 from foldfeed.trainer.wire import Channel, raw
 
+PHASES = ("detect_s", "stop_s", "agree_s", "form_s", "transfer_s")
+TRANSFER_PORT = 47_321
 POLL_S = 0.005
 LIMIT_S = 300.0
 
@@ -130,57 +140,138 @@ def torchrun(store: str, ranks: int, folder: Path) -> tuple[float, float]:
             process.wait()
 
 
-def connected() -> tuple[socket.socket, socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        one = socket.create_connection(listener.getsockname())
-        other, _ = listener.accept()
-    return one, other
+def rate(way: str, parameters: int, spaces: list[str], address: str) -> dict[str, float]:
+    """Returns GB/s, and CPU seconds of the busier side, of a state that goes from one process to another.
 
-
-def both(one: Callable[[], object], other: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    thread = threading.Thread(target=one)
-    thread.start()
-    other()
-    thread.join()
-    return time.perf_counter() - started
-
-
-def transfer_rates(parameters: int, rounds: int = 3) -> dict[str, float]:
-    """Returns GB/s of a state: by bare sockets, by our channel, and with checksums at both ends."""
+    Args:
+      way: ``bare`` (sendall, recv_into) or ``checked`` (the trainer's transfer with checksums).
+      parameters: three buffers of so many.
+      spaces: network namespaces of giver and taker; none for loopback.
+      address: of the giver.
+    """
     state = {name: torch.randn(parameters) for name in BUFFERS}
-    fresh = {name: torch.zeros(parameters) for name in BUFFERS}
-    views, targets = [raw(state[name]) for name in BUFFERS], [raw(fresh[name]) for name in BUFFERS]
-    total = sum(len(view) for view in views)
-    seconds: dict[str, list[float]] = {"bare": [], "channel": [], "checked": []}
-    for _ in range(rounds):
-        one, other = connected()
+    reader, writer = os.pipe()
+    children = []
+    for side in range(2):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        try:
+            os.write(writer, transfer_side(way, side, state, spaces, address))
+        finally:
+            os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    found = [struct.unpack("dd", os.read(reader, 16)) for _ in children]
+    os.close(reader)
+    os.close(writer)
+    seconds, cpu_s = (max(column) for column in zip(*found, strict=True))
+    return {"gb_per_s": 12 * parameters / seconds / 1e9, "cpu_s": cpu_s}
 
-        def receive(other: socket.socket = other) -> None:
-            for target in targets:
-                left = target
-                while len(left):
-                    left = left[other.recv_into(left) :]
 
-        def send(one: socket.socket = one) -> None:
-            for view in views:
-                one.sendall(view)
+def transfer_side(
+    way: str, side: int, state: dict[str, torch.Tensor], spaces: list[str], address: str
+) -> bytes:
+    """Gives (0) or takes (1) the state; returns its seconds and CPU seconds."""
+    if spaces:
+        space = os.open(f"/run/netns/{spaces[side]}", os.O_RDONLY)
+        os.setns(space, os.CLONE_NEWNET)
+    if side == 0:
+        with socket.create_server((address, TRANSFER_PORT)) as listener:
+            connection, _ = listener.accept()
+    else:
+        state = {name: torch.zeros_like(buffer) for name, buffer in state.items()}
+        while True:
+            try:
+                connection = socket.create_connection((address, TRANSFER_PORT))
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+        connection.sendall(b"x")
+    if side == 0:
+        connection.recv(1)
+    started, cpu = time.perf_counter(), time.process_time()
+    if way == "checked":
+        channel = Channel(side, {1 - side: connection}, LIMIT_S)
+        assert _move(channel, state, sends=[1]) if side == 0 else _move(channel, state, receives=0)
+    else:
+        for buffer in state.values():
+            left = raw(buffer)
+            if side == 0:
+                connection.sendall(left)
+            while side and len(left):
+                left = left[connection.recv_into(left) :]
+    return struct.pack("dd", time.perf_counter() - started, time.process_time() - cpu)
 
-        seconds["bare"].append(both(send, receive))
-        giver, taker = Channel(0, {1: one}, 60.0), Channel(1, {0: other}, 60.0)
-        spent = both(lambda g=giver: g.exchange({1: views}, {}), lambda t=taker: t.exchange({}, {0: targets}))  # type: ignore[misc]
-        seconds["channel"].append(spent)
-        started = time.perf_counter()
-        assert [checksum(state[name]) for name in BUFFERS] == [checksum(fresh[name]) for name in BUFFERS]
-        seconds["checked"].append(spent + time.perf_counter() - started)
-        giver.close()
-        taker.close()
-    rates = {f"state_{name}_gb_per_s": total / min(values) / 1e9 for name, values in seconds.items()}
-    return {
-        **rates,
-        "state_gb": total / 1e9,
-        "channel_of_bare": min(seconds["bare"]) / min(seconds["channel"]),
-    }
+
+def transfer_rates(parameters: int, mbit: int, rounds: int = 3) -> dict[str, float]:
+    """Returns the rates of loopback and, if asked for, of a shaped link; best of the rounds."""
+    results: dict[str, float] = {"state_gb": 12 * parameters / 1e9}
+    with contextlib.ExitStack() as stack:
+        links: dict[str, tuple[list[str], str]] = {"loopback": ([], "127.0.0.1")}
+        if mbit:
+            network = stack.enter_context(Network(2))
+            names = [network.names(slot) for slot in range(2)]
+            links[f"{mbit}mbit"] = [name[0] for name in names], names[0][1]
+            shape = ["tbf", "rate", f"{mbit}mbit", "burst", "512kb", "latency", "200ms"]
+            for space, _, _ in names:
+                command = ["ip", "netns", "exec", space, "tc", "qdisc", "add", "dev", "eth0", "root", *shape]
+                subprocess.run(command, check=True)
+        for link, (spaces, address) in links.items():
+            best = {
+                way: [rate(way, parameters, spaces, address) for _ in range(rounds)]
+                for way in ("bare", "checked")
+            }
+            for way, found in best.items():
+                results[f"{link}_{way}_gb_per_s"] = max(one["gb_per_s"] for one in found)
+                results[f"{link}_{way}_cpu_s"] = min(one["cpu_s"] for one in found)
+            for what, sign in (("gb_per_s", 1), ("cpu_s", -1)):
+                ratio = results[f"{link}_checked_{what}"] / results[f"{link}_bare_{what}"]
+                results[f"{link}_checked_of_bare_by_{what}"] = ratio**sign
+    return results
+
+
+def budget(world: int, folder: Path, kills: int = 3) -> dict[str, float]:
+    """Returns medians over kills of an elastic run whose ranks sleep most of the time: cores are free.
+
+    ``unseen_s`` goes by before the first rank notices: the kernel takes the dead process apart.
+    """
+    victims = [1, 0, 2][:kills]
+    faults = [
+        {"rank": rank, "step": 3 + 2 * number, "phase": "forward", "signal": "KILL"}
+        for number, rank in enumerate(victims)
+    ]
+    with Nursery(folder / f"world{world}") as nursery:
+        found = nursery.run(
+            ranks=world,
+            steps=4 + 2 * kills,
+            faults=faults,
+            pause_s=1.0,
+            limit_s=LIMIT_S,
+            wait_s=LIMIT_S,
+            config={"data": {"global_batch": 16}},
+        )
+    phases: dict[str, list[float]] = {}
+    for struck in found["struck"]:
+        after = [line for line in found["ledger"] if line["time"] > struck["time"]]
+        regroup = next(line for line in after if line["event"] == "regroup")
+        step = next(line for line in after if line["event"] == "step" and line["time"] > regroup["time"])
+        total = regroup["time"] - struck["time"]
+        known = {name: regroup[name] for name in PHASES}
+        # Asleep, or amid a shard: a rank stops when it looks.
+        slept = known.pop("stop_s")
+        known |= {
+            "stop_s": slept,
+            "unseen_s": total - sum(known.values()) - slept + known["detect_s"],
+            "protocol_s": sum(regroup[name] for name in ("agree_s", "form_s", "transfer_s")),
+            "to_first_collective_s": total,
+            "without_stop_s": total - slept,
+            "rerun_s": step["time"] - regroup["time"],
+        }
+        for name, seconds in known.items():
+            phases.setdefault(name, []).append(seconds)
+    return {f"world{world}_{name}": statistics.median(values) for name, values in phases.items()}
 
 
 def main() -> None:
@@ -190,18 +281,22 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--parameters", type=int, default=31_000_000, help="of the state that is transferred")
+    parser.add_argument("--mbit", type=int, default=0, help="of a shaped link, needs root; 0 for none")
+    parser.add_argument("--worlds", default="4,8,16", help="ranks of the runs that mostly sleep")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "results/trainer_recovery.jsonl"
     )
     arguments = parser.parse_args()
-    results = transfer_rates(arguments.parameters)
+    results = transfer_rates(arguments.parameters, arguments.mbit)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        for world in (int(text) for text in arguments.worlds.split(",") if text):
+            results |= budget(world, folder)
         ours = elastic(arguments.store, arguments.ranks, arguments.kills, folder)
         budgets = [line for line in ledger_lines(folder / "elastic") if "detect_s" in line]
         first, step = torchrun(arguments.store, arguments.ranks, folder)
     deaths = [line for line in budgets if int(str(line["world"])) < arguments.ranks]
-    for name in ("detect_s", "stop_s", "agree_s", "form_s", "transfer_s"):
+    for name in PHASES:
         results[f"elastic_{name}"] = statistics.median(float(str(line[name])) for line in deaths)
     results |= {
         "elastic_to_first_collective_s": statistics.median(times[0] for times in ours),

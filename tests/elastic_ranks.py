@@ -8,15 +8,18 @@ continued after `AWAY_S`. The ranks are the trainer's own `ElasticRank` over the
 
 A fault {"phase": P, "step": K, "signal": S, "rank": R} strikes the process that was started R-th: at the
 first time that its step is at least K and it is at P, one of `PHASES`. Ranks that are started later, as
-replacements, are counted on.
+replacements, are counted on. Two signals are none: FLIP changes a bit of the process's parameters, CUT takes
+its link away for `AWAY_S`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +41,7 @@ PHASES = {
     "applied": ("optimizer", "FlatAdamW.step", "after"),
     "snapshot": ("snapshot", "SnapshotFolder.write", "before"),
     "publish": ("snapshot", "SnapshotFolder._retire", "before"),
+    "published": ("snapshot", "SnapshotFolder.write", "after"),
     "agree": ("agreement", "FolderRegister.claim", "before"),
     "agreed": ("agreement", "FolderRegister.claim", "after"),
     "connect": ("membership", "Membership.connect", "before"),
@@ -98,14 +102,19 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
       folder: of the run.
       scenario: ``ranks``, ``steps``; ``faults``, a list; ``respawns``, ``joins`` (steps after which one more
         rank is started), ``max_ranks``, ``limit_s``, ``config`` (changes of `tiny_config`), ``pause_s``;
-        ``folder`` of an earlier run to go on with.
+        ``places``, of each process: its network namespace, address and port of the bridge (network.py);
+        ``nodes``, of each process, whose snapshots in memory are theirs alone; ``folder`` of an earlier run
+        to go on with, ``lost`` nodes of it.
     """
+    for node in scenario.get("lost", ()):
+        shutil.rmtree(folder / f"memory{node}")
     limit = time.monotonic() + scenario.get("limit_s", 60.0)
     respawns, joins = scenario.get("respawns", 0), sorted(scenario.get("joins", ()))
     joined = 0
     pids: dict[int, int] = {}
     codes: dict[int, int] = {}
     stopped: dict[int, float] = {}
+    cut: dict[int, float] = {}
     for number in range(scenario["ranks"]):
         pids[number] = fork_rank(folder, scenario, number)
     try:
@@ -127,14 +136,30 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
                 if time.monotonic() - since > AWAY_S:
                     del stopped[number]
                     os.kill(pids[number], signal.SIGCONT)
+            for path in folder.glob("cut-*"):
+                number = int(path.name.removeprefix("cut-"))
+                if number not in cut:
+                    set_link(scenario["places"][number], "down")
+                    cut[number] = time.monotonic()
+                elif time.monotonic() - cut[number] > AWAY_S:
+                    set_link(scenario["places"][number], "up")
+                    path.unlink()
             time.sleep(0.002)
     finally:
+        for path in folder.glob("cut-*"):
+            set_link(scenario["places"][int(path.name.removeprefix("cut-"))], "up")
+            path.unlink()
         for number, pid in pids.items():
             if number not in codes:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
     numbers = {pid: number for number, pid in pids.items()}
     return {"codes": [codes[number] for number in sorted(codes)], **results(folder, numbers)}
+
+
+def set_link(place: Sequence[str], state: str) -> None:
+    """Cuts or heals the link of a network namespace, at the bridge's end of it."""
+    subprocess.run(["ip", "link", "set", place[2], state], check=True)
 
 
 def reaped(pid: int, stopped: dict[int, float], number: int) -> int | None:
@@ -176,6 +201,15 @@ def final_digest(folder: Path) -> str:
     return (
         f"{weights} {hashlib.sha256(average.read_bytes()).hexdigest()}" if average.exists() else str(weights)
     )
+
+
+def ledger_error(ledger: Sequence[dict[str, Any]]) -> float:
+    """Returns by what share the parts of a ledger, and the gaps between its lines, miss the wall time."""
+    parts = sum(sum(line["parts"].values()) for line in ledger)
+    for before, line in itertools.pairwise(ledger):
+        parts += max(0.0, line["began"] - before["time"]) if "began" in line else 0.0
+    wall = ledger[-1]["time"] - ledger[0]["began"]
+    return float(abs(parts - wall) / wall)
 
 
 def tail(folder: Path) -> str:
@@ -221,10 +255,21 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
     from foldfeed.trainer.source import Source
     from foldfeed.trainer.task import load_task
 
+    host = "127.0.0.1"
+    if places := scenario.get("places"):
+        host = places[number][1]
+        space = os.open(f"/run/netns/{places[number][0]}", os.O_RDONLY)
+        os.setns(space, os.CLONE_NEWNET)
+        os.close(space)
     print(f"---- process {number} is {os.getpid()} at {time.time():.3f}", flush=True)
     founds = number == 0
     # The average of the weights is a part of the state that travels.
     changes = {"optimizer": {"ema_decay": 0.9}, **scenario.get("config", {})}
+    if nodes := scenario.get("nodes"):
+        memory = folder / f"memory{nodes[number]}"
+        memory.mkdir(exist_ok=True)
+        os.environ["FOLDFEED_PLACE"] = f"region/switch{nodes[number]}/{number}"
+        changes["snapshots"] = {**changes.get("snapshots", {}), "memory": str(memory)}
     config = tiny_config(folder, steps=scenario["steps"], **changes)
     prepare_numerics(config)
     plan = Plan(
@@ -232,6 +277,7 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
         refounds=number >= scenario["ranks"],
         ranks=scenario["ranks"],
         max_ranks=scenario.get("max_ranks", 0),
+        host=host,
         silent_s=scenario.get("silent_s", 2.0),
         wait_s=scenario.get("wait_s", 30.0),
     )
@@ -241,7 +287,7 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
     rank = ElasticRank(config, plan, alone, Source(source, "f" * 16), load_task(config), None, ledger)
     for fault in scenario.get("faults", ()):
         if fault["rank"] == number:
-            set_trap(rank, fault)
+            set_trap(rank, fault, folder / f"cut-{number}")
     try:
         rank.train()
     except TrainerError as error:
@@ -266,8 +312,8 @@ def divisible_source(config: Any, pause_s: float) -> Any:
     return Source(config.data, config.seed, alone, {"pause_s": pause_s})
 
 
-def set_trap(rank: Any, fault: dict[str, Any]) -> None:
-    """Makes this process kill or stop itself at a phase; see the module docstring."""
+def set_trap(rank: Any, fault: dict[str, Any], cut: Path) -> None:
+    """Makes this process kill, stop or cut off itself at a phase; see the module docstring."""
     import importlib
 
     module_name, path, when = PHASES[fault["phase"]]
@@ -284,8 +330,14 @@ def set_trap(rank: Any, fault: dict[str, Any]) -> None:
         ready = rank.membership is not None and rank.membership.view.generation >= 1
         if armed[0] and ready and rank.trainer.step >= fault["step"]:
             armed[0] = False
-            os.write(1, b"STRUCK " + json.dumps(fault).encode() + b"\n")
-            os.kill(os.getpid(), getattr(signal, f"SIG{fault['signal']}"))
+            struck = {**fault, "time": time.time()}
+            os.write(1, b"STRUCK " + json.dumps(struck).encode() + b"\n")
+            if fault["signal"] == "FLIP":
+                rank.trainer.flat.params.numpy().view("int32")[5] ^= 1 << 20
+            elif fault["signal"] == "CUT":
+                cut.touch()
+            else:
+                os.kill(os.getpid(), getattr(signal, f"SIG{fault['signal']}"))
 
     def replacement(*args: Any, **kwargs: Any) -> Any:
         if when == "before":

@@ -17,6 +17,7 @@ from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.reducer import TreeReducer
 from foldfeed.trainer.snapshot import SnapshotFolder
 from foldfeed.trainer.task import Task, load_task
+from foldfeed.trainer.tiers import Saver
 
 
 def replaced_gradient(ranks: Any) -> str:
@@ -46,12 +47,13 @@ def replica_mismatch(ranks: Any, folder: Path) -> Any:
     trainer = Trainer(config, ranks, source, metrics, load_task(config))
     trainer.train_step(next(iter(source)), 0.0)
     snapshots = SnapshotFolder(folder / "desync", keep=1)
+    saver = Saver(snapshots, None, ranks, config.snapshots)
     if ranks.rank == 1:
         bits = trainer.flat.params.numpy().view("int32")
         bits[5] ^= 1
     try:
-        found = trainer.capture({})
-        snapshots.write(found.manifest, found.buffers, found.checksums)
+        trainer._begin_snapshot(saver, {}, 0.0, memory=False, disk=True)
+        trainer._end_snapshot()
     except ReplicaMismatchError as error:
         return [list(error.odd_ranks), snapshots.steps()]
     finally:

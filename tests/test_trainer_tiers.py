@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -247,7 +248,10 @@ def test_a_chosen_interval_follows_the_cost_and_a_fixed_one_the_step_number() ->
     assert [step for step in range(11, 14) if cheap.is_due(step)] == [12, 13]
     cheap.taken(12)
     cheap.learn(cost_s=0.1, step_s=0.5)
-    assert cheap.steps == 20, "1 % of the time"
+    assert cheap.steps == 200, "0.1 % of the time"
+    busy = Interval(-1)
+    busy.learn(cost_s=0.0, step_s=0.5, busy_s=2.0)
+    assert busy.steps == 40, "10 % of the time in the background"
     failing = Interval(-1, mtbf_s=10_000)
     failing.learn(cost_s=2.0, step_s=1.0)
     assert failing.steps == 199
@@ -263,28 +267,32 @@ def test_a_chosen_interval_follows_the_cost_and_a_fixed_one_the_step_number() ->
 
 @pytest.mark.timeout(280)
 def test_killed_ranks_go_on_from_memory_with_equal_weights(tmp_path: Path) -> None:
-    """Nothing lies on disk: three ranks die, four go on from memory, in spite of a flipped bit."""
+    """Nothing lies on disk: three ranks die, four go on from the memory of two nodes, in spite of damage."""
     whole = train_synthetic(ALONE, tmp_path / "whole").weights_digest
-    root = tmp_path / "shm"
-    root.mkdir()
-    snapshots = {"every": 0, "memory": str(root), "memory_every": 1}
+    roots = [tmp_path / f"memory{node}" for node in range(2)]
+    for root in roots:
+        root.mkdir()
+    snapshots = {"every": 0, "memory": str(tmp_path / "memoryNODE"), "memory_every": 1}
     codes = launch(
         "fails", 3, tmp_path / "a", expect=None, timeout_s=130, kill_at=[6, 1], snapshots=snapshots
     )
     assert [code for code, _ in codes] == [1, -signal.SIGKILL, 1]
     output = tmp_path / "a" / "run"
     assert not (output / "snapshots").exists()
-    (folder,) = root.iterdir()
-    newest = max(folder.glob("step-*"))
-    assert newest.name == "step-00000006"
-    flip("params.f32")(newest)
+    folders = [folder for root in roots for folder in root.iterdir()]
+    for folder, name in zip(folders, ("params.f32", "exp_avg.f32"), strict=True):
+        # That after the step that was cut short was never voted on.
+        assert [path.name for path in sorted(folder.glob("step-*"))] == ["step-00000004", "step-00000005"]
+        flip(name)(folder / "step-00000005")
+    shutil.rmtree(folders[0] / "step-00000004")
     run = {"output": str(output), "snapshots": snapshots}
     for rank in launch("train", 4, tmp_path / "b", timeout_s=130, runs=[run]):
         assert rank[0]["weights_digest"] == whole
     said = (tmp_path / "b" / "rank0.out").read_text()
-    assert f"snapshot {newest} refused by 4 of 4 ranks" in said
-    assert f"resumed: step 5  {folder}/step-00000005  (made by 3 ranks)" in said
-    assert list(root.iterdir()) == [], "a run that ended gives the memory back"
+    assert f"snapshot {folders[0]}/step-00000005 refused by 4 of 4 ranks" in said
+    assert "2 of 4 ranks got it from the memory of rank 2's machine (rank 0: cannot be read" in said
+    assert f"resumed: step 4  {folders[0]}/step-00000004  (made by 3 ranks)" in said
+    assert not any(list(root.iterdir()) for root in roots), "a run that ended gives the memory back"
 
 
 def test_weights_leave_as_safetensors(tmp_path: Path) -> None:

@@ -298,3 +298,31 @@ def test_torchrun_restarts_a_killed_rank_and_the_weights_are_equal(
     result = json.loads((tmp_path / "rank0.json").read_text())[0]
     assert result["weights_digest"] == trained[1][0][0]["weights_digest"]
     assert [line["step"] for line in result["metrics"]] == list(range(1, 9))
+
+
+def test_one_torchrun_per_node_makes_one_run(trained: dict[int, list[Any]], tmp_path: Path) -> None:
+    """Two nodes of two ranks, each with a torchrun of its own, that meet at the first one's port."""
+    options = {"runs": [{"output": str(tmp_path / "run")}]}
+    port = trainer_ranks.free_port()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nodes = []
+    try:
+        for node in range(2):
+            command = [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}"),
+                *("--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"),
+                *(trainer_ranks.__file__, "train", str(tmp_path), json.dumps(options)),
+            ]
+            with (tmp_path / f"log{node}").open("wb") as log:
+                nodes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+        codes = [node.wait(150) for node in nodes]
+    finally:
+        for node in nodes:
+            for pid in [*(children_of(node.pid) if node.poll() is None else []), node.pid]:
+                if node.poll() is None:
+                    os.kill(pid, signal.SIGKILL)
+            node.wait()
+    assert codes == [0, 0], "".join((tmp_path / f"log{node}").read_text() for node in range(2))
+    for rank in range(4):
+        (result,) = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert result["weights_digest"] == trained[1][0][0]["weights_digest"]

@@ -206,7 +206,9 @@ def tiny_config(folder: Path, **changes: Any) -> Any:
     data = {"crop_residues": 10, "num_clusters": 5, "num_extra": 7, "global_batch": 8} | changes.pop(
         "data", {}
     )
-    model, optimizer = changes.pop("model", {}), changes.pop("optimizer", {})
+    model = {"c_m": 16, "c_z": 8, "c_e": 8, "num_blocks": 1, "num_heads": 2, "c_opm": 4, "c_tri": 8}
+    model |= changes.pop("model", {})
+    optimizer = {"warmup_steps": 3} | changes.pop("optimizer", {})
     # What lies in memory has tests of its own: here runs go back to the disk.
     snapshots = {"every": 4, "keep": 3, "memory": "none"} | changes.pop("snapshots", {})
     run = {
@@ -220,8 +222,8 @@ def tiny_config(folder: Path, **changes: Any) -> Any:
     return RunConfig(
         output=str(folder),
         data=DataConfig(store="synthetic", **data),
-        model=ModelConfig(c_m=16, c_z=8, c_e=8, num_blocks=1, num_heads=2, c_opm=4, c_tri=8, **model),
-        optimizer=OptimizerConfig(**({"warmup_steps": 3} | optimizer)),
+        model=ModelConfig(**model),
+        optimizer=OptimizerConfig(**optimizer),
         snapshots=SnapshotConfig(**snapshots),
         **run,
     )
@@ -236,6 +238,10 @@ def train_synthetic(ranks: Any, folder: Path, **changes: Any) -> Any:
     from foldfeed.trainer.launch import prepare_numerics, train
 
     quirks = {name: changes.pop(name) for name in QUIRKS if name in changes}
+    if "NODE" in (memory := changes.get("snapshots", {}).get("memory", "")):
+        # Two ranks a node, each with a memory of its own.
+        memory = memory.replace("NODE", str(ranks.rank // 2))
+        changes["snapshots"] = {**changes["snapshots"], "memory": memory}
     config = tiny_config(folder, **changes)
     prepare_numerics(config)
     if quirks.get("fill_memory"):

@@ -302,8 +302,8 @@ class SnapshotConfig:
       keep: newest generations to keep on disk.
       resume: ``auto`` (newest valid one of this run), ``none``, or a snapshot's folder.
       memory: folder in memory for snapshots every few steps, lost with the machine; ``none`` for none.
-      memory_every: steps between snapshots in memory; 0 chooses from what they cost (1 % of the time, or what
-        fits --mtbf).
+      memory_every: steps between snapshots in memory; 0 chooses from what they cost (0.1 % of the time, or
+        what fits --mtbf).
       mirror: URL of a folder of this run alone to which snapshots on disk are copied in the background; a
         start in an empty folder fetches the newest from there. None when empty.
       mtbf_s: mean time between failures of the whole run, in seconds; intervals that are not given are then

@@ -5,6 +5,10 @@ that are left agree on a generation (membership.py), connect, bring those that a
 furthest one's step (raw bytes and crc32c, from live peers), divide the virtual shards anew and run the broken
 step again. Equal bits follow from the reducer, for whom the number of ranks makes no difference.
 
+Where nobody has the state in memory, at a start above all, all of them choose a snapshot (resume.py). So they
+do when the digests that they compare before each snapshot differ: what the odd rank computed is in all sums
+since the last comparison, so all go back to that one. A rank that is odd for the second time leaves the run.
+
 The first rank writes: metrics, ledger, snapshots. A new first rank takes all three over; a former one that
 wakes up finds a later generation before it publishes anything (`Membership.require_current`), joins again as
 a new rank and gets the state from the others.
@@ -37,6 +41,7 @@ from foldfeed.trainer.errors import (
     ExcludedError,
     LeaseHeldError,
     RanksChangeError,
+    ReplicaMismatchError,
     TrainerConfigError,
     TrainerError,
 )
@@ -66,6 +71,7 @@ from foldfeed.trainer.source import Source
 from foldfeed.trainer.task import Task, load_task
 from foldfeed.trainer.task import identity as run_identity
 from foldfeed.trainer.tiers import Saver, memory_folder
+from foldfeed.trainer.topology import own_place
 from foldfeed.trainer.transfer import nccl_groups, transfer
 from foldfeed.trainer.watch import StackWatch
 from foldfeed.trainer.wire import Channel, MeshGroup
@@ -151,6 +157,7 @@ class ElasticRank:
         )
         self.meters = source.meters
         self.trainer = Trainer(config, alone, source.batches, self.metrics, task, held_out, source.meters)
+        self.trainer.check_peers = self._check_peers
         self.trainer.invites = lambda: self.membership is not None and self.membership.invites()
         self.lease = Lease(self.output, config.lease_s, self.metrics.say)
         settings = run_identity(config, task)
@@ -169,6 +176,11 @@ class ElasticRank:
         self.saver: Saver | None = None
         self._groups: list[Group] = []
         self._has_state = False
+        # The states since the last snapshot are not to be trusted.
+        self._doubt = False
+        self._was_odd = False
+        self._place = own_place()
+        self._begins = False
         self._fruitless = 0
         self._phases: dict[str, float] = {}
 
@@ -213,7 +225,9 @@ class ElasticRank:
                     outcome = self.trainer.run(saver, self.header, self.ledger, watch)
                 self._conclude(ranks, outcome)
                 return outcome
-            except (CommunicationError, RanksChangeError) as error:
+            except (CommunicationError, RanksChangeError, ReplicaMismatchError) as error:
+                if isinstance(error, ReplicaMismatchError):
+                    self._distrust(error)
                 self._fruitless = 0 if self.trainer.step > step else self._fruitless + 1
                 if self._fruitless > MAX_FRUITLESS:
                     raise CommunicationError(
@@ -221,6 +235,19 @@ class ElasticRank:
                     ) from error
                 view = self._regroup(error)
         return None
+
+    def _check_peers(self) -> None:
+        """Ends a step that cannot be completed before its next shard is computed."""
+        if self.membership is not None and (reason := self.membership.ending.reason):
+            raise CommunicationError(self.trainer.ranks.rank, "a step", reason)
+
+    def _distrust(self, error: ReplicaMismatchError) -> None:
+        """Gives the states since the last snapshot up, after a vote on them that was not unanimous."""
+        odd = self.trainer.ranks.rank in error.odd_ranks
+        if odd and self._was_odd:
+            raise error
+        self._was_odd, self._doubt, self._has_state = self._was_odd or odd, True, False
+        self.metrics.say(f"warning: {error}")
 
     def _conclude(self, ranks: Ranks, outcome: Outcome) -> None:
         ranks.first_does(lambda: launch.conclude(self.output, self.header, outcome), "writing the result")
@@ -268,11 +295,9 @@ class ElasticRank:
     # ---------------------------------------------------------------- beginning
 
     def _found(self) -> View:
-        """Opens the run's folder, restores the newest snapshot and waits for the others."""
-        self.metrics.active = self.ledger.active = True
+        """Opens the run's folder and waits for the others."""
+        self.metrics.active = self.ledger.active = self._begins = True
         self.header["run_id"] = self._claim()
-        self._restore()
-        self.ledger.start(self.trainer.step, 1)
         session = new_session(self.output)
         membership = self._membership(session)
         membership.found()
@@ -281,20 +306,30 @@ class ElasticRank:
         if (came := membership.gather(ranks, wait_s)) < ranks:
             self.metrics.say(f"{came} of {ranks} ranks came within {wait_s:g} s; the others may join later")
         self.ledger.mark(INITIALIZATION)
-        return membership.regroup(self.trainer.step)
+        return membership.regroup(-1)
 
     def _claim(self) -> str:
         return launch.claim(self.output, self.config, self.header, self.lease, self.metrics.say)
 
-    def _restore(self) -> None:
-        """Goes to the newest valid snapshot, where nobody has the state in memory."""
-        folder, memory = self._folders()
+    def _restore(self, ranks: Ranks) -> None:
+        """Goes to the newest valid snapshot, where nobody has the state in memory. A collective."""
         self.ledger.mark(PREPARATION)
-        self.trainer.ranks = self.alone
-        launch.continue_run(self.trainer, folder, memory, self.header)
-        self.metrics.start(self.trainer.step)
+        self.metrics.active = ranks.is_first
+        if ranks.is_first and not self.header["run_id"]:
+            self.header["run_id"] = self._claim()
+        self.header["run_id"] = ranks.gather_json(self.header["run_id"], "opening the run's folder")[0]
+        folder, memory = self._folders()
+        if self.saver is not None:
+            self.saver.settle_memory()
+        self.trainer.begin_again(ranks)
+        begun = self.plan.refounds or ranks.generation > 1
+        begun = ranks.gather_json(begun, "the choice of a snapshot")[0]
+        launch.continue_run(self.trainer, folder, memory, self.header, begun=begun)
         self.ledger.mark(RESTORE)
         self._has_state = True
+        if self._begins:
+            self.ledger.start(self.trainer.step, ranks.world)
+        self._begins = False
 
     def _join(self, *, refounds: bool) -> View | None:
         """Joins the session that lives in the folder; None when it finished without this rank.
@@ -358,16 +393,15 @@ class ElasticRank:
         self._phases["form_s"] = time.monotonic() - started
         self.ledger.mark(REFORM)
         rows = self._compare(ranks)
-        if max(row["small"]["step"] for row in rows) < 0:
-            # Those who had the state are gone, and those who came for it are left: back to a snapshot.
-            if ranks.is_first:
-                if not self.header["run_id"]:
-                    self.header["run_id"] = self._claim()
-                self._restore()
+        if any(row["doubt"] for row in rows) or max(row["small"]["step"] for row in rows) < 0:
+            # A start; or those who had the state are gone, and those who came for it are left.
+            self._restore(ranks)
             rows = self._compare(ranks)
-        row = transfer(state, self.trainer, [row["small"] for row in rows], ranks)
+        row = transfer(
+            state, self.trainer, [row["small"] for row in rows], [row["place"] for row in rows], ranks
+        )
         donor = rows[row]
-        self._has_state = True
+        self._has_state, self._doubt = True, False
         self.header["run_id"] = donor["run_id"]
         self.trainer.meet(ranks, donor["small"])
         # What a first rank that is gone was about to write may be missing: all write once more at the end.
@@ -405,13 +439,14 @@ class ElasticRank:
         )
         memory = memory_folder(self.config.snapshots.memory, str(self.header["run_id"]))
         if memory is not None:
-            memory.before_write = self._may_write
+            # Each machine has a writer of its own.
+            memory.before_write = functools.partial(self._may_write, first=False)
         return folder, memory
 
-    def _may_write(self) -> None:
+    def _may_write(self, *, first: bool = True) -> None:
         assert self.membership is not None
         self.lease.require()
-        self.membership.require_current()
+        self.membership.require_current(first=first)
 
     def _connect(self, view: View) -> tuple[Ranks, Channel]:
         """Makes the groups of a generation; returns them, and the channel for states."""
@@ -455,6 +490,8 @@ class ElasticRank:
             "run_id": self.header["run_id"],
             "lease": self.lease.token,
             "last": self.metrics.last,
+            "doubt": self._doubt,
+            "place": self._place,
         }
         rows = ranks.gather_json(mine, "the meeting of the ranks")
         right = max(rows, key=lambda row: int(row["small"]["step"] >= 0))["settings"]

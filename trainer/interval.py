@@ -15,7 +15,9 @@ import math
 # Steps before a chosen interval's first snapshot: the first step of a process pays for warm-up.
 FIRST_STEPS = 2
 # Of the time, for a tier whose interval is chosen without a mean time between failures.
-COST_SHARE = 0.01
+COST_SHARE = 0.001
+# Of the time that copying and writing in the background may take: it uses memory and cores of the steps.
+BUSY_SHARE = 0.1
 
 
 def young_daly_s(cost_s: float, mtbf_s: float) -> float:
@@ -71,12 +73,13 @@ class Interval:
         """Notes a snapshot after ``step`` completed steps."""
         self._last = step
 
-    def learn(self, cost_s: float, step_s: float) -> None:
+    def learn(self, cost_s: float, step_s: float, busy_s: float = 0.0) -> None:
         """Chooses the interval anew.
 
         Args:
           cost_s: for which the last snapshot held the run up, on the slowest rank.
           step_s: of a step, on the slowest rank.
+          busy_s: for which it goes on in the background, on the slowest rank.
         """
         # Costs vary with what else the disk does; the mean follows within a few snapshots.
         self._cost_s = cost_s if self._cost_s is None else (self._cost_s + cost_s) / 2
@@ -84,4 +87,4 @@ class Interval:
             work_s = young_daly_s(self._cost_s, self._mtbf_s)
         else:
             work_s = self._cost_s / COST_SHARE
-        self.steps = max(1, round(work_s / step_s))
+        self.steps = max(1, round(max(work_s, busy_s / BUSY_SHARE) / step_s))

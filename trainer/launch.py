@@ -280,27 +280,39 @@ def _read_claim(path: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def continue_run(
-    trainer: Trainer, folder: SnapshotFolder, memory: SnapshotFolder | None, header: dict[str, Any]
+    trainer: Trainer,
+    folder: SnapshotFolder,
+    memory: SnapshotFolder | None,
+    header: dict[str, Any],
+    *,
+    begun: bool = False,
 ) -> None:
-    """Restores the newest valid snapshot, or the named one, if there is any."""
+    """Restores the newest valid snapshot, or the named one, if there is any.
+
+    Args:
+      trainer: goes there.
+      folder: on disk.
+      memory: in memory.
+      header: of the run.
+      begun: the run goes on by itself: from its own snapshots, whatever it was told to start from.
+    """
     config, ranks, say = trainer.config, trainer.ranks, trainer.metrics.say
     resume = config.snapshots.resume
-    # A restart by torchrun continues what this launch began, whatever it was told to start from.
-    restarted = _is_restart()
-    if resume not in ("auto", "none") and not restarted:
-        generation = named_generation(Path(resume), ranks)
+    named = resume not in ("auto", "none")
+    # So does a restart by torchrun.
+    begun = begun or _is_restart()
+    if resume == "none" and not begun and folder.steps():
+        raise TrainerConfigError(
+            f"--resume none, but {folder.path} holds snapshots. Use another --output, or remove them."
+        )
+    expected = {name: value for name, value in header.items() if name != "environment"}
+    own = newest_valid(folder, ranks, say, memory, header["run_id"]) if begun or not named else None
+    if own is None and not named:
+        return
+    generation = own or named_generation(Path(resume), ranks)
+    if own is None:
         # The user names it on purpose, so another run's id is fine; everything else must agree.
-        expected = {name: value for name, value in header.items() if name not in ("run_id", "environment")}
-    else:
-        if resume == "none" and not restarted and folder.steps():
-            raise TrainerConfigError(
-                f"--resume none, but {folder.path} holds snapshots. Use another --output, or remove them."
-            )
-        found = newest_valid(folder, ranks, say, memory, header["run_id"])
-        if found is None:
-            return
-        generation = found
-        expected = {name: value for name, value in header.items() if name != "environment"}
+        del expected["run_id"]
     check_belongs(generation, expected, header["environment"], strict=config.deterministic, report=say)
     trainer.restore(generation)
     say(f"resumed: step {trainer.step}  {generation.path}  (made by {generation.manifest['world']} ranks)")

@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class Trainer:
       num_skipped: steps skipped so far.
       saved: completed steps of the newest snapshot on disk, as far as this rank knows.
       stop_requested: set it (from a signal handler) to stop at the next commit point.
+      check_peers: called before each virtual shard; raises CommunicationError when the step is in vain.
       invites: asked at each commit point whether the ranks should meet anew.
     """
 
@@ -119,7 +121,12 @@ class Trainer:
         self.num_skipped = 0
         self.saved = 0
         self.stop_requested = False
+        self.check_peers: Callable[[], None] = lambda: None
         self.invites: Callable[[], bool] = lambda: False
+        # A snapshot under way: its checksums, and what ends it.
+        self._staged: Future[Mapping[str, int]] | None = None
+        self._conclude: Callable[[Mapping[str, int], float], None]
+        self._stall_s = 0.0
         self._not_finite_since = 0
         # The last step that looked at held-out records; a snapshot is taken after its step's look.
         self._looked = 0
@@ -133,12 +140,30 @@ class Trainer:
         )
         self.optimizer = FlatAdamW(self.flat.params, self.buckets, config.optimizer)
         ranks.require_equal(self.flat.layout_hash.encode(), "the parameter layout at the start")
-        ranks.require_equal(self._digests()[1], "the initial weights")
+        sums = {name: checksum(buffer) for name, buffer in self.host_buffers().items()}
+        ranks.require_equal(_digest(sums), "the initial weights")
         self.reducer = self._make_reducer()
         self._forward: nn.Module = self.reducer.wrap(self.model)
         for module in task.compiled(self.model) if config.compile else ():
             module.compile(dynamic=False)
         self._traces = StepTraces(Path(config.output), config.profile_step, ranks.device)
+
+    def begin_again(self, ranks: Ranks) -> None:
+        """Goes to the state before the first step, whatever was done since; `meet` or `run` come next.
+
+        Args:
+          ranks: among whom a snapshot is looked for.
+        """
+        self.ranks = ranks
+        if self.step:
+            seed_initial_weights(self.config.seed)
+            initial = FlatParameters(self.task.build()).params
+            buffers = {
+                name: torch.zeros_like(initial) if name.startswith("exp_avg") else initial
+                for name in self.host_buffers()
+            }
+            self.take_over(buffers, {"step": 0, "num_updates": 0})
+            self.num_skipped = self.saved = self._looked = self._not_finite_since = 0
 
     def meet(self, ranks: Ranks, state: Mapping[str, Any]) -> None:
         """Goes on among other ranks: fresh message buffers, the same model and loader.
@@ -198,7 +223,17 @@ class Trainer:
         Raises:
           CommunicationError: a rank died or stalled.
           RanksChangeError: a rank wants to join.
+          ReplicaMismatchError: a rank's parameters or moments differ.
         """
+        try:
+            return self._run(saver, header, ledger, watch)
+        finally:
+            if self._staged is not None:
+                # A snapshot that an error has overtaken: what comes next may change the state.
+                wait([self._staged])
+                self._staged = None
+
+    def _run(self, saver: Saver, header: Mapping[str, Any], ledger: Ledger, watch: StackWatch) -> Outcome:
         saver.begin(self.step)
         # A look that lost a rank is taken again.
         self._look()
@@ -207,7 +242,6 @@ class Trainer:
         steps = iter(self.source)
         num_shards, world = self.config.data.num_shards, self.ranks.world
         stragglers = Stragglers([len(owned_shards(num_shards, world, rank)) for rank in range(world)])
-        stall_ms = 0.0
         while self.step < self.config.steps and not stopped:
             watch.beat(self.step)
             self._traces.begin(self.step, self.ranks.rank)
@@ -221,13 +255,13 @@ class Trainer:
             ledger.mark(kind)
             # While another rank still waited for its batch, this one waited for that rank.
             ledger.move(kind, DATA, min(max(commit.data_s) - data_s, self.reducer.times["exposed"]))
-            self._log(commit, update, seconds, stall_ms)
+            ledger.move(kind, SAVE, self._stall_s)
+            self._log(commit, update, seconds)
             if line := stragglers.feed(commit.data_s, commit.compute_s, seconds):
                 self.metrics.say(line)
             if commit.save_failed:
                 saver.check()
             stopped = commit.stop
-            stall_ms = 0.0
             ledger.mark(OTHER)
             self._look()
             ledger.mark(EVALUATION)
@@ -236,20 +270,18 @@ class Trainer:
             memory, disk = (False, False) if self._not_finite_since else saver.due(self.step)
             disk = disk or stopped
             if memory or disk:
-                started = time.perf_counter()
-                saver.save(self.capture(header), memory=memory, disk=disk)
-                stall_s = time.perf_counter() - started
-                stall_ms = 1e3 * stall_s
-                saver.learn(stall_s, seconds, disk=disk)
-                self.saved = self.step if disk else self.saved
+                self._begin_snapshot(saver, header, seconds, memory=memory, disk=disk)
             ledger.mark(SAVE)
             ledger.step(self.step)
             if commit.regroup and not stopped and self.step < self.config.steps:
+                self._end_snapshot()
                 # Nobody leaves before all have applied the step: it need not be brought to them.
                 self.ranks.gather_floats([0.0], "the end of a generation")
                 raise RanksChangeError(self.step)
+        self._end_snapshot()
         if self.saved != self.step:
-            saver.save(self.capture(header), memory=False, disk=True)
+            self._begin_snapshot(saver, header, 0.0, memory=False, disk=True)
+            self._end_snapshot()
         saver.finish()
         ledger.mark(SAVE)
         self._traces.end(self.step, self.ranks.rank)
@@ -275,6 +307,7 @@ class Trainer:
         started = time.perf_counter()
         self.reducer.begin()
         for shard in batch.shards:
+            self.check_peers()
             with self.reducer.shard(shard.v):
                 seed_shard(self.config.seed, batch.step, shard.v)
                 with self._arithmetic(), record_function(f"trainer::shard[{shard.v}]::forward"):
@@ -299,6 +332,7 @@ class Trainer:
             rows = self.reducer.finish(scalars)
         commit = combine(rows, num_shards, self.task.parts)
 
+        self._end_snapshot()
         with record_function("trainer::optimizer"):
             update = self.optimizer.step(self.reducer.gradient, commit.num_samples, batch.step)
         self.step += 1
@@ -366,7 +400,7 @@ class Trainer:
             f"step {self.step} skipped on all ranks: {why}" + (f" ({'; '.join(who)})" if who else "")
         )
 
-    def _log(self, commit: Commit, update: Update, seconds: float, stall_ms: float) -> None:
+    def _log(self, commit: Commit, update: Update, seconds: float) -> None:
         samples = self.config.data.global_batch
         exposed, total = self.reducer.times["exposed"], self.reducer.times["total"]
         scalars = {
@@ -382,7 +416,7 @@ class Trainer:
             "comm/exposed_ms": 1e3 * exposed,
             "comm/total_ms": 1e3 * total,
             "comm/hidden_pct": 100.0 * max(0.0, 1.0 - exposed / total) if total else 0.0,
-            "ckpt/stall_ms": stall_ms,
+            "ckpt/stall_ms": 1e3 * self._stall_s,
             "ft/world_size": float(self.ranks.world),
             "ft/generation": float(self.ranks.generation),
             "train/skipped": float(update.skipped),
@@ -403,29 +437,45 @@ class Trainer:
         """Returns the buffers of the state on the CPU, by name; there they alias the live ones."""
         return {name: tensor.cpu() for name, tensor in self.state().items()}
 
-    def _digests(self) -> tuple[dict[str, int], bytes]:
-        """Returns the crc32c of each buffer in memory, and 8 bytes: of the parameters, of the moments."""
-        return _checksums(self.host_buffers())
-
-    def capture(self, header: Mapping[str, Any]) -> Capture:
-        """Returns the state after this step, once all ranks showed that theirs is equal.
-
-        Raises:
-          ReplicaMismatchError: a rank's parameters or moments differ.
-        """
-        buffers = self.host_buffers()
-        checksums, digest = _checksums(buffers)
-        self.ranks.require_equal(digest, f"parameters and moments after step {self.step}")
+    def _begin_snapshot(
+        self, saver: Saver, header: Mapping[str, Any], step_s: float, *, memory: bool, disk: bool
+    ) -> None:
+        """Has the state after this step summed up and copied while the next one computes."""
+        step = self.step
         manifest = {
             **header,
-            "step": self.step,
+            "step": step,
             "num_updates": self.optimizer.num_updates,
             "num_skipped": self.num_skipped,
             "world": self.ranks.world,
             "loader": self.source.state_dict(),
-            "replica_digest": digest.hex(),
         }
-        return Capture(manifest=manifest, buffers=buffers, checksums=checksums)
+
+        def conclude(checksums: Mapping[str, int], started: float) -> None:
+            digest = _digest(checksums)
+            self.ranks.require_equal(digest, f"parameters and moments after step {step}")
+            named = {**manifest, "replica_digest": digest.hex()}
+            saver.save(Capture(manifest=named, buffers=None, checksums=checksums), memory=memory, disk=disk)
+            self.saved = step if disk else self.saved
+            self._stall_s = time.perf_counter() - started
+            if step_s:
+                saver.learn(self._stall_s, step_s, disk=disk)
+
+        self._conclude = conclude
+        self._staged = saver.stage(self.host_buffers, memory=memory, disk=disk)
+
+    def _end_snapshot(self) -> None:
+        """Ends the snapshot under way, before the state may change. A collective.
+
+        Raises:
+          ReplicaMismatchError: a rank's parameters or moments differ; nothing is written.
+        """
+        self._stall_s = 0.0
+        if self._staged is None:
+            return
+        started = time.perf_counter()
+        checksums, self._staged = self._staged.result(), None
+        self._conclude(checksums, started)
 
     def restore(self, generation: Generation) -> None:
         """Continues from a validated generation; the next step is its ``step``."""
@@ -451,7 +501,7 @@ class Trainer:
         return hashlib.sha256(self.flat.params.cpu().numpy().data.cast("B")).hexdigest()
 
 
-def _checksums(buffers: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], bytes]:
-    checksums = {name: checksum(buffer) for name, buffer in buffers.items()}
-    params, *moments = (found.to_bytes(4, "little") for found in checksums.values())
-    return checksums, params + google_crc32c.value(b"".join(moments)).to_bytes(4, "little")
+def _digest(checksums: Mapping[str, int]) -> bytes:
+    """Returns 8 bytes: of the parameters, of everything else."""
+    params, *others = (checksums[name].to_bytes(4, "little") for name in (*BUFFERS, EMA) if name in checksums)
+    return params + google_crc32c.value(b"".join(others)).to_bytes(4, "little")

@@ -122,7 +122,8 @@ class Membership:
         if kind in ("over", "report") and peer.uid in self.view.uids:
             self._over = max(self._over, int(message["generation"]))
             if self._over == self.view.generation:
-                self._end(f"rank {self.view.uids.index(peer.uid)} left it", 0.0)
+                silent_s = float(message.get("silent_s", 0.0))
+                self._end(f"rank {self.view.uids.index(peer.uid)} left it", silent_s)
         if kind != "beat":
             self._peers.lock.notify_all()
 
@@ -139,7 +140,7 @@ class Membership:
         self.ending = Ending(reason=reason, noticed=time.monotonic(), silent_s=silent_s)
         for channel in self._channels:
             channel.abort(reason)
-        self._peers.broadcast({"kind": "over", "generation": self.view.generation})
+        self._peers.broadcast({"kind": "over", "generation": self.view.generation, "silent_s": silent_s})
         self._peers.lock.notify_all()
 
     # ---------------------------------------------------------------- the main thread's calls
@@ -350,15 +351,17 @@ class Membership:
                     raise WireError(self.ending.reason or f"ranks {missing} did not come")
                 self._peers.lock.wait(deadline - time.monotonic())
 
-    def require_current(self) -> None:
-        """Checks that this process may write for the run: it is first in the newest generation.
+    def require_current(self, *, first: bool = True) -> None:
+        """Checks that this process may write for the run.
 
+        Args:
+          first: it must be first in the newest generation; otherwise a member will do.
         Raises:
           ExcludedError: it may not.
         """
         latest = self._register.latest()
-        # Not the generation that this process knows: the next one may be decided, with it still first.
-        if latest is None or latest.uids[0] != self.me.uid:
+        # Not the generation that this process knows: the next one may be decided, with it still there.
+        if latest is None or self.me.uid not in latest.uids[: 1 if first else None]:
             number = latest.generation if latest is not None else -1
             raise ExcludedError(number, "another rank writes the snapshots now")
 

@@ -36,7 +36,12 @@ class Network:
 
     def place(self, slot: int) -> tuple[list[str], str]:
         """Returns what runs a command in a slot's namespace, and its address there."""
-        return ["ip", "netns", "exec", f"{self._name}-{slot}"], f"{self._net}.{slot + 1}"
+        space, address, _ = self.names(slot)
+        return ["ip", "netns", "exec", space], address
+
+    def names(self, slot: int) -> list[str]:
+        """Returns a slot's namespace, its address there, and the port of the bridge that leads to it."""
+        return [f"{self._name}-{slot}", f"{self._net}.{slot + 1}", f"{self._name}v{slot}"]
 
     def cut(self, slot: int) -> None:
         """Cuts a slot's link; its connections stay open and silent."""

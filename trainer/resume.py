@@ -1,9 +1,10 @@
 """Which snapshot a run continues from: a decision that all ranks make together.
 
 Every rank validates a candidate by itself; it counts only if all of them could read and verify it. A rank
-never falls back alone. A candidate that fails somewhere is reported and the next older one is tried. A
-candidate that is sound but belongs to another run, parameter layout or numeric environment is an error: it
-would continue something else.
+never falls back alone. Of a candidate in memory the ranks of a machine that has none, or a damaged one, get
+the bytes from a rank that has it, and verify them. A candidate that fails somewhere is reported and the next
+older one is tried. A candidate that is sound but belongs to another run, parameter layout or numeric
+environment is an error: it would continue something else.
 
 Invariant: every function here is called by all ranks in the same order and returns or raises the same.
 """
@@ -11,10 +12,11 @@ Invariant: every function here is called by all ranks in the same order and retu
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,14 @@ from foldfeed.trainer.errors import (
     TrainerConfigError,
 )
 from foldfeed.trainer.ranks import Ranks
-from foldfeed.trainer.snapshot import Generation, SnapshotFolder, read_generation
+from foldfeed.trainer.snapshot import (
+    CHUNK_BYTES,
+    Generation,
+    SnapshotFolder,
+    checksum,
+    read_generation,
+)
+from foldfeed.trainer.topology import own_place, pair_up
 
 # Settings of NCCL that change the order of its sums.
 NCCL_SETTINGS = ("NCCL_ALGO", "NCCL_PROTO", "NCCL_NVLS_ENABLE")
@@ -61,7 +70,7 @@ def newest_valid(
     reasons = []
     for position, (step, fast) in enumerate(candidates):
         tier = memory if fast and memory is not None else folder
-        generation, refusal = _validate(tier.generation_path(step), ranks, run_id if fast else "")
+        generation, refusal = _validate(tier.generation_path(step), ranks, run_id if fast else "", report)
         if generation is not None:
             return generation
         reasons.append(refusal)
@@ -88,13 +97,16 @@ def named_generation(path: Path, ranks: Ranks) -> Generation:
     return generation
 
 
-def _validate(path: Path, ranks: Ranks, run_id: str = "") -> tuple[Generation | None, str]:
+def _validate(
+    path: Path, ranks: Ranks, run_id: str = "", report: Callable[[str], None] = lambda line: None
+) -> tuple[Generation | None, str]:
     """Returns the generation if all ranks read the same valid one, else None and who found what.
 
     Args:
       path: of a generation; with a ``run_id`` in memory, and of that run alone.
       ranks: the group.
-      run_id: that its manifest must name.
+      run_id: that its manifest must name; then those who have not got the generation get it from others.
+      report: called with a line when they do.
     """
     generation, reason, seal = None, "", ""
     name = str(path) if run_id else path.name
@@ -107,6 +119,15 @@ def _validate(path: Path, ranks: Ranks, run_id: str = "") -> tuple[Generation | 
         reason = error.reason
     answers = ranks.gather_json([reason, seal], f"the validation of {path.name}")
     refused = [(rank, text) for rank, (text, _) in enumerate(answers) if text]
+    if run_id and refused and len({found for text, found in answers if not text}) == 1:
+        holders = [rank for rank, (text, _) in enumerate(answers) if not text]
+        generation, reason = _spread(path, generation if not reason else None, holders, ranks)
+        if not any(ranks.gather_json(reason, f"the validation of {path.name}")):
+            report(
+                f"snapshot {name}: {len(refused)} of {ranks.world} ranks got it from the memory of rank "
+                f"{holders[0]}'s machine (rank {refused[0][0]}: {refused[0][1]})"
+            )
+            return generation, ""
     if refused:
         rank, text = refused[0]
         return (
@@ -117,6 +138,44 @@ def _validate(path: Path, ranks: Ranks, run_id: str = "") -> tuple[Generation | 
         fix = "its machines were at different steps" if run_id else "--output must be shared"
         return None, f"snapshot {name} is not the same file on all ranks; {fix}"
     return generation, ""
+
+
+def _spread(
+    path: Path, mine: Generation | None, holders: Sequence[int], ranks: Ranks
+) -> tuple[Generation | None, str]:
+    """Sends a generation from the memory of some ranks to those that have none. A collective.
+
+    Args:
+      path: where this rank looked for it.
+      mine: what it found there.
+      holders: the ranks that found it; what they found is equal.
+      ranks: the group.
+    Returns: the generation; or None and what is wrong with what came.
+    """
+    takers = [rank for rank in range(ranks.world) if rank not in holders]
+    phase = f"sending {path.name} from memory"
+    pairs = pair_up(takers, holders, ranks.gather_json(own_place(), phase))
+    text = json.dumps(mine.manifest if ranks.rank == holders[0] and mine else {})
+    manifest: dict[str, Any] = json.loads(ranks.gather_bytes(text.encode(), phase)[holders[0]])
+    buffers = dict(mine.buffers) if mine else {}
+    assert ranks.control is not None, "a rank alone has nobody to ask"
+    for name, entry in manifest["buffers"].items():
+        numel = int(entry["numel"])
+        if mine is None:
+            buffers[name] = torch.empty(numel, dtype=torch.float32)
+        for start in range(0, numel, CHUNK_BYTES // 4):
+            part = buffers[name][start : start + CHUNK_BYTES // 4]
+            gives = [part.numel() * (pairs.get(rank) == ranks.rank) for rank in range(ranks.world)]
+            takes = [part.numel() * (pairs.get(ranks.rank) == rank) for rank in range(ranks.world)]
+            sent = part.repeat(sum(size > 0 for size in gives)) if sum(gives) else part[:0]
+            received = part if sum(takes) else torch.empty(0)
+            with ranks.guard(phase):
+                ranks.control.all_to_all(received, sent, takes, gives)
+    sums = {name: f"{checksum(buffer):08x}" for name, buffer in buffers.items()}
+    wrong = [name for name, found in sums.items() if found != manifest["buffers"][name]["crc32c"]]
+    if wrong:
+        return None, f"{', '.join(wrong)} failed their crc32c on the way"
+    return Generation(path=path, manifest=manifest, buffers=buffers), ""
 
 
 def environment(

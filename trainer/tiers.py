@@ -4,10 +4,14 @@
                                              +--> a copy --thread--> OUTPUT/snapshots/step-*
                                                                          +--thread--> a URL (mirror.py)
 
-The training loop pays for the checksums, the comparison and one copy. Each tier has its own copy and its own
-thread, so a slow disk never holds the memory tier up; a tier that is still writing when its next snapshot is
-due makes the loop wait. The memory tier survives the death of processes, not that of the machine; two
-generations lie there, and the older one's files are written over, so one is whole at any moment.
+Nothing changes the state between two updates, so it is summed up and copied by a thread while the next step
+computes (`Saver.stage`); the comparison is made at that step's commit point. The training loop pays for it,
+and for what the thread then still has to do. Each tier has its own copy and its own thread that writes, so a
+slow disk never holds the memory tier up; a tier that is still writing when its next snapshot is due makes the
+loop wait. The memory tier survives the death of processes, not that of the machine; two
+generations lie there, and the older one's files are written over, so one is whole at any moment. All ranks
+hold the same state, so every machine writes a whole copy without any traffic, and after the loss of a machine
+(or damage in its memory) its successor gets the generation from the memory of another one (resume.py).
 
 A memory tier that is full, absent or not ours only slows a restart down: it is left out, said once. A disk
 that cannot be written ends the run, on all ranks, at the next step.
@@ -21,6 +25,7 @@ import dataclasses
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -34,7 +39,7 @@ from foldfeed.trainer.errors import SnapshotError
 from foldfeed.trainer.interval import Interval
 from foldfeed.trainer.mirror import Mirror
 from foldfeed.trainer.ranks import Ranks
-from foldfeed.trainer.snapshot import SnapshotFolder
+from foldfeed.trainer.snapshot import SnapshotFolder, sum_and_copy
 
 # A double buffer: one generation stays whole while the other is written over.
 MEMORY_GENERATIONS = 2
@@ -47,12 +52,13 @@ class Capture:
 
     Attributes:
       manifest: JSON-able; has ``step``.
-      buffers: fp32 (numel,) on the CPU, by name; they may alias memory that the next step changes.
+      buffers: fp32 (numel,) on the CPU, by name; they may alias memory that the next step changes. None when
+        the tiers hold copies already (`Saver.stage`).
       checksums: crc32c of each, taken from these buffers.
     """
 
     manifest: Mapping[str, Any]
-    buffers: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor] | None
     checksums: Mapping[str, int]
 
 
@@ -78,20 +84,21 @@ def prepare_memory(folder: SnapshotFolder | None, ranks: Ranks) -> bool:
     reason, place = "", ""
     root = folder.path.parent
     try:
-        # Rank 0 of this mount makes the folder; the number of the device tells mounts apart.
         boot = Path("/proc/sys/kernel/random/boot_id")
-        place = f"{boot.read_text().strip() if boot.exists() else ''} {root.stat().st_dev}"
         folder.path.mkdir(mode=0o700, exist_ok=True)
-        if folder.path.stat().st_uid != os.geteuid():
+        found = folder.path.stat()
+        # Tells machines, and mounts of one machine, apart.
+        place = f"{boot.read_text().strip() if boot.exists() else ''} {found.st_dev} {found.st_ino}"
+        if found.st_uid != os.geteuid():
             reason = f"{folder.path} belongs to another user"
     except OSError as error:
         reason = f"{root}: {error.strerror or error}"
-    found = ranks.gather_json([place, reason], "the look at memory for snapshots")
-    if found[ranks.rank][1]:
-        if [text for _, text in found[: ranks.rank]].count(reason) == 0:
+    rows = ranks.gather_json([place, reason], "the look at memory for snapshots")
+    if reason:
+        if [text for _, text in rows[: ranks.rank]].count(reason) == 0:
             _say_off(ranks, reason)
         return False
-    writes = [row[0] for row in found].index(place) == ranks.rank
+    writes = [row[0] for row in rows].index(place) == ranks.rank
     if writes:
         folder.sweep()
     return writes
@@ -100,7 +107,8 @@ def prepare_memory(folder: SnapshotFolder | None, ranks: Ranks) -> bool:
 def _say_off(ranks: Ranks, reason: str) -> None:
     # Printed by the rank it happened to: the first one need not be on that machine.
     print(
-        f"rank {ranks.rank}: no snapshots in memory ({reason}); a restart goes back to the last one on disk",
+        f"rank {ranks.rank}: no snapshots in memory ({reason}); a restart takes those of another machine, or "
+        "goes back to the last one on disk",
         flush=True,
     )
 
@@ -119,6 +127,8 @@ class Lane:
         self.folder = folder
         self._name = name
         self._after = after
+        # Seconds that the last write took.
+        self.write_s = 0.0
         self._copy: dict[str, torch.Tensor] = {}
         self._result: Future[Path] | None = None
         self._thread: threading.Thread | None = None
@@ -130,17 +140,21 @@ class Lane:
             return None
         return self._result.exception()
 
+    def room(self, name: str, buffer: torch.Tensor) -> torch.Tensor:
+        """Returns where the copy of a buffer goes; nothing may be under way."""
+        if name not in self._copy:
+            self._copy[name] = torch.empty_like(buffer, device="cpu")
+        return self._copy[name]
+
     def submit(self, capture: Capture) -> None:
-        """Copies the state and starts to write it; waits for the write before.
+        """Copies the state, if that is not done, and starts to write it; waits for the write before.
 
         Raises:
           StorageFullError, SnapshotError, LeaseLostError: of the write before.
         """
         self.wait()
-        for name, buffer in capture.buffers.items():
-            if name not in self._copy:
-                self._copy[name] = torch.empty_like(buffer, device="cpu")
-            self._copy[name].copy_(buffer)
+        for name, buffer in (capture.buffers or {}).items():
+            self.room(name, buffer).copy_(buffer)
         result: Future[Path] = Future()
         self._result = result
         self._thread = threading.Thread(
@@ -149,8 +163,10 @@ class Lane:
         self._thread.start()
 
     def _write(self, capture: Capture, result: Future[Path]) -> None:
+        started = time.monotonic()
         try:
             path = self.folder.write(capture.manifest, self._copy, capture.checksums)
+            self.write_s = time.monotonic() - started
             self._after(path)
         except BaseException as error:  # noqa: BLE001 - kept whole, raised by wait()
             result.set_exception(error)
@@ -207,6 +223,8 @@ class Saver:
         self.disk = disk
         self._ranks = ranks
         self._memory_on = memory is not None
+        # Seconds that staging and writing took in the background.
+        self._busy_s = 0.0
         if before is not None:
             # A moment: what is left of a write in memory is swept away below.
             before.settle_memory()
@@ -242,6 +260,40 @@ class Saver:
     def due(self, step: int) -> tuple[bool, bool]:
         """Returns whether a snapshot belongs after ``step`` steps: in memory, on disk. Equal on all ranks."""
         return self._memory_on and self._in_memory.is_due(step), self._on_disk.is_due(step)
+
+    def stage(
+        self, state: Callable[[], Mapping[str, torch.Tensor]], *, memory: bool, disk: bool
+    ) -> Future[Mapping[str, int]]:
+        """Starts to sum the state up and to copy it for the tiers that this rank writes.
+
+        Args:
+          state: gives buffers as in `Capture`; they must stay as they are until it is done.
+          memory: whether the copy is for memory.
+          disk: whether it is for the disk.
+        Returns: crc32c by name, later.
+        """
+        chosen = ((self._memory, memory), (self._disk if self._ranks.is_first else None, disk))
+        lanes = [lane for lane, wanted in chosen if lane is not None and wanted]
+        found: Future[Mapping[str, int]] = Future()
+
+        def work() -> None:
+            started = time.monotonic()
+            try:
+                for lane in lanes:
+                    # It reads the copy; what it met is raised by `save`.
+                    lane.close()
+                sums = {
+                    name: sum_and_copy(buffer, [lane.room(name, buffer) for lane in lanes])
+                    for name, buffer in state().items()
+                }
+                self._busy_s = time.monotonic() - started + sum(lane.write_s for lane in lanes)
+            except BaseException as error:  # noqa: BLE001 - kept whole, raised by result()
+                found.set_exception(error)
+            else:
+                found.set_result(sums)
+
+        threading.Thread(target=work, name="foldfeed-stage").start()
+        return found
 
     def save(self, capture: Capture, *, memory: bool, disk: bool) -> None:
         """Starts to write a captured state.
@@ -285,8 +337,8 @@ class Saver:
         interval = self._on_disk if disk else self._in_memory
         if not interval.chosen:
             return
-        rows = self._ranks.gather_floats([cost_s, step_s], "the cost of a snapshot")
-        interval.learn(max(row[0] for row in rows), max(row[1] for row in rows))
+        rows = self._ranks.gather_floats([cost_s, step_s, self._busy_s], "the cost of a snapshot")
+        interval.learn(*(max(column) for column in zip(*rows, strict=True)))
 
     @property
     def failed(self) -> bool:

@@ -14,16 +14,27 @@ import torch.distributed as dist
 from foldfeed.trainer.errors import CommunicationError
 from foldfeed.trainer.loop import Trainer
 from foldfeed.trainer.ranks import Group, Ranks, TorchGroup
-from foldfeed.trainer.snapshot import checksum
+from foldfeed.trainer.snapshot import extend_checksum
+from foldfeed.trainer.topology import pair_up
 from foldfeed.trainer.wire import Channel, raw
 
+# Of a buffer, between two looks at the checksum: 8 MiB, which a socket's buffers hold about.
+PART_NUMEL = 1 << 21
 
-def transfer(channel: Channel, trainer: Trainer, states: Sequence[Mapping[str, int]], ranks: Ranks) -> int:
+
+def transfer(
+    channel: Channel,
+    trainer: Trainer,
+    states: Sequence[Mapping[str, int]],
+    places: Sequence[Sequence[str]],
+    ranks: Ranks,
+) -> int:
     """Brings every rank to the furthest one's step; returns a rank that had it.
 
-    Each rank that is behind gets parameters and moments from one that is not, all at once over different
-    connections: raw bytes, then their crc32c, taken from the giver's memory. They are checked before the live
-    buffers are touched, so a giver that dies leaves the taker as it was.
+    Each rank that is behind gets parameters and moments from the nearest one that is not, all at once over
+    different connections: raw bytes, then their crc32c, taken from the giver's memory. Both sides sum a part
+    up while the next one is on its way. A rank that has a state keeps it until all was checked, so a giver
+    that dies leaves it as it was.
 
     Raises:
       CommunicationError: a peer died, or the bytes that came are not those that were sent.
@@ -31,26 +42,49 @@ def transfer(channel: Channel, trainer: Trainer, states: Sequence[Mapping[str, i
     steps = [state["step"] for state in states]
     givers = [rank for rank, step in enumerate(steps) if step == max(steps)]
     takers = [rank for rank, step in enumerate(steps) if step < max(steps)]
-    pairs = {taker: givers[number % len(givers)] for number, taker in enumerate(takers)}
+    pairs = pair_up(takers, givers, places)
     mine = [taker for taker, giver in pairs.items() if giver == ranks.rank]
-    names = tuple(trainer.state())
     with ranks.guard("the transfer of the state"):
         if mine:
-            buffers = trainer.host_buffers()
-            sums = b"".join(checksum(buffers[name]).to_bytes(4, "little") for name in names)
-            views = [*(raw(buffers[name]) for name in names), memoryview(sums)]
-            channel.exchange(dict.fromkeys(mine, views), {})
+            _move(channel, trainer.host_buffers(), sends=mine)
         if ranks.rank in pairs:
             giver = pairs[ranks.rank]
-            fresh = {name: torch.empty(trainer.flat.numel, dtype=torch.float32) for name in names}
-            sent = bytearray(4 * len(names))
-            channel.exchange({}, {giver: [*(raw(fresh[name]) for name in names), memoryview(sent)]})
-            if bytes(sent) != b"".join(checksum(fresh[name]).to_bytes(4, "little") for name in names):
+            fresh = trainer.host_buffers()
+            if steps[ranks.rank] >= 0:
+                fresh = {name: torch.empty_like(buffer) for name, buffer in fresh.items()}
+            else:
+                # Neither the initial state any more, should this fail.
+                trainer.step = -1
+            if not _move(channel, fresh, receives=giver):
                 raise CommunicationError(
                     ranks.rank, "the transfer of the state", f"crc32c of rank {giver}'s state differs."
                 )
             trainer.take_over(fresh, states[giver])
+            print(f"rank {ranks.rank} got the state of step {trainer.step} from rank {giver}", flush=True)
     return givers[0]
+
+
+def _move(
+    channel: Channel, buffers: Mapping[str, torch.Tensor], *, sends: Sequence[int] = (), receives: int = -1
+) -> bool:
+    """Sends buffers to some ranks, or receives them from one; returns whether the checksums agree."""
+    sums = []
+    for buffer in buffers.values():
+        crc = 0
+        for part in buffer.split(PART_NUMEL):
+            if not sends:
+                channel.exchange({}, {receives: [raw(part)]})
+            crc = extend_checksum(crc, part)
+            if sends:
+                channel.exchange({taker: [raw(part)] for taker in sends}, {})
+        sums.append(crc.to_bytes(4, "little"))
+    mine = b"".join(sums)
+    if sends:
+        channel.exchange({taker: [memoryview(mine)] for taker in sends}, {})
+        return True
+    theirs = bytearray(len(mine))
+    channel.exchange({}, {receives: [memoryview(theirs)]})
+    return bytes(theirs) == mine
 
 
 def nccl_groups(ranks: Ranks, host: str, timeout_s: float) -> tuple[Group, Group]:
