@@ -26,6 +26,7 @@ from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.errors import (
     CorruptResultError,
     DatabaseChangedError,
+    DeviceError,
     SearchError,
     ToolFailedError,
     ToolTimeoutError,
@@ -341,7 +342,8 @@ def _failed(unit: WorkUnit, context: JobContext, error: Exception) -> Receipt:
 
 def _status(error: Exception) -> Status:
     killed = isinstance(error, ToolFailedError) and error.exit_code < 0
-    return "retryable" if killed or isinstance(error, ToolTimeoutError | DatabaseChangedError) else "poison"
+    passing = isinstance(error, ToolTimeoutError | DatabaseChangedError | DeviceError)
+    return "retryable" if killed or passing else "poison"
 
 
 def _receipt(unit: WorkUnit, status: Status, reason: str = "", kind: str = "") -> Receipt:
