@@ -56,7 +56,11 @@ class Kernel:
 
 
 class DeviceKernel(Protocol):
-    """What computes the short filter's scores on another device than the processor."""
+    """What computes the short filter's scores on another device than the processor; equal to itself alone."""
+
+    def __hash__(self) -> int:
+        """Returns a number for a place in a dictionary."""
+        ...
 
     @property
     def name(self) -> str:

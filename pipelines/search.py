@@ -31,6 +31,7 @@ from foldfeed.pipelines.errors import (
     ToolFailedError,
     ToolTimeoutError,
 )
+from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
 from foldfeed.pipelines.hits import read_hits
 from foldfeed.pipelines.results import ResultStore, SearchFacts, unit_id_of
 from foldfeed.pipelines.search_tool import SearchedDatabase, SearchResult
@@ -324,6 +325,7 @@ def _once_more_after_a_signal(search: Callable[[], SearchResult]) -> SearchResul
 def _facts(
     unit: WorkUnit, context: JobContext, database: str, digest: str, num_hits: int | None
 ) -> SearchFacts:
+    tool = context.databases[unit.database_index].tool
     return SearchFacts(
         database=database,
         database_digest=digest,
@@ -332,6 +334,7 @@ def _facts(
         host=socket.gethostname(),
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         run_id=context.run_id,
+        scan=tool.kernel_name if isinstance(tool, FastJackhmmer | ShardedJackhmmer) else "",
     )
 
 
