@@ -65,9 +65,7 @@ class Function:
         driver, device = _bindings()[0], self._device
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         device.call("cuFuncSetAttribute", self._handle, most, shared_bytes)
-        each = device.call(
-            "cuOccupancyMaxActiveBlocksPerMultiprocessor", self._handle, threads, shared_bytes
-        )
+        each = device.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", self._handle, threads, shared_bytes)
         return max(1, each) * device.num_multiprocessors
 
     def launch(self, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Argument]) -> None:
@@ -98,9 +96,7 @@ class Device:
             self._attribute(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
         )
         # That a block may have, once the kernel asked for more than the usual 48 KiB.
-        self.shared_bytes = self._attribute(
-            attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        )
+        self.shared_bytes = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
         with self.used():
             self.stream = self.call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)

@@ -220,22 +220,8 @@ class GpuKernel:
         Raises:
           KernelError: their scores differ.
         """
-        random = np.random.default_rng(layout.positions)
-        # More than one part where it takes parts; not a full one at the end.
-        residues = layout.positions - 5 + layout.stretches * layout.positions
-        lengths = np.sort(random.integers(0, 90, size=70))
-        codes = random.integers(0, PAD, size=int(lengths.sum()), dtype=np.uint8)
-        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        letters = random.integers(0, MAX_LETTERS, size=residues, dtype=np.uint8)
-        # Pieces of the query, so that there are hits across all edges of strips and parts, saturated ones too.
-        table = random.integers(-30, 40, size=(MAX_LETTERS, NUM_CODES)).astype(np.int8)
-        table[np.arange(PAD), np.arange(PAD)] = -40
-        for start, length in zip(starts[10:], lengths[10:], strict=False):
-            at = int(random.integers(max(1, residues - int(length))))
-            piece = np.minimum(letters[at : at + int(length)], PAD - 1)
-            codes[start : start + len(piece)] = piece
-        table[:, PAD] = 127
-        query, order = np.array([0, residues]), np.arange(len(lengths))
+        letters, table, codes, starts = _drawn(layout)
+        query, order = np.array([0, len(letters)]), np.arange(len(starts) - 1)
         plain = kernels()[0]
         expected = scan_kernels.ssv(
             plain, scan_kernels.pack(codes, starts, order, plain.lanes), table, letters, query
@@ -278,6 +264,41 @@ class GpuKernel:
         while self._resident and held + size > self._limit_bytes:
             held -= self._resident.popitem(last=False)[1].size_bytes
         self._device.collect()
+
+
+def _drawn(
+    layout: Layout,
+) -> tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.uint8], NDArray[np.int64]]:
+    """Returns a query's letters, costs, and targets (codes, starts) that an error of a layout would show in.
+
+    The query takes two parts where the layout takes parts, not a full one at the end. Most targets hold a piece of
+    it that lies across a place where cells change hands, between lanes, halves of registers or parts, and scores
+    more whole than cut; they begin at all places of a word. Some are so long that they saturate.
+    """
+    random = np.random.default_rng(layout.positions)
+    residues = layout.positions - 5 + layout.stretches * layout.positions
+    letters = random.integers(0, MAX_LETTERS, size=residues, dtype=np.uint8)
+    table = random.integers(0, 20, size=(MAX_LETTERS, NUM_CODES)).astype(np.int8)
+    table[np.arange(PAD), np.arange(PAD)] = random.integers(-9, -3, size=PAD)
+    table[:, PAD] = 127
+    edges = random.integers(0, residues // (layout.strip // 2) + 1, size=80) * (layout.strip // 2)
+    edges[1::16] = layout.strip
+    if layout.stretches:
+        edges[::5] = layout.positions
+    reach = random.integers(2, 12, size=len(edges))
+    reach[::10] = 60
+    targets = []
+    for number, (edge, far) in enumerate(zip(edges.tolist(), reach.tolist(), strict=True)):
+        before, behind = (random.integers(0, PAD, size=int(n)) for n in (number % 7, random.integers(6)))
+        piece = letters[max(0, edge - far) : edge + far]
+        if number % 8 == 1:
+            # Ends at an edge and goes on at the query's start: two hits, not one.
+            piece = np.concatenate([letters[max(0, edge - far) : edge], letters[:far]])
+        piece = np.minimum(piece, PAD - 1)
+        targets.append(np.concatenate([before, piece, behind]).astype(np.uint8))
+    targets.sort(key=len)
+    starts = np.concatenate([[0], np.cumsum([len(target) for target in targets])]).astype(np.int64)
+    return letters, table, np.concatenate(targets), starts
 
 
 def _parts(starts: NDArray[np.int64], shared_bytes: int) -> Iterator[tuple[Layout, int, int, int]]:

@@ -299,9 +299,7 @@ def pack(codes: NDArray[np.uint8], starts: NDArray[np.int64], order: NDArray[np.
     return blocks
 
 
-def gather(
-    blocks: Blocks, positions: NDArray[np.int64], lengths: NDArray[np.int64], lanes: int
-) -> Blocks:
+def gather(blocks: Blocks, positions: NDArray[np.int64], lengths: NDArray[np.int64], lanes: int) -> Blocks:
     """Returns chosen targets of blocks as blocks of their own.
 
     Args:

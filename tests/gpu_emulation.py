@@ -5,6 +5,8 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from cuda.pathfinder import load_nvidia_dynamic_lib
+
 from foldfeed.pipelines.scan_gpu import Layout
 
 TESTS = Path(__file__).parent
@@ -31,10 +33,13 @@ def build_device(folder: Path, layouts: Iterable[Layout], *, sanitize: bool = Fa
     library = folder / "libcuda.so.1"
     link = [*common, "-shared", *map(str, objects), "-ldl", "-o", str(library), f"-Wl,-soname,{library.name}"]
     subprocess.run(link, check=True, timeout=120)
-    found = {"LD_LIBRARY_PATH": os.pathsep.join([str(folder), os.environ.get("LD_LIBRARY_PATH", "")])}
+    folders = [str(folder), os.environ.get("LD_LIBRARY_PATH", "")]
+    found = {}
     if sanitize:
+        # Loaded through the sanitizer, the compiler does not find its own parts.
+        folders.insert(1, str(Path(load_nvidia_dynamic_lib("nvrtc").abs_path).parent))
         words = ["g++", "-print-file-name=libasan.so"]
         runtime = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
         # Python has leaks of its own; memory of the size asked for that cannot be had is no error.
         found |= {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
-    return found
+    return found | {"LD_LIBRARY_PATH": os.pathsep.join(folders)}
