@@ -54,6 +54,8 @@ class SearchFacts:
       run_id: of the build's run.
       num_together: queries of the run that this one was searched in, itself among them; None where each has
         a run of its own.
+      scan: what computed the first filter before the tool, "" where the tool did; see
+        `foldfeed.pipelines.scan_choice`.
     """
 
     database: str = ""
@@ -64,6 +66,7 @@ class SearchFacts:
     finished: str = ""
     run_id: str = ""
     num_together: int | None = None
+    scan: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,10 +26,12 @@ from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.errors import (
     CorruptResultError,
     DatabaseChangedError,
+    DeviceError,
     SearchError,
     ToolFailedError,
     ToolTimeoutError,
 )
+from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
 from foldfeed.pipelines.hits import read_hits
 from foldfeed.pipelines.mmseqs import Mmseqs
 from foldfeed.pipelines.results import ResultStore, SearchFacts, unit_id_of
@@ -371,6 +373,7 @@ def facts_of(
     num_together: int | None = None,
 ) -> SearchFacts:
     """Returns what a receipt says of a search beside its cost, as of now and here."""
+    tool = context.searched[unit.database_index].tool
     return SearchFacts(
         database=database,
         database_digest=digest,
@@ -380,6 +383,7 @@ def facts_of(
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         run_id=context.run_id,
         num_together=num_together,
+        scan=tool.kernel_name if isinstance(tool, FastJackhmmer | ShardedJackhmmer) else "",
     )
 
 
@@ -391,7 +395,8 @@ def receipt_of_failure(unit: WorkUnit, context: JobContext, error: Exception) ->
 
 def _status(error: Exception) -> Status:
     killed = isinstance(error, ToolFailedError) and error.exit_code < 0
-    return "retryable" if killed or isinstance(error, ToolTimeoutError | DatabaseChangedError) else "poison"
+    passing = isinstance(error, ToolTimeoutError | DatabaseChangedError | DeviceError)
+    return "retryable" if killed or passing else "poison"
 
 
 def receipt_of(unit: WorkUnit, status: Status, reason: str = "", kind: str = "") -> Receipt:
