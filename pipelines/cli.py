@@ -73,10 +73,9 @@ MAX_SHOWN_LETTERS = 20
 @click.option(
     "--templates",
     metavar="NAME[=PATH,DATES[:TOOL]]",
-    help="Search each record's alignment against sequences of known structures, too, and keep "
-    "the hits: a FASTA file like the PDB's pdb_seqres.txt (hmmsearch) or an HH-suite prefix (hhsearch), and a "
-    "table of release dates, or the NAME of one "
-    "that `foldfeed database add` knows.",
+    help="Search each record's alignment against sequences of known structures, too, and keep the hits. PATH "
+    "is a FASTA file like the PDB's pdb_seqres.txt (hmmsearch) or an HH-suite prefix (hhsearch), DATES a table of "
+    "release dates; or the NAME alone of one that `foldfeed database add` knows.",
 )
 @click.option(
     "--template-msa",
