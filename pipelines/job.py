@@ -110,7 +110,7 @@ def planned(config: BuildConfig) -> tuple[tuple[SearchedDatabase, ...], Plan, st
     templates = None if config.templates is None else prepare_templates(config, databases)
     plan = make_plan(config.queries, databases, config.max_residues, templates)
     num_parts = config.parts or default_num_parts(plan.num_queries)
-    job_id = job_id_of(plan, databases, num_parts)
+    job_id = job_id_of(plan, databases, num_parts, taxonomy_ids=config.taxonomy_ids)
     return databases, plan, job_id, num_parts
 
 

@@ -196,6 +196,7 @@ def context_of(
         num_parts=num_parts,
         max_residues=config.max_residues,
         templates=plan.templates,
+        taxonomy_ids=config.taxonomy_ids,
     )
 
 

@@ -64,6 +64,7 @@ class JobContext:
       num_parts: parts of the store that the job writes.
       max_residues: longer queries are not searched.
       templates: what is searched with the alignments; None for none.
+      taxonomy_ids: records keep those of their rows.
     """
 
     store_url: str
@@ -75,6 +76,7 @@ class JobContext:
     num_parts: int
     max_residues: int
     templates: TemplateDatabase | None = None
+    taxonomy_ids: bool = False
 
     @property
     def searched(self) -> tuple[SearchedDatabase | TemplateDatabase, ...]:
