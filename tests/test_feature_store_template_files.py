@@ -1,6 +1,7 @@
 """Results of template searches, read: against other programs' own reading of them, and cut or wrong ones."""
 
 import gzip
+import json
 import random
 import re
 
@@ -185,3 +186,30 @@ def test_changed_bytes_are_a_typed_error_or_another_text(text, parse):
             continue
     with pytest.raises(AlignmentParseError):
         parse(b"{" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1abc\t2018-4-1\n", "'1abc': '2018-4-1' is no date"),
+        ("1abc 2018-04-01\n", "expected entry, tab"),
+        ("1abc\t2018-04-01\n1ABC\t2019-04-01\n", "has two dates"),
+        ("1abc\t2018-04-01\tgood\n", "'good' is no number"),
+        ('{"1abc": {"resolution": 2}}', "'1abc' has no release_date"),
+        ("{", "no JSON"),
+    ],
+)
+def test_tables_of_dates_that_cannot_be_are_refused(tmp_path, text, words):
+    with pytest.raises(AlignmentParseError, match=words):
+        parse_release_dates(text.encode())
+
+
+def test_both_spellings_of_a_table_say_the_same():
+    table = (
+        "# of 2020\nentry\trelease_date\tresolution_angstrom\n1ABC\t2018-04-01\t1.5\r\n2abc\t2019-04-01\t\n"
+    )
+    cache = {
+        "1abc": {"release_date": "2018-04-01", "resolution": 1.5, "seqs": ["A"]},
+        "2abc": {"release_date": "2019-04-01", "resolution": 0.0},
+    }
+    assert parse_release_dates(table.encode()) == parse_release_dates(json.dumps(cache).encode())

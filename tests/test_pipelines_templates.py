@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-import json
+import random
 import re
 import subprocess
 from pathlib import Path
@@ -23,7 +23,6 @@ from pipelines_data import (
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.care.verify import verify
 from foldfeed.feature_store.cli.main import main
-from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.parsers.release_dates import parse_release_dates
 from foldfeed.feature_store.parsers.stockholm import stockholm_as_a3m
 from foldfeed.pipelines import run_build
@@ -33,6 +32,7 @@ from foldfeed.pipelines.databases import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
 from foldfeed.pipelines.fasta import read_fasta
 from foldfeed.pipelines.forecast import lines_of
+from foldfeed.pipelines.hmmsearch import sequences_in
 from foldfeed.pipelines.job import forecast_build, planned
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.run import context_of
@@ -433,33 +433,6 @@ def test_templates_that_cannot_be_are_refused(text, words):
         DatabaseSpec.parse_templates(text)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("1abc\t2018-4-1\n", "'1abc': '2018-4-1' is no date"),
-        ("1abc 2018-04-01\n", "expected entry, tab"),
-        ("1abc\t2018-04-01\n1ABC\t2019-04-01\n", "has two dates"),
-        ("1abc\t2018-04-01\tgood\n", "'good' is no number"),
-        ('{"1abc": {"resolution": 2}}', "'1abc' has no release_date"),
-        ("{", "no JSON"),
-    ],
-)
-def test_tables_of_dates_that_cannot_be_are_refused(tmp_path, text, words):
-    with pytest.raises(AlignmentParseError, match=words):
-        parse_release_dates(text.encode())
-
-
-def test_both_spellings_of_a_table_say_the_same():
-    table = (
-        "# of 2020\nentry\trelease_date\tresolution_angstrom\n1ABC\t2018-04-01\t1.5\r\n2abc\t2019-04-01\t\n"
-    )
-    cache = {
-        "1abc": {"release_date": "2018-04-01", "resolution": 1.5, "seqs": ["A"]},
-        "2abc": {"release_date": "2019-04-01", "resolution": 0.0},
-    }
-    assert parse_release_dates(table.encode()) == parse_release_dates(json.dumps(cache).encode())
-
-
 def test_an_alignment_as_stockholm_keeps_every_letter_in_its_place():
     """Against a loop over letters, on random rows with insertions anywhere."""
     rng = np.random.default_rng(3)
@@ -483,6 +456,28 @@ def test_an_alignment_as_stockholm_keeps_every_letter_in_its_place():
             )
             assert back == row.decode()
         assert all(mark == "x" or letter in ".-" for letter, mark in zip(table[0], reference, strict=True))
+
+
+def test_sequences_are_found_by_name_wherever_they_lie(tmp_path):
+    """Against a loop over the text: names that repeat, lines of any length, either end of line."""
+    rng = random.Random(3)
+    for number in range(60):
+        names = [rng.choice("abcd") + rng.choice(["x", "y", ""]) for _ in range(rng.randint(1, 12))]
+        end = rng.choice(["\n", "\r\n"])
+        text = ""
+        for name in names:
+            text += f">{rng.choice(['', ' '])}{name}{rng.choice(['', ' d > e'])}{end}"
+            text += "".join("".join(rng.choices("ACDacd*", k=rng.randint(0, 9))) + end for _ in range(2))
+        path = tmp_path / f"{number}.fasta"
+        path.write_bytes((text if rng.random() < 0.5 else text.rstrip()).encode())
+        wanted: dict[str, list[str]] = {}
+        for entry in re.split(r"(?:^|\n)>", text)[1:]:
+            header, _, body = entry.partition("\n")
+            letters = re.sub("[^A-Z]", "X", re.sub(r"\s", "", body).upper())
+            wanted.setdefault(header.split()[0], []).append(letters)
+        asked = {name for name in names if rng.random() < 0.7} | {"zzz"}
+        found = sequences_in(str(path), asked)
+        assert found == {name: one for name, one in wanted.items() if name in asked}
 
 
 def test_a_template_database_without_dates_is_refused_when_added(tmp_path, files):
