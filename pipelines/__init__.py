@@ -18,7 +18,8 @@ The data's way, by what a file is about:
     a build      build_config -> job -> run -> outcome; forecast, costs, ledger, progress, interrupt
     an array     share (who searches what) -> array_task (one task of an array of jobs)
     on Beam      graph (search_step, template_graph), runners, engine (dataflow, flink: what one engine
-                 needs; engine_words), engine_errors; submit (without waiting) <- template (the launcher of Dataflow's flex template)
+                 needs; engine_words), engine_errors; submit (without waiting) <- template (the launcher of
+                 Dataflow's flex template)
     commands     cli, database_cli, ledger_cli, search_speed_cli (what a search costs here: search_speed)
 
 Importing this package does not import Beam; only a run does.
