@@ -2,12 +2,10 @@
 
 import dataclasses
 import datetime
-import random
 import re
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 from mmcif_samples import sample
@@ -32,8 +30,9 @@ from foldfeed.pipelines.databases import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
 from foldfeed.pipelines.fasta import read_fasta
 from foldfeed.pipelines.forecast import lines_of
-from foldfeed.pipelines.hmmsearch import sequences_in
 from foldfeed.pipelines.job import forecast_build, planned
+from foldfeed.pipelines.registry import Registry
+from foldfeed.pipelines.registry import templates_of as templates_named
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.run import context_of
 from foldfeed.pipelines.search_tool import find_binary
@@ -433,51 +432,21 @@ def test_templates_that_cannot_be_are_refused(text, words):
         DatabaseSpec.parse_templates(text)
 
 
-def test_an_alignment_as_stockholm_keeps_every_letter_in_its_place():
-    """Against a loop over letters, on random rows with insertions anywhere."""
-    rng = np.random.default_rng(3)
-    for length in (1, 2, 7, 30):
-        rows = [bytes(rng.choice(list(b"ACDEFG"), length).astype(np.uint8))]
-        for _ in range(6):
-            row = b""
-            for _ in range(length):
-                row += bytes(rng.choice(list(b"acd"), rng.integers(0, 3)).astype(np.uint8))
-                row += bytes(rng.choice(list(b"ACD-"), 1).astype(np.uint8))
-            rows.append(row + bytes(rng.choice(list(b"ac"), rng.integers(0, 3)).astype(np.uint8)))
-        lines = to_stockholm(rows).decode().splitlines()
-        reference = next(line.split()[2] for line in lines if line.startswith("#=GC RF"))
-        table = [line.split()[1] for line in lines if line and not line.startswith(("#", "//"))]
-        assert {len(line) for line in table} == {len(reference)}
-        for row, line in zip(rows, table, strict=True):
-            back = "".join(
-                letter if mark == "x" else letter.lower()
-                for letter, mark in zip(line, reference, strict=True)
-                if mark == "x" or letter != "."
-            )
-            assert back == row.decode()
-        assert all(mark == "x" or letter in ".-" for letter, mark in zip(table[0], reference, strict=True))
-
-
-def test_sequences_are_found_by_name_wherever_they_lie(tmp_path):
-    """Against a loop over the text: names that repeat, lines of any length, either end of line."""
-    rng = random.Random(3)
-    for number in range(60):
-        names = [rng.choice("abcd") + rng.choice(["x", "y", ""]) for _ in range(rng.randint(1, 12))]
-        end = rng.choice(["\n", "\r\n"])
-        text = ""
-        for name in names:
-            text += f">{rng.choice(['', ' '])}{name}{rng.choice(['', ' d > e'])}{end}"
-            text += "".join("".join(rng.choices("ACDacd*", k=rng.randint(0, 9))) + end for _ in range(2))
-        path = tmp_path / f"{number}.fasta"
-        path.write_bytes((text if rng.random() < 0.5 else text.rstrip()).encode())
-        wanted: dict[str, list[str]] = {}
-        for entry in re.split(r"(?:^|\n)>", text)[1:]:
-            header, _, body = entry.partition("\n")
-            letters = re.sub("[^A-Z]", "X", re.sub(r"\s", "", body).upper())
-            wanted.setdefault(header.split()[0], []).append(letters)
-        asked = {name for name in names if rng.random() < 0.7} | {"zzz"}
-        found = sequences_in(str(path), asked)
-        assert found == {name: one for name, one in wanted.items() if name in asked}
+def test_files_that_cannot_be_are_refused_before_any_search(tmp_path, files):
+    registry = Registry(tmp_path / "known.json")
+    with pytest.raises(ConfigError, match=r"templates 'nope' must be NAME=FASTA,DATES.*it has none"):
+        templates_named("nope", registry)
+    bad = tmp_path / "bad.tsv"
+    for data, words in (("1abc\tbad\n", "'bad' is no date"), ("1abc 2018-01-02\n", "expected entry, tab")):
+        bad.write_text(data)
+        with pytest.raises(DatabaseError, match=f"no table of release dates: .*{words}"):
+            DatabaseSpec.parse_templates(f"pdb={files['templates']},{bad}").files()
+    bad.unlink()
+    with pytest.raises(DatabaseError, match="no such file"):
+        DatabaseSpec.parse_templates(f"pdb={files['templates']},{bad}").files()
+    # Only the head is read: a line that is cut there is none.
+    bad.write_text("".join(f"{number:05}\t2018-01-02\t1.5\n" for number in range(9999)))
+    assert len(DatabaseSpec.parse_templates(f"pdb={files['templates']},{bad}").files()) == 2
 
 
 def test_a_template_database_without_dates_is_refused_when_added(tmp_path, files):
