@@ -129,8 +129,8 @@ def templates_of(text: str, registry: Registry) -> DatabaseSpec:
     if text not in known:
         raise ConfigError(
             f"templates {text!r} must be NAME=FASTA,DATES, e.g. pdb=/db/pdb_seqres.txt,/db/dates.tsv, or a "
-            f"name in the registry {registry.path} ({_listed(known)}); `foldfeed database add NAME FASTA DATES "
-            "--tool hmmsearch` adds one"
+            f"name in the registry {registry.path} ({_listed(known)}); `foldfeed database add NAME FASTA "
+            "DATES --tool hmmsearch` adds one"
         )
     return database_of(text, registry)
 
