@@ -12,12 +12,14 @@ The data's way, by what a file is about:
                  draw; tools chooses
     search       plan (units; id_set, kept_plan) -> search (one of them) -> results (kept by content); hits
                  (what one found); unchanged (the database is still the planned one)
+    templates    template_tool (the contract) <- hmmsearch, hhsearch; template_profile (what is searched
+                 with) -> template_search (one of them); template_database (made of mmCIF files)
     records      msa (merge) -> features (a record) -> parts (into the store)
     a build      build_config -> job -> run -> outcome; forecast, costs, ledger, progress, interrupt
     an array     share (who searches what) -> array_task (one task of an array of jobs)
-    on Beam      graph, packing (the costliest first), runners, engine (dataflow, flink: what one engine
-                 needs; engine_words), engine_errors; submit (without waiting) <- template (the launcher
-                 of Dataflow's flex template)
+    on Beam      graph (search_step, template_graph), packing (the costliest first), runners, engine
+                 (dataflow, flink: what one engine needs; engine_words), engine_errors; submit (without
+                 waiting) <- template (the launcher of Dataflow's flex template)
     commands     cli, database_cli, ledger_cli, search_speed_cli (what a search costs here: search_speed)
 
 Importing this package does not import Beam; only a run does.

@@ -62,6 +62,7 @@ class BuildConfig:
       max_template_hits: most hits that a record keeps.
       max_template_date: hits released later, or on an unknown day, are not kept (``YYYY-MM-DD``); None for
         all, which leaves the choice to whoever reads them.
+      taxonomy_ids: keep the NCBI taxonomy ids that descriptions of rows tell.
     """
 
     queries: tuple[str, ...]
@@ -85,6 +86,7 @@ class BuildConfig:
     template_msa: str | None = None
     max_template_hits: int = DEFAULT_MAX_TEMPLATE_HITS
     max_template_date: str | None = None
+    taxonomy_ids: bool = False
 
     def __post_init__(self) -> None:
         if not self.queries:

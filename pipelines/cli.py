@@ -73,10 +73,10 @@ MAX_SHOWN_LETTERS = 20
 )
 @click.option(
     "--templates",
-    metavar="NAME[=FASTA,DATES]",
-    help="Search each record's alignment against sequences of known structures, too (hmmsearch), and keep "
-    "the hits: a FASTA file like the PDB's pdb_seqres.txt and a table of release dates, or the NAME of one "
-    "that `foldfeed database add` knows.",
+    metavar="NAME[=PATH,DATES[:TOOL]]",
+    help="Search each record's alignment against sequences of known structures, too, and keep the hits. "
+    "PATH is a FASTA file like the PDB's pdb_seqres.txt (hmmsearch) or an HH-suite prefix (hhsearch), DATES "
+    "a table of release dates; or the NAME alone of one that `foldfeed database add` knows.",
 )
 @click.option(
     "--template-msa",
@@ -95,6 +95,12 @@ MAX_SHOWN_LETTERS = 20
     "--max-template-date",
     metavar="YYYY-MM-DD",
     help="Keep no hits of later or unknown date. [default: keep all; readers choose by date]",
+)
+@click.option(
+    "--taxonomy-ids",
+    is_flag=True,
+    help="Keep the NCBI taxonomy ids that descriptions of rows tell (TaxID=, OX=), for pairing; records that "
+    "were built without say something else then.",
 )
 @click.option("--cpus-per-search", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
 @click.option(
@@ -173,6 +179,7 @@ def build(
     template_msa: str | None,
     max_template_hits: int,
     max_template_date: str | None,
+    taxonomy_ids: bool,
     cpus_per_search: int,
     workers: int | None,
     engine: Engine,
@@ -225,6 +232,7 @@ def build(
             template_msa=template_msa,
             max_template_hits=max_template_hits,
             max_template_date=max_template_date,
+            taxonomy_ids=taxonomy_ids,
             cpus_per_search=cpus_per_search,
             workers=workers,
             engine=engine,

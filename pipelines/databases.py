@@ -16,6 +16,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from foldfeed.feature_store.errors import AlignmentParseError
+from foldfeed.feature_store.parsers.release_dates import parse_release_dates
 from foldfeed.feature_store.storage import Blobs
 from foldfeed.feature_store.storage.options import without_secrets
 from foldfeed.pipelines import hhblits, hhsearch, hmmsearch, jackhmmer
@@ -204,7 +206,7 @@ class DatabaseSpec:
         if self.tool == MMSEQS:
             return _mmseqs_files(self.name, self.paths[0])
         if self.searches_templates:
-            _require_file(self.name, self.paths[1])
+            _check_dates(self.name, self.paths[1])
             if self.tool == hhsearch.NAME:
                 return (*_hh_files(self.name, self.paths[0]), self.paths[1])
             _check_fasta(self.name, self.paths[0])
@@ -266,6 +268,20 @@ def _check_fasta(name: str, path: str) -> None:
         )
     if not head.startswith(b">"):
         raise DatabaseError(name, path, "it does not start with '>', so it is no FASTA file")
+
+
+def _check_dates(name: str, path: str) -> None:
+    """Refuses what is no table of release dates by its first lines; reading all of it would take a second."""
+    _require_file(name, path)
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if head.lstrip().startswith(b"{"):
+        return
+    try:
+        # The last line may be cut.
+        parse_release_dates(head if len(head) < 4096 else head[: head.rfind(b"\n") + 1])
+    except AlignmentParseError as error:
+        raise DatabaseError(name, path, f"it is no table of release dates: {error}") from error
 
 
 def _hh_files(name: str, prefix: str) -> list[str]:

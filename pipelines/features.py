@@ -18,7 +18,11 @@ from foldfeed.pipelines.sequences import QuerySequence
 
 
 def build_record(
-    query: QuerySequence, databases: Sequence[SearchedDatabase], results: Sequence[SearchResult]
+    query: QuerySequence,
+    databases: Sequence[SearchedDatabase],
+    results: Sequence[SearchResult],
+    *,
+    taxonomy_ids: bool = False,
 ) -> MsaRecord:
     """Returns the record of one query.
 
@@ -26,6 +30,7 @@ def build_record(
       query: what was searched.
       databases: in merge order.
       results: one per database.
+      taxonomy_ids: keep those of the rows.
     Raises:
       AlignmentParseError, ToolOutputError: a tool's alignment cannot be used.
       InvalidRecordError: the store's format cannot hold the record.
@@ -50,6 +55,10 @@ def build_record(
         msa=merged.msa,
         deletions=merged.deletions,
         # The tools knew the query by a neutral name, because records of equal sequence share their results.
-        rows=dataclasses.replace(merged.rows, hit_id=[query.record_id, *merged.rows.hit_id[1:]]),
+        rows=dataclasses.replace(
+            merged.rows,
+            hit_id=[query.record_id, *merged.rows.hit_id[1:]],
+            taxonomy_id=merged.rows.taxonomy_id if taxonomy_ids else None,
+        ),
         databases=uses,
     ).with_neff()

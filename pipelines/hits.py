@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foldfeed.feature_store.parsers.a3m import parse_a3m
 from foldfeed.feature_store.parsers.alignment import ParsedAlignment
-from foldfeed.feature_store.parsers.hit_names import mmseqs_scores
-from foldfeed.feature_store.parsers.stockholm import parse_stockholm
+from foldfeed.feature_store.parsers.hit_names import mmseqs_scores, taxonomy_id_of
+from foldfeed.feature_store.parsers.stockholm import parse_stockholm, stockholm_descriptions
 from foldfeed.pipelines.errors import ToolOutputError
 from foldfeed.pipelines.jackhmmer import has_numbered_names
 from foldfeed.pipelines.mmseqs_files import NAME as MMSEQS
@@ -35,12 +36,14 @@ class DatabaseHits:
       e_values: float64 (num_rows,), of the whole target, of the row for MMseqs2; NaN where the tool gives
         none.
       bit_scores: float32 (num_rows,); NaN where the tool gives none.
+      taxonomy_ids: int32 (num_rows,), 0 where the row's description tells none.
     """
 
     alignment: ParsedAlignment
     hit_ids: list[str]
     e_values: NDArray[np.float64]
     bit_scores: NDArray[np.float32]
+    taxonomy_ids: NDArray[np.int32]
 
 
 def read_hits(result: SearchResult, sequence: str) -> DatabaseHits:
@@ -76,7 +79,16 @@ def read_hits(result: SearchResult, sequence: str) -> DatabaseHits:
         hit_ids=hit_ids,
         e_values=np.array([e_value for e_value, _ in found], dtype=np.float64),
         bit_scores=np.array([bits for _, bits in found], dtype=np.float32),
+        taxonomy_ids=_taxonomy_ids(result, alignment.names),
     )
+
+
+def _taxonomy_ids(result: SearchResult, names: Sequence[str]) -> NDArray[np.int32]:
+    if result.format == "stockholm":
+        said = stockholm_descriptions(result.alignment)
+        names = [f" {said.get(name, '')}" for name in names]
+    # The query is given no description.
+    return np.array([0, *map(taxonomy_id_of, names[1:])], dtype=np.int32)
 
 
 def _target_scores(table: bytes) -> dict[str, tuple[float, float]]:

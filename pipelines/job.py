@@ -112,7 +112,7 @@ def planned(config: BuildConfig) -> tuple[tuple[SearchedDatabase, ...], Plan, st
     results = open_blobs(config.results_url)
     plan = plan_of(config.queries, databases, config.max_residues, results, templates)
     num_parts = config.parts or default_num_parts(plan.num_queries)
-    job_id = job_id_of(plan, databases, num_parts)
+    job_id = job_id_of(plan, databases, num_parts, taxonomy_ids=config.taxonomy_ids)
     return databases, plan, job_id, num_parts
 
 

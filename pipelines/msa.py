@@ -91,4 +91,7 @@ def _provenance(hits: Sequence[DatabaseHits], kept: Sequence[NDArray[np.int64]])
         ).astype(np.float32),
         hit_id=hit_ids,
         species=[species_of(hit_id) for hit_id in hit_ids],
+        taxonomy_id=np.concatenate(
+            [[0], *(one.taxonomy_ids[rows] for one, rows in zip(hits, kept, strict=True))]
+        ).astype(np.int32),
     )

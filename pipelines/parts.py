@@ -153,7 +153,8 @@ def _records(
     for query in queries:
         try:
             units = units_of(query.sequence, context.databases)
-            record = build_record(query, context.databases, [results.get(unit_id) for unit_id in units])
+            answers = [results.get(unit_id) for unit_id in units]
+            record = build_record(query, context.databases, answers, taxonomy_ids=context.taxonomy_ids)
             if context.templates is not None:
                 found = template_unit_id(query.sequence, context.databases, context.templates)
                 units = (*units, found)

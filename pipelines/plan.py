@@ -186,7 +186,9 @@ class _ShownParts:
             self.names, self._seen = set(), set()
 
 
-def job_id_of(plan: Plan, databases: tuple[SearchedDatabase, ...], num_parts: int) -> str:
+def job_id_of(
+    plan: Plan, databases: tuple[SearchedDatabase, ...], num_parts: int, *, taxonomy_ids: bool = False
+) -> str:
     """Returns the name of the folder of a job: a hash of everything its outcome depends on."""
     searched = [
         (database.name, database.digest, database.tool.identity.digest, database.max_hits)
@@ -197,6 +199,8 @@ def job_id_of(plan: Plan, databases: tuple[SearchedDatabase, ...], num_parts: in
         one = plan.templates
         day = None if one.max_date is None else one.max_date.isoformat()
         words.append([one.name, one.digest, one.tool.identity.digest, one.msa, one.max_hits, day])
+    if taxonomy_ids:
+        words.append("taxonomy ids")
     text = json.dumps(words)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

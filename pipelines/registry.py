@@ -133,7 +133,16 @@ def templates_of(text: str, registry: Registry) -> DatabaseSpec:
       ConfigError: neither.
       RegistryError: the registry cannot be read.
     """
-    return DatabaseSpec.parse_templates(text) if "=" in text else database_of(text, registry)
+    if "=" in text:
+        return DatabaseSpec.parse_templates(text)
+    known = registry.load()
+    if text not in known:
+        raise ConfigError(
+            f"templates {text!r} must be NAME=FASTA,DATES, e.g. pdb=/db/pdb_seqres.txt,/db/dates.tsv, or a "
+            f"name in the registry {registry.path} ({_listed(known)}); `foldfeed database add NAME FASTA "
+            "DATES --tool hmmsearch` adds one"
+        )
+    return database_of(text, registry)
 
 
 def _listed(known: Mapping[str, DatabaseManifest]) -> str:

@@ -199,6 +199,7 @@ def context_of(
         max_residues=config.max_residues,
         templates=plan.templates,
         num_groups=num_groups_of(len(plan.unit_ids) // num_searched, config.num_workers),
+        taxonomy_ids=config.taxonomy_ids,
     )
 
 

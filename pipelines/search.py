@@ -69,6 +69,7 @@ class JobContext:
       max_residues: longer queries are not searched.
       templates: what is searched with the alignments; None for none.
       num_groups: into so many groups queries fall that a tool may search together.
+      taxonomy_ids: records keep those of their rows.
     """
 
     store_url: str
@@ -80,6 +81,7 @@ class JobContext:
     num_parts: int
     max_residues: int
     templates: TemplateDatabase | None = None
+    taxonomy_ids: bool = False
 
     @property
     def searched(self) -> tuple[SearchedDatabase | TemplateDatabase, ...]:

@@ -137,6 +137,8 @@ class ConformanceReader:
         keys = self.pairing_keys(record_id)
         if any(keys):
             digest.update(b"\0".join([b"pairing_key", *keys]))
+        if "row_taxonomy_id" in group and group["row_taxonomy_id"][lines].any():
+            digest.update(b"taxonomy_id" + group["row_taxonomy_id"][lines].tobytes())
         if row["structure"] is not None:
             digest.update(self.structure_fingerprint(record_id).encode())
         if row["templates"] is not None:

@@ -1,14 +1,19 @@
 """Results of template searches, read: against other programs' own reading of them, and cut or wrong ones."""
 
 import gzip
+import json
+import random
 import re
 
 import numpy as np
 import pytest
+from fuzz_inputs import change
 
 from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.parsers.hhr import parse_hhr
 from foldfeed.feature_store.parsers.hmmsearch import is_of, parse_domains, parse_hmmsearch
+from foldfeed.feature_store.parsers.release_dates import parse_release_dates
+from foldfeed.feature_store.parsers.stockholm import stockholm_as_a3m
 
 # Two hits of a query of six residues; the second has a residue before the first column.
 STOCKHOLM = b"""# STOCKHOLM 1.0
@@ -136,3 +141,75 @@ def test_a_result_of_another_query_is_refused(real_file):
         parse_hhr(data, 74)
     with pytest.raises(AlignmentParseError, match="expected 'Query' first"):
         parse_hhr(b"# STOCKHOLM 1.0\n", 74)
+
+
+HHR = b"""Query         query
+Match_columns 6
+
+ No Hit                             Prob E-value P-value  Score    SS Cols Query HMM  Template HMM
+  1 1ABC_A Something                 7.5 3.8E+02  0.0047   16.2   0.0    3    2-5     10-12  (41)
+
+No 1
+>1ABC_A Something
+Probab=7.51  E-value=3.8e+02  Score=16.19  Aligned_cols=3  Identities=23%  Similarity=0.398  Sum_probs=2.1
+
+Q query             2 ACDE    5 (6)
+Q Consensus         2 acde    5 (6)
+T 1ABC_A           10 A-DE   12 (41)
+
+
+"""
+CACHE = b'{"1abc": {"release_date": "2018-04-01", "resolution": 1.5}, "2abc": "2019-01-02"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "parse"),
+    [
+        (STOCKHOLM, lambda data: parse_hmmsearch(data, 6)),
+        (STOCKHOLM, stockholm_as_a3m),
+        (TABLE, parse_domains),
+        (HHR, lambda data: parse_hhr(data, 6)),
+        (b"1abc\t2018-04-01\t1.5\n2abc\t2019-04-01\t\n", parse_release_dates),
+        (CACHE, parse_release_dates),
+    ],
+)
+def test_changed_bytes_are_a_typed_error_or_another_text(text, parse):
+    assert parse(text)
+    rng = random.Random(11)
+    for _ in range(300):
+        data = text
+        for _ in range(rng.randint(1, 4)):
+            data = change(rng, data, text)
+        try:
+            parse(data)
+        except AlignmentParseError:
+            continue
+    with pytest.raises(AlignmentParseError):
+        parse(b"{" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1abc\t2018-4-1\n", "'1abc': '2018-4-1' is no date"),
+        ("1abc 2018-04-01\n", "expected entry, tab"),
+        ("1abc\t2018-04-01\n1ABC\t2019-04-01\n", "has two dates"),
+        ("1abc\t2018-04-01\tgood\n", "'good' is no number"),
+        ('{"1abc": {"resolution": 2}}', "'1abc' has no release_date"),
+        ("{", "no JSON"),
+    ],
+)
+def test_tables_of_dates_that_cannot_be_are_refused(tmp_path, text, words):
+    with pytest.raises(AlignmentParseError, match=words):
+        parse_release_dates(text.encode())
+
+
+def test_both_spellings_of_a_table_say_the_same():
+    table = (
+        "# of 2020\nentry\trelease_date\tresolution_angstrom\n1ABC\t2018-04-01\t1.5\r\n2abc\t2019-04-01\t\n"
+    )
+    cache = {
+        "1abc": {"release_date": "2018-04-01", "resolution": 1.5, "seqs": ["A"]},
+        "2abc": {"release_date": "2019-04-01", "resolution": 0.0},
+    }
+    assert parse_release_dates(table.encode()) == parse_release_dates(json.dumps(cache).encode())

@@ -2,12 +2,10 @@
 
 import dataclasses
 import datetime
-import json
 import re
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 from mmcif_samples import sample
@@ -23,7 +21,6 @@ from pipelines_data import (
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.care.verify import verify
 from foldfeed.feature_store.cli.main import main
-from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.parsers.release_dates import parse_release_dates
 from foldfeed.feature_store.parsers.stockholm import stockholm_as_a3m
 from foldfeed.pipelines import run_build
@@ -34,6 +31,8 @@ from foldfeed.pipelines.errors import ConfigError, DatabaseError
 from foldfeed.pipelines.fasta import read_fasta
 from foldfeed.pipelines.forecast import lines_of
 from foldfeed.pipelines.job import forecast_build, planned
+from foldfeed.pipelines.registry import Registry
+from foldfeed.pipelines.registry import templates_of as templates_named
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.run import context_of
 from foldfeed.pipelines.search_tool import find_binary
@@ -433,56 +432,21 @@ def test_templates_that_cannot_be_are_refused(text, words):
         DatabaseSpec.parse_templates(text)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("1abc\t2018-4-1\n", "'1abc': '2018-4-1' is no date"),
-        ("1abc 2018-04-01\n", "expected entry, tab"),
-        ("1abc\t2018-04-01\n1ABC\t2019-04-01\n", "has two dates"),
-        ("1abc\t2018-04-01\tgood\n", "'good' is no number"),
-        ('{"1abc": {"resolution": 2}}', "'1abc' has no release_date"),
-        ("{", "no JSON"),
-    ],
-)
-def test_tables_of_dates_that_cannot_be_are_refused(tmp_path, text, words):
-    with pytest.raises(AlignmentParseError, match=words):
-        parse_release_dates(text.encode())
-
-
-def test_both_spellings_of_a_table_say_the_same():
-    table = (
-        "# of 2020\nentry\trelease_date\tresolution_angstrom\n1ABC\t2018-04-01\t1.5\r\n2abc\t2019-04-01\t\n"
-    )
-    cache = {
-        "1abc": {"release_date": "2018-04-01", "resolution": 1.5, "seqs": ["A"]},
-        "2abc": {"release_date": "2019-04-01", "resolution": 0.0},
-    }
-    assert parse_release_dates(table.encode()) == parse_release_dates(json.dumps(cache).encode())
-
-
-def test_an_alignment_as_stockholm_keeps_every_letter_in_its_place():
-    """Against a loop over letters, on random rows with insertions anywhere."""
-    rng = np.random.default_rng(3)
-    for length in (1, 2, 7, 30):
-        rows = [bytes(rng.choice(list(b"ACDEFG"), length).astype(np.uint8))]
-        for _ in range(6):
-            row = b""
-            for _ in range(length):
-                row += bytes(rng.choice(list(b"acd"), rng.integers(0, 3)).astype(np.uint8))
-                row += bytes(rng.choice(list(b"ACD-"), 1).astype(np.uint8))
-            rows.append(row + bytes(rng.choice(list(b"ac"), rng.integers(0, 3)).astype(np.uint8)))
-        lines = to_stockholm(rows).decode().splitlines()
-        reference = next(line.split()[2] for line in lines if line.startswith("#=GC RF"))
-        table = [line.split()[1] for line in lines if line and not line.startswith(("#", "//"))]
-        assert {len(line) for line in table} == {len(reference)}
-        for row, line in zip(rows, table, strict=True):
-            back = "".join(
-                letter if mark == "x" else letter.lower()
-                for letter, mark in zip(line, reference, strict=True)
-                if mark == "x" or letter != "."
-            )
-            assert back == row.decode()
-        assert all(mark == "x" or letter in ".-" for letter, mark in zip(table[0], reference, strict=True))
+def test_files_that_cannot_be_are_refused_before_any_search(tmp_path, files):
+    registry = Registry(tmp_path / "known.json")
+    with pytest.raises(ConfigError, match=r"templates 'nope' must be NAME=FASTA,DATES.*it has none"):
+        templates_named("nope", registry)
+    bad = tmp_path / "bad.tsv"
+    for data, words in (("1abc\tbad\n", "'bad' is no date"), ("1abc 2018-01-02\n", "expected entry, tab")):
+        bad.write_text(data)
+        with pytest.raises(DatabaseError, match=f"no table of release dates: .*{words}"):
+            DatabaseSpec.parse_templates(f"pdb={files['templates']},{bad}").files()
+    bad.unlink()
+    with pytest.raises(DatabaseError, match="no such file"):
+        DatabaseSpec.parse_templates(f"pdb={files['templates']},{bad}").files()
+    # Only the head is read: a line that is cut there is none.
+    bad.write_text("".join(f"{number:05}\t2018-01-02\t1.5\n" for number in range(9999)))
+    assert len(DatabaseSpec.parse_templates(f"pdb={files['templates']},{bad}").files()) == 2
 
 
 def test_a_template_database_without_dates_is_refused_when_added(tmp_path, files):

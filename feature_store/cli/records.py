@@ -65,7 +65,7 @@ def query(
     The tables:
       records     one row per record; `foldfeed show STORE` lists its columns
       rows        one per alignment row: record_id, rank, database, e_value, bit_score, hit_id,
-                  species, pairing_key
+                  species, pairing_key, taxonomy_id
       residues    one per residue: record_id, position (from 0), letter, profile, entropy, gap_fraction,
                   deletion_mean, neff, observed, residue_number, insertion_code
       structures  one per structure: record_id, entry_id, label_asym_id, auth_asym_id, entity_id, model,

@@ -68,6 +68,8 @@ class RowProvenance:
       pairing_key: what the source pairs the rows of several chains by, or "" for a row without partners: rows
         of different records with equal keys belong together where the records say the same ``assembly`` in
         `MsaRecord.extra`. Empty when no row has one.
+      taxonomy_id: int32 (depth,), NCBI taxonomy of the row's organism, 0 where it is not known; None when no
+        row has one.
     """
 
     database: NDArray[np.int16]
@@ -76,6 +78,12 @@ class RowProvenance:
     hit_id: Sequence[str]
     species: Sequence[str]
     pairing_key: Sequence[str] = ()
+    taxonomy_id: NDArray[np.int32] | None = None
+
+    @property
+    def has_taxonomy(self) -> bool:
+        """Whether any row has a taxonomy id."""
+        return self.taxonomy_id is not None and bool(self.taxonomy_id.any())
 
     @property
     def is_paired(self) -> bool:
@@ -151,6 +159,8 @@ class MsaRecord:
         digest.update("\x00".join(self.rows.species).encode())
         if self.rows.is_paired:
             digest.update("\x00".join(["pairing_key", *self.rows.pairing_key]).encode())
+        if self.rows.taxonomy_id is not None and self.rows.has_taxonomy:
+            digest.update(b"taxonomy_id" + np.ascontiguousarray(self.rows.taxonomy_id, dtype="<i4").tobytes())
         if self.structure is not None:
             digest.update(self.structure.fingerprint.encode())
         if self.templates is not None:
@@ -205,6 +215,9 @@ class MsaRecord:
                 return f"rows.{name} has {len(getattr(self.rows, name))} entries for {self.depth} rows"
         if len(self.rows.pairing_key) not in (0, self.depth):
             return f"rows.pairing_key has {len(self.rows.pairing_key)} entries for {self.depth} rows"
+        ids = self.rows.taxonomy_id
+        if ids is not None and (ids.dtype != np.int32 or ids.shape != (self.depth,) or (ids < 0).any()):
+            return f"rows.taxonomy_id must be int32 ({self.depth},), 0 or more, not {ids.dtype} {ids.shape}"
         if int(self.rows.database.max()) >= len(self.databases) or int(self.rows.database.min()) < -1:
             return f"rows.database must be -1 or an index into the {len(self.databases)} databases"
         if int(self.rows.database[0]) != -1:

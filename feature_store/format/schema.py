@@ -39,6 +39,8 @@ TEXT_CHUNK = 1 << 16
 # A part has this array if and only if one of its rows has a key, so parts without are the same bytes as
 # before it came.
 PAIRING_KEY = "row_pairing_key"
+# In the same way.
+TAXONOMY = "row_taxonomy_id"
 # A part has these arrays if and only if one of its records has a template hit, for the same reason. Entries
 # of `TEMPLATE_AXIS` are hits; their names, sequences and runs lie one after the other.
 TEMPLATE_AXIS = "template"
@@ -196,6 +198,7 @@ def array_specs(settings: StoreSettings) -> dict[str, ArraySpec]:
             fill=0,
             dims=("row", "pairing_key_byte"),
         ),
+        ArraySpec(name=TAXONOMY, dtype="<i4", chunk=(ROW_CHUNK,), fill=0, dims=("row",)),
         ArraySpec(name="row_hit_id_bytes", dtype="<i4", chunk=(ROW_CHUNK,), fill=0, dims=("row",)),
         ArraySpec(name="row_hit_id", dtype="|u1", chunk=(TEXT_CHUNK,), fill=0, dims=("hit_id_byte",)),
         # The index rows of the part's records as JSON lines (UTF-8): a lost index can be rebuilt from its

@@ -26,7 +26,7 @@ _TABLE_LINE = re.compile(r"^ *(\d+) \S")
 _NUMBER = re.compile(r"^No (\d+)\s*$")
 _FACTS = re.compile(r"([\w-]+)=(\S+?)%?(?:\s|$)")
 # A sequence as it is shown: name, first residue, letters, last residue, (length).
-_SHOWN = re.compile(r"^([QT]) (\S+)\s+(\d+) ([A-Za-z-]+)\s+(\d+) \((\d+)\)\s*$")
+_SHOWN = re.compile(r"^([QT]) (\S+)\s+(\d{1,9}) ([A-Za-z-]+)\s+(\d{1,9}) \((\d{1,9})\)\s*$")
 _LEFT_OUT = re.compile(r"^(ss_|sa_|aa_|Consensus$)")
 MAX_HITS = 1_000_000
 

@@ -20,6 +20,8 @@ _UNIPROT = re.compile(
 )
 # A bare UniProt entry name, HBB_HUMAN: mnemonics have 3 to 5 characters, a letter among them.
 _ENTRY_NAME = re.compile(r"(?:[A-Z0-9]{1,6}|[A-Z0-9]{10})_(?P<species>(?=[0-9]*[A-Z])[A-Z0-9]{3,5})")
+# Ids have at most seven digits so far; more would not fit the format.
+_TAXONOMY = re.compile(r"\s(?:TaxID|OX)=(\d{1,9})(?=\s|$)")
 _ILLEGAL_IN_ID = re.compile(r"[^A-Za-z0-9_.|:+=@-]+")
 _ID_LENGTH = 255
 # Characters of ids that names of files cannot hold, as `exporters.formats.file_name` writes them.
@@ -48,6 +50,15 @@ def mmseqs_scores(header: str) -> tuple[float, float]:
         return math.nan, math.nan
     # A name with tabs in it may be anything; scores that no search gives are none.
     return (e_value, bits) if 0 <= e_value < math.inf and abs(bits) < MAX_BITS else (math.nan, math.nan)
+
+
+def taxonomy_id_of(header: str) -> int:
+    """Returns the NCBI taxonomy id in a row's description, 0 where it has none.
+
+    UniRef writes ``TaxID=9606``, UniProt ``OX=9606``.
+    """
+    found = _TAXONOMY.search(header)
+    return int(found[1]) if found else 0
 
 
 def species_of(hit_id: str) -> str:

@@ -23,7 +23,7 @@ from foldfeed.feature_store.parsers.lines import Text, lines_of
 
 _IS_GAP = np.zeros(256, dtype=np.bool_)
 _IS_GAP[[ord(gap) for gap in "-._~ "]] = True
-_NAME = re.compile(r"(?P<target>.+)/(?P<first>\d+)-(?P<last>\d+)")
+_NAME = re.compile(r"(?P<target>.+)/(?P<first>\d{1,9})-(?P<last>\d{1,9})")
 _NUMBER_PREFIX = re.compile(r"^\d+\|")
 _UNIQUE_WARNING = b"seq names have been made unique"
 _DESCRIPTION = re.compile(r"^(\[subseq from\]\s*)")
@@ -189,8 +189,9 @@ def _read(
         elif line == b"//":
             closed = True
         elif line.startswith(b"#=GS"):
-            _, name, _, *rest = [*line.decode("utf-8", errors="replace").split(maxsplit=3), "", ""]
-            descriptions[name] = rest[0]
+            fields = line.decode("utf-8", errors="replace").split(maxsplit=3)
+            if len(fields) == 4 and fields[2] == "DE":
+                descriptions[fields[1]] = fields[3]
         elif line.startswith(b"#=GC RF"):
             reference += line.split()[-1]
         elif line.startswith(b"#"):

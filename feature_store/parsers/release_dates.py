@@ -89,7 +89,7 @@ def _table_rows(text: bytes) -> list[tuple[str, str, float | None, int | None]]:
 def _json_rows(text: bytes) -> list[tuple[str, str, float | None, int | None]]:
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AlignmentParseError(f"the release dates are no JSON ({error})") from error
     found: list[tuple[str, str, float | None, int | None]] = []
     for entry, facts in entries.items():

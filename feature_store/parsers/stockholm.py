@@ -54,6 +54,17 @@ def parse_stockholm(text: Text, max_rows: int | None = None) -> ParsedAlignment:
     return alignment_of_aligned(list(rows), list(rows.values()), [lines[name] for name in rows])
 
 
+def stockholm_descriptions(text: Text) -> dict[str, str]:
+    """Returns what a Stockholm text says of its rows (``#=GS NAME DE ...``), by name."""
+    found: dict[str, str] = {}
+    for _, raw in lines_of(text):
+        if raw.startswith(b"#=GS "):
+            fields = raw.decode("utf-8", errors="replace").split(maxsplit=3)
+            if len(fields) == 4 and fields[2] == "DE":
+                found[fields[1]] = fields[3]
+    return found
+
+
 def stockholm_as_a3m(text: Text) -> list[tuple[str, bytes]]:
     """Returns name and A3M row (upper case and ``-`` in the query's columns, lower case between) of all rows.
 

@@ -25,6 +25,7 @@ from foldfeed.feature_store.format.schema import (
     GROUP_FILE,
     INDEX_SCHEMA,
     PAIRING_KEY,
+    TAXONOMY,
     array_specs,
     stored_specs,
 )
@@ -285,6 +286,7 @@ class PartReader:
                 "hit_id": pa.array(self._hit_ids(at), type=pa.string()),
                 "species": pa.array(self._names("row_species", start, stop), type=pa.string()),
                 "pairing_key": pa.array(self._names(PAIRING_KEY, start, stop), type=pa.string()),
+                "taxonomy_id": self._taxonomy_ids(start, stop),
             }
         )
 
@@ -293,6 +295,12 @@ class PartReader:
         if array not in self.arrays:
             return [""] * (stop - start)
         return [row.tobytes().rstrip(b"\0").decode() for row in self.arrays[array].read(start, stop)]
+
+    def _taxonomy_ids(self, start: int, stop: int) -> pa.Array:
+        if TAXONOMY not in self.arrays:
+            return pa.nulls(stop - start, pa.int32())
+        found = self.arrays[TAXONOMY].read(start, stop)
+        return pa.array(found, mask=found == 0)
 
     def _hit_ids(self, at: RecordLocation) -> list[str]:
         sizes = self.arrays["row_hit_id_bytes"].read(at.first_row, at.first_row + at.depth)

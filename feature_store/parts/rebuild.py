@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from foldfeed.feature_store.errors import CorruptDataError, InvalidRecordError
 from foldfeed.feature_store.format.effective_rows import EffectiveRows
@@ -80,7 +82,12 @@ def _provenance(reader: Record) -> RowProvenance:
         hit_id=rows["hit_id"].to_pylist(),
         species=rows["species"].to_pylist(),
         pairing_key=rows["pairing_key"].to_pylist(),
+        taxonomy_id=None if rows["taxonomy_id"].null_count == len(rows) else _zeros(rows["taxonomy_id"]),
     )
+
+
+def _zeros(column: pa.ChunkedArray) -> NDArray[np.int32]:
+    return column.fill_null(0).to_numpy().astype(np.int32)
 
 
 @contextlib.contextmanager

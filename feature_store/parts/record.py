@@ -406,9 +406,10 @@ class Record:
     def rows(self) -> pa.Table:
         """Returns the provenance of every row, see `RowProvenance`.
 
-        Columns are rank, database, e_value, bit_score, hit_id, species and pairing_key. ``database`` is
-        null for the query row; ``e_value`` and ``bit_score`` are null where the tool gave none; ``species``
-        and ``pairing_key`` are empty where a row has none.
+        Columns are rank, database, e_value, bit_score, hit_id, species, pairing_key and taxonomy_id.
+        ``database`` is null for the query row; ``e_value`` and ``bit_score`` are null where the tool gave
+        none, ``taxonomy_id`` where it is not known; ``species`` and ``pairing_key`` are empty where a row has
+        none.
         """
         return self._part.row_table(self._at, [entry["name"] for entry in self.databases])
 

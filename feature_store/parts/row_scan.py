@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from foldfeed.feature_store.errors import CorruptDataError
-from foldfeed.feature_store.format.schema import PAIRING_KEY, ROW_CHUNK
+from foldfeed.feature_store.format.schema import PAIRING_KEY, ROW_CHUNK, TAXONOMY
 from foldfeed.feature_store.parts.reader import PartReader
 from foldfeed.feature_store.parts.spans import Spans, by_part
 from foldfeed.feature_store.storage import Blobs
@@ -37,6 +37,7 @@ ROWS_SCHEMA = pa.schema(
         ("hit_id", pa.string()),
         ("species", pa.string()),
         ("pairing_key", pa.string()),
+        ("taxonomy_id", pa.int32()),
     ]
 )
 # What a scan takes from the index.
@@ -117,11 +118,15 @@ class _PartScan:
             return names if len(names) == len(row) else names.take(pa.array(row - start))
         if name == "pairing_key" and PAIRING_KEY not in self._part.arrays:
             return pa.repeat(pa.scalar("", pa.string()), len(row))
+        if name == "taxonomy_id" and TAXONOMY not in self._part.arrays:
+            return pa.nulls(len(row), pa.int32())
         values = self._part.arrays[f"row_{name}"].read(start, end)[row - start]
         if name == "database":
             return self._database_names(owner, values)
         if name in ("species", "pairing_key"):
             return _text(pa.array(values.view(f"S{values.shape[1]}").ravel()), self._part, name)
+        if name == "taxonomy_id":
+            return pa.array(values, mask=values == 0)
         return pa.array(values, mask=np.isnan(values))
 
     def _database_names(self, owner: NDArray[np.int64], code: NDArray[np.int16]) -> pa.Array:

@@ -37,6 +37,7 @@ from foldfeed.feature_store.format.schema import (
     GROUP_FILE,
     PAIRING_KEY,
     ROW_CHUNK,
+    TAXONOMY,
     TEMPLATE_ARRAYS,
     ArraySpec,
     array_specs,
@@ -52,7 +53,8 @@ from foldfeed.feature_store.storage import open_blobs
 
 PART_ID_HEX = 40
 # Arrays that a part has only where a record needs them.
-_WHEN_USED = (PAIRING_KEY, *TEMPLATE_ARRAYS)
+_ROWS_WHEN_USED = (PAIRING_KEY, TAXONOMY)
+_WHEN_USED = (*_ROWS_WHEN_USED, *TEMPLATE_ARRAYS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +158,8 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
         if not self.num_records:
             raise ValueError("a part needs at least one record; an empty job has nothing to write")
         files: dict[str, dict[str, Any]] = {}
-        self._pad_pairing_keys()
+        for name in _ROWS_WHEN_USED:
+            self._pad_rows(name)
         for shard in self._shards.values():
             files.update(shard.close())
         lengths = {name: shard.length for name, shard in self._shards.items()}
@@ -258,26 +261,29 @@ class PartWriter(contextlib.AbstractContextManager["PartWriter"]):
         self._shards["row_bit_score"].append(canonical_nan(rows.bit_score))
         self._shards["row_species"].append(fixed_width(rows.species, SPECIES_BYTES))
         if rows.is_paired:
-            self._append_pairing_keys(rows.pairing_key)
+            self._append_when_used(PAIRING_KEY, fixed_width(rows.pairing_key, PAIRING_KEY_BYTES))
+        if rows.taxonomy_id is not None and rows.has_taxonomy:
+            self._append_when_used(TAXONOMY, rows.taxonomy_id.astype("<i4"))
         sizes, text = encode_names(rows.hit_id)
         self._shards["row_hit_id_bytes"].append(sizes)
         self._shards["row_hit_id"].append(np.frombuffer(text, dtype=np.uint8))
 
-    def _append_pairing_keys(self, keys: Sequence[str]) -> None:
-        """Appends the keys of the record whose other rows were appended just before."""
-        if PAIRING_KEY not in self._shards:
-            self._shards[PAIRING_KEY] = ShardWriter(self._folder, self._specs[PAIRING_KEY])
-        self._pad_pairing_keys(len(keys))
-        self._shards[PAIRING_KEY].append(fixed_width(keys, PAIRING_KEY_BYTES))
+    def _append_when_used(self, name: str, values: NDArray[Any]) -> None:
+        """Appends to an array of rows that only some parts have, for the record appended just before."""
+        if name not in self._shards:
+            self._shards[name] = ShardWriter(self._folder, self._specs[name])
+        self._pad_rows(name, len(values))
+        self._shards[name].append(values)
 
-    def _pad_pairing_keys(self, num_left: int = 0) -> None:
-        """Gives the rows before the last ``num_left`` no key, if there is such an array at all."""
-        if PAIRING_KEY not in self._shards:
+    def _pad_rows(self, name: str, num_left: int = 0) -> None:
+        """Gives the rows before the last ``num_left`` the fill value, if there is such an array at all."""
+        if name not in self._shards:
             return
-        shard = self._shards[PAIRING_KEY]
+        shard = self._shards[name]
+        shape = shard.spec.chunk[1:]
         missing = self._shards["row_database"].length - num_left - shard.length
         for start in range(0, missing, ROW_CHUNK):
-            shard.append(np.zeros((min(ROW_CHUNK, missing - start), PAIRING_KEY_BYTES), dtype=np.uint8))
+            shard.append(np.zeros((min(ROW_CHUNK, missing - start), *shape), dtype=shard.spec.dtype))
 
     def _append_sidecars(self, record: MsaRecord) -> float:
         sidecars = summarise(record.msa, record.deletions)

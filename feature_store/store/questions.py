@@ -212,12 +212,12 @@ class RecordSource(abc.ABC, Generic[RecordT]):
         """Returns the answer to a SQL query (DuckDB's dialect), read only.
 
         Tables: ``records`` (the index), ``rows`` (provenance of every alignment row: record_id, rank,
-        database, e_value, bit_score, hit_id, species, pairing_key), ``residues`` (record_id, position from
-        0, letter, profile, entropy, gap_fraction, deletion_mean, neff, observed, residue_number,
-        insertion_code; see `residue_scan`), ``structures`` (see `structure_table`), ``templates`` (hits
-        of template searches, see `template_scan`), ``sets`` (name, record_id) and ``splits`` (name,
-        record_id, cluster_id, part). ``profile`` is FLOAT[22] in the order ARNDCQEGHILKMFPSTWYVX-, so
-        ``profile[instr('ARNDCQEGHILKMFPSTWYVX-', 'W')]`` is the share of W.
+        database, e_value, bit_score, hit_id, species, pairing_key, taxonomy_id), ``residues`` (record_id,
+        position from 0, letter, profile, entropy, gap_fraction, deletion_mean, neff, observed,
+        residue_number, insertion_code; see `residue_scan`), ``structures`` (see `structure_table`),
+        ``templates`` (hits of template searches, see `template_scan`), ``sets`` (name, record_id) and
+        ``splits`` (name, record_id, cluster_id, part). ``profile`` is FLOAT[22] in the order
+        ARNDCQEGHILKMFPSTWYVX-, so ``profile[instr('ARNDCQEGHILKMFPSTWYVX-', 'W')]`` is the share of W.
 
         A query that names ``rows`` or ``residues`` reads them of every record, but only the columns that it
         needs and one batch of rows in memory at a time. It reads fewer records when it says which: with a
