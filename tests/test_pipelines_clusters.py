@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from pipelines_data import (
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.cli.main import main
-from foldfeed.pipelines import DatabaseSpec, run_build, together
+from foldfeed.feature_store.storage import open_blobs
+from foldfeed.pipelines import BuildConfig, DatabaseSpec, run_build, together
 from foldfeed.pipelines.array_task import search_share
 from foldfeed.pipelines.database_files import make_manifest
 from foldfeed.pipelines.errors import (
@@ -47,7 +49,8 @@ needs_mmseqs = pytest.mark.skipif(not HERE, reason=REASON)
 pytestmark = pytest.mark.external_tool
 
 # The words of `colabfold_search -s 8 --threads 1` after `createdb`, as it logs them, without those that stand
-# for a default: UniRef30, then the environmental database with the profile, then both in one file.
+# for a default: UniRef30 without an index, the environmental database with one and with the profile, then
+# both in one file.
 BY_HAND = """
 search qdb uniref res tmp --threads 1 --num-iterations 3 --db-load-mode 0 -a -e 0.1 --max-seqs 10000 -s 8.0
 mvdb tmp/latest/profile_1 prof_res
@@ -60,14 +63,14 @@ filterresult qdb uniref_seq res_exp_realign res_exp_realign_filter --db-load-mod
  --diff 0 --threads 1 --max-seq-id 1.0 --filter-min-enable 100
 result2msa qdb uniref_seq res_exp_realign_filter uniref.a3m --msa-format-mode 6 --db-load-mode 0 --threads 1 \
  --filter-msa 1 --filter-min-enable 1000 --diff 3000 --qid 0.0,0.2,0.4,0.6,0.8,1.0 --qsc 0 --max-seq-id 0.95
-search prof_res env res_env tmp3 --threads 1 --num-iterations 3 --db-load-mode 0 -a -e 0.1 --max-seqs 10000 \
+search prof_res env res_env tmp3 --threads 1 --num-iterations 3 --db-load-mode 2 -a -e 0.1 --max-seqs 10000 \
  -s 8.0
-expandaln prof_res env_seq res_env env_aln res_env_exp -e inf --expansion-mode 0 --db-load-mode 0 --threads 1
-align tmp3/latest/profile_1 env_seq res_env_exp res_env_exp_realign --db-load-mode 0 -e 10 \
+expandaln prof_res env.idx res_env env.idx res_env_exp -e inf --expansion-mode 0 --db-load-mode 2 --threads 1
+align tmp3/latest/profile_1 env.idx res_env_exp res_env_exp_realign --db-load-mode 2 -e 10 \
  --max-accept 100000 --threads 1 --alt-ali 10 -a
-filterresult qdb env_seq res_env_exp_realign res_env_exp_realign_filter --db-load-mode 0 --qid 0 --qsc 0.8 \
+filterresult qdb env.idx res_env_exp_realign res_env_exp_realign_filter --db-load-mode 2 --qid 0 --qsc 0.8 \
  --diff 0 --max-seq-id 1.0 --threads 1 --filter-min-enable 100
-result2msa qdb env_seq res_env_exp_realign_filter env.a3m --msa-format-mode 6 --db-load-mode 0 --threads 1 \
+result2msa qdb env.idx res_env_exp_realign_filter env.a3m --msa-format-mode 6 --db-load-mode 2 --threads 1 \
  --filter-msa 1 --filter-min-enable 1000 --diff 3000 --qid 0.0,0.2,0.4,0.6,0.8,1.0 --qsc 0 --max-seq-id 0.95
 mergedbs qdb final.a3m uniref.a3m env.a3m
 """
@@ -99,19 +102,40 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def indexed(tmp_path_factory, folder) -> Path:
-    """The same databases, the first with an index of words of five letters, which is made quickly."""
-    target = tmp_path_factory.mktemp("indexed")
-    for path in folder.glob("*_*"):
-        if path.is_file():
+def with_index(folder: Path, target: Path, name: str) -> Path:
+    """Gives the databases of a folder to another one, where one has an index of words of five letters.
+
+    Such an index is made, and searched, quickly. Its hash is remembered: most of it is a table of scores.
+    """
+    for path in [*folder.glob("uniref*"), *folder.glob("env*")]:
+        if not path.is_dir():
             (target / path.name).symlink_to(path)
-    for name in ("uniref", "env"):
-        for path in folder.glob(f"{name}.*"):
-            if path.is_file():
-                (target / path.name).symlink_to(path)
-        mmseqs(find_binary("mmseqs"), target, f"createindex {name} tmp --split 1 -k 5 --threads 1 -v 1")
+    mmseqs(find_binary("mmseqs"), target, f"createindex {name} tmp --split 1 -k 5 --threads 1 -v 1")
     return target
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, folder) -> Path:
+    """The same databases, the second with an index."""
+    return with_index(folder, tmp_path_factory.mktemp("half"), "env")
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory, half) -> Path:
+    """The same databases, both with an index."""
+    target = with_index(half, tmp_path_factory.mktemp("indexed"), "uniref")
+    tools(target)
+    return target
+
+
+def build_in(
+    place: Path, entries: dict[str, str], indexed: Path, name: str = "store", **options
+) -> BuildConfig:
+    """Returns a build that knows the hashes of the databases."""
+    results = place / f"{name}.results"
+    shutil.copytree(indexed / "known" / "digests", results / "digests")
+    path = write_fasta(place / "q.fasta", entries)
+    return config_of(place, path, pair(indexed, MAPPED), store=str(place / name), workers=1, **options)
 
 
 def pair(folder: Path, options: str = "") -> list[str]:
@@ -122,17 +146,18 @@ def pair(folder: Path, options: str = "") -> list[str]:
 def tools(folder: Path, cpus: int = 1, options: str = "") -> tuple[Mmseqs, Mmseqs]:
     """Returns what searches the first database, and the second after it."""
     specs = [DatabaseSpec.parse(text) for text in pair(folder, options)]
-    found = prepare_databases(specs, max_hits={}, cpus=cpus, timeout_s=60.0, digests=None)
+    known = open_blobs(str(folder / "known"))
+    found = prepare_databases(specs, max_hits={}, cpus=cpus, timeout_s=60.0, digests=known)
     by_name = {database.name: database.tool for database in found}
     assert [database.after for database in found] == ["uniref", ""]
     return by_name["uniref"], by_name["env"]
 
 
 @pytest.fixture(scope="module")
-def by_hand(tmp_path_factory, folder) -> dict[str, bytes]:
+def by_hand(tmp_path_factory, half) -> dict[str, bytes]:
     """Runs ColabFold's commands as a person would; returns the rows of every query."""
     work = tmp_path_factory.mktemp("hand")
-    for path in folder.iterdir():
+    for path in half.iterdir():
         (work / path.name).symlink_to(path)
     binary = find_binary("mmseqs")
     # ColabFold's own names of queries are numbers.
@@ -145,10 +170,10 @@ def by_hand(tmp_path_factory, folder) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory, folder):
+def built(tmp_path_factory, half):
     work = tmp_path_factory.mktemp("build")
     path = write_fasta(work / "q.fasta", queries() | {"bad": "AC7"})
-    config = config_of(work, path, pair(folder), timeout_s=120.0, workers=1)
+    config = config_of(work, path, pair(half), timeout_s=120.0, workers=1)
     return config, run_build(config)
 
 
@@ -243,13 +268,11 @@ def test_an_answer_does_not_depend_on_queries_beside_it_nor_on_threads(indexed):
 
 @needs_mmseqs
 def test_an_array_gives_the_parts_of_a_build(tmp_path, indexed, monkeypatch):
-    path = write_fasta(tmp_path / "q.fasta", globins(2) | {"short": "MKVAAAKW"})
+    entries = globins(2) | {"short": "MKVAAAKW"}
     monkeypatch.setattr(together, "TOGETHER", 2)
     stores = {}
     for name in ("whole", "shared"):
-        config = config_of(
-            tmp_path, path, pair(indexed, MAPPED), store=str(tmp_path / name), parts=2, workers=1
-        )
+        config = build_in(tmp_path, entries, indexed, name, parts=2)
         if name == "shared":
             shares = [search_share(config, Share(task=task, tasks=2)) for task in (0, 1)]
             assert [share.failures for share in shares] == [(), ()]
@@ -277,8 +300,7 @@ def test_a_poisoned_query_costs_no_other_one(tmp_path, indexed, monkeypatch):
     known = globins(3)
     poison = list(known.values())[1]
     real_but(tmp_path / "bin", monkeypatch, f'[ "$1" = expandaln ] && grep -q {poison} query.fasta && exit 3')
-    path = write_fasta(tmp_path / "q.fasta", known | {"long": "A" * 65_536})
-    config = config_of(tmp_path, path, pair(indexed, MAPPED), workers=1, max_residues=70_000)
+    config = build_in(tmp_path, known | {"long": "A" * 65_536}, indexed, max_residues=70_000)
     report = run_build(config)
     assert (report.num_records, report.num_searched, report.num_failed) == (2, 4, 4)
     letter, long = report.dead_letters
@@ -297,7 +319,7 @@ def test_a_poisoned_query_costs_no_other_one(tmp_path, indexed, monkeypatch):
 @needs_mmseqs
 def test_a_lost_profile_is_made_again(tmp_path, indexed):
     known = globins(2)
-    config = config_of(tmp_path, write_fasta(tmp_path / "q.fasta", known), pair(indexed, MAPPED), workers=1)
+    config = build_in(tmp_path, known, indexed)
     run_build(config)
     results = ResultStore(config.results_url)
     before = tree_bytes(Path(config.results_url) / "units", "*.zst")
