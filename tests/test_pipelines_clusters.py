@@ -128,14 +128,11 @@ def indexed(tmp_path_factory, half) -> Path:
     return target
 
 
-def build_in(
-    place: Path, entries: dict[str, str], indexed: Path, name: str = "store", **options
-) -> BuildConfig:
+def build_in(place: Path, entries: dict[str, str], indexed: Path, **options) -> BuildConfig:
     """Returns a build that knows the hashes of the databases."""
-    results = place / f"{name}.results"
-    shutil.copytree(indexed / "known" / "digests", results / "digests")
+    shutil.copytree(indexed / "known" / "digests", place / "store.results" / "digests")
     path = write_fasta(place / "q.fasta", entries)
-    return config_of(place, path, pair(indexed, MAPPED), store=str(place / name), workers=1, **options)
+    return config_of(place, path, pair(indexed, MAPPED), workers=1, **options)
 
 
 def pair(folder: Path, options: str = "") -> list[str]:
@@ -266,22 +263,31 @@ def test_an_answer_does_not_depend_on_queries_beside_it_nor_on_threads(indexed):
     assert with_both.alignment == alone[texts[2]][1].alignment
 
 
+def few() -> dict[str, str]:
+    """Returns three queries, the first with many rows."""
+    return globins(2) | {"short": "MKVAAAKW"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, indexed) -> BuildConfig:
+    """A build of `few` that was done."""
+    config = build_in(tmp_path_factory.mktemp("whole"), few(), indexed, parts=2)
+    report = run_build(config)
+    assert (report.num_searched, report.num_records) == (6, 3)
+    return config
+
+
 @needs_mmseqs
-def test_an_array_gives_the_parts_of_a_build(tmp_path, indexed, monkeypatch):
-    entries = globins(2) | {"short": "MKVAAAKW"}
+def test_an_array_gives_the_parts_of_a_build(tmp_path, indexed, whole, monkeypatch):
     monkeypatch.setattr(together, "TOGETHER", 2)
-    stores = {}
-    for name in ("whole", "shared"):
-        config = build_in(tmp_path, entries, indexed, name, parts=2)
-        if name == "shared":
-            shares = [search_share(config, Share(task=task, tasks=2)) for task in (0, 1)]
-            assert [share.failures for share in shares] == [(), ()]
-            assert sum(share.num_items for share in shares) == 6
-            assert not any(share.num_items % 2 for share in shares)
-        report = run_build(config)
-        assert (report.num_searched, report.num_records) == (6 if name == "whole" else 0, 3)
-        stores[name] = tree_bytes(tmp_path / name / "parts")
-    assert stores["whole"] == stores["shared"]
+    config = build_in(tmp_path, few(), indexed, parts=2)
+    shares = [search_share(config, Share(task=task, tasks=2)) for task in (0, 1)]
+    assert [share.failures for share in shares] == [(), ()]
+    assert sum(share.num_items for share in shares) == 6
+    assert not any(share.num_items % 2 for share in shares)
+    report = run_build(config)
+    assert (report.num_searched, report.num_records) == (0, 3)
+    assert tree_bytes(Path(config.store) / "parts") == tree_bytes(Path(whole.store) / "parts")
 
 
 def real_but(folder: Path, monkeypatch, script: str) -> None:
@@ -317,25 +323,22 @@ def test_a_poisoned_query_costs_no_other_one(tmp_path, indexed, monkeypatch):
 
 
 @needs_mmseqs
-def test_a_lost_profile_is_made_again(tmp_path, indexed):
-    known = globins(2)
-    config = build_in(tmp_path, known, indexed)
-    run_build(config)
-    results = ResultStore(config.results_url)
-    before = tree_bytes(Path(config.results_url) / "units", "*.zst")
-    receipts = {
-        path.stem: results.receipt(path.stem) for path in Path(config.results_url).glob("units/*/*.json")
-    }
-    for unit_id, receipt in receipts.items():
-        stem = Path(config.results_url) / "units" / unit_id[:2] / unit_id
+def test_lost_answers_and_profiles_are_made_again(tmp_path, whole):
+    shutil.copytree(whole.results_url, tmp_path / "results")
+    results = ResultStore(str(tmp_path / "results"))
+    before = tree_bytes(tmp_path / "results" / "units", "*.zst")
+    for path in sorted((tmp_path / "results").glob("units/*/*.json")):
+        receipt = results.receipt(path.stem)
         if receipt.facts.database == "env":
-            stem.with_suffix(".json").unlink()
-            stem.with_suffix(".zst").unlink()
-        elif receipt.facts.num_residues == len(next(iter(known.values()))):
-            stem.with_suffix(".zst").write_bytes(b"damaged")
-    report = run_build(dataclasses.replace(config, store=config.store + "2", results=config.results_url))
-    assert (report.num_records, report.num_failed) == (2, 0)
-    assert tree_bytes(Path(config.results_url) / "units", "*.zst") == before
+            path.unlink()
+            path.with_suffix(".zst").unlink()
+        elif receipt.facts.num_residues == len("MKVAAAKW"):
+            path.with_suffix(".zst").write_bytes(b"damaged")
+    config = dataclasses.replace(whole, store=str(tmp_path / "store"), results=results.url)
+    report = run_build(config)
+    assert (report.num_records, report.num_failed) == (3, 0)
+    assert tree_bytes(tmp_path / "results" / "units", "*.zst") == before
+    assert tree_bytes(tmp_path / "store" / "parts") == tree_bytes(Path(whole.store) / "parts")
 
 
 @needs_mmseqs
