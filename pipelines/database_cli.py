@@ -88,8 +88,8 @@ def add(
 ) -> None:
     """Read a database whole, count its sequences and residues, and remember it under NAME.
 
-    PATH is a FASTA file (plain, gzip or Zstandard), with --tool mmseqs2 a FASTA file or an MMseqs2 database,
-    or HH-suite prefixes: several are searched together.
+    PATH is a FASTA file (plain, gzip or Zstandard), with --tool mmseqs2 a FASTA file or an MMseqs2 database
+    (of clusters, DB_seq and DB_aln are part of it), or HH-suite prefixes: several are searched together.
     The tools read plain files, so a single compressed one is unpacked once. Several plain FASTA files, or
     PATH@16 for PATH-00000-of-00016 and so on, are shards of one database: searched apart, with the answer
     of one.
@@ -159,10 +159,11 @@ def stage(
     """Copy a database to a local disk, once per host, and say where it lies.
 
     NAME_OR_URL is a name that `add` or `stage --name` gave, or a path or URL (anything with a slash): FASTA
-    files, plain or compressed (the copy is plain), PATH@16, or HH-suite prefixes; several with commas. A
-    second process waits and finds the copy. After a kill the same command goes on where the copy stopped; a
-    source that changes meanwhile is an error. A database known by name is checked against its digest, and
-    elsewhere copied from the URL that it came from. Copies of other releases stay until you remove them.
+    files, plain or compressed (the copy is plain), PATH@16, HH-suite prefixes (several with commas), or an
+    MMseqs2 database whose name has no dot. A second process waits and finds the copy. After a kill the same
+    command goes on where the copy stopped; a source that changes meanwhile is an error. A database known by
+    name is checked against its digest, and elsewhere copied from the URL that it came from. Copies of other
+    releases stay until you remove them.
     """
     from foldfeed.pipelines.progress import byte_bars
     from foldfeed.pipelines.staging import stage as copy

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from pipelines_data import (
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.cli.main import main
-from foldfeed.pipelines import DatabaseSpec, run_build, together
+from foldfeed.feature_store.storage import open_blobs
+from foldfeed.pipelines import BuildConfig, DatabaseSpec, run_build, together
 from foldfeed.pipelines.array_task import search_share
 from foldfeed.pipelines.database_files import make_manifest
 from foldfeed.pipelines.errors import (
@@ -33,7 +35,7 @@ from foldfeed.pipelines.errors import (
 )
 from foldfeed.pipelines.job import forecast_build
 from foldfeed.pipelines.mmseqs import Mmseqs
-from foldfeed.pipelines.mmseqs_commands import MmseqsOptions, commands_of
+from foldfeed.pipelines.mmseqs_commands import MmseqsOptions
 from foldfeed.pipelines.registry import Registry, database_of
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.search_tool import find_binary
@@ -47,7 +49,8 @@ needs_mmseqs = pytest.mark.skipif(not HERE, reason=REASON)
 pytestmark = pytest.mark.external_tool
 
 # The words of `colabfold_search -s 8 --threads 1` after `createdb`, as it logs them, without those that stand
-# for a default: UniRef30, then the environmental database with the profile, then both in one file.
+# for a default: UniRef30 without an index, the environmental database with one and with the profile, then
+# both in one file.
 BY_HAND = """
 search qdb uniref res tmp --threads 1 --num-iterations 3 --db-load-mode 0 -a -e 0.1 --max-seqs 10000 -s 8.0
 mvdb tmp/latest/profile_1 prof_res
@@ -60,14 +63,14 @@ filterresult qdb uniref_seq res_exp_realign res_exp_realign_filter --db-load-mod
  --diff 0 --threads 1 --max-seq-id 1.0 --filter-min-enable 100
 result2msa qdb uniref_seq res_exp_realign_filter uniref.a3m --msa-format-mode 6 --db-load-mode 0 --threads 1 \
  --filter-msa 1 --filter-min-enable 1000 --diff 3000 --qid 0.0,0.2,0.4,0.6,0.8,1.0 --qsc 0 --max-seq-id 0.95
-search prof_res env res_env tmp3 --threads 1 --num-iterations 3 --db-load-mode 0 -a -e 0.1 --max-seqs 10000 \
+search prof_res env res_env tmp3 --threads 1 --num-iterations 3 --db-load-mode 2 -a -e 0.1 --max-seqs 10000 \
  -s 8.0
-expandaln prof_res env_seq res_env env_aln res_env_exp -e inf --expansion-mode 0 --db-load-mode 0 --threads 1
-align tmp3/latest/profile_1 env_seq res_env_exp res_env_exp_realign --db-load-mode 0 -e 10 \
+expandaln prof_res env.idx res_env env.idx res_env_exp -e inf --expansion-mode 0 --db-load-mode 2 --threads 1
+align tmp3/latest/profile_1 env.idx res_env_exp res_env_exp_realign --db-load-mode 2 -e 10 \
  --max-accept 100000 --threads 1 --alt-ali 10 -a
-filterresult qdb env_seq res_env_exp_realign res_env_exp_realign_filter --db-load-mode 0 --qid 0 --qsc 0.8 \
+filterresult qdb env.idx res_env_exp_realign res_env_exp_realign_filter --db-load-mode 2 --qid 0 --qsc 0.8 \
  --diff 0 --max-seq-id 1.0 --threads 1 --filter-min-enable 100
-result2msa qdb env_seq res_env_exp_realign_filter env.a3m --msa-format-mode 6 --db-load-mode 0 --threads 1 \
+result2msa qdb env.idx res_env_exp_realign_filter env.a3m --msa-format-mode 6 --db-load-mode 2 --threads 1 \
  --filter-msa 1 --filter-min-enable 1000 --diff 3000 --qid 0.0,0.2,0.4,0.6,0.8,1.0 --qsc 0 --max-seq-id 0.95
 mergedbs qdb final.a3m uniref.a3m env.a3m
 """
@@ -75,6 +78,8 @@ mergedbs qdb final.a3m uniref.a3m env.a3m
 # What MMseqs2 has no letter for, and nothing that it could find.
 UNKNOWN = "X" * 40
 QUERIES = {"unknown": UNKNOWN, "short": "MKVAAAKW"}
+# An index that is mapped is read in part.
+MAPPED = ",db-load-mode=2"
 
 
 def queries() -> dict[str, str]:
@@ -97,19 +102,37 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def indexed(tmp_path_factory, folder) -> Path:
-    """The same databases, the first with an index of words of five letters, which is made quickly."""
-    target = tmp_path_factory.mktemp("indexed")
-    for path in folder.glob("*_*"):
-        if path.is_file():
+def with_index(folder: Path, target: Path, name: str) -> Path:
+    """Gives the databases of a folder to another one, where one has an index of words of five letters.
+
+    Such an index is made, and searched, quickly. Its hash is remembered: most of it is a table of scores.
+    """
+    for path in [*folder.glob("uniref*"), *folder.glob("env*")]:
+        if not path.is_dir():
             (target / path.name).symlink_to(path)
-    for name in ("uniref", "env"):
-        for path in folder.glob(f"{name}.*"):
-            if path.is_file():
-                (target / path.name).symlink_to(path)
-        mmseqs(find_binary("mmseqs"), target, f"createindex {name} tmp --split 1 -k 5 --threads 1 -v 1")
+    mmseqs(find_binary("mmseqs"), target, f"createindex {name} tmp --split 1 -k 5 --threads 1 -v 1")
     return target
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, folder) -> Path:
+    """The same databases, the second with an index."""
+    return with_index(folder, tmp_path_factory.mktemp("half"), "env")
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory, half) -> Path:
+    """The same databases, both with an index."""
+    target = with_index(half, tmp_path_factory.mktemp("indexed"), "uniref")
+    tools(target)
+    return target
+
+
+def build_in(place: Path, entries: dict[str, str], indexed: Path, **options) -> BuildConfig:
+    """Returns a build that knows the hashes of the databases."""
+    shutil.copytree(indexed / "known" / "digests", place / "store.results" / "digests")
+    path = write_fasta(place / "q.fasta", entries)
+    return config_of(place, path, pair(indexed, MAPPED), workers=1, **options)
 
 
 def pair(folder: Path, options: str = "") -> list[str]:
@@ -120,17 +143,18 @@ def pair(folder: Path, options: str = "") -> list[str]:
 def tools(folder: Path, cpus: int = 1, options: str = "") -> tuple[Mmseqs, Mmseqs]:
     """Returns what searches the first database, and the second after it."""
     specs = [DatabaseSpec.parse(text) for text in pair(folder, options)]
-    found = prepare_databases(specs, max_hits={}, cpus=cpus, timeout_s=60.0, digests=None)
+    known = open_blobs(str(folder / "known"))
+    found = prepare_databases(specs, max_hits={}, cpus=cpus, timeout_s=60.0, digests=known)
     by_name = {database.name: database.tool for database in found}
     assert [database.after for database in found] == ["uniref", ""]
     return by_name["uniref"], by_name["env"]
 
 
 @pytest.fixture(scope="module")
-def by_hand(tmp_path_factory, folder) -> dict[str, bytes]:
+def by_hand(tmp_path_factory, half) -> dict[str, bytes]:
     """Runs ColabFold's commands as a person would; returns the rows of every query."""
     work = tmp_path_factory.mktemp("hand")
-    for path in folder.iterdir():
+    for path in half.iterdir():
         (work / path.name).symlink_to(path)
     binary = find_binary("mmseqs")
     # ColabFold's own names of queries are numbers.
@@ -143,10 +167,10 @@ def by_hand(tmp_path_factory, folder) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory, folder):
+def built(tmp_path_factory, half):
     work = tmp_path_factory.mktemp("build")
     path = write_fasta(work / "q.fasta", queries() | {"bad": "AC7"})
-    config = config_of(work, path, pair(folder), timeout_s=120.0, workers=1)
+    config = config_of(work, path, pair(half), timeout_s=120.0, workers=1)
     return config, run_build(config)
 
 
@@ -214,44 +238,56 @@ def test_receipts_share_a_runs_cost_and_a_second_build_searches_nothing(built):
 
 @needs_mmseqs
 def test_an_answer_does_not_depend_on_queries_beside_it_nor_on_threads(indexed):
-    """Together, in another order, by two threads, mapped: each as alone."""
+    """Together, in another order, by two threads, read instead of mapped: each as alone."""
     texts = list(queries().values())
-    first, second = tools(indexed)
-    alone = [(first.search(text), None) for text in texts]
-    alone = [(one, second.search_many([text], [one])[0]) for text, (one, _) in zip(texts, alone, strict=True)]
-    for order, cpus, options in ((texts, 1, ""), (texts[::-1], 2, ""), (texts, 1, ",db-load-mode=2")):
+    first, second = tools(indexed, 1, MAPPED)
+    alone = {}
+    for text in texts[:3]:
+        one = first.search(text)
+        alone[text] = (one, second.search_many([text], [one])[0])
+    for order, cpus, options in ((texts, 1, ""), (texts[::-1], 2, MAPPED)):
         first, second = tools(indexed, cpus, options)
         assert first.identity == tools(indexed)[0].identity
         earlier = first.search_many(order)
         later = second.search_many(order, earlier)
-        for text, one, two in zip(order, earlier, later, strict=True):
-            want = alone[texts.index(text)]
+        found = dict(zip(order, zip(earlier, later, strict=True), strict=True))
+        for text, want in alone.items():
+            one, two = found[text]
             assert (one.alignment, one.table) == (want[0].alignment, want[0].table)
             assert (two.alignment, two.table) == (want[1].alignment, b"")
-    assert min(one.alignment.count(b">") for one, _ in alone) == 1
-    assert max(two.alignment.count(b">") for _, two in alone) > 20
+    assert min(one.alignment.count(b">") for one, _ in alone.values()) == 1
+    assert max(two.alignment.count(b">") for _, two in alone.values()) > 20
     total = sum(one.usage.cpu_s for one in earlier)
     assert total == pytest.approx(earlier[0].usage.cpu_s / len(order[0]) * sum(map(len, order)))
-    with_both = second.search(texts[0])
-    assert with_both.alignment == alone[0][1].alignment
+    with_both = second.search(texts[2])
+    assert with_both.alignment == alone[texts[2]][1].alignment
+
+
+def few() -> dict[str, str]:
+    """Returns three queries, the first with many rows."""
+    return globins(2) | {"short": "MKVAAAKW"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, indexed) -> BuildConfig:
+    """A build of `few` that was done."""
+    config = build_in(tmp_path_factory.mktemp("whole"), few(), indexed, parts=2)
+    report = run_build(config)
+    assert (report.num_searched, report.num_records) == (6, 3)
+    return config
 
 
 @needs_mmseqs
-def test_an_array_gives_the_parts_of_a_build(tmp_path, indexed, monkeypatch):
-    path = write_fasta(tmp_path / "q.fasta", globins(2) | QUERIES)
+def test_an_array_gives_the_parts_of_a_build(tmp_path, indexed, whole, monkeypatch):
     monkeypatch.setattr(together, "TOGETHER", 2)
-    stores = {}
-    for name in ("whole", "shared"):
-        config = config_of(tmp_path, path, pair(indexed), store=str(tmp_path / name), parts=2, workers=1)
-        if name == "shared":
-            shares = [search_share(config, Share(task=task, tasks=2)) for task in (0, 1)]
-            assert [share.failures for share in shares] == [(), ()]
-            assert sum(share.num_items for share in shares) == 8
-            assert not any(share.num_items % 2 for share in shares)
-        report = run_build(config)
-        assert (report.num_searched, report.num_records) == (8 if name == "whole" else 0, 4)
-        stores[name] = tree_bytes(tmp_path / name / "parts")
-    assert stores["whole"] == stores["shared"]
+    config = build_in(tmp_path, few(), indexed, parts=2)
+    shares = [search_share(config, Share(task=task, tasks=2)) for task in (0, 1)]
+    assert [share.failures for share in shares] == [(), ()]
+    assert sum(share.num_items for share in shares) == 6
+    assert not any(share.num_items % 2 for share in shares)
+    report = run_build(config)
+    assert (report.num_searched, report.num_records) == (0, 3)
+    assert tree_bytes(Path(config.store) / "parts") == tree_bytes(Path(whole.store) / "parts")
 
 
 def real_but(folder: Path, monkeypatch, script: str) -> None:
@@ -267,13 +303,12 @@ def real_but(folder: Path, monkeypatch, script: str) -> None:
 @needs_mmseqs
 def test_a_poisoned_query_costs_no_other_one(tmp_path, indexed, monkeypatch):
     """A search dies wherever one query is among those of the run; in the second database, too."""
-    known = globins(4)
+    known = globins(3)
     poison = list(known.values())[1]
     real_but(tmp_path / "bin", monkeypatch, f'[ "$1" = expandaln ] && grep -q {poison} query.fasta && exit 3')
-    path = write_fasta(tmp_path / "q.fasta", known | {"long": "A" * 65_536})
-    config = config_of(tmp_path, path, pair(indexed), workers=1, max_residues=70_000)
+    config = build_in(tmp_path, known | {"long": "A" * 65_536}, indexed, max_residues=70_000)
     report = run_build(config)
-    assert (report.num_records, report.num_searched, report.num_failed) == (3, 6, 4)
+    assert (report.num_records, report.num_searched, report.num_failed) == (2, 4, 4)
     letter, long = report.dead_letters
     assert (long.record_id, long.retry, long.kind) == ("long", "poison", "QueryTooLongError")
     assert (letter.record_id, letter.retry, letter.kind) == (list(known)[1], "poison", "ToolFailedError")
@@ -281,37 +316,34 @@ def test_a_poisoned_query_costs_no_other_one(tmp_path, indexed, monkeypatch):
     assert "'env' after 'uniref'" in letter.reason
     (note,) = Path(config.results_url).glob("jobs/*/*/together/*.json")
     said = json.loads(note.read_text())
-    assert (said["database"], len(said["unit_ids"]), said["kind"]) == ("uniref", 4, "ToolFailedError")
+    assert (said["database"], len(said["unit_ids"]), said["kind"]) == ("uniref", 3, "ToolFailedError")
     together_of = [receipt.facts.num_together for receipt in ResultStore(config.results_url).sample(10)]
     # One by one in the database where it failed, together again in the other.
-    assert sorted(together_of) == [1, 1, 1, 3, 3, 3]
+    assert sorted(together_of) == [1, 1, 2, 2]
 
 
 @needs_mmseqs
-def test_a_lost_profile_is_made_again(tmp_path, indexed):
-    known = globins(2)
-    config = config_of(tmp_path, write_fasta(tmp_path / "q.fasta", known), pair(indexed), workers=1)
-    run_build(config)
-    results = ResultStore(config.results_url)
-    before = tree_bytes(Path(config.results_url) / "units", "*.zst")
-    receipts = {
-        path.stem: results.receipt(path.stem) for path in Path(config.results_url).glob("units/*/*.json")
-    }
-    for unit_id, receipt in receipts.items():
-        stem = Path(config.results_url) / "units" / unit_id[:2] / unit_id
+def test_lost_answers_and_profiles_are_made_again(tmp_path, whole):
+    shutil.copytree(whole.results_url, tmp_path / "results")
+    results = ResultStore(str(tmp_path / "results"))
+    before = tree_bytes(tmp_path / "results" / "units", "*.zst")
+    for path in sorted((tmp_path / "results").glob("units/*/*.json")):
+        receipt = results.receipt(path.stem)
         if receipt.facts.database == "env":
-            stem.with_suffix(".json").unlink()
-            stem.with_suffix(".zst").unlink()
-        elif receipt.facts.num_residues == len(next(iter(known.values()))):
-            stem.with_suffix(".zst").write_bytes(b"damaged")
-    report = run_build(dataclasses.replace(config, store=config.store + "2", results=config.results_url))
-    assert (report.num_records, report.num_failed) == (2, 0)
-    assert tree_bytes(Path(config.results_url) / "units", "*.zst") == before
+            path.unlink()
+            path.with_suffix(".zst").unlink()
+        elif receipt.facts.num_residues == len("MKVAAAKW"):
+            path.with_suffix(".zst").write_bytes(b"damaged")
+    config = dataclasses.replace(whole, store=str(tmp_path / "store"), results=results.url)
+    report = run_build(config)
+    assert (report.num_records, report.num_failed) == (3, 0)
+    assert tree_bytes(tmp_path / "results" / "units", "*.zst") == before
+    assert tree_bytes(tmp_path / "store" / "parts") == tree_bytes(Path(whole.store) / "parts")
 
 
 @needs_mmseqs
 def test_an_earlier_result_without_a_profile_is_no_answer(indexed):
-    first, second = tools(indexed)
+    first, second = tools(indexed, 1, MAPPED)
     found = first.search("MKVAAAKW")
     for table in (b"", found.table[:-1], found.table[:4]):
         with pytest.raises(ToolOutputError, match="kept no profile of every query"):
@@ -429,48 +461,3 @@ def test_a_database_after_another_one_needs_that_one(tmp_path, folder):
             prepare_databases(
                 [DatabaseSpec.parse(text) for text in texts], max_hits={}, cpus=1, timeout_s=60, digests=None
             )
-
-
-def test_as_few_runs_as_workers_allow():
-    assert [together.num_groups_of(number, 1) for number in (0, 1, 64, 65, 1000)] == [1, 1, 1, 2, 16]
-    assert [together.num_groups_of(number, 32) for number in (0, 31, 80, 1000, 10_000)] == [1, 1, 2, 31, 157]
-
-
-def test_options_are_read_and_refused_in_words():
-    options = DatabaseSpec.parse("e=/x:mmseqs2,after=u,filter=0,s=5.7,db-load-mode=2").options
-    assert options == MmseqsOptions(after="u", filter=False, sensitivity=5.7, db_load_mode=2)
-    for text, said in (
-        ("e=/x:mmseqs2,after", "option 'after' of mmseqs2 is unknown"),
-        ("e=/x:mmseqs2,s=8,s=7", "'s=7' of mmseqs2 is given twice"),
-        ("e=/x:mmseqs2,filter=2", "must be filter=0 or filter=1"),
-        ("e=/x:mmseqs2,s=9", "s=9 must be 1 to 8"),
-        ("e=/x:mmseqs2,s=nan", "s=nan must be 1 to 8"),
-        ("e=/x:mmseqs2,s=fast", "could not convert"),
-        ("e=/x:mmseqs2,db-load-mode=4", "must be 0, 1, 2 or 3"),
-        ("e=/x:mmseqs2,after=e", "cannot be searched after itself"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            DatabaseSpec.parse(text)
-    with pytest.raises(ConfigError, match="jackhmmer has no options"):
-        DatabaseSpec(name="a", paths=("/x",), tool="jackhmmer", options=MmseqsOptions(filter=False))
-
-
-def test_a_choice_that_changes_rows_changes_the_commands_and_no_other():
-    def words(**options) -> str:
-        kind = options.pop("kind", "clusters")
-        return " ".join(word for command in commands_of(kind, MmseqsOptions(**options)) for word in command)
-
-    whole = words()
-    assert words(db_load_mode=3) == whole
-    every = words(filter=False)
-    for before, after in (
-        ("--expand-filter-clusters 1", "--expand-filter-clusters 0"),
-        ("--max-accept 100000 ", "--max-accept 1000000 "),
-        ("--qsc 0.8", "--qsc -20.0"),
-        ("--filter-msa 1", "--filter-msa 0"),
-    ):
-        assert whole.count(before) == every.count(after) == 1
-    assert words(sensitivity=5.7) == whole.replace("-s 8.0", "-s 5.7")
-    after = words(kind="clusters after")
-    assert "search profile {database}" in after
-    assert "--expand-filter-clusters" not in after
