@@ -52,7 +52,9 @@ except SystemExit as end:
     assert not end.code, end.code
 own, tools = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 seconds = {"own_s": own.ru_utime + own.ru_stime, "tools_s": tools.ru_utime + tools.ru_stime}
-print(json.dumps({**seconds, "peak_mb": own.ru_maxrss / 1024}))
+# Not ru_maxrss: a child inherits that of the process that started it.
+peak_kb = int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+print(json.dumps({**seconds, "peak_mb": peak_kb / 1024}))
 """
 PLAN = """
 import json, resource, sys
@@ -65,7 +67,8 @@ before = usage()
 _, plan, _, _ = planned(config)
 after = usage()
 cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-peak_mb = round(after.ru_maxrss / 1024, 1)
+peak_kb = int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+peak_mb = round(peak_kb / 1024, 1)
 print(json.dumps({"cpu_s": round(cpu_s, 2), "peak_mb": peak_mb, "queries": plan.num_queries}))
 """
 
@@ -121,10 +124,12 @@ def write_inputs(folder: Path, targets: int, count: int) -> list[str]:
 
 def measured(argv: list[str]) -> tuple[float, float, str]:
     """Runs a command; returns CPU seconds of all that it started, wall seconds, and what it printed last."""
+    ours = children()
     before, started = children_seconds(), time.monotonic()
     done = subprocess.run(argv, check=True, capture_output=True, text=True)
     wall_s = time.monotonic() - started
-    collect_orphans()
+    for orphan in children() - ours:
+        os.waitpid(orphan, 0)
     return children_seconds() - before, wall_s, (done.stdout.splitlines() or [""])[-1]
 
 
@@ -133,12 +138,9 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def collect_orphans() -> None:
-    try:
-        while True:
-            os.waitpid(-1, 0)
-    except ChildProcessError:
-        return
+def children() -> set[int]:
+    tasks = Path("/proc/self/task").iterdir()
+    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
 
 
 def build(folder: Path, store: str, *words: str, queries: str = "q.fasta") -> dict[str, float]:

@@ -35,15 +35,16 @@ def build_record(
       AlignmentParseError, ToolOutputError: a tool's alignment cannot be used.
       InvalidRecordError: the store's format cannot hold the record.
     """
-    hits = [read_hits(result, query.sequence) for result in results]
-    merged = merge(query.sequence, hits, [database.max_hits for database in databases])
+    caps = [database.max_hits for database in databases]
+    hits = [read_hits(result, query.sequence, cap) for result, cap in zip(results, caps, strict=True)]
+    merged = merge(query.sequence, hits, caps)
     uses = tuple(
         DatabaseUse(
             name=database.name,
             digest=database.digest,
             tool=result.tool.name,
             tool_version=result.tool.version,
-            num_hits=len(one.hit_ids) - 1,
+            num_hits=one.num_hits,
             num_rows=num_rows,
         )
         for database, result, one, num_rows in zip(databases, results, hits, merged.num_rows, strict=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from foldfeed.pipelines.search_tool import SearchResult
 
 _RANGE = re.compile(r"/\d+-\d+$")
 _NUMBER_PREFIX = re.compile(r"^\d+\|")
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,18 +46,28 @@ class DatabaseHits:
     bit_scores: NDArray[np.float32]
     taxonomy_ids: NDArray[np.int32]
 
+    @property
+    def num_hits(self) -> int:
+        """Rows that the search gave, the query not counted, with those that were not kept."""
+        return len(self.hit_ids) - 1 + self.alignment.num_left_out
 
-def read_hits(result: SearchResult, sequence: str) -> DatabaseHits:
+
+def read_hits(result: SearchResult, sequence: str, max_rows: int | None = None) -> DatabaseHits:
     """Returns the rows of a search result.
 
     Args:
       result: of one database.
       sequence: the query, which must be the first row.
+      max_rows: of a Stockholm alignment, whose best rows come first, so many are kept with the query, so that
+        a family with a hundred thousand relatives takes no more memory than its text; None keeps all.
     Raises:
       AlignmentParseError: the tool's text breaks its own format.
       ToolOutputError: the first row is not the query, so the tool cut or changed it.
     """
-    alignment = (parse_stockholm if result.format == "stockholm" else parse_a3m)(result.alignment)
+    if result.format == "stockholm":
+        alignment = parse_stockholm(_blocks(result.alignment), keep_rows=max_rows)
+    else:
+        alignment = parse_a3m(result.alignment)
     if alignment.letters[0].tobytes() != sequence.encode("ascii"):
         raise ToolOutputError(
             result.tool.name,
@@ -89,6 +100,11 @@ def _taxonomy_ids(result: SearchResult, names: Sequence[str]) -> NDArray[np.int3
         names = [f" {said.get(name, '')}" for name in names]
     # The query is given no description.
     return np.array([0, *map(taxonomy_id_of, names[1:])], dtype=np.int32)
+
+
+def _blocks(text: bytes) -> Iterator[bytes]:
+    """Yields a text in pieces, whose lines are then not in memory all at once."""
+    return (text[start : start + _BLOCK_BYTES] for start in range(0, len(text), _BLOCK_BYTES))
 
 
 def _target_scores(table: bytes) -> dict[str, tuple[float, float]]:

@@ -96,15 +96,11 @@ class IdSet(Collection[str]):
         """Returns the set of some digests (hex)."""
         return cls(sorted(map(bytes.fromhex, names)))
 
-    @classmethod
-    def from_bytes(cls, data: bytes) -> IdSet:
-        """Returns the set that `to_bytes` gave."""
-        return cls(_cut(data, DIGEST_BYTES))
-
-    def to_bytes(self) -> bytes:
-        """Returns all digests, 32 bytes each."""
-        self._file.seek(0)
-        return self._file.read()
+    def chunks(self, size: int) -> Iterator[bytes]:
+        """Yields all digests, 32 bytes each, so many at a time; nothing for an empty set."""
+        for start in range(0, len(self), size):
+            self._file.seek(DIGEST_BYTES * start)
+            yield self._file.read(DIGEST_BYTES * min(size, len(self) - start))
 
     def buckets(self) -> Iterator[tuple[str, list[str]]]:
         """Yields two letters and the digests that begin with them; only letters that some digest has."""

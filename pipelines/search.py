@@ -259,12 +259,12 @@ def search_unit(unit: WorkUnit, context: JobContext, scans: Iterable[Receipt] = 
     database = context.databases[unit.database_index]
     try:
         result = _search(unit, context)
-        hits = read_hits(result, unit.sequence)
+        hits = read_hits(result, unit.sequence, database.max_hits)
     except (SearchError, AlignmentParseError) as error:
         receipt = receipt_of_failure(unit, context, error)
         write_failure(receipt, context)
         return receipt
-    facts = facts_of(unit, context, database.name, database.digest, len(hits.hit_ids) - 1)
+    facts = facts_of(unit, context, database.name, database.digest, hits.num_hits)
     results.put(unit.unit_id, result, facts)
     return receipt_of(unit, "ok")
 

@@ -19,12 +19,12 @@ import uuid
 VARIABLE = "FOLDFEED_WORKER"
 
 # In isolated mode and without site: 10 ms and 6 MB. Looks again for two seconds, because a program may be
-# between fork and exec at the first look.
+# between fork and exec at the first look; a look reads a file of every process here.
 _CODE = """
 import os, sys, time
 mark = sys.argv[1].encode()
 sys.stdin.buffer.read()
-for look in range(20):
+for pause in (0.1, 0.1, 0.2, 0.4, 0.6, 0.6):
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
@@ -33,7 +33,7 @@ for look in range(20):
                         os.kill(int(name), 9)
             except OSError:
                 pass
-    time.sleep(0.1)
+    time.sleep(pause)
 """
 
 

@@ -106,3 +106,16 @@ def test_deep_interleaved_alignments_equal_column_by_column_reading(block):
 def test_real_files_equal_column_by_column_reading(real_file):
     for name in ("uniref90_hits.sto", "uniprot_hits.sto", "mgnify_hits.sto"):
         assert_equals_naive(real_file(f"msas/2q2k_A/{name}").read_text())
+
+
+@given(st.integers(1, 12), st.integers(1, 40), st.integers(0, 5))
+@settings(deadline=None)
+def test_rows_behind_a_number_are_counted_and_not_kept(keep, depth, seed):
+    text = as_stockholm(family(depth, 30, seed))
+    whole, some = parse_stockholm(text), parse_stockholm(text, keep_rows=keep)
+    assert some.names == whole.names[:keep]
+    assert some.letters.tobytes() == whole.letters[:keep].tobytes()
+    np.testing.assert_array_equal(some.deletions, whole.deletions[:keep])
+    assert (some.num_left_out, whole.num_left_out) == (max(0, depth - keep), 0)
+    with pytest.raises(AlignmentParseError, match="no closing"):
+        parse_stockholm(text.rstrip().removesuffix("//"), keep_rows=keep)

@@ -1,18 +1,23 @@
 """Merging follows AlphaFold 2: order, caps, first occurrence of letters, deletions left aside."""
 
+import dataclasses
 import gzip
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipelines_data import globins, needs_hmmer, write_fasta
 
 from foldfeed.feature_store.format import alphabet
+from foldfeed.feature_store.parsers import alignment as parsed_alignment
 from foldfeed.feature_store.parsers.a3m import parse_a3m
 from foldfeed.feature_store.parsers.hit_names import species_of
 from foldfeed.pipelines import SearchResult, ToolIdentity
 from foldfeed.pipelines.errors import ToolOutputError
 from foldfeed.pipelines.hits import DatabaseHits, read_hits
+from foldfeed.pipelines.jackhmmer import Jackhmmer
 from foldfeed.pipelines.msa import merge
 from foldfeed.pipelines.subprocess_runner import Usage
 
@@ -140,3 +145,44 @@ def test_openfolds_features_from_results(real_file):
     ours = np.array([0, 4, 3, 6, 13, 7, 8, 9, 11, 10, 12, 2, 14, 5, 1, 15, 16, 19, 17, 18, 20, 21])
     np.testing.assert_array_equal(merged.msa, ours[expected["msa"]])
     np.testing.assert_array_equal(merged.deletions, expected["deletion_matrix_int"])
+
+
+def test_a_cap_bounds_what_a_family_with_many_relatives_takes(monkeypatch):
+    """5,000 rows of 1,000 columns, of which 20 are kept; names of the others are all that is held of them."""
+    # Room that is not touched before it is filled; tracemalloc counts it all the same.
+    monkeypatch.setattr(parsed_alignment, "_CHUNK_BYTES", 1 << 16)
+    query, other = "ACDEFGHIKL" * 100, "MNPQRSTVWY" * 100
+    lines = [f"h{number}/1-1000 {other}" for number in range(5_000)]
+    text = "\n".join(["# STOCKHOLM 1.0", f"query {query}", *lines, "//", ""])
+    table = "".join(f"h{number} - q - {number}e-9 1 0 0 1 0 1 1 0 0 0 1 1 1 -\n" for number in range(5_000))
+    result = result_of(text, table)
+
+    def peak(cap):
+        tracemalloc.start()
+        hits = read_hits(result, query, cap)
+        assert hits.num_hits == 5_000
+        taken = merge(query, [hits], [cap])
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found, taken
+
+    (bounded, some), (whole, all_of_them) = peak(20), peak(None)
+    assert bounded < 0.4 * whole
+    assert some.num_rows == merge(query, [read_hits(result, query)], [20]).num_rows == (1,)
+    assert all_of_them.num_rows == (1,)
+
+
+@pytest.mark.external_tool
+@needs_hmmer
+def test_a_cap_takes_the_best_rows_wherever_they_stand_in_the_database(tmp_path):
+    names = list(globins(12))
+    query = globins(1)[names[0]]
+    best = Jackhmmer.find(database=str(write_fasta(tmp_path / "a", globins(12))), cpus=1, timeout_s=60)
+    turned = write_fasta(tmp_path / "b", dict(reversed(globins(12).items())))
+    for tool in (best, dataclasses.replace(best, database=str(turned))):
+        hits = read_hits(tool.search(query), query, 4)
+        # The query finds itself; of the others the three with the smallest E-values.
+        assert hits.hit_ids[1].startswith(names[0])
+        every = read_hits(tool.search(query), query)
+        assert hits.e_values[1:].tolist() == sorted(every.e_values[1:].tolist())[:3]
+        assert hits.num_hits == every.num_hits > 3

@@ -85,12 +85,14 @@ class ParsedAlignment:
       sparse: residues inserted immediately left of each column. Insertions right of the last column are
         dropped, as AlphaFold 2 drops them.
       query_insertions: residues of the query itself that are no columns, those right of the last included.
+      num_left_out: rows of the text behind these that the caller did not want.
     """
 
     names: list[str]
     letters: NDArray[np.uint8]
     sparse: SparseDeletions
     query_insertions: int = 0
+    num_left_out: int = 0
 
     @classmethod
     def dense(

@@ -10,6 +10,7 @@ Pure functions without state: safe from any thread.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,7 +36,9 @@ for _letter in range(26):
 _NORMAL[_GAPS] = ord("-")
 
 
-def parse_stockholm(text: Text, max_rows: int | None = None) -> ParsedAlignment:
+def parse_stockholm(
+    text: Text, max_rows: int | None = None, *, keep_rows: int | None = None
+) -> ParsedAlignment:
     """Returns the rows of the only alignment of a Stockholm text, the query (first row) first.
 
     With the query ``A-CD`` and a hit ``AkC-``, the columns are ``ACD`` and the hit is ``AC-`` with one
@@ -44,14 +47,17 @@ def parse_stockholm(text: Text, max_rows: int | None = None) -> ParsedAlignment:
     Args:
       text: a whole text of one alignment, or its bytes in blocks.
       max_rows: most rows; any number when None.
+      keep_rows: rows behind the first so many are counted (`ParsedAlignment.num_left_out`) and not kept, nor
+        looked at further; None keeps all. Memory is then that of the rows that are kept.
     Raises:
       AlignmentParseError: no ``# STOCKHOLM`` line, no ``//`` (a file that was cut), another alignment behind
         it, no row, a line without a sequence, rows of unequal length, a character that is no residue, a
         query without residues, more rows than ``max_rows``, or a row of more than `MAX_ROW_CHARACTERS`.
     Source: Pfam/HMMER user guide, "Stockholm format"; AlphaFold 2 ``parsers.parse_stockholm``.
     """
-    rows, lines = _split(text, max_rows)
-    return alignment_of_aligned(list(rows), list(rows.values()), [lines[name] for name in rows])
+    rows, lines, num_left_out = _split(text, max_rows, keep_rows)
+    found = alignment_of_aligned(list(rows), list(rows.values()), [lines[name] for name in rows])
+    return dataclasses.replace(found, num_left_out=num_left_out) if num_left_out else found
 
 
 def stockholm_descriptions(text: Text) -> dict[str, str]:
@@ -73,7 +79,7 @@ def stockholm_as_a3m(text: Text) -> list[tuple[str, bytes]]:
     Raises:
       AlignmentParseError: as `parse_stockholm`.
     """
-    rows, lines = _split(text, None)
+    rows, lines, _ = _split(text, None, None)
     names = list(rows)
     query = np.frombuffer(rows[names[0]], dtype=np.uint8)
     is_query_column = ~_GAPS[query]
@@ -126,9 +132,12 @@ def alignment_of_aligned(
     return builder.finish(names)
 
 
-def _split(text: Text, max_rows: int | None) -> tuple[dict[str, bytearray], dict[str, int]]:
-    """Returns the joined residues of every row in order of first appearance, and its first line number."""
+def _split(
+    text: Text, max_rows: int | None, keep_rows: int | None
+) -> tuple[dict[str, bytearray], dict[str, int], int]:
+    """Returns rows in order of first appearance, their first line numbers, and how many were left out."""
     rows: dict[str, bytearray] = {}
+    left_out: set[str] = set()
     lines: dict[str, int] = {}
     headed = closed = False
     for number, raw in lines_of(text):
@@ -152,6 +161,9 @@ def _split(text: Text, max_rows: int | None) -> tuple[dict[str, bytearray], dict
                 raise AlignmentParseError("expected a name and aligned residues on this line", number)
             name = fields[0].decode("utf-8", errors="replace")
             if name not in rows:
+                if keep_rows is not None and len(rows) >= keep_rows:
+                    left_out.add(name)
+                    continue
                 if max_rows is not None and len(rows) >= max_rows:
                     raise AlignmentParseError(f"the alignment has more than {max_rows} rows", number)
                 rows[name], lines[name] = bytearray(), number
@@ -167,7 +179,7 @@ def _split(text: Text, max_rows: int | None) -> tuple[dict[str, bytearray], dict
         raise AlignmentParseError("the alignment has no closing '//': the file was cut off")
     if not rows:
         raise AlignmentParseError("the alignment holds no row")
-    return rows, lines
+    return rows, lines, len(left_out)
 
 
 def _parse_block(
