@@ -14,7 +14,7 @@ from typing import Any
 PACKAGES = (
     *("foldfeed", "numpy", "zarr", "zstandard", "pyarrow", "torch", "apache-beam"),
     *("tensorstore", "zarrs", "lmdb", "h5py", "pylance", "array_record", "mosaicml-streaming", "litdata"),
-    "atomworks",
+    *("atomworks", "grain"),
 )
 
 

@@ -330,8 +330,9 @@ def draw_masking(
             profile_u=np.empty(0),
         )
     words = random.words(num_centres * length).reshape(num_centres, length)[:, columns[0] : columns[1]]
-    threshold = np.uint64(round(recipe.masked_fraction * 2**32))
-    masked = np.flatnonzero((words >> np.uint64(32)) < threshold)
+    # Of the high halves; 2**32 of them are all there are.
+    threshold = round(recipe.masked_fraction * 2**32) << 32
+    masked = np.flatnonzero(words < np.uint64(threshold)) if threshold < 2**64 else np.arange(words.size)
     # u is cut at the bounds of the four ways; within a way what is left of u serves as a fresh uniform
     # number.
     u = (words.ravel()[masked] & np.uint64(0xFFFFFFFF)).astype(np.float64) * 2.0**-32

@@ -12,6 +12,7 @@ class SlowBlobs:
     Attributes:
       reads: (path, start, bytes) of every read so far.
       most_in_flight: reads that were open at the same time, at most.
+      together: where given, a read is answered when so many are asked for (and breaks when they never are).
     """
 
     def __init__(self, blobs, latency_s: float = 0.01) -> None:
@@ -19,6 +20,7 @@ class SlowBlobs:
         self._latency_s = latency_s
         self._lock = threading.Lock()
         self._in_flight = 0
+        self.together: threading.Barrier | None = None
         self.most_in_flight = 0
         self.reads: list[tuple[str, int, int]] = []
 
@@ -38,6 +40,8 @@ class SlowBlobs:
             self.most_in_flight = max(self.most_in_flight, self._in_flight)
         try:
             time.sleep(self._latency_s)
+            if self.together is not None:
+                self.together.wait()
             data = read()
         finally:
             with self._lock:

@@ -22,7 +22,7 @@ from foldfeed.feature_store import (
 from foldfeed.feature_store.cli.main import main
 from foldfeed.feature_store.format.grid import resolve_rows
 from foldfeed.feature_store.parts.reader import PartReader, RecordLocation
-from foldfeed.feature_store.storage import open_blobs
+from foldfeed.feature_store.storage import open_blobs, open_files
 
 
 @pytest.fixture(params=["local", "file-url", "memory"])
@@ -108,3 +108,14 @@ def test_a_kind_of_storage_that_is_not_there_is_named(url, package, error):
         FeatureStore.open(url)
     result = CliRunner().invoke(main, ["show", url])
     assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
+
+
+def test_a_file_is_closed_when_the_interpreter_has_taken_modules_apart(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"x")
+    handle = open_files._Handle(tmp_path / "file")
+    number = handle.number
+    monkeypatch.setattr(open_files, "os", None)
+    # An exception in there would be a warning, and warnings are errors.
+    del handle
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldfeed.loader import LoaderConfigError
-from foldfeed.loader.counter_rng import Purpose, stream
+from foldfeed.loader.counter_rng import Purpose, Stream, stream
 from foldfeed.loader.order import SampleOrder, rank_shards
 
 
@@ -98,6 +98,25 @@ def test_words_never_change_between_releases():
     """A resumed run must draw the same crops; if this fails, raise SCHEME and say so in the changelog."""
     assert stream(1, 2, Purpose.MASKING).words(2).tolist() == GOLDEN_WORDS
     assert stream(1, 2, Purpose.ROWS).order(8).tolist() == GOLDEN_ORDER
+
+
+@settings(max_examples=60, deadline=None)
+@given(key=st.integers(0, 2**128 - 1), counts=st.lists(st.integers(0, 11), max_size=8))
+def test_streams_are_numpys_philox_in_whatever_pieces_and_turns(key, counts):
+    philox, mine, other = np.random.Philox(key=key), Stream(key), Stream(key ^ 1)
+    for count in counts:
+        assert mine.words(count).tolist() == philox.random_raw(count).tolist()
+        other.words(3)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_long_orders_are_those_of_a_stable_sort(monkeypatch, tie):
+    words = np.random.default_rng(1).integers(0, 2**63, 5000).astype(np.uint64)
+    if tie:
+        words[4000:4400] = words[:400]
+    monkeypatch.setattr(Stream, "words", lambda self, count: words[:count])
+    for count in (4095, 4096, 5000):
+        assert np.array_equal(Stream(0).order(count), np.argsort(words[:count], kind="stable"))
 
 
 def test_integers_and_orders_are_even():

@@ -15,6 +15,7 @@ import os
 import resource
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 # However many descriptors a process may have, more than this buys nothing.
@@ -29,10 +30,11 @@ class _Handle:
     def __init__(self, path: str | Path) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self) -> None:
-        # The attribute is missing when the file could not be opened.
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # Bound above, because modules lose their names before the interpreter ends. The attribute is missing
+        # when the file could not be opened.
         if hasattr(self, "number"):
-            os.close(self.number)
+            close(self.number)
 
 
 class LocalFile:
