@@ -321,6 +321,17 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert "compiler" not in environment(torch.device("cpu"), 1, True)
 
 
+def test_other_settings_of_the_network_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for steps, threads in ((1, "2"), (2, "2"), (3, "4")):
+        monkeypatch.setenv("NCCL_SOCKET_NTHREADS", threads)
+        run_small(tmp_path, steps=steps, data={"global_batch": 2})
+        assert json.loads((tmp_path / "run.json").read_text())["network"]["NCCL_SOCKET_NTHREADS"] == threads
+        said = capfd.readouterr().out
+        assert ("NCCL_SOCKET_NTHREADS '2' before, '4' now" in said) == (threads == "4")
+
+
 def test_a_trace_names_buckets_shards_and_phases(tmp_path: Path) -> None:
     run_small(tmp_path, steps=4, profile_step=2, data={"global_batch": 2})
     (trace,) = (tmp_path / "profile_traces").glob("*/*")
