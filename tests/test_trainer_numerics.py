@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -156,6 +156,32 @@ class Small(Task):
         logits = model(features["msa_feat"]).permute(0, 3, 1, 2)
         error = nn.functional.cross_entropy(logits, features["true_msa"], reduction="none")
         return Loss.of((error * features["msa_mask"]).mean((1, 2)))
+
+
+class Sums:
+    """In the place of held-out records: what is looked at is the sum of the weights."""
+
+    def look(self, model: nn.Module) -> dict[str, float]:
+        return {"loss": sum(param.detach().double().sum().item() for param in model.parameters())}
+
+
+def test_a_look_is_at_the_average_and_leaves_the_weights(tmp_path: Path) -> None:
+    found = {}
+    for ema in (False, True):
+        config = tiny_config(tmp_path / str(ema), steps=3, optimizer={"ema_decay": 0.8})
+        held_out = HeldOutConfig(eval_set="sums", eval_every=1, eval_ema=ema)
+        config = dataclasses.replace(config, model=ModelConfig(), held_out=held_out)
+        prepare_numerics(config)
+        source, sums = SyntheticSource(config.data, config.seed, ALONE, {}), cast(Any, Sums())
+        digest = train(config, ALONE, source, "f" * 16, task=Small(), held_out=sums).weights_digest
+        rows = (tmp_path / str(ema) / "metrics.jsonl").read_text().splitlines()
+        looks = [row["eval/loss"] for row in map(json.loads, rows) if "eval/loss" in row]
+        buffers = read_generation(tmp_path / str(ema) / "snapshots" / "step-00000003").buffers
+        assert len(looks) == 3
+        assert looks[-1] == pytest.approx(float(buffers["ema" if ema else "params"].double().sum()), rel=1e-9)
+        found[ema] = (digest, looks)
+    assert found[False][0] == found[True][0]
+    assert found[False][1] != found[True][1]
 
 
 def run_small(folder: Path, task: Task | None = None, **changes: Any) -> str:
