@@ -320,10 +320,12 @@ def describe(trainer: Trainer, header: dict[str, Any]) -> None:
     config, ranks = trainer.config, trainer.ranks
     sizes = [4 * bucket.numel for bucket in trainer.messages]
     plural = "" if len(sizes) == 1 else "s"
+    other = {"precision": config.precision, "wire": config.wire, "compiled": config.compile and "yes"}
+    further = "".join(f", {name} {value}" for name, value in other.items() if value not in ("fp32", False))
     trainer.metrics.say(
         f"run {header['run_id']}: {ranks.world} x {ranks.device.type}, "
         f"{sum(s.numel for s in trainer.flat.segments):,} parameters in {len(sizes)} bucket{plural} "
-        f"(largest {max(sizes) / 2**20:.2f} MiB), reducer {config.reducer}, "
+        f"(largest {max(sizes) / 2**20:.2f} MiB), reducer {config.reducer}{further}, "
         f"{config.data.global_batch} samples in {config.data.num_shards} virtual shards per step"
     )
 
