@@ -55,6 +55,8 @@ class DdpReducer:
             model,
             bucket_cap_mb=self._bucket_bytes / 2**20,
             find_unused_parameters=self._find_unused,
+            # They are constants (`FlatParameters.check`), and a broadcast would write to them.
+            broadcast_buffers=False,
         )
         return self._module
 
