@@ -133,7 +133,7 @@ class Trainer:
         )
         self.optimizer = FlatAdamW(self.flat.params, self.buckets, config.optimizer)
         ranks.require_equal(self.flat.layout_hash.encode(), "the parameter layout at the start")
-        ranks.require_equal(self._digests()[1], "the initial weights")
+        ranks.require_equal(_checksums(self.host_buffers())[1], "the initial weights")
         self.reducer = self._make_reducer()
         self._forward: nn.Module = self.reducer.wrap(self.model)
         for module in task.compiled(self.model) if config.compile else ():
@@ -403,10 +403,6 @@ class Trainer:
         """Returns the buffers of the state on the CPU, by name; there they alias the live ones."""
         return {name: tensor.cpu() for name, tensor in self.state().items()}
 
-    def _digests(self) -> tuple[dict[str, int], bytes]:
-        """Returns the crc32c of each buffer in memory, and 8 bytes: of the parameters, of the moments."""
-        return _checksums(self.host_buffers())
-
     def capture(self, header: Mapping[str, Any]) -> Capture:
         """Returns the state after this step, once all ranks showed that theirs is equal.
 
@@ -452,6 +448,7 @@ class Trainer:
 
 
 def _checksums(buffers: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], bytes]:
+    """Returns the crc32c of each buffer in memory, and 8 bytes: of the parameters, of all else."""
     checksums = {name: checksum(buffer) for name, buffer in buffers.items()}
     params, *moments = (found.to_bytes(4, "little") for found in checksums.values())
     return checksums, params + google_crc32c.value(b"".join(moments)).to_bytes(4, "little")
