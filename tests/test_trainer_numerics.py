@@ -261,7 +261,7 @@ def test_short_messages_give_equal_bits_on_any_ranks_and_half_the_bytes() -> Non
                 if wire is torch.bfloat16:
                     assert torch.equal(gradient, wanted), world
                 else:
-                    # 1 + log2 V roundings of at most 2^-8, of the largest sum of magnitudes; most are far below.
+                    # 1 + log2 V roundings of at most 2^-8; of magnitudes that do not cancel here.
                     assert (gradient - wanted).abs().max() <= 4 * 2**-8 * gradient.abs().max()
                     assert not torch.equal(gradient, wanted)
         if world > 1:
