@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,9 +60,29 @@ def test_the_side_stream_waits_for_every_gradient() -> None:
     reducer.close()
 
 
-def test_a_run_on_the_device_repeats_to_the_bit(tmp_path: Path) -> None:
-    outcomes = [train_synthetic(alone(), tmp_path / name, device="cuda") for name in ("a", "b")]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "bf16", "wire": "bf16", "optimizer": {"ema_decay": 0.9}},
+        {"compile": True},
+        {"compile": True, "precision": "bf16", "model": {"recompute": True}},
+    ],
+    ids=str,
+)
+def test_a_run_on_the_device_repeats_to_the_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
+    outcomes = [train_synthetic(alone(), tmp_path / name, device="cuda", **changes) for name in ("a", "b")]
     assert outcomes[0].weights_digest == outcomes[1].weights_digest
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputing_changes_no_bit_on_the_device(tmp_path: Path, precision: str) -> None:
+    digests = set()
+    for recompute in (False, True):
+        changes = {"precision": precision, "model": {"recompute": recompute}}
+        folder = tmp_path / f"{recompute}"
+        digests.add(train_synthetic(alone(), folder, device="cuda", **changes).weights_digest)
+    assert len(digests) == 1
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each rank, two of them")

@@ -118,17 +118,18 @@ def on_all(work: Callable[[int], object], world: int) -> list[object]:
         return [future.result() for future in [pool.submit(work, rank) for rank in range(world)]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("world", [2, 3, 4, 7])
-def test_collectives_equal_their_definition(world: int) -> None:
+def test_collectives_equal_their_definition(world: int, dtype: torch.dtype) -> None:
     """Uneven runs, empty ones, more bytes than a socket holds, several collectives one after another."""
     draw = random.Random(world)
     counts = [draw.choice([0, 1, 5, 300_000]) for _ in range(world)]
     groups = [MeshGroup(channel) for channel in mesh(world)]
-    sent = [torch.randn(world * counts[rank]) for rank in range(world)]
-    mine = [torch.full((rank_numel := 70_001,), float(rank)) for rank in range(world)]
+    sent = [torch.randn(world * counts[rank]).to(dtype) for rank in range(world)]
+    mine = [torch.full((rank_numel := 70_001,), float(rank), dtype=dtype) for rank in range(world)]
 
     def work(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        received, gathered = torch.empty(sum(counts)), torch.empty(world * rank_numel)
+        received, gathered = (torch.empty(n, dtype=dtype) for n in (sum(counts), world * rank_numel))
         groups[rank].all_to_all(received, sent[rank], counts, [counts[rank]] * world)
         wait = groups[rank].all_gather(gathered, mine[rank])
         wait()

@@ -292,6 +292,7 @@ def toy_model() -> Any:
             self.tied.weight = self.body[0].weight
             self.drop = nn.Dropout(0.2)
             self.last = nn.Linear(37, 1)
+            self.register_buffer("scale", torch.ones(3))
 
         def forward(self, x: Any) -> Any:
             x = self.first(x)

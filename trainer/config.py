@@ -48,6 +48,13 @@ def _require_positive(owner: object, names: Iterable[str]) -> None:
         _require(value > 0, f"{name} is {value}; it must be greater than 0.")
 
 
+def _require_not_negative(owner: object, **meanings: str) -> None:
+    """Checks that values are 0 or more, by name; says what 0 means where it is given."""
+    for name, meaning in meanings.items():
+        value = getattr(owner, name)
+        _require(value >= 0, f"{name} is {value}; it must not be negative{meaning and f' (0: {meaning})'}.")
+
+
 def _require_share(owner: object, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(owner, name)
@@ -121,10 +128,7 @@ class ModelConfig:
                 value % self.num_heads == 0, f"{name} {value} does not divide by num_heads {self.num_heads}."
             )
         _require_share(self, ("dropout_msa", "dropout_pair"))
-        _require(
-            self.distogram_weight >= 0,
-            f"distogram_weight is {self.distogram_weight}; it must not be negative (0: no distances).",
-        )
+        _require_not_negative(self, distogram_weight="no distances")
 
     @classmethod
     def sized(cls, size: str, **overrides: Any) -> ModelConfig:
@@ -184,9 +188,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, ("lr", "eps"))
-        for name in ("warmup_steps", "max_norm", "weight_decay"):
-            value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}; it must not be negative.")
+        _require_not_negative(self, warmup_steps="", max_norm="", weight_decay="")
         _require_share(self, ("beta1", "beta2", "decay_factor", "ema_decay"))
         _require_one_of(self, "schedule", SCHEDULES)
         if self.schedule == "constant":
@@ -247,16 +249,12 @@ class DataConfig:
     on_unreadable: str = "stop"
 
     def __post_init__(self) -> None:
-        for name in ("cache_gb", "cache_memory_mb"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
+        _require_not_negative(self, cache_gb="", cache_memory_mb="", virtual_shards="")
         _require(
             bool(self.store), "store is empty; give the folder or URL that `foldfeed build --store` wrote."
         )
         _require_positive(self, ("crop_residues", "num_clusters", "num_extra", "global_batch"))
         _require_positive(self, ("loader_threads", "prefetch_steps"))
-        _require(
-            self.virtual_shards >= 0, f"virtual_shards is {self.virtual_shards}; it must not be negative."
-        )
         _require(
             self.global_batch % self.num_shards == 0,
             f"global_batch {self.global_batch} does not divide by virtual_shards {self.num_shards}; "
@@ -287,10 +285,7 @@ class HeldOutConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, ("eval_every",))
-        _require(
-            self.eval_samples >= 0,
-            f"eval_samples is {self.eval_samples}; it must not be negative (0: every record once).",
-        )
+        _require_not_negative(self, eval_samples="every record once")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -362,7 +357,8 @@ class RunConfig:
       bucket_mb: limit of a gradient bucket; 0 chooses one from the model's size.
       precision: of forward passes: ``fp32``, or ``bf16``: matrix products in bfloat16, weights and their
         updates in float32.
-      compile: compile the model's blocks (torch.compile); other bits than without, equal ones in every run.
+      compile: compile the blocks (torch.compile): other bits than without, equal ones in every run. The
+        first step may take minutes, for which --timeout-s should allow.
       wire: numbers of messages: ``fp32``; ``bf16`` rounds the gradient of each virtual shard and every sum of
         two (added in fp32) to bfloat16, on any number of ranks: half the bytes; ``bf16-between`` is that with
         fp32 messages inside nodes.
@@ -419,13 +415,7 @@ class RunConfig:
             f"sizes of the compact Evoformer are given, but the task is {self.task}; leave them out.",
         )
         _require_positive(self, ("steps", "threads", "timeout_s", "log_every", "lease_s"))
-        for name, meaning in (
-            ("max_skipped", "any number"),
-            ("bucket_mb", "automatic"),
-            ("profile_step", "none"),
-        ):
-            value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}; it must not be negative (0: {meaning}).")
+        _require_not_negative(self, max_skipped="any number", bucket_mb="automatic", profile_step="none")
         _require(
             self.profile_step <= self.steps,
             f"profile_step is {self.profile_step}, but the run has {self.steps} steps; give one of them.",

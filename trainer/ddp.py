@@ -51,6 +51,9 @@ class DdpReducer:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Returns the model inside DDP; call this one in the forward pass."""
+        # They are constants (`FlatParameters.check`), and DDP's broadcast would write to them.
+        buffers = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
         self._module = DistributedDataParallel(
             model,
             bucket_cap_mb=self._bucket_bytes / 2**20,

@@ -9,8 +9,8 @@ When each rank owns one aligned block this moves 2(W-1)/W of the bucket, the byt
 
 Messages are fp32 or bf16. Any node of the tree but the root crosses the wire for some number of ranks, so
 with bf16 every node is rounded, whether it travels or not: leaves are (reducer.py), and torch adds two bf16
-values in fp32 and rounds once. A sum of V shards is then off by at most (1 + log2 V) 2^-9 of the sum of
-magnitudes; adding along a ring in bf16 may be off by V 2^-9. Equal bits on any ranks are worth it.
+values in fp32 and rounds once. A sum of V shards is then off by at most (1 + log2 V) 2^-8 of the sum of
+magnitudes; adding along a ring in bf16 may be off by V 2^-8. Equal bits on any ranks are worth it.
 
 Phase 2 of a bucket runs while phase 1 of the next is under way. One thread (the caller's) issues all
 collectives, in bucket order, on every rank: A2A(0), AG(0), A2A(1), AG(1), ... so no two ranks can wait for

@@ -1,6 +1,6 @@
 """One training run on one rank: environment, folder, resume, loop, result.
 
-    OUTPUT/run.json         run id, digests and the resolved settings of the last start
+    OUTPUT/run.json         run id, digests, the resolved settings of the last start, the network's variables
     OUTPUT/snapshots/       generations (snapshot.py); more of them in memory while the run lives (tiers.py)
     OUTPUT/run.lease        while a run lives there (lease.py)
     OUTPUT/metrics.jsonl    one line per step, and one per look at held-out records;  OUTPUT/tb/  TensorBoard
@@ -55,6 +55,8 @@ from foldfeed.trainer.watch import StackWatch
 
 RESULT_FILE = "result.json"
 
+# Variables that say how NCCL and gloo send; recorded with a run.
+_NETWORK = ("NCCL_", "TORCH_NCCL_", "GLOO_")
 # The run id in run.json is also in the manifest of every snapshot, so a new run.json cannot take its place.
 _REPAIR = (
     "Restore it from a copy; or start in another --output, with --resume OUTPUT/snapshots/step-N to go on "
@@ -240,6 +242,7 @@ def claim(
     path = output / RUN_FILE
     run_id = secrets.token_hex(8)
     bound = ("config_digest", "layout_hash", "store_fingerprint")
+    network = {name: value for name, value in os.environ.items() if name.startswith(_NETWORK)}
     if path.exists():
         found = _read_claim(path, ("run_id", "identity", *bound))
         run_id = found["run_id"]
@@ -252,6 +255,11 @@ def claim(
                 differences + changed_settings(found["identity"], header["identity"], "there"),
                 "Use the settings of the run that lives there, or another --output.",
             )
+        if changed := changed_settings(found.get("network", network), network, "before"):
+            say(
+                f"warning: other settings of the network ({'; '.join(changed)}): the bits of the tree's sums "
+                "do not depend on them, those of ring and ddp may"
+            )
     elif (output / SNAPSHOTS).exists():
         raise TrainerError(
             f"{output} holds snapshots but no {RUN_FILE}: not a run's folder. Use another --output."
@@ -261,6 +269,7 @@ def claim(
         **{name: header[name] for name in (*bound, "identity", "environment")},
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": dataclasses.asdict(config),
+        "network": network,
     }
     SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep).sweep()
     _write_json(path, record)
@@ -323,10 +332,12 @@ def describe(trainer: Trainer, header: dict[str, Any]) -> None:
     config, ranks = trainer.config, trainer.ranks
     sizes = [4 * bucket.numel for bucket in trainer.messages]
     plural = "" if len(sizes) == 1 else "s"
+    other = {"precision": config.precision, "wire": config.wire, "compiled": config.compile and "yes"}
+    further = "".join(f", {name} {value}" for name, value in other.items() if value not in ("fp32", False))
     trainer.metrics.say(
         f"run {header['run_id']}: {ranks.world} x {ranks.device.type}, "
         f"{sum(s.numel for s in trainer.flat.segments):,} parameters in {len(sizes)} bucket{plural} "
-        f"(largest {max(sizes) / 2**20:.2f} MiB), reducer {config.reducer}, "
+        f"(largest {max(sizes) / 2**20:.2f} MiB), reducer {config.reducer}{further}, "
         f"{config.data.global_batch} samples in {config.data.num_shards} virtual shards per step"
     )
 

@@ -211,7 +211,7 @@ class TreeReducer:
 
     def _note_stream(self, index: int) -> None:
         """Notes the stream that wrote to a bucket: autograd runs an operation on its forward's stream."""
-        device = self._ranks.device
+        device = self._flat.params.device
         number = torch._C._cuda_getCurrentRawStream(device.index)
         if number not in self._streams[index]:
             self._streams[index][number] = torch.cuda.current_stream(device)

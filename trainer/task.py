@@ -59,7 +59,8 @@ class Task(abc.ABC):
         """Returns the loss of one virtual shard.
 
         Args:
-          model: what `build` returned, or a wrapper that is called like it.
+          model: what `build` returned, or a wrapper that is called like it. With ``--precision bf16`` what it
+            gives may be bfloat16: begin a loss with ``.float()``.
           features: tensors with a leading sample axis, as the recipe gives them.
         """
 

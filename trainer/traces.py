@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from foldfeed.trainer.errors import TrainerConfigError
+
 FOLDER = "profile_traces"
 NUM_STEPS = 3
 
@@ -27,9 +29,13 @@ class StepTraces:
           output: the run's folder.
           first_step: to trace, counted from 1; 0 for none.
           device: CUDA's activity is traced, too, where that is.
+        Raises:
+          TrainerConfigError: this torch traces one thread alone.
         """
         self._folder = output / FOLDER
         self._first, self._device = first_step, device
+        # The exchange runs in a thread of its own. Asked for now: no run should end at its first traced step.
+        self._threads = _all_threads() if first_step else None
         self._profile: Any = None
 
     def begin(self, step: int, rank: int) -> None:
@@ -42,7 +48,10 @@ class StepTraces:
         if self._profile is not None and step + 1 >= self._first + NUM_STEPS:
             self.end(step, rank)
         elif self._profile is None and self._first and self._first == step + 1:
-            self._profile = _profiler(self._device)
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if self._device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profile = torch.profiler.profile(activities=activities, experimental_config=self._threads)
             self._profile.start()
 
     def end(self, step: int, rank: int) -> None:
@@ -56,10 +65,11 @@ class StepTraces:
         profile.export_chrome_trace(str(folder / f"rank{rank}_trace.json"))
 
 
-def _profiler(device: torch.device) -> Any:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    # The exchange runs in a thread of its own.
-    everybody = torch.profiler._ExperimentalConfig(profile_all_threads=True)
-    return torch.profiler.profile(activities=activities, experimental_config=everybody)
+def _all_threads() -> Any:
+    try:
+        return torch.profiler._ExperimentalConfig(profile_all_threads=True)
+    except TypeError as error:
+        raise TrainerConfigError(
+            f"--profile-step: torch {torch.__version__} cannot trace the thread of the exchange; use a newer "
+            "one, or leave it out."
+        ) from error
