@@ -473,5 +473,5 @@ class Trainer:
 
 def _digest(checksums: Mapping[str, int]) -> bytes:
     """Returns 8 bytes: of the parameters, of the moments."""
-    params, *moments = (checksums[name].to_bytes(4, "little") for name in BUFFERS)
+    params, *moments = (found.to_bytes(4, "little") for found in checksums.values())
     return params + google_crc32c.value(b"".join(moments)).to_bytes(4, "little")
