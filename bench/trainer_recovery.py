@@ -274,12 +274,32 @@ def budget(world: int, folder: Path, kills: int = 3) -> dict[str, float]:
     return {f"world{world}_{name}": statistics.median(values) for name, values in phases.items()}
 
 
+def against_torchrun(store: str, ranks: int, kills: int, folder: Path) -> dict[str, float]:
+    """Returns how soon the run goes on after kills: elastic, and with a restart by torchrun."""
+    ours = elastic(store, ranks, kills, folder)
+    budgets = [line for line in ledger_lines(folder / "elastic") if "detect_s" in line]
+    first, step = torchrun(store, ranks, folder)
+    deaths = [line for line in budgets if int(str(line["world"])) < ranks]
+    next_step_s = statistics.median(times[1] for times in ours)
+    return {
+        **{
+            f"elastic_{name}": statistics.median(float(str(line[name])) for line in deaths) for name in PHASES
+        },
+        "elastic_to_first_collective_s": statistics.median(times[0] for times in ours),
+        "elastic_to_first_collective_max_s": max(times[0] for times in ours),
+        "elastic_to_next_step_s": next_step_s,
+        "torchrun_to_first_collective_s": first,
+        "torchrun_to_next_step_s": step,
+        "ratio_to_next_step": step / next_step_s,
+    }
+
+
 def main() -> None:
     """Measures and writes one row."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--store", required=True)
+    parser.add_argument("--store", default="", help="needed but for --kills 0")
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=3, help="of the runs on the store; 0 for none")
     parser.add_argument("--parameters", type=int, default=31_000_000, help="of the state that is transferred")
     parser.add_argument("--mbit", type=int, default=0, help="of a shaped link, needs root; 0 for none")
     parser.add_argument("--worlds", default="4,8,16", help="ranks of the runs that mostly sleep")
@@ -292,20 +312,8 @@ def main() -> None:
         folder = Path(temporary)
         for world in (int(text) for text in arguments.worlds.split(",") if text):
             results |= budget(world, folder)
-        ours = elastic(arguments.store, arguments.ranks, arguments.kills, folder)
-        budgets = [line for line in ledger_lines(folder / "elastic") if "detect_s" in line]
-        first, step = torchrun(arguments.store, arguments.ranks, folder)
-    deaths = [line for line in budgets if int(str(line["world"])) < arguments.ranks]
-    for name in PHASES:
-        results[f"elastic_{name}"] = statistics.median(float(str(line[name])) for line in deaths)
-    results |= {
-        "elastic_to_first_collective_s": statistics.median(times[0] for times in ours),
-        "elastic_to_first_collective_max_s": max(times[0] for times in ours),
-        "elastic_to_next_step_s": statistics.median(times[1] for times in ours),
-        "torchrun_to_first_collective_s": first,
-        "torchrun_to_next_step_s": step,
-    }
-    results["ratio_to_next_step"] = step / results["elastic_to_next_step_s"]
+        if arguments.kills:
+            results |= against_torchrun(arguments.store, arguments.ranks, arguments.kills, folder)
     config = {"ranks": arguments.ranks, "kills": arguments.kills, "parameters": arguments.parameters}
     results = {name: round(value, 4) for name, value in results.items()}
     emit("trainer_recovery", config, results, arguments.output)

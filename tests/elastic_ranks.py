@@ -34,7 +34,7 @@ AWAY_S = 3.2
 PHASES = {
     "forward": ("model", "CompactEvoformer.forward", "before"),
     "hook": ("reducer", "TreeReducer._complete", "before"),
-    "collective": ("exchange", "Exchange.reduce", "before"),
+    "collective": ("exchange", "TreeExchange.reduce", "before"),
     "mid-collective": ("wire", "_Flow.send", "after"),
     "commit": ("loop", "combine", "before"),
     "optimizer": ("optimizer", "FlatAdamW.step", "before"),

@@ -54,6 +54,7 @@ def replica_mismatch(ranks: Any, folder: Path) -> Any:
     try:
         trainer._begin_snapshot(saver, {}, 0.0, memory=False, disk=True)
         trainer._end_snapshot()
+        saver.finish()
     except ReplicaMismatchError as error:
         return [list(error.odd_ranks), snapshots.steps()]
     finally:
