@@ -14,9 +14,10 @@
         │   ├── ToolFailedError           non-zero exit or killed by a signal
         │   ├── ToolTimeoutError          ran longer than allowed; its process group was killed
         │   ├── ToolOutputError           exit 0, but the output is missing, cut or not of this query
-         │   ├── DatabaseChangedError      the database is not the one that the build was planned with
-         │   ├── QueryTooLongError         longer than the tool can take without cutting it silently
-         │   └── UnreadableDatabaseError   the fast scan cannot read the database (any more)
+        │   ├── DatabaseChangedError      the database is not the one that the build was planned with
+        │   ├── QueryTooLongError         longer than the tool can take without cutting it silently
+        │   ├── UnreadableDatabaseError   the fast scan cannot read the database (any more)
+        │   └── DeviceError               a CUDA device that the fast scan was to use is not there, or failed
         ├── CancelledError                the run was stopped: by the person, or because a step failed
         ├── CorruptResultError            a stored search result does not match its checksum
         ├── EngineError                   a Beam runner or option that is refused, with the reason
@@ -157,7 +158,8 @@ class KernelError(PipelineError):
     def __str__(self) -> str:
         return (
             f"the {self.kernel} kernel of the fast scan gives {self.wrong} of {self.compared} scores "
-            "other than plain C's; use '--engine binary' and report compiler and processor"
+            "other than plain C's; use '--engine binary' and report compiler and processor (of a device: "
+            "FOLDFEED_SCAN_DEVICE=cpu, and report its driver)"
         )
 
 
@@ -272,6 +274,25 @@ class UnreadableDatabaseError(SearchError):
         return (
             f"the fast scan cannot read {self.path!r}: {self.reason}. Put the file back as it was and run "
             "the build again"
+        )
+
+
+class DeviceError(SearchError):
+    """A CUDA device that the fast scan was told to use is not there, cannot be used, or failed.
+
+    Attributes:
+      what: the call, or who refuses.
+      reason: in the driver's or compiler's words.
+    """
+
+    def __init__(self, what: str, reason: str) -> None:
+        self.what, self.reason = what, reason
+        super().__init__(what, reason)
+
+    def __str__(self) -> str:
+        return (
+            f"CUDA device of the fast scan: {self.what}: {self.reason}. FOLDFEED_SCAN_DEVICE=cpu gives the "
+            "same results without it"
         )
 
 

@@ -24,7 +24,7 @@ from foldfeed.pipelines import scan
 from foldfeed.pipelines.energy import EnergyMeter, total_joules
 from foldfeed.pipelines.errors import ToolNotFoundError, ToolTimeoutError
 from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, JackhmmerRun, run_jackhmmer
-from foldfeed.pipelines.scan_choice import best_kernel
+from foldfeed.pipelines.scan_choice import best_kernel, describe_kernel, scan_kernel
 from foldfeed.pipelines.scan_database import ScanDatabase, open_database
 from foldfeed.pipelines.scan_memory import describe_room
 from foldfeed.pipelines.search_tool import SearchResult, ToolIdentity
@@ -63,6 +63,7 @@ class FastJackhmmer:
           ToolNotFoundError: no jackhmmer, or the scan's kernels were not compiled or would be slow here.
           MissingExtraError: pyhmmer is not installed.
           KernelError: the kernel for this processor gives wrong scores.
+          DeviceError: a device is asked for and cannot be used (`foldfeed.pipelines.scan_choice`).
         """
         if best_kernel().name == "plain":
             raise ToolNotFoundError(
@@ -71,8 +72,9 @@ class FastJackhmmer:
                 "AVX-512, NEON), and without them it is slower than jackhmmer; use '--engine binary'",
             )
         scan.pyhmmer_version()
+        scan_kernel()
         plain = Jackhmmer.find(database=database, cpus=cpus, timeout_s=timeout_s)
-        # Kernels of all processors give equal bytes and the profile's code HMMER's, so neither is named.
+        # All kernels, of devices too, give equal bytes, and the profile's code HMMER's, so neither is named.
         template = (
             "-Z",
             "{targets}",
@@ -86,6 +88,11 @@ class FastJackhmmer:
     def max_residues(self) -> int | None:
         """None, as of JackHMMER itself."""
         return None
+
+    @property
+    def kernel_name(self) -> str:
+        """What computes the first filter on this machine."""
+        return scan_kernel().name
 
     def describe_scan(self) -> str:
         """Returns kernel and libraries of the scan in words, and where the database has no room in memory."""
@@ -165,7 +172,7 @@ class Candidates:
 
 def describe_scan(paths: Sequence[str]) -> str:
     """Returns `FastJackhmmer.describe_scan` of a database of several files."""
-    libraries = f"{best_kernel().name} kernel, profiles by pyhmmer {scan.pyhmmer_version()}"
+    libraries = f"{describe_kernel()}, profiles by pyhmmer {scan.pyhmmer_version()}"
     return f"the fast scan ({libraries}{describe_room(paths)})"
 
 

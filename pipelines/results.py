@@ -51,6 +51,8 @@ class SearchFacts:
       host: that searched.
       finished: when, UTC, ISO 8601.
       run_id: of the build's run.
+      scan: what computed the first filter before the tool, "" where the tool did; see
+        `foldfeed.pipelines.scan_choice`.
     """
 
     database: str = ""
@@ -60,6 +62,7 @@ class SearchFacts:
     host: str = ""
     finished: str = ""
     run_id: str = ""
+    scan: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -257,7 +257,7 @@ static int runs_here(int number) {
 }
 
 /* Raised with every change of what is exported here or of the sizes that a caller keeps; compared by its caller. */
-EXPORT int foldfeed_interface(void) { return 2; }
+EXPORT int foldfeed_interface(void) { return 3; }
 
 /* Name and lanes of kernel `number`; NULL past the last one. `*usable` says whether this processor runs it. */
 EXPORT const char *foldfeed_kernel(int number, int *lanes, int *usable) {
@@ -449,11 +449,18 @@ static void pack_eight(const uint8_t *const from[8], const int64_t length[8], in
     }
 }
 
-/* Puts sequences side by side: target order[i] becomes lane i % lanes of block i / lanes. */
+/* Puts sequences side by side: target order[i] becomes lane i % lanes of block i / lanes. `lanes` is 1, or a multiple
+   of 8. */
 EXPORT void foldfeed_pack(const uint8_t *codes, const int64_t *code_starts, const int64_t *order, int64_t number,
                           int lanes, const int64_t *offsets, const int32_t *rows, uint8_t *out) {
     for (int64_t block = 0; block * lanes < number; block++) {
         uint8_t *to = out + offsets[block];
+        if (lanes == 1) {
+            int64_t start = code_starts[order[block]], length = code_starts[order[block] + 1] - start;
+            if (length > 0) memcpy(to, codes + start, (size_t)length);
+            memset(to + length, PAD, (size_t)(rows[block] - length));
+            continue;
+        }
         memset(to, PAD, (size_t)rows[block] * lanes);
         for (int lane = 0; lane < lanes; lane += 8) {
             const uint8_t *from[8];
@@ -470,16 +477,16 @@ EXPORT void foldfeed_pack(const uint8_t *codes, const int64_t *code_starts, cons
 
 /* Puts chosen targets of packed blocks side by side again: lane positions[i] of `from` becomes lane i. */
 EXPORT void foldfeed_gather(const uint8_t *from, const int64_t *from_offsets, const int32_t *from_rows,
-                            const int64_t *positions, int64_t number, int lanes, const int64_t *offsets,
+                            int from_lanes, const int64_t *positions, int64_t number, int lanes, const int64_t *offsets,
                             const int32_t *rows, uint8_t *out) {
     for (int64_t block = 0; block * lanes < number; block++) {
         uint8_t *to = out + offsets[block];
         memset(to, PAD, (size_t)rows[block] * lanes);
         for (int lane = 0; lane < lanes && block * lanes + lane < number; lane++) {
-            int64_t position = positions[block * lanes + lane], source = position / lanes;
-            const uint8_t *codes = from + from_offsets[source] + position % lanes;
+            int64_t position = positions[block * lanes + lane], source = position / from_lanes;
+            const uint8_t *codes = from + from_offsets[source] + position % from_lanes;
             int32_t common = rows[block] < from_rows[source] ? rows[block] : from_rows[source];
-            for (int32_t row = 0; row < common; row++) to[row * lanes + lane] = codes[row * lanes];
+            for (int32_t row = 0; row < common; row++) to[row * lanes + lane] = codes[row * from_lanes];
         }
     }
 }

@@ -26,7 +26,9 @@ Why the result is JackHMMER's own
    length cost follow HMMER's formulas in its precisions; because libraries' logarithms may differ in the
    last bit, a target passes already `SAFETY_BITS` below the threshold. Scores are multiples of 1/3 bit, so
    this lets hardly any more through, and more is harmless by 1.
-4. Nothing rests on these words: tests compare 8-bit scores with HMMER's filters, passing targets with
+4. A CUDA device (`scan_gpu`, where `FOLDFEED_SCAN_DEVICE` asks for one) computes SSV's best cells alone, in
+   half-precision floats, which hold these integers exactly; thresholds and MSV stay with the processor.
+5. Nothing rests on these words: tests compare 8-bit scores with HMMER's filters, passing targets with
    HMMER's own count, and whole outputs with jackhmmer's; a kernel that differs from plain C refuses to run.
 
 The one thing that is not kept is white space in the table: without ``-Z``, HMMER pads the name column to the
@@ -38,7 +40,8 @@ Where it is no faster: few targets (starting jackhmmer and calibrating a profile
 nothing to search too); queries whose homologs are a large part of the database, or low-complexity queries
 that pass thousands by chance (the survivors cost what they cost); more than one iteration, which it does not
 do. A database without room in memory is read again for every batch of queries, which costs about as much as
-scanning it for one or two of them (`scan_memory`; bench/README.md has the numbers).
+scanning it for one or two of them (`scan_memory`; bench/README.md has the numbers). A device shortens the
+first filter alone, so it helps little where jackhmmer on what passes is most of a search.
 
 Source: Eddy 2011, PLoS Comput Biol 7:e1002195 (MSV, P-values); comments of HMMER 3.3.2
 ``impl_sse/ssvfilter.c`` (Knudsen) and ``msvfilter.c``; user guide of HMMER 3.
@@ -61,7 +64,7 @@ from numpy.typing import NDArray
 from foldfeed.feature_store.errors import MissingExtraError
 from foldfeed.pipelines import scan_kernels
 from foldfeed.pipelines.scan_database import SYMBOLS
-from foldfeed.pipelines.scan_kernels import MAX_LETTERS, NUM_CODES, Chunk, Kernel
+from foldfeed.pipelines.scan_kernels import MAX_LETTERS, NUM_CODES, Chunk, DeviceKernel, Kernel
 
 if TYPE_CHECKING:
     from pyhmmer.plan7 import OptimizedProfile
@@ -78,6 +81,8 @@ BATCH = 32
 # HMMER's vectors of a profile: 16 lanes, at least two vectors, position k in vector k % Q.
 _PROFILE_LANES = 16
 _SCORES = 256
+# Steps above the begin score from where signed bytes are of the other sign.
+_WRAPPED = 128
 
 # Mu and lambda of Viterbi and Forward are simulated after MSV's, with the same generator, and are not used
 # here: nine tenths of a profile's time. The builder has no way to leave them out.
@@ -215,7 +220,7 @@ def survivors(
     chunk: Chunk,
     *,
     f1: float,
-    kernel: Kernel,
+    kernel: Kernel | DeviceKernel,
     threads: int = 1,
     safety_bits: float = SAFETY_BITS,
 ) -> list[Survivors]:
@@ -241,16 +246,19 @@ def survivors(
 
 
 def best_cells(
-    profiles: Sequence[FilterProfile], chunk: Chunk, *, kernel: Kernel, threads: int = 1
+    profiles: Sequence[FilterProfile], chunk: Chunk, *, kernel: Kernel | DeviceKernel, threads: int = 1
 ) -> NDArray[np.int8]:
     """Returns int8 (queries, lanes), the best SSV cell of every query and lane; -128 is the begin score.
 
     Raises:
       ValueError: the profiles have more than 32 different columns; those of single sequences have at most 27.
+      DeviceError, KernelError: of a device.
     """
     table, codes = _joined(profiles)
     starts = np.concatenate([[0], np.cumsum([len(profile) for profile in profiles])]).astype(np.int64)
     blocks = chunk.blocks
+    if not isinstance(kernel, Kernel):
+        return kernel.ssv(blocks, table, codes, starts)
     out = np.empty((len(profiles), len(blocks) * kernel.lanes), dtype=np.int8)
     # Blocks of equal numbers of rows take equal times.
     rows = np.cumsum(blocks.rows, dtype=np.int64)
@@ -294,7 +302,7 @@ def _passing(
     best: NDArray[np.int8],
     chunk: Chunk,
     f1: float,
-    kernel: Kernel,
+    kernel: Kernel | DeviceKernel,
     safety_bits: float,
 ) -> Survivors:
     lengths, counts = chunk.distinct_lengths
@@ -303,31 +311,32 @@ def _passing(
     # In steps above the begin score: what passes or overflows, and from where J may have been used.
     least = np.minimum(least_j + profile.tec, 255 - profile.bias) - (profile.base - begin_costs)
     j_used = begin_costs + profile.tec
-    steps = best[: chunk.num_records].astype(np.int16) + np.int16(128)
+    # Nearly all targets end here, so this is one comparison of bytes; lanes lie by length.
+    floors = np.clip(np.minimum(least, j_used + 1), 0, _WRAPPED).astype(np.uint8)
+    all_steps = best[: chunk.num_records].view(np.uint8) ^ np.uint8(128)
+    near = np.flatnonzero(all_steps >= np.repeat(floors, counts))
+    steps, kind = all_steps[near].astype(np.int64), np.searchsorted(lengths, chunk.lengths[near])
     # From 128 on a cell may have wrapped past what it stands for, but came from one of at least 128 - bias.
-    exact = steps < 128
-    certain = np.where(exact, steps, np.int16(128 - profile.bias))
-    passes = certain >= _of_lanes(least, counts)
-    doubtful = np.flatnonzero(~passes & (~exact | (steps > _of_lanes(j_used, counts))))
+    exact = steps < _WRAPPED
+    passes = np.where(exact, steps, _WRAPPED - profile.bias) >= least[kind]
+    doubtful = np.flatnonzero(~passes & (~exact | (steps > j_used[kind])))
     if len(doubtful):
-        ends = msv_scores(profile, chunk, doubtful, kernel=kernel)
-        passes[doubtful] = (ends >= _of_lanes(least_j, counts)[doubtful]) | (ends == 255)
-    passes &= chunk.lengths > 0
-    passes |= chunk.lengths > MAX_TARGET
-    return Survivors(np.sort(chunk.order[passes]), len(doubtful))
-
-
-def _of_lanes(of_lengths: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int16]:
-    """Returns what each lane has of something that depends on its length alone; lanes lie by length."""
-    return np.repeat(of_lengths.astype(np.int16), counts)
+        ends = msv_scores(profile, chunk, near[doubtful], kernel=kernel)
+        passes[doubtful] = (ends >= least_j[kind[doubtful]]) | (ends == 255)
+    passes &= chunk.lengths[near] > 0
+    # Left to HMMER.
+    refused = np.arange(np.searchsorted(chunk.lengths, MAX_TARGET, side="right"), chunk.num_records)
+    return Survivors(np.unique(chunk.order[np.concatenate([near[passes], refused])]), len(doubtful))
 
 
 def msv_scores(
-    profile: FilterProfile, chunk: Chunk, lanes: NDArray[np.int64], *, kernel: Kernel
+    profile: FilterProfile, chunk: Chunk, lanes: NDArray[np.int64], *, kernel: Kernel | DeviceKernel
 ) -> NDArray[np.uint8]:
     """Returns uint8 (chosen,): xJ at the end of HMMER's MSV recurrence for chosen lanes; 255 on overflow."""
+    # A device leaves these few to the processor.
+    kernel = kernel if isinstance(kernel, Kernel) else kernel.host
     lengths = chunk.lengths[lanes]
-    blocks = scan_kernels.gather(chunk.blocks, lanes, lengths)
+    blocks = scan_kernels.gather(chunk.blocks, lanes, lengths, kernel.lanes)
     begin_costs = np.zeros(len(blocks) * kernel.lanes, dtype=np.uint8)
     # HMMER adds the two in bytes; for targets it accepts the sum never reaches 255.
     begin_costs[: len(lanes)] = scan_kernels.length_costs(lengths, profile.scale) + np.uint8(profile.tbm)
@@ -349,11 +358,12 @@ def _least_j(
     """Returns, for target lengths, the smallest xJ that passes (256: none does) and tjb."""
     costs = scan_kernels.length_costs(lengths, profile.scale)
     least_bits = least_score(f1, profile.mu, profile.slope) - safety_bits
+    null = _null_scores(lengths)
     # The score grows with xJ, in its rounded form too, so where it reaches the threshold is found by halving.
     low, high = np.zeros(len(lengths), dtype=np.int64), np.full(len(lengths), _SCORES)
     for _ in range(_SCORES.bit_length()):
         middle = (low + high) // 2
-        bits = filter_bits(middle, costs, lengths, profile.base, profile.scale)
+        bits = _bits(middle, costs, null, profile.base, profile.scale)
         below = (middle < high) & (bits < least_bits)
         low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
     return low, costs
@@ -371,12 +381,22 @@ def filter_bits(
       base: score of the begin state.
       scale: score units per nat.
     """
-    score = (j.astype(np.int64) - length_cost).astype(np.float32) - np.float32(base)
-    score = (score / np.float32(scale)).astype(np.float64) - 3.0
+    return _bits(j, length_cost, _null_scores(length), base, scale)
+
+
+def _null_scores(length: NDArray[Any]) -> NDArray[np.float32]:
+    """Returns HMMER's null model of target lengths, nats."""
     one = length.astype(np.float32)
     stay = (one / (one + np.float32(1))).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        null = (one.astype(np.float64) * np.log(stay) + np.log(1.0 - stay)).astype(np.float32)
+        return (one.astype(np.float64) * np.log(stay) + np.log(1.0 - stay)).astype(np.float32)
+
+
+def _bits(
+    j: NDArray[Any], length_cost: NDArray[Any], null: NDArray[np.float32], base: int, scale: float
+) -> NDArray[np.float32]:
+    score = (j.astype(np.int64) - length_cost).astype(np.float32) - np.float32(base)
+    score = (score / np.float32(scale)).astype(np.float64) - 3.0
     return ((score.astype(np.float32) - null).astype(np.float64) / math.log(2)).astype(np.float32)
 
 

@@ -1,20 +1,70 @@
-"""Which kernel the fast scan uses on this processor: the fastest one whose scores are right.
+"""Which kernel the fast scan uses on this machine: the fastest one whose scores are right.
 
-Owns the comparison with plain C and the measurement. Does not own the kernels (`scan_kernels`). Invariant: a
-kernel is used only after it gave the plain C kernel's scores on drawn input, in this process; so a build for
-an instruction set that nobody has tried yet cannot give wrong ones.
+Owns the comparison with plain C, the measurement, and whether a CUDA device computes the first filter
+(environment variable `VARIABLE`, read once per process). Does not own the kernels (`scan_kernels`,
+`scan_gpu`). Invariant: a kernel is used only after it gave the plain C kernel's scores on drawn input, in
+this process; so a build for an instruction set or a device that nobody has tried yet cannot give wrong ones.
+
+A device is taken only where the variable asks for one, because results are the same and the processor's
+kernels are those that have run on many machines. It belongs to a machine, not to a build: workers of one
+build may differ.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import re
 import time
 
 import numpy as np
 
+from foldfeed.feature_store.errors import MissingExtraError
 from foldfeed.pipelines import scan_kernels
-from foldfeed.pipelines.errors import KernelError
-from foldfeed.pipelines.scan_kernels import MAX_LETTERS, NUM_CODES, PAD, Kernel, kernels
+from foldfeed.pipelines.errors import ConfigError, DeviceError, KernelError
+from foldfeed.pipelines.scan_gpu import open_gpu_kernel
+from foldfeed.pipelines.scan_kernels import MAX_LETTERS, NUM_CODES, PAD, DeviceKernel, Kernel, kernels
+
+# What computes the first filter: "cpu" (as when it is not set), "cuda" or "cuda:N", or "auto", a device where
+# there is one that can be used.
+VARIABLE = "FOLDFEED_SCAN_DEVICE"
+
+
+def scan_kernel() -> Kernel | DeviceKernel:
+    """Returns what computes the first filter here, as `VARIABLE` wants it.
+
+    Raises:
+      ConfigError: the variable says something else.
+      ToolNotFoundError: no kernels were compiled; a device needs them, too.
+      KernelError: the processor's kernel gives other scores than plain C.
+      MissingExtraError, DeviceError: a device is asked for and cannot be used.
+    """
+    return _chosen(os.environ.get(VARIABLE, ""))[0]
+
+
+def describe_kernel() -> str:
+    """Returns `scan_kernel` in words, and why it is not a device where one was looked for."""
+    kernel, reason = _chosen(os.environ.get(VARIABLE, ""))
+    if not isinstance(kernel, Kernel):
+        return f"{kernel.name} kernel, what it leaves by the {kernel.host.name} kernel"
+    return f"{kernel.name} kernel" + (f"; no device, because {reason}" if reason else "")
+
+
+@functools.cache
+def _chosen(wanted: str) -> tuple[Kernel | DeviceKernel, str]:
+    """Returns the kernel, and the reason against a device where one was only looked for."""
+    named = re.fullmatch(r"(?:|cpu|auto|cuda(?::(\d{1,4}))?)", wanted)
+    if named is None:
+        raise ConfigError(f"{VARIABLE} is {wanted!r}; it must be cpu, cuda, cuda:N or auto")
+    host = best_kernel()
+    if wanted in ("", "cpu"):
+        return host, ""
+    try:
+        return open_gpu_kernel(int(named[1] or 0), host), ""
+    except (DeviceError, MissingExtraError) as error:
+        if wanted != "auto":
+            raise
+        return host, error.reason if isinstance(error, DeviceError) else str(error)
 
 
 @functools.cache

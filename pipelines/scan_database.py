@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from foldfeed.pipelines import scan_memory
 from foldfeed.pipelines.errors import UnreadableDatabaseError
-from foldfeed.pipelines.scan_choice import best_kernel
-from foldfeed.pipelines.scan_kernels import REFUSED, SKIPPED, Chunk, Kernel, digitise, pack
+from foldfeed.pipelines.scan_choice import scan_kernel
+from foldfeed.pipelines.scan_kernels import REFUSED, SKIPPED, Chunk, DeviceKernel, Kernel, digitise, pack
 
 # HMMER's order of residues; a letter's code is its place. Gaps may not be in a FASTA file.
 SYMBOLS = "ACDEFGHIKLMNPQRSTVWY-BJZOUX*~"
@@ -54,7 +54,7 @@ def codes_of_bytes() -> NDArray[np.uint8]:
 class ScanDatabase:
     """A FASTA file as it was when this was made; safe from any thread."""
 
-    def __init__(self, path: str, kernel: Kernel, *, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, path: str, kernel: Kernel | DeviceKernel, *, chunk_bytes: int = CHUNK_BYTES) -> None:
         self.path = path
         self.kernel = kernel
         self._chunk_bytes = chunk_bytes
@@ -207,7 +207,7 @@ def file_state(path: str) -> FileState:
 
 
 @functools.lru_cache(maxsize=1024)
-def _database(path: str, state: FileState, kernel: Kernel) -> ScanDatabase:
+def _database(path: str, state: FileState, kernel: Kernel | DeviceKernel) -> ScanDatabase:
     return ScanDatabase(path, kernel)
 
 
@@ -216,7 +216,8 @@ def open_database(path: str) -> ScanDatabase:
 
     Raises:
       ToolNotFoundError: the kernels were not compiled.
+      DeviceError, MissingExtraError: a device is asked for and cannot be used.
       UnreadableDatabaseError: the file is not there, or empty.
     """
     real = os.path.realpath(path)
-    return _database(real, file_state(real), best_kernel())
+    return _database(real, file_state(real), scan_kernel())

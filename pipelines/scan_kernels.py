@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,13 @@ NUM_CODES = 32
 # After the end of a sequence.
 PAD = 31
 MAX_LETTERS = 32
-# Blocks have a multiple of so many rows.
+# Blocks have a multiple of so many rows; those of one lane, for devices that read four codes at a time, of
+# fewer.
 TILE = 16
+SINGLE_TILE = 4
 
 # Of the C, see `foldfeed_interface` there.
-_INTERFACE = 2
+_INTERFACE = 3
 
 # What the text of a sequence becomes besides codes: skipped, refused.
 SKIPPED, REFUSED = 64, 128
@@ -54,6 +56,35 @@ class Kernel:
     usable: bool
 
 
+class DeviceKernel(Protocol):
+    """What computes the short filter's scores on another device than the processor; equal to itself alone."""
+
+    def __hash__(self) -> int:
+        """Returns a number for a place in a dictionary."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """For a person."""
+        ...
+
+    @property
+    def lanes(self) -> int:
+        """Targets side by side in blocks for it."""
+        ...
+
+    @property
+    def host(self) -> Kernel:
+        """The processor's kernel, for all other scores."""
+        ...
+
+    def ssv(
+        self, blocks: Blocks, table: NDArray[np.int8], letters: NDArray[np.uint8], starts: NDArray[np.int64]
+    ) -> NDArray[np.int8]:
+        """Returns what `ssv` of this module does, for all blocks."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Blocks:
     """Targets side by side, `lanes` at a time.
@@ -61,7 +92,7 @@ class Blocks:
     Attributes:
       codes: uint8 (bytes,), all blocks; within a block (rows, lanes).
       offsets: int64 (blocks,), where a block starts in `codes`.
-      rows: int32 (blocks,), each a multiple of `TILE`.
+      rows: int32 (blocks,), each a multiple of `TILE`; of `SINGLE_TILE` for one lane.
       lanes: of every block.
     """
 
@@ -253,7 +284,7 @@ def pack(codes: NDArray[np.uint8], starts: NDArray[np.int64], order: NDArray[np.
       codes: uint8 (residues,).
       starts: int64 (targets + 1,).
       order: int64 (chosen,), targets; best sorted by length, because a block is as long as its longest.
-      lanes: of the kernel.
+      lanes: of the kernel, 1 or a multiple of 8.
     """
     blocks = _empty_blocks(starts[order + 1] - starts[order], lanes)
     _library().foldfeed_pack(
@@ -269,22 +300,24 @@ def pack(codes: NDArray[np.uint8], starts: NDArray[np.int64], order: NDArray[np.
     return blocks
 
 
-def gather(blocks: Blocks, positions: NDArray[np.int64], lengths: NDArray[np.int64]) -> Blocks:
+def gather(blocks: Blocks, positions: NDArray[np.int64], lengths: NDArray[np.int64], lanes: int) -> Blocks:
     """Returns chosen targets of blocks as blocks of their own.
 
     Args:
       blocks: packed targets.
-      positions: int64 (chosen,), ``block * lanes + lane`` of each.
+      positions: int64 (chosen,), ``block * blocks.lanes + lane`` of each.
       lengths: int64 (chosen,), their residues.
+      lanes: of the new ones.
     """
-    chosen = _empty_blocks(lengths, blocks.lanes)
+    chosen = _empty_blocks(lengths, lanes)
     _library().foldfeed_gather(
         _pointer(blocks.codes, np.uint8),
         _pointer(blocks.offsets, np.int64),
         _pointer(blocks.rows, np.int32),
+        ctypes.c_int(blocks.lanes),
         _pointer(np.ascontiguousarray(positions, dtype=np.int64), np.int64),
         ctypes.c_int64(len(positions)),
-        ctypes.c_int(blocks.lanes),
+        ctypes.c_int(lanes),
         _pointer(chosen.offsets, np.int64),
         _pointer(chosen.rows, np.int32),
         _pointer(chosen.codes, np.uint8),
@@ -297,7 +330,8 @@ def _empty_blocks(lengths: NDArray[np.int64], lanes: int) -> Blocks:
     padded = np.zeros(num_blocks * lanes, dtype=np.int64)
     padded[: len(lengths)] = lengths
     rows = padded.reshape(num_blocks, lanes).max(axis=1, initial=0)
-    rows = -(-rows // TILE) * TILE
+    tile = SINGLE_TILE if lanes == 1 else TILE
+    rows = -(-rows // tile) * tile
     ends = np.cumsum(rows * lanes)
     return Blocks(
         codes=np.empty(int(ends[-1]) if num_blocks else 0, dtype=np.uint8),
@@ -425,6 +459,13 @@ def length_costs(lengths: NDArray[np.int64], scale: float) -> NDArray[np.uint8]:
 def _check(kernel: Kernel, blocks: Blocks, table: NDArray[Any], letters: NDArray[np.uint8]) -> None:
     if not kernel.usable:
         raise ValueError(f"this processor has no {kernel.name}")
+    check_input(kernel, blocks, table, letters)
+
+
+def check_input(
+    kernel: Kernel | DeviceKernel, blocks: Blocks, table: NDArray[Any], letters: NDArray[np.uint8]
+) -> None:
+    """Raises ValueError where a kernel would read outside of what it is given."""
     if blocks.lanes != kernel.lanes:
         raise ValueError(f"blocks of {blocks.lanes} lanes; kernel {kernel.name} takes {kernel.lanes}")
     if table.ndim != 2 or table.shape[1] != NUM_CODES or not 0 < len(table) <= MAX_LETTERS:

@@ -26,10 +26,12 @@ from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines.errors import (
     CorruptResultError,
     DatabaseChangedError,
+    DeviceError,
     SearchError,
     ToolFailedError,
     ToolTimeoutError,
 )
+from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
 from foldfeed.pipelines.hits import read_hits
 from foldfeed.pipelines.results import ResultStore, SearchFacts, unit_id_of
 from foldfeed.pipelines.search_tool import SearchedDatabase, SearchResult
@@ -323,6 +325,7 @@ def _once_more_after_a_signal(search: Callable[[], SearchResult]) -> SearchResul
 def _facts(
     unit: WorkUnit, context: JobContext, database: str, digest: str, num_hits: int | None
 ) -> SearchFacts:
+    tool = context.databases[unit.database_index].tool
     return SearchFacts(
         database=database,
         database_digest=digest,
@@ -331,6 +334,7 @@ def _facts(
         host=socket.gethostname(),
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         run_id=context.run_id,
+        scan=tool.kernel_name if isinstance(tool, FastJackhmmer | ShardedJackhmmer) else "",
     )
 
 
@@ -341,7 +345,8 @@ def _failed(unit: WorkUnit, context: JobContext, error: Exception) -> Receipt:
 
 def _status(error: Exception) -> Status:
     killed = isinstance(error, ToolFailedError) and error.exit_code < 0
-    return "retryable" if killed or isinstance(error, ToolTimeoutError | DatabaseChangedError) else "poison"
+    passing = isinstance(error, ToolTimeoutError | DatabaseChangedError | DeviceError)
+    return "retryable" if killed or passing else "poison"
 
 
 def _receipt(unit: WorkUnit, status: Status, reason: str = "", kind: str = "") -> Receipt:

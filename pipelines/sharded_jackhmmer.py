@@ -43,6 +43,7 @@ from foldfeed.pipelines.jackhmmer import (
     read_table,
 )
 from foldfeed.pipelines.scan import thread_seconds
+from foldfeed.pipelines.scan_choice import scan_kernel
 from foldfeed.pipelines.scan_names import copy_named
 from foldfeed.pipelines.search_tool import QUERY_NAME, SearchResult, Shard, ToolIdentity
 from foldfeed.pipelines.subprocess_runner import Usage, require_success, run_program
@@ -180,6 +181,11 @@ class ShardedJackhmmer:
         return Jackhmmer(
             identity=self.identity, binary=self.binary, database="", cpus=self.cpus, timeout_s=self.timeout_s
         )
+
+    @property
+    def kernel_name(self) -> str:
+        """What computes the first filter on this machine; "" where that is jackhmmer itself."""
+        return scan_kernel().name if self.fast else ""
 
     def describe_scan(self) -> str | None:
         """Returns kernel and libraries of the fast scan in words; None without it."""
