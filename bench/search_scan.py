@@ -6,18 +6,22 @@ Targets and queries are real proteins where FOLDFEED_TEST_DATA points to some, f
 without it they are drawn, with roughly Swiss-Prot's composition. A cell is a query residue times a target
 residue. CPU seconds per query are user plus system of this process and its children, with the database in
 memory (fast, with every kernel that this processor runs) or in the page cache (jackhmmer); reading the
-database into memory is given apart, and what a query costs in one that does not stay there.
+database into memory is given apart, and what a query costs in one that does not stay there. With
+FOLDFEED_SCAN_DEVICE=cuda the device is measured, too: its rate by the clock, and how many cores it keeps busy
+with what it leaves to them (CPU seconds of a query over the device's).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import lzma
 import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -27,16 +31,16 @@ from rows import emit
 from foldfeed.pipelines import scan, scan_database, scan_memory
 from foldfeed.pipelines.fast_jackhmmer import F1, FastJackhmmer, forget_profiles, passing_extents
 from foldfeed.pipelines.jackhmmer import Jackhmmer
-from foldfeed.pipelines.scan_choice import best_kernel
+from foldfeed.pipelines.scan_choice import best_kernel, scan_kernel
 from foldfeed.pipelines.scan_database import ScanDatabase, open_database
-from foldfeed.pipelines.scan_kernels import Kernel, kernels
+from foldfeed.pipelines.scan_kernels import DeviceKernel, Kernel, kernels
 from foldfeed.pipelines.search_speed import cpu_seconds
 
 # Plain C is the reference of the others and a hundred times slower than them.
 VECTOR_KERNELS = ("sse4.1", "avx2", "avx512", "neon")
 
-# Of the measurement without room in memory, which reads the file again and again.
-STREAMED_QUERIES = 16
+# Queries that a kernel's rate is measured with, where all of them would take long.
+RATE_QUERIES = 16
 
 # Roughly Swiss-Prot's, percent.
 COMPOSITION = dict(
@@ -58,6 +62,7 @@ def main() -> None:
     parser.add_argument("--targets", type=int, default=20_000)
     parser.add_argument("--queries", type=int, default=6)
     parser.add_argument("--kernels", nargs="*", metavar="NAME", help="those to measure. [default: all]")
+    parser.add_argument("--streamed", type=int, default=16, help="queries without the database in memory")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "results" / "search_scan.jsonl"
     )
@@ -66,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         database = Path(name) / "targets.fasta"
         queries, source = prepare(database, options.targets, options.queries, random)
-        results = measure(str(database), queries, options.kernels)
+        results = measure(str(database), queries, options.kernels, options.streamed)
     config = {"targets": options.targets, "queries": len(queries), "sequences": source, "f1": F1}
     config["median_query_residues"] = statistics.median(map(len, queries))
     emit("search_scan", config, results, options.output)
@@ -128,7 +133,7 @@ def timed(function):
     return answer, cpu_seconds() - started
 
 
-def measure(path: str, queries: list[str], names: list[str] | None) -> dict[str, object]:
+def measure(path: str, queries: list[str], names: list[str] | None, streamed: int) -> dict[str, object]:
     plain = Jackhmmer.find(database=path, cpus=1, timeout_s=3600)
     # Once before, so that the file is in the page cache.
     plain.search(queries[0][:1])
@@ -136,8 +141,12 @@ def measure(path: str, queries: list[str], names: list[str] | None) -> dict[str,
     number, profiles = len(queries), [scan.profile_of(query) for query in queries]
     residues = sum(chunk.num_residues for chunk in ScanDatabase(path, best_kernel()).chunks())
     cells = residues * sum(map(len, queries))
-    used = [kernel for kernel in kernels() if kernel.usable and kernel.name in (names or VECTOR_KERNELS)]
-    by_kernel = {kernel.name: measure_kernel(path, kernel, queries, profiles, cells) for kernel in used}
+    used: list[Kernel | DeviceKernel] = [
+        kernel for kernel in kernels() if kernel.usable and kernel.name in (names or VECTOR_KERNELS)
+    ]
+    if not isinstance(device := scan_kernel(), Kernel):
+        used.append(device)
+    by_kernel = {kernel.name: measure_kernel(path, kernel, queries, profiles) for kernel in used}
     for one in by_kernel.values():
         answers = one.pop("answers")
         pairs = list(zip(answers, expected, strict=True))
@@ -151,7 +160,7 @@ def measure(path: str, queries: list[str], names: list[str] | None) -> dict[str,
         "jackhmmer_in_one_target_cpu_s_per_query": round(start_of_jackhmmer(queries) / number, 4),
         "kernel_chosen": best_kernel().name,
         "by_kernel": by_kernel,
-        "streamed_cpu_s_per_query": measure_streamed(path, profiles[:STREAMED_QUERIES]),
+        "streamed_cpu_s_per_query": measure_streamed(path, profiles[:streamed]) if streamed else {},
         "rows": sum(answer.table.count(b"\n") for answer in expected),
     }
 
@@ -166,39 +175,76 @@ def start_of_jackhmmer(queries: list[str]) -> float:
 
 
 def measure_kernel(
-    path: str, kernel: Kernel, queries: list[str], profiles: list[scan.FilterProfile], cells: int
+    path: str, kernel: Kernel | DeviceKernel, queries: list[str], profiles: list[scan.FilterProfile]
 ) -> dict[str, object]:
     """Rates of the scan, and CPU seconds a query by stage with the database in memory."""
-    number = len(queries)
-    with mock.patch.object(scan_database, "best_kernel", return_value=kernel):
+    number, is_device = len(queries), not isinstance(kernel, Kernel)
+    # A device's seconds are those of the clock; nothing else may run beside it then.
+    clock = clocked if is_device else timed
+    with mock.patch.object(scan_database, "scan_kernel", return_value=kernel):
         tool = FastJackhmmer.find(database=path, cpus=1, timeout_s=3600)
         database = open_database(path)
         chunks, read_s = timed(lambda: list(database.chunks()))
+        some = profiles if is_device else profiles[:RATE_QUERIES]
+        cells = sum(chunk.num_residues for chunk in chunks) * sum(map(len, some))
         rates = {}
-        for way, groups in (("batch", [profiles]), ("single", [[profile] for profile in profiles])):
-            _, took = timed(
+        for way, groups in (("batch", [some]), ("single", [[profile] for profile in some])):
+            # Once before: kernels of a device are compiled, and its memory filled.
+            scan.best_cells(some[:1] if not is_device else some, chunks[0], kernel=kernel)
+            _, took = clock(
                 lambda groups=groups: [scan.best_cells(g, c, kernel=kernel) for c in chunks for g in groups]
             )
             rates[way] = round(cells / took / 1e9, 1)
-        found, scan_s = timed(
-            lambda: [scan.survivors([p], c, f1=F1, kernel=kernel) for p in profiles for c in chunks]
-        )
         forget_profiles()
-        _, profile_s = timed(lambda: [scan.profile_of(query) for query in queries])
-        answers, fast_s = timed(lambda: [tool.search(query) for query in queries])
+        with counted(scan, "profile_of") as made, counted(scan, "survivors") as scanned:
+            answers, fast_s = timed(lambda: [tool.search(query) for query in queries])
         total = number * database.num_records
         database.forget()
-    return {
+    through = [one for found in scanned.answers for one in found]
+    row = {
         "gcells_per_s": rates,
         "read_database_cpu_s": round(read_s, 3),
-        "share_let_through": round(sum(len(one.records) for each in found for one in each) / total, 6),
-        "msv_share": round(sum(one.num_msv for each in found for one in each) / total, 6),
+        "share_let_through": round(sum(len(one.records) for one in through) / total, 6),
+        "msv_share": round(sum(one.num_msv for one in through) / total, 6),
         "fast": round(fast_s / number, 4),
-        "of_it_profile": round(profile_s / number, 4),
-        "of_it_scan": round(scan_s / number, 4),
-        "of_it_jackhmmer_on_what_passes": round((fast_s - scan_s - profile_s) / number, 4),
+        "of_it_profile": round(made.cpu_s / number, 4),
+        "of_it_scan": round(scanned.cpu_s / number, 4),
+        "of_it_jackhmmer_on_what_passes": round((fast_s - scanned.cpu_s - made.cpu_s) / number, 4),
         "answers": answers,
     }
+    if is_device:
+        device_s = cells / number / rates["batch"] / 1e9
+        row |= {"device_s_per_query": round(device_s, 5), "cores_fed": round(fast_s / number / device_s, 1)}
+    return row
+
+
+class Counted:
+    """What a function answered, and the CPU seconds of its thread that it took."""
+
+    def __init__(self) -> None:
+        self.answers, self.cpu_s = [], 0.0
+
+
+@contextlib.contextmanager
+def counted(module, name: str):
+    """Counts the calls of a module's function."""
+    found, function = Counted(), getattr(module, name)
+
+    def call(*args, **words):
+        started = time.thread_time()
+        answer = function(*args, **words)
+        found.cpu_s += time.thread_time() - started
+        found.answers.append(answer)
+        return answer
+
+    with mock.patch.object(module, name, call):
+        yield found
+
+
+def clocked(function):
+    started = time.monotonic()
+    answer = function()
+    return answer, time.monotonic() - started
 
 
 def measure_streamed(path: str, profiles: list[scan.FilterProfile]) -> dict[str, float]:
