@@ -7,8 +7,8 @@ The data's way, by what a file is about:
                  staging_source -> staging_copy -> staging (on a local disk)
     tools        search_tool (the contract) <- jackhmmer, hhblits, mmseqs (mmseqs_files), fast_jackhmmer
                  (scan, scan_database, scan_memory, scan_choice, scan_kernels; on a CUDA device scan_gpu,
-                 cuda_device), sharded_jackhmmer (several files; scan_names); subprocess_runner and warden run programs, energy estimates what they
-                 draw; tools chooses
+                 cuda_device), sharded_jackhmmer (several files; scan_names); subprocess_runner and warden run
+                 programs, energy estimates what they draw; tools chooses
     search       plan (units) -> search (one of them) -> results (kept by content); hits (what one found);
                  unchanged (the database is still the planned one)
     records      msa (merge) -> features (a record) -> parts (into the store)

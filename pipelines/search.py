@@ -249,7 +249,9 @@ def search_unit(unit: WorkUnit, context: JobContext, scans: Iterable[Receipt] = 
         receipt = _failed(unit, context, error)
         _write_failure(receipt, context)
         return receipt
-    facts = _facts(unit, context, database.name, database.digest, len(hits.hit_ids) - 1)
+    # Several files were scanned before, perhaps elsewhere; receipts of their candidates say by what.
+    scan = database.tool.kernel_name if isinstance(database.tool, FastJackhmmer) else ""
+    facts = _facts(unit, context, database.name, database.digest, len(hits.hit_ids) - 1, scan)
     results.put(unit.unit_id, result, facts)
     return _receipt(unit, "ok")
 
@@ -308,7 +310,7 @@ def _keep_candidates(part: ShardUnit, found: SearchResult, context: JobContext) 
     tool = database.tool
     assert isinstance(tool, ShardedJackhmmer), tool
     name = f"{database.name}, shard {part.number + 1} of {len(tool.shards)}"
-    facts = _facts(part.unit, context, name, tool.shards[part.number].digest, None)
+    facts = _facts(part.unit, context, name, tool.shards[part.number].digest, None, tool.kernel_name)
     ResultStore(context.results_url).put(part.unit_id, found, facts)
 
 
@@ -323,9 +325,8 @@ def _once_more_after_a_signal(search: Callable[[], SearchResult]) -> SearchResul
 
 
 def _facts(
-    unit: WorkUnit, context: JobContext, database: str, digest: str, num_hits: int | None
+    unit: WorkUnit, context: JobContext, database: str, digest: str, num_hits: int | None, scan: str
 ) -> SearchFacts:
-    tool = context.databases[unit.database_index].tool
     return SearchFacts(
         database=database,
         database_digest=digest,
@@ -334,7 +335,7 @@ def _facts(
         host=socket.gethostname(),
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         run_id=context.run_id,
-        scan=tool.kernel_name if isinstance(tool, FastJackhmmer | ShardedJackhmmer) else "",
+        scan=scan,
     )
 
 
