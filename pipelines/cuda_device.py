@@ -1,9 +1,10 @@
 """A CUDA device: its memory, kernels compiled from source where they run, launches.
 
-Owns the calls of NVIDIA's driver and compiler, through the package ``cuda-bindings`` (which torch's CUDA wheels
-bring along, too; torch itself is not needed). Does not own what is computed (`foldfeed.pipelines.scan_gpu`).
-Invariants: every call that fails is a `DeviceError` with the driver's words; the context is the one that others in
-this process share, and is the current one of a thread only inside `Device.used`; who waits sleeps.
+Owns the calls of NVIDIA's driver and compiler, through the package ``cuda-bindings`` (which torch's CUDA
+wheels bring along, too; torch itself is not needed). Does not own what is computed
+(`foldfeed.pipelines.scan_gpu`). Invariants: every call that fails is a `DeviceError` with the driver's words;
+the context is the one that others in this process share, and is the current one of a thread only inside
+`Device.used`; who waits sleeps.
 
 Safe from any thread, one at a time (`Device.used`); a forked child may not use its parent's device.
 """
@@ -228,8 +229,8 @@ def num_devices() -> int:
 def compile_source(source: str, capability: tuple[int, int], options: Sequence[str]) -> bytes:
     """Returns CUDA C compiled for a compute capability; needs no device.
 
-    Where the compiler is older than the device, it is the newest portable code that it makes, which the driver
-    compiles to its end.
+    Where the compiler is older than the device, it is the newest portable code that it makes, which the
+    driver compiles to its end.
 
     Raises:
       MissingExtraError: the package ``cuda-bindings`` is not installed.

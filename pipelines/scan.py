@@ -26,7 +26,9 @@ Why the result is JackHMMER's own
    length cost follow HMMER's formulas in its precisions; because libraries' logarithms may differ in the
    last bit, a target passes already `SAFETY_BITS` below the threshold. Scores are multiples of 1/3 bit, so
    this lets hardly any more through, and more is harmless by 1.
-4. Nothing rests on these words: tests compare 8-bit scores with HMMER's filters, passing targets with
+4. A CUDA device (`scan_gpu`, where `FOLDFEED_SCAN_DEVICE` asks for one) computes SSV's best cells alone, in
+   half-precision floats, which hold these integers exactly; thresholds and MSV stay with the processor.
+5. Nothing rests on these words: tests compare 8-bit scores with HMMER's filters, passing targets with
    HMMER's own count, and whole outputs with jackhmmer's; a kernel that differs from plain C refuses to run.
 
 The one thing that is not kept is white space in the table: without ``-Z``, HMMER pads the name column to the
@@ -38,7 +40,8 @@ Where it is no faster: few targets (starting jackhmmer and calibrating a profile
 nothing to search too); queries whose homologs are a large part of the database, or low-complexity queries
 that pass thousands by chance (the survivors cost what they cost); more than one iteration, which it does not
 do. A database without room in memory is read again for every batch of queries, which costs about as much as
-scanning it for one or two of them (`scan_memory`; bench/README.md has the numbers).
+scanning it for one or two of them (`scan_memory`; bench/README.md has the numbers). A device shortens the
+first filter alone, so it helps little where jackhmmer on what passes is most of a search.
 
 Source: Eddy 2011, PLoS Comput Biol 7:e1002195 (MSV, P-values); comments of HMMER 3.3.2
 ``impl_sse/ssvfilter.c`` (Knudsen) and ``msvfilter.c``; user guide of HMMER 3.

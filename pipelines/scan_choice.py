@@ -1,12 +1,13 @@
 """Which kernel the fast scan uses on this machine: the fastest one whose scores are right.
 
 Owns the comparison with plain C, the measurement, and whether a CUDA device computes the first filter
-(environment variable `VARIABLE`, read once per process). Does not own the kernels (`scan_kernels`, `scan_gpu`).
-Invariant: a kernel is used only after it gave the plain C kernel's scores on drawn input, in this process; so a
-build for an instruction set or a device that nobody has tried yet cannot give wrong ones.
+(environment variable `VARIABLE`, read once per process). Does not own the kernels (`scan_kernels`,
+`scan_gpu`). Invariant: a kernel is used only after it gave the plain C kernel's scores on drawn input, in
+this process; so a build for an instruction set or a device that nobody has tried yet cannot give wrong ones.
 
-A device is taken only where the variable asks for one, because results are the same and the processor's kernels
-are those that have run on many machines. It belongs to a machine, not to a build: workers of one build may differ.
+A device is taken only where the variable asks for one, because results are the same and the processor's
+kernels are those that have run on many machines. It belongs to a machine, not to a build: workers of one
+build may differ.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from foldfeed.pipelines.errors import ConfigError, DeviceError, KernelError
 from foldfeed.pipelines.scan_gpu import open_gpu_kernel
 from foldfeed.pipelines.scan_kernels import MAX_LETTERS, NUM_CODES, PAD, DeviceKernel, Kernel, kernels
 
-# What computes the first filter: "cpu" (as when it is not set), "cuda" or "cuda:N", or "auto", a device where there
-# is one that can be used.
+# What computes the first filter: "cpu" (as when it is not set), "cuda" or "cuda:N", or "auto", a device where
+# there is one that can be used.
 VARIABLE = "FOLDFEED_SCAN_DEVICE"
 
 

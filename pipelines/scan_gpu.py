@@ -1,10 +1,10 @@
 """The fast scan's scores on a CUDA device: `scan_gpu.cu` compiled, fed and compared.
 
-Owns how queries and targets come onto the device, which layout of the kernel takes a query, and what of a database
-stays in the device's memory. Does not own the driver (`cuda_device`), when a device is used (`scan_choice`) or what
-scores mean (`foldfeed.pipelines.scan`). Invariants: the scores are those of the other kernels, bit for bit; a layout
-is used only after it gave plain C's scores on drawn input, on this device, in this process; the device's memory
-holds at most `DEVICE_SHARE` of what was free, chunks used last first.
+Owns how queries and targets come onto the device, which layout of the kernel takes a query, and what of a
+database stays in the device's memory. Does not own the driver (`cuda_device`), when a device is used
+(`scan_choice`) or what scores mean (`foldfeed.pipelines.scan`). Invariants: the scores are those of the other
+kernels, bit for bit; a layout is used only after it gave plain C's scores on drawn input, on this device, in
+this process; the device's memory holds at most `DEVICE_SHARE` of what was free, chunks used last first.
 
 Safe from any thread; scans follow each other.
 """
@@ -26,7 +26,8 @@ from foldfeed.pipelines.cuda_device import INT, POINTER, Buffer, Device, Functio
 from foldfeed.pipelines.errors import DeviceError, KernelError
 from foldfeed.pipelines.scan_kernels import MAX_LETTERS, NUM_CODES, PAD, Blocks, Kernel, kernels
 
-# Of the device's memory that was free when it was opened; the rest is for scores and for what a long query needs.
+# Of the device's memory that was free when it was opened; the rest is for scores and for what a long query
+# needs.
 DEVICE_SHARE = 0.8
 # The instructions that the kernel uses exist from there on (Ampere).
 LEAST_CAPABILITY = (8, 0)
@@ -134,7 +135,8 @@ class GpuKernel:
         self._device = device
         self._functions: dict[Layout, tuple[Function, int]] = {}
         self._resident: collections.OrderedDict[int, _Resident] = collections.OrderedDict()
-        # Keys of chunks that are gone; whoever notices may be any thread, so they are let go by the next scan.
+        # Keys of chunks that are gone; whoever notices may be any thread, so they are let go by the next
+        # scan.
         self._gone: list[int] = []
         with device.used():
             self._limit_bytes = int(DEVICE_SHARE * device.free_bytes())
@@ -271,9 +273,10 @@ def _drawn(
 ) -> tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.uint8], NDArray[np.int64]]:
     """Returns a query's letters, costs, and targets (codes, starts) that an error of a layout would show in.
 
-    The query takes two parts where the layout takes parts, not a full one at the end. Most targets hold a piece of
-    it that lies across a place where cells change hands, between lanes, halves of registers or parts, and scores
-    more whole than cut; they begin at all places of a word. Some are so long that they saturate.
+    The query takes two parts where the layout takes parts, not a full one at the end. Most targets hold a
+    piece of it that lies across a place where cells change hands, between lanes, halves of registers or
+    parts, and scores more whole than cut; they begin at all places of a word. Some are so long that they
+    saturate.
     """
     random = np.random.default_rng(layout.positions)
     residues = layout.positions - 5 + layout.stretches * layout.positions

@@ -26,7 +26,8 @@ NUM_CODES = 32
 # After the end of a sequence.
 PAD = 31
 MAX_LETTERS = 32
-# Blocks have a multiple of so many rows; those of one lane, for devices that read four codes at a time, of fewer.
+# Blocks have a multiple of so many rows; those of one lane, for devices that read four codes at a time, of
+# fewer.
 TILE = 16
 SINGLE_TILE = 4
 

@@ -264,7 +264,9 @@ def search_unit(unit: WorkUnit, context: JobContext, scans: Iterable[Receipt] = 
         receipt = receipt_of_failure(unit, context, error)
         write_failure(receipt, context)
         return receipt
-    facts = facts_of(unit, context, database.name, database.digest, hits.num_hits)
+    # Several files were scanned before, perhaps elsewhere; receipts of their candidates say by what.
+    scan = database.tool.kernel_name if isinstance(database.tool, FastJackhmmer) else ""
+    facts = facts_of(unit, context, database.name, database.digest, hits.num_hits, scan=scan)
     results.put(unit.unit_id, result, facts)
     return receipt_of(unit, "ok")
 
@@ -351,7 +353,8 @@ def _keep_candidates(part: ShardUnit, found: SearchResult, context: JobContext) 
     tool = database.tool
     assert isinstance(tool, ShardedJackhmmer), tool
     name = f"{database.name}, shard {part.number + 1} of {len(tool.shards)}"
-    facts = facts_of(part.unit, context, name, tool.shards[part.number].digest, None)
+    digest = tool.shards[part.number].digest
+    facts = facts_of(part.unit, context, name, digest, None, scan=tool.kernel_name)
     ResultStore(context.results_url).put(part.unit_id, found, facts)
 
 
@@ -373,9 +376,9 @@ def facts_of(
     digest: str,
     num_hits: int | None,
     num_together: int | None = None,
+    scan: str = "",
 ) -> SearchFacts:
     """Returns what a receipt says of a search beside its cost, as of now and here."""
-    tool = context.searched[unit.database_index].tool
     return SearchFacts(
         database=database,
         database_digest=digest,
@@ -385,7 +388,7 @@ def facts_of(
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         run_id=context.run_id,
         num_together=num_together,
-        scan=tool.kernel_name if isinstance(tool, FastJackhmmer | ShardedJackhmmer) else "",
+        scan=scan,
     )
 
 

@@ -21,7 +21,9 @@ from foldfeed.pipelines.errors import ConfigError
 from foldfeed.pipelines.fast_jackhmmer import F1, FastJackhmmer, forget_profiles
 from foldfeed.pipelines.fasta import read_fasta
 from foldfeed.pipelines.jackhmmer import Jackhmmer
-from foldfeed.pipelines.scan_database import open_database
+from foldfeed.pipelines.scan_choice import seconds_per_cell
+from foldfeed.pipelines.scan_database import ScanDatabase, open_database
+from foldfeed.pipelines.scan_kernels import Kernel
 from foldfeed.pipelines.sequences import QuerySequence
 
 # Sequences of the databases that AlphaFold 3's documentation of sharded searches names (docs/performance.md).
@@ -29,6 +31,25 @@ KNOWN_SIZES = {"uniref90": 153_742_194, "mgnify": 623_796_864, "small_bfd": 65_9
 TIMEOUT_S = 3600.0
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceSpeed:
+    """The first filter on a device (`foldfeed.pipelines.scan_choice`), by the clock, all queries together.
+
+    Attributes:
+      name: of kernel and device.
+      gcells_per_s: query residues times database residues, 1e9 a second.
+      core_name: kernel of one core.
+      core_gcells_per_s: what that does, CPU seconds.
+      cores_fed: cores that one device keeps busy with all that it leaves to them.
+    """
+
+    name: str
+    gcells_per_s: float
+    core_name: str
+    core_gcells_per_s: float
+    cores_fed: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +64,7 @@ class EngineSpeed:
       stages: CPU seconds by stage, where there are several.
       share_passing: targets that the first filter lets through, as a share; None where nobody counts.
       answers: alignment and words of the table of each query, to compare engines.
+      device: where one computed the first filter; its seconds are in no other number here.
     """
 
     engine: str
@@ -52,6 +74,7 @@ class EngineSpeed:
     stages: dict[str, float]
     share_passing: float | None
     answers: tuple[tuple[bytes, tuple[bytes, ...]], ...]
+    device: DeviceSpeed | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +203,29 @@ def _measure_fast(database: str, tiny: str, queries: Sequence[str]) -> EngineSpe
         },
         share_passing=count / len(queries) / max(1, opened.num_records),
         answers=tuple((one.alignment, tuple(one.table.split())) for one in found),
+        device=_measure_device(opened, profiles, cpu_s),
+    )
+
+
+def _measure_device(
+    database: ScanDatabase, profiles: Sequence[scan.FilterProfile], cpu_s: float
+) -> DeviceSpeed | None:
+    """Returns the rate of the device that scans here; None where the processor does."""
+    kernel = database.kernel
+    if isinstance(kernel, Kernel):
+        return None
+    # Once before: kernels are compiled and memory is filled.
+    wall_s = [
+        timed(lambda: [scan.best_cells(profiles, chunk, kernel=kernel) for chunk in database.chunks()])[2]
+        for _ in range(2)
+    ][-1]
+    residues = sum(chunk.num_residues for chunk in database.chunks())
+    return DeviceSpeed(
+        name=kernel.name,
+        gcells_per_s=residues * sum(map(len, profiles)) / wall_s / 1e9,
+        core_name=kernel.host.name,
+        core_gcells_per_s=1e-9 / seconds_per_cell(kernel.host),
+        cores_fed=cpu_s / wall_s,
     )
 
 

@@ -43,6 +43,9 @@ def bench_search(
     per CPU second, the share of targets that HMMER's first filter lets through, time per stage, and CPU
     hours projected to the sizes of UniRef90, MGnify and small BFD. Nothing is written.
 
+    With FOLDFEED_SCAN_DEVICE=cuda in the environment a CUDA device computes the first filter; its rate, and
+    how many cores it keeps busy with what it leaves to them, are said, too.
+
     \b
     Examples:
       foldfeed bench search uniref90.fasta --queries q.fasta
@@ -83,6 +86,12 @@ def lines_of(speed: SearchSpeed, price_per_cpu_hour: float | None) -> list[str]:
             f"whatever the database, {speed.num_cells / one.cpu_s / 1e9:.1f} Gcells/s{passing}"
         )
         lines += [f"  {stage}: {seconds / number:.3f} s a query" for stage, seconds in one.stages.items()]
+        if (device := one.device) is not None:
+            lines.append(
+                f"  {device.name}: the first filter does {device.gcells_per_s:.1f} Gcells/s by the clock, "
+                f"{device.gcells_per_s / device.core_gcells_per_s:.1f} times one core ({device.core_name}, "
+                f"{device.core_gcells_per_s:.1f}), and keeps {device.cores_fed:.1f} cores busy with the rest"
+            )
     if len(speed.engines) > 1:
         agree = "equal" if speed.is_equal else "NOT EQUAL; please report this"
         ratio = speed.engines[0].cpu_s / speed.engines[1].cpu_s

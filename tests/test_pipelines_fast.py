@@ -303,6 +303,10 @@ def test_a_build_with_the_fast_engine_makes_the_same_store(tmp_path):
     receipts = [path.read_text() for path in (tmp_path / "results").rglob("units/*/*.json")]
     assert len(receipts) == 8
     assert sum("{scan 1:database}" in text for text in receipts) == 4
+    assert (
+        sorted(json.loads(text)["search"]["scan"] for text in receipts)
+        == [""] * 4 + [scan_choice.best_kernel().name] * 4
+    )
 
 
 def test_a_database_without_room_in_memory_is_searched_all_the_same_and_said(tmp_path, monkeypatch):

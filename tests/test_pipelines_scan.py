@@ -213,6 +213,25 @@ def test_a_target_that_hmmer_refuses_is_left_to_hmmer(tmp_path):
     assert found.records.tolist() == [0]
 
 
+@pytest.mark.parametrize("lanes", [1, 16, 32, 64])
+def test_targets_that_lie_one_after_the_other_are_put_side_by_side(lanes):
+    """A device's layout, of which the processor takes what the device leaves to it."""
+    random = np.random.default_rng(lanes)
+    lengths = np.sort(random.integers(0, 40, size=75))
+    codes = random.integers(0, PAD, size=int(lengths.sum()), dtype=np.uint8)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    single = scan_kernels.pack(codes, starts, np.arange(75), 1)
+    assert (single.rows == -(-lengths // 4) * 4).all()
+    for offset, rows, start, length in zip(single.offsets, single.rows, starts, lengths, strict=False):
+        assert (single.codes[offset : offset + length] == codes[start : start + length]).all()
+        assert (single.codes[offset + length : offset + rows] == PAD).all()
+    chosen = np.flatnonzero(random.integers(2, size=75))
+    gathered = scan_kernels.gather(single, chosen, lengths[chosen], lanes)
+    expected = scan_kernels.pack(codes, starts, chosen, lanes)
+    assert (gathered.codes == expected.codes).all()
+    assert (gathered.offsets == expected.offsets).all()
+
+
 @pytest.mark.parametrize("kernel", USABLE, ids=lambda kernel: kernel.name)
 def test_kernels_agree_with_plain_c(kernel):
     check_kernel(kernel)

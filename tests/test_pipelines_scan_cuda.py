@@ -28,6 +28,8 @@ from foldfeed.pipelines.scan_choice import best_kernel, scan_kernel
 from foldfeed.pipelines.scan_database import ScanDatabase
 from foldfeed.pipelines.scan_gpu import GpuKernel, Layout, layout_of, open_gpu_kernel
 from foldfeed.pipelines.scan_kernels import MAX_LETTERS, NUM_CODES, PAD, kernels
+from foldfeed.pipelines.search_speed import measure_search
+from foldfeed.pipelines.search_speed_cli import lines_of
 
 
 def why_no_device() -> str:
@@ -247,7 +249,7 @@ def on_the_device(monkeypatch):
 def test_searches_give_jackhmmers_output(on_the_device, tmp_path):
     random = np.random.default_rng(1)
     family = globins(30)
-    targets = [text for text in family.values()] + [drawn(random, 200) for _ in range(60)]
+    targets = list(family.values()) + [drawn(random, 200) for _ in range(60)]
     write_targets(tmp_path / "t.fasta", [targets[i] for i in random.permutation(len(targets))])
     words = {"database": str(tmp_path / "t.fasta"), "cpus": 1, "timeout_s": 100.0}
     plain, fast = Jackhmmer.find(**words), FastJackhmmer.find(**words)
@@ -272,6 +274,16 @@ def test_a_build_says_that_a_device_scanned(on_the_device, tmp_path):
     receipts = [json.loads(path.read_text()) for path in tmp_path.rglob("units/*/*.json")]
     assert [one["search"]["scan"] for one in receipts] == [on_the_device.name] * 2
     assert any(on_the_device.name in line for line in said)
+
+
+@needs_hmmer
+def test_the_benchmark_says_what_a_device_does(on_the_device, tmp_path):
+    database = write_fasta(tmp_path / "d.fasta", globins(9))
+    counts = (9, sum(map(len, globins(9).values())))
+    speed = measure_search(str(database), counts, [text[:100] for text in globins(2).values()], ("fast",))
+    (line,) = [line for line in lines_of(speed, None) if "by the clock" in line]
+    assert line.startswith(f"  {on_the_device.name}: the first filter does ")
+    assert f" times one core ({best_kernel().name}, " in line
 
 
 def test_every_layout_of_short_queries_is_right(gpu):
