@@ -26,10 +26,11 @@ from typing import Any
 
 import loader_store
 import numpy as np
+import pytest
 from rows import emit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from s3_server import BUCKET, client_environment, running_server
+from s3_server import BUCKET, client_environment, running_server, server_binary
 from slow_blobs import SlowBlobs
 
 from foldfeed.feature_store import FeatureStore
@@ -143,6 +144,11 @@ def main() -> None:
     parser.add_argument("--latency-ms", type=float, default=20.0)
     parser.add_argument("--output", type=Path, default=RESULTS / f"{NAME}.jsonl")
     arguments = parser.parse_args()
+    try:
+        server_binary()
+    except pytest.skip.Exception as missing:
+        print(f"{NAME}: not measured: {missing}")
+        return
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, running_server(Path(folder)) as endpoint:
         os.environ |= client_environment(endpoint)

@@ -26,6 +26,7 @@ import multiprocessing
 import resource
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -71,26 +72,27 @@ def collate(crops: Sequence[Arrays]) -> Batch:
 
 
 class Crops:
-    """The crops of an epoch as a map-style dataset; a process opens the files when it first reads."""
+    """The crops of an epoch as a map-style dataset; each thread opens the files when it first reads."""
 
     def __init__(self, name: str, folder: Path, places: Sequence[Place]) -> None:
         self._name, self._folder, self._places = name, folder, places
-        self._peer: Any = None
+        self._peers: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, number: int) -> Arrays:
-        if self._peer is None:
-            # Threads that race open it twice; either copy serves.
+        # A decompressor is for one thread at a time.
+        peer = self._peers.get(threading.get_ident())
+        if peer is None:
             peer = PEERS[self._name]()
             peer.open(self._folder)
-            self._peer = peer
-        found: Arrays = self._peer.crop(self._places[number])
+            self._peers[threading.get_ident()] = peer
+        found: Arrays = peer.crop(self._places[number])
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_peer": None}
+        return self.__dict__ | {"_peers": {}}
 
 
 def foldfeed_steps(folder: Path, num_samples: int, workers: int) -> Steps:
