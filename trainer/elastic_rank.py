@@ -72,7 +72,7 @@ from foldfeed.trainer.task import Task, load_task
 from foldfeed.trainer.task import identity as run_identity
 from foldfeed.trainer.tiers import Saver, memory_folder
 from foldfeed.trainer.topology import own_place
-from foldfeed.trainer.transfer import nccl_groups, transfer
+from foldfeed.trainer.transfer import nccl_groups, require_equal_settings, settings_of, transfer
 from foldfeed.trainer.watch import StackWatch
 from foldfeed.trainer.wire import Channel, MeshGroup
 
@@ -107,7 +107,8 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
             "--spares works on the CPU only: a spare cannot know whose GPU will be free."
         )
     ledger.mark(INITIALIZATION)
-    trace = _own_file(config.loader_trace)
+    # A rank's number may change, a process's not.
+    trace = f"{config.loader_trace}.process{os.getpid()}" if config.loader_trace else ""
     with (
         open_loader(config.data, recipe, config.seed, alone, trace=trace) as (loader, fingerprint),
         open_held_out(config, task, recipe, alone) as held_out,
@@ -115,11 +116,6 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
     ):
         source = Source(loader, fingerprint, LoaderMeters(loader))
         return ElasticRank(config, plan, alone, source, task, held_out, ledger).train()
-
-
-def _own_file(trace: str) -> str:
-    """Returns where this process writes its loader's trace: a rank's number may change, a process's not."""
-    return f"{trace}.process{os.getpid()}" if trace else ""
 
 
 class ElasticRank:
@@ -479,13 +475,9 @@ class ElasticRank:
           TrainerConfigError: on a rank whose settings are not those of the first one with a state.
           CommunicationError: on the others; they meet again without it.
         """
-        keys = ("config_digest", "layout_hash", "store_fingerprint")
-        settings = {name: self.header[name] for name in keys}
-        if self.config.deterministic:
-            settings["environment"] = self.header["environment"]
         small = self.trainer.small_state()
         mine = {
-            "settings": settings,
+            "settings": settings_of(self.header, self.config.deterministic),
             "small": small if self._has_state else {**small, "step": -1},
             "run_id": self.header["run_id"],
             "lease": self.lease.token,
@@ -494,30 +486,15 @@ class ElasticRank:
             "place": self._place,
         }
         rows = ranks.gather_json(mine, "the meeting of the ranks")
-        right = max(rows, key=lambda row: int(row["small"]["step"] >= 0))["settings"]
-        odd = [rank for rank, row in enumerate(rows) if row["settings"] != right]
-        if ranks.rank in odd:
-            differ = [name for name, value in settings.items() if right.get(name) != value]
-            raise TrainerConfigError(
-                f"this rank cannot join: its {', '.join(differ)} differ from the run's; equal bits "
-                "need equal settings, store, software and processors"
-            )
-        if odd:
-            raise CommunicationError(ranks.rank, "the meeting", f"ranks {odd} have other settings.")
+        require_equal_settings(rows, ranks.rank)
         return list(rows)
 
     def _note(self, view: View, ranks: Ranks) -> None:
         """Tells ledger and person who trains now, and what the change cost."""
         budget = {name: round(seconds, 4) for name, seconds in self._phases.items()}
         self.ledger.mark(REFORM)
-        self.ledger.regroup(
-            ranks.is_first,
-            step=self.trainer.step,
-            world=ranks.world,
-            generation=view.generation,
-            **budget,
-        )
+        now = {"step": self.trainer.step, "world": ranks.world, "generation": view.generation}
+        self.ledger.regroup(ranks.is_first, **now, **budget)
         costs = "  ".join(f"{name.removesuffix('_s')} {seconds:.3f} s" for name, seconds in budget.items())
-        self.metrics.say(
-            f"generation {view.generation}: {ranks.world} ranks go on from step {self.trainer.step}  {costs}"
-        )
+        told = f"generation {view.generation}: {ranks.world} ranks go on from step {self.trainer.step}"
+        self.metrics.say(f"{told}  {costs}")

@@ -21,7 +21,6 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import torch
 from torch import nn
 from torch.profiler import record_function
@@ -41,7 +40,7 @@ from foldfeed.trainer.optimizer import FlatAdamW, Update
 from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.reducer import Reducer, TreeReducer
 from foldfeed.trainer.rng import seed_initial_weights, seed_shard
-from foldfeed.trainer.snapshot import BUFFERS, EMA, Generation, checksum
+from foldfeed.trainer.snapshot import BUFFERS, EMA, Generation, checksum, replica_digest
 from foldfeed.trainer.source import BatchSource, SourceMeters, StepLike
 from foldfeed.trainer.task import Task
 from foldfeed.trainer.tiers import Capture, Saver
@@ -141,7 +140,7 @@ class Trainer:
         self.optimizer = FlatAdamW(self.flat.params, self.buckets, config.optimizer)
         ranks.require_equal(self.flat.layout_hash.encode(), "the parameter layout at the start")
         sums = {name: checksum(buffer) for name, buffer in self.host_buffers().items()}
-        ranks.require_equal(_digest(sums), "the initial weights")
+        ranks.require_equal(replica_digest(sums), "the initial weights")
         self.reducer = self._make_reducer()
         self._forward: nn.Module = self.reducer.wrap(self.model)
         for module in task.compiled(self.model) if config.compile else ():
@@ -452,7 +451,7 @@ class Trainer:
         }
 
         def conclude(checksums: Mapping[str, int], started: float) -> None:
-            digest = _digest(checksums)
+            digest = replica_digest(checksums)
             self.ranks.require_equal(digest, f"parameters and moments after step {step}")
             named = {**manifest, "replica_digest": digest.hex()}
             saver.save(Capture(manifest=named, buffers=None, checksums=checksums), memory=memory, disk=disk)
@@ -499,9 +498,3 @@ class Trainer:
     def weights_digest(self) -> str:
         """Returns the sha256 (hex) of the flat parameters."""
         return hashlib.sha256(self.flat.params.cpu().numpy().data.cast("B")).hexdigest()
-
-
-def _digest(checksums: Mapping[str, int]) -> bytes:
-    """Returns 8 bytes: of the parameters, of everything else."""
-    params, *others = (checksums[name].to_bytes(4, "little") for name in (*BUFFERS, EMA) if name in checksums)
-    return params + google_crc32c.value(b"".join(others)).to_bytes(4, "little")

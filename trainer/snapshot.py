@@ -73,6 +73,12 @@ def checksum(tensor: torch.Tensor) -> int:
     return extend_checksum(0, tensor)
 
 
+def replica_digest(checksums: Mapping[str, int]) -> bytes:
+    """Returns 8 bytes of what all ranks must have equal: of the parameters, of every other buffer."""
+    params, *others = (checksums[name].to_bytes(4, "little") for name in (*BUFFERS, EMA) if name in checksums)
+    return params + google_crc32c.value(b"".join(others)).to_bytes(4, "little")
+
+
 def extend_checksum(crc: int, tensor: torch.Tensor) -> int:
     """Returns the crc32c of bytes whose own is ``crc`` and a contiguous CPU tensor's, one after the other."""
     raw = tensor.detach().contiguous().numpy().view(np.uint8)

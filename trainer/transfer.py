@@ -1,4 +1,4 @@
-"""What the ranks of a new generation need besides its wires: one state, and communicators for GPUs.
+"""What ranks of a new generation need besides its wires: equal settings, one state, communicators for GPUs.
 
 Does not own: who is a member, when ranks meet (elastic_rank.py).
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from foldfeed.trainer.errors import CommunicationError
+from foldfeed.trainer.errors import CommunicationError, TrainerConfigError
 from foldfeed.trainer.loop import Trainer
 from foldfeed.trainer.ranks import Group, Ranks, TorchGroup
 from foldfeed.trainer.snapshot import extend_checksum
@@ -20,6 +21,34 @@ from foldfeed.trainer.wire import Channel, raw
 
 # Of a buffer, between two looks at the checksum: 8 MiB, which a socket's buffers hold about.
 PART_NUMEL = 1 << 21
+
+
+def settings_of(header: Mapping[str, Any], deterministic: bool) -> dict[str, Any]:
+    """Returns what of a run's header must be equal on all ranks."""
+    names = ["config_digest", "layout_hash", "store_fingerprint", *(["environment"] if deterministic else [])]
+    return {name: header[name] for name in names}
+
+
+def require_equal_settings(rows: Sequence[Mapping[str, Any]], rank: int) -> None:
+    """Returns if all ranks that meet have the settings of the first one with a state.
+
+    Args:
+      rows: what every rank said, in order of rank: its ``settings`` and, in ``small``, its ``step``.
+      rank: this one.
+    Raises:
+      TrainerConfigError: this rank's are others.
+      CommunicationError: another rank's are; the rest meets again without it.
+    """
+    right = max(rows, key=lambda row: int(row["small"]["step"] >= 0))["settings"]
+    odd = [other for other, row in enumerate(rows) if row["settings"] != right]
+    if rank in odd:
+        differ = [name for name, value in rows[rank]["settings"].items() if right.get(name) != value]
+        raise TrainerConfigError(
+            f"this rank cannot join: its {', '.join(differ)} differ from the run's; equal bits need equal "
+            "settings, store, software and processors"
+        )
+    if odd:
+        raise CommunicationError(rank, "the meeting", f"ranks {odd} have other settings.")
 
 
 def transfer(

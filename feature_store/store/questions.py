@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from foldfeed.feature_store.store import query_tables
     from foldfeed.feature_store.store import sql as query
 else:
-    # They bring DuckDB, pyarrow.dataset and with it pandas: 0.4 s of CPU, and who only reads needs none.
+    # They bring DuckDB and pandas: 0.4 s of CPU, and who only reads needs neither.
     query = LateModule("foldfeed.feature_store.store.sql")
     query_tables = LateModule("foldfeed.feature_store.store.query_tables")
 
@@ -229,8 +229,7 @@ class RecordSource(abc.ABC, Generic[RecordT]):
 
         Args:
           sql: one query.
-          rows_of: a condition on ``records``; ``rows``, ``residues``, ``structures`` and ``templates`` then
-            hold what belongs to these records only.
+          rows_of: a condition on ``records``; the tables of parts then hold what is of these records only.
           params: values for ``?`` (a list) or ``$name`` (a dict) in ``sql``. They are bound, never written
             into the text; a text is cast where it meets a number or a date.
           timeout_s: seconds after which the query is stopped, between two batches where it reads; no limit
