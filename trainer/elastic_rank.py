@@ -72,7 +72,7 @@ from foldfeed.trainer.task import Task, load_task
 from foldfeed.trainer.task import identity as run_identity
 from foldfeed.trainer.tiers import Saver, memory_folder
 from foldfeed.trainer.topology import own_place
-from foldfeed.trainer.transfer import nccl_groups, transfer
+from foldfeed.trainer.transfer import check_settings, nccl_groups, transfer
 from foldfeed.trainer.watch import StackWatch
 from foldfeed.trainer.wire import Channel, MeshGroup
 
@@ -107,7 +107,8 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
             "--spares works on the CPU only: a spare cannot know whose GPU will be free."
         )
     ledger.mark(INITIALIZATION)
-    trace = _own_file(config.loader_trace)
+    # A rank's number may change, a process's not.
+    trace = f"{config.loader_trace}.process{os.getpid()}" if config.loader_trace else ""
     with (
         open_loader(config.data, recipe, config.seed, alone, trace=trace) as (loader, fingerprint),
         open_held_out(config, task, recipe, alone) as held_out,
@@ -115,11 +116,6 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
     ):
         source = Source(loader, fingerprint, LoaderMeters(loader))
         return ElasticRank(config, plan, alone, source, task, held_out, ledger).train()
-
-
-def _own_file(trace: str) -> str:
-    """Returns where this process writes its loader's trace: a rank's number may change, a process's not."""
-    return f"{trace}.process{os.getpid()}" if trace else ""
 
 
 class ElasticRank:
@@ -175,14 +171,10 @@ class ElasticRank:
         self._groups: list[Group] = []
         self._has_state = False
         # The states since the last snapshot are not to be trusted.
-        self._doubt = False
-        self._was_odd = False
+        self._doubt = self._was_odd = self._begins = False
         self._place = own_place()
-        self._begins = False
         self._fruitless = 0
         self._phases: dict[str, float] = {}
-
-    # ---------------------------------------------------------------- the run
 
     def train(self) -> Outcome | None:
         """Runs until the last step, a stop that was asked for, or an error of this rank's own."""
@@ -320,8 +312,7 @@ class ElasticRank:
         if self.saver is not None:
             self.saver.settle_memory()
         self.trainer.begin_again(ranks)
-        begun = self.plan.refounds or ranks.generation > 1
-        begun = ranks.gather_json(begun, "the choice of a snapshot")[0]
+        begun = ranks.gather_json(self.plan.refounds or ranks.generation > 1, "the choice of a snapshot")[0]
         launch.continue_run(self.trainer, folder, memory, self.header, begun=begun)
         self.ledger.mark(RESTORE)
         self._has_state = True
@@ -381,8 +372,6 @@ class ElasticRank:
         self.membership = Membership(me, listener, session.key, register, limits)
         return self.membership
 
-    # ---------------------------------------------------------------- a generation
-
     def _meet(self, view: View) -> tuple[Ranks, Saver]:
         """Connects the members, brings them to one step, and hands out what the first rank does."""
         assert self.membership is not None
@@ -395,9 +384,8 @@ class ElasticRank:
             # A start; or those who had the state are gone, and those who came for it are left.
             self._restore(ranks)
             rows = self._compare(ranks)
-        row = transfer(
-            state, self.trainer, [row["small"] for row in rows], [row["place"] for row in rows], ranks
-        )
+        smalls, places = ([row[name] for row in rows] for name in ("small", "place"))
+        row = transfer(state, self.trainer, smalls, places, ranks)
         donor = rows[row]
         self._has_state, self._doubt = True, False
         self.header["run_id"] = donor["run_id"]
@@ -471,12 +459,7 @@ class ElasticRank:
         return ranks, channels["state"]
 
     def _compare(self, ranks: Ranks) -> list[dict[str, Any]]:
-        """Returns what every rank says of itself.
-
-        Raises:
-          TrainerConfigError: on a rank whose settings are not those of the first one with a state.
-          CommunicationError: on the others; they meet again without it.
-        """
+        """Returns what every rank says of itself, once their settings are equal (`check_settings`)."""
         keys = ("config_digest", "layout_hash", "store_fingerprint")
         settings = {name: self.header[name] for name in keys}
         if self.config.deterministic:
@@ -492,16 +475,7 @@ class ElasticRank:
             "place": self._place,
         }
         rows = ranks.gather_json(mine, "the meeting of the ranks")
-        right = max(rows, key=lambda row: int(row["small"]["step"] >= 0))["settings"]
-        odd = [rank for rank, row in enumerate(rows) if row["settings"] != right]
-        if ranks.rank in odd:
-            differ = [name for name, value in settings.items() if right.get(name) != value]
-            raise TrainerConfigError(
-                f"this rank cannot join: its {', '.join(differ)} differ from the run's; equal bits "
-                "need equal settings, store, software and processors"
-            )
-        if odd:
-            raise CommunicationError(ranks.rank, "the meeting", f"ranks {odd} have other settings.")
+        check_settings(rows, ranks)
         return list(rows)
 
     def _note(self, view: View, ranks: Ranks) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from foldfeed.trainer.errors import CommunicationError
+from foldfeed.trainer.errors import CommunicationError, TrainerConfigError
 from foldfeed.trainer.loop import Trainer
 from foldfeed.trainer.ranks import Group, Ranks, TorchGroup
 from foldfeed.trainer.snapshot import extend_checksum
@@ -20,6 +21,29 @@ from foldfeed.trainer.wire import Channel, raw
 
 # Of a buffer, between two looks at the checksum: 8 MiB, which a socket's buffers hold about.
 PART_NUMEL = 1 << 21
+
+
+def check_settings(rows: Sequence[Mapping[str, Any]], ranks: Ranks) -> None:
+    """Checks that all ranks have the settings of the first one with a state.
+
+    Args:
+      rows: of every rank: ``settings``, by name, and ``small``, whose step is -1 without a state.
+      ranks: the group.
+    Raises:
+      TrainerConfigError: on a rank that has others.
+      CommunicationError: on those that meet again without it.
+    """
+    right = max(rows, key=lambda row: int(row["small"]["step"] >= 0))["settings"]
+    odd = [rank for rank, row in enumerate(rows) if row["settings"] != right]
+    if ranks.rank in odd:
+        mine = rows[ranks.rank]["settings"]
+        differ = [name for name, value in mine.items() if right.get(name) != value]
+        raise TrainerConfigError(
+            f"this rank cannot join: its {', '.join(differ)} differ from the run's; equal bits "
+            "need equal settings, store, software and processors"
+        )
+    if odd:
+        raise CommunicationError(ranks.rank, "the meeting", f"ranks {odd} have other settings.")
 
 
 def transfer(
