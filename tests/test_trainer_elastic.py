@@ -59,9 +59,10 @@ def test_the_first_rank_dies_amid_a_collective_and_is_replaced(nursery: Nursery,
     members = check(found, undisturbed, [-9, 0, 0, 0, 0])
     assert members[0] == [0]
     assert sorted(members[1]) == [0, 1, 2, 3]
-    # The three that are left go on as they are, in their order; then the new one comes last.
-    assert members[2:] == [members[1][1:], [*members[1][1:], 4]]
-    assert found["generations"][3]["step"] < STEPS
+    # The three that are left go on as they are, in their order; then the new one comes last, or with them.
+    left = members[1][1:]
+    assert members[2:] in ([left, [*left, 4]], [[*left, 4]])
+    assert found["generations"][-1]["step"] < STEPS
     # It got the state from a rank behind the same switch.
     gave = dict(re.findall(r"rank (\d+) got the state of step \d+ from rank (\d+)", found["said"]))
     assert members[-1][int(gave["3"])] in (2, 3)

@@ -173,14 +173,10 @@ class ElasticRank:
         self._groups: list[Group] = []
         self._has_state = False
         # The states since the last snapshot are not to be trusted.
-        self._doubt = False
-        self._was_odd = False
+        self._doubt = self._was_odd = self._begins = False
         self._place = own_place()
-        self._begins = False
         self._fruitless = 0
         self._phases: dict[str, float] = {}
-
-    # ---------------------------------------------------------------- the run
 
     def train(self) -> Outcome | None:
         """Runs until the last step, a stop that was asked for, or an error of this rank's own."""
@@ -318,8 +314,7 @@ class ElasticRank:
         if self.saver is not None:
             self.saver.settle_memory()
         self.trainer.begin_again(ranks)
-        begun = self.plan.refounds or ranks.generation > 1
-        begun = ranks.gather_json(begun, "the choice of a snapshot")[0]
+        begun = ranks.gather_json(self.plan.refounds or ranks.generation > 1, "the choice of a snapshot")[0]
         launch.continue_run(self.trainer, folder, memory, self.header, begun=begun)
         self.ledger.mark(RESTORE)
         self._has_state = True
@@ -379,8 +374,6 @@ class ElasticRank:
         self.membership = Membership(me, listener, session.key, register, limits)
         return self.membership
 
-    # ---------------------------------------------------------------- a generation
-
     def _meet(self, view: View) -> tuple[Ranks, Saver]:
         """Connects the members, brings them to one step, and hands out what the first rank does."""
         assert self.membership is not None
@@ -393,9 +386,8 @@ class ElasticRank:
             # A start; or those who had the state are gone, and those who came for it are left.
             self._restore(ranks)
             rows = self._compare(ranks)
-        row = transfer(
-            state, self.trainer, [row["small"] for row in rows], [row["place"] for row in rows], ranks
-        )
+        smalls, places = ([row[name] for row in rows] for name in ("small", "place"))
+        row = transfer(state, self.trainer, smalls, places, ranks)
         donor = rows[row]
         self._has_state, self._doubt = True, False
         self.header["run_id"] = donor["run_id"]
