@@ -41,8 +41,14 @@ def why_no_device() -> str:
         return str(error)
 
 
-NO_DEVICE = why_no_device()
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(NO_DEVICE), reason=NO_DEVICE or "there is one")]
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_device() -> None:
+    """Not at collection: a process that has started the driver forks no others that use it."""
+    if reason := why_no_device():
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
