@@ -41,8 +41,14 @@ def why_no_device() -> str:
         return str(error)
 
 
-NO_DEVICE = why_no_device()
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(NO_DEVICE), reason=NO_DEVICE or "there is one")]
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_device() -> None:
+    """Not at collection: a process that has started the driver forks no others that use it."""
+    if reason := why_no_device():
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +148,8 @@ def test_scores_are_those_of_hmmers_filter(gpu, seed, tmp_path):
 def test_what_passes_is_what_passes_on_the_processor(gpu, f1, tmp_path):
     """Several batches of queries and chunks; targets of 0 to 35,000 residues."""
     random = np.random.default_rng(7)
-    queries = [a_query(random) for _ in range(scan.BATCH + 3 if f1 == 0.02 else 3)]
-    targets = [text for query in queries[:3] for text in drawn_targets(random, query, 12)]
+    queries = [a_query(random) for _ in range({0.02: scan.BATCH + 3, 0.0005: 1}.get(f1, 3))]
+    targets = [text for query in queries[:2] for text in drawn_targets(random, query, 12)]
     targets += ["", "ACDEF", drawn(random, 35_000 if f1 == 0.0005 else 12) + queries[0]]
     path = tmp_path / "t.fasta"
     write_targets(path, targets)
@@ -159,7 +165,7 @@ def test_what_passes_is_what_passes_on_the_processor(gpu, f1, tmp_path):
         ]
         answers.append(found)
     assert answers[0] == answers[1]
-    assert sum(len(records) for chunk in answers[0] for records, _ in chunk) > 3
+    assert sum(len(records) for chunk in answers[0] for records, _ in chunk) > 1
     assert len(answers[0]) > 1
 
 
