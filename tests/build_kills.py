@@ -12,6 +12,7 @@ from pipelines_data import GLOBINS, globins, tree_bytes, write_fasta
 
 from foldfeed.feature_store import FeatureStore, NotAStoreError
 from foldfeed.feature_store.care.verify import verify
+from foldfeed.feature_store.storage import TEMPORARY_PREFIX
 
 NUM_QUERIES = 6
 
@@ -114,7 +115,9 @@ class Builds:
             return []
 
     def _parts(self, store: str) -> dict[str, bytes]:
-        return tree_bytes(self._folder / store / "parts")
+        files = tree_bytes(self._folder / store / "parts")
+        # What a writer that was killed had begun is garbage of that name, which `gc` removes.
+        return {name: data for name, data in files.items() if not name.startswith(TEMPORARY_PREFIX)}
 
     def _answers(self, store: str) -> dict[str, bytes]:
         folder = self._folder / f"{store}.results" / "units"
