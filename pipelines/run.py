@@ -186,7 +186,7 @@ def context_of(
     settings = _settings(config)
     if plan.num_queries:
         settings = FeatureStore.create(config.store, settings).settings
-    num_searched = len(databases) + (plan.templates is not None)
+    num_queries = len(plan.unit_ids) // max(1, len(databases) + (plan.templates is not None))
     # Without relative paths: a worker may run in another folder.
     return JobContext(
         store_url=open_blobs(config.store).url,
@@ -198,7 +198,7 @@ def context_of(
         num_parts=num_parts,
         max_residues=config.max_residues,
         templates=plan.templates,
-        num_groups=num_groups_of(len(plan.unit_ids) // num_searched, config.num_workers),
+        num_groups=num_groups_of(num_queries, config.num_workers),
         taxonomy_ids=config.taxonomy_ids,
     )
 

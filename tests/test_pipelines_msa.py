@@ -29,7 +29,11 @@ def hits_of(text: str) -> DatabaseHits:
     alignment = parse_a3m(text)
     nans = np.full(len(alignment.names), np.nan)
     return DatabaseHits(
-        alignment=alignment, hit_ids=alignment.names, e_values=nans, bit_scores=nans.astype(np.float32)
+        alignment=alignment,
+        hit_ids=alignment.names,
+        e_values=nans,
+        bit_scores=nans.astype(np.float32),
+        taxonomy_ids=np.zeros(len(alignment.names), dtype=np.int32),
     )
 
 
