@@ -228,7 +228,11 @@ def test_damage_beside_the_parts_is_found_in_all_versions(made, kind):
     file = Path(store.url, path)
     damage(file, len(file.read_bytes()) // 2)
     problems = verify(store.url, all_versions=True).problems
-    assert any(path.removesuffix(".parquet") in problem.where for problem in problems), problems
+    named = {path.removesuffix(".parquet")}
+    if kind == "log":
+        # A byte that leaves no JSON is refused by delta-rs, which names no file.
+        named.add("index/_delta_log")
+    assert any(where in problem.where for where in named for problem in problems), problems
 
 
 def test_sets_that_no_version_has_any_more_are_named_and_are_no_damage(made):
