@@ -19,6 +19,7 @@ from foldfeed.feature_store.care.verify_index import (
     NeededFile,
     check_index,
     check_names,
+    damaged_commits,
     needed_files,
     readable_versions,
 )
@@ -28,7 +29,7 @@ from foldfeed.feature_store.errors import NOT_DAMAGE, CorruptDataError, Foldfeed
 from foldfeed.feature_store.format.schema import INDEX_SCHEMA
 from foldfeed.feature_store.format.settings import SETTINGS_FILE, StoreSettings
 from foldfeed.feature_store.index.files import INDEX_FOLDER
-from foldfeed.feature_store.index.log import Commit
+from foldfeed.feature_store.index.log import LOG_FOLDER, Commit
 from foldfeed.feature_store.index.transactions import Index
 from foldfeed.feature_store.parts.presence import anything_left
 from foldfeed.feature_store.parts.spans import by_part
@@ -197,6 +198,8 @@ def _open(blobs: Blobs, version: int | str | None, problems: list[Problem]) -> F
     except FoldfeedError as error:
         where = getattr(error, "where", "the store")
         problems.append(Problem(where=where, reason=getattr(error, "reason", str(error))))
+        if where == LOG_FOLDER:
+            problems += damaged_commits(blobs)
         return None
     return store
 

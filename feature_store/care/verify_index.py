@@ -28,6 +28,7 @@ from foldfeed.feature_store.index.transactions import Index
 from foldfeed.feature_store.storage import Blobs
 from foldfeed.feature_store.store import named_tables, record_sets, splits
 
+_COMMIT = re.compile(r"(\d{20})\.json")
 _CHECKPOINT = re.compile(r"(\d{20})\.checkpoint\.parquet")
 _LAST_CHECKPOINT = "_last_checkpoint"
 
@@ -65,6 +66,16 @@ def check_index(
                 reason="its commits, one by one, lead to other files than Delta's view",
             )
         )
+    return problems
+
+
+def damaged_commits(blobs: Blobs) -> list[Problem]:
+    """Returns which files our own reader refuses of a log that delta-rs refuses without naming one."""
+    found = (_COMMIT.fullmatch(name) for name in sorted(blobs.list(index_log.LOG_FOLDER)))
+    versions_there = [int(match[1]) for match in found if match]
+    problems = []
+    for version in versions_there:
+        problems += _tried(lambda version=version: index_log.read_commit(blobs, version))  # type: ignore[misc]
     return problems
 
 
