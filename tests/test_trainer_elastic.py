@@ -31,8 +31,13 @@ def undisturbed(nursery: Nursery) -> str:
     return str(found["digest"])
 
 
-def fault(rank: int, step: int, phase: str, signal: str = "KILL") -> dict[str, Any]:
-    return {"rank": rank, "step": step, "phase": phase, "signal": signal}
+def fault(rank: int, step: int, phase: str, signal: str = "KILL", **further: int) -> dict[str, Any]:
+    return {"rank": rank, "step": step, "phase": phase, "signal": signal, **further}
+
+
+def shards(found: dict[str, Any]) -> list[tuple[int, int]]:
+    """Returns how many virtual shards of each broken step were kept, and computed again."""
+    return [(line["shards_kept"], line["shards_again"]) for line in found["ledger"] if "shards_kept" in line]
 
 
 def check(
@@ -74,12 +79,26 @@ def test_two_of_four_die_at_once_and_nobody_comes(nursery: Nursery, undisturbed:
     assert sorted(members[-1]) == [1, 3]
 
 
+def test_only_shards_that_nobody_has_are_computed_again(nursery: Nursery, undisturbed: str) -> None:
+    """One dies when all sums are there, before the commit; another one when they are there again."""
+    faults = [fault(1, 5, "arrived"), fault(2, 5, "arrived", generation=2)]
+    found = nursery.run(ranks=4, steps=STEPS, faults=faults)
+    check(found, undisturbed, [0, -9, -9, 0])
+    # Two shards of the first, by two of the three that are left; then two and one of the second.
+    assert shards(found) == [(6, 2), (5, 3)]
+    assert "virtual shards of broken steps: 11 kept, 5 computed again" in found["said"]
+    assert "go on from step 5 (5 of its virtual shards are there)" in found["said"]
+
+
 @pytest.mark.parametrize("phase", ["agree", "agreed", "connect", "transfer"])
 def test_the_first_rank_dies_while_the_ranks_recover(nursery: Nursery, undisturbed: str, phase: str) -> None:
     """One of three dies, and then the one that leads the recovery; the last one goes on alone."""
     faults = [fault(1, 4, "hook"), fault(0, 4, phase)]
-    members = check(nursery.run(ranks=3, steps=STEPS, faults=faults), undisturbed, [-9, -9, 0])
+    found = nursery.run(ranks=3, steps=STEPS, faults=faults)
+    members = check(found, undisturbed, [-9, -9, 0])
     assert members[-1] == [2]
+    # What was kept for a meeting that failed is kept for the next one.
+    assert all(kept + again == 8 for kept, again in shards(found))
 
 
 def test_a_writer_that_was_stopped_publishes_nothing_and_comes_back(
@@ -184,6 +203,8 @@ def test_ranks_join_as_there_are_shards_for_them(nursery: Nursery, undisturbed: 
 def test_kills_at_many_places_one_after_another(nursery: Nursery, undisturbed: str) -> None:
     phases = ("forward", "hook", "collective", "commit", "optimizer", "applied", "publish", "transferred")
     faults = [fault(rank, 1 + rank, phase) for rank, phase in enumerate(phases)]
+    # Of its second shard, which is its last one.
+    faults[0]["skip"] = 1
     found = nursery.run(ranks=4, steps=STEPS, respawns=8, faults=faults, pause_s=0.1)
     assert found["codes"].count(-9) >= 5
     check(found, undisturbed, [code if code == -9 else 0 for code in found["codes"]])
