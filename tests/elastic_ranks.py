@@ -105,6 +105,7 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
       scenario: ``ranks``, ``steps``; ``faults``, a list; ``respawns``, ``joins`` (steps after which one more
         rank is started), ``max_ranks``, ``limit_s``, ``config`` (changes of `tiny_config`), ``pause_s``;
         ``places``, of each process: its network namespace, address and port of the bridge (network.py);
+        ``torchrun``, whether ranks are as torchrun starts them;
         ``nodes``, of each process, whose snapshots in memory are theirs alone; ``folder`` of an earlier run
         to go on with, ``lost`` nodes of it.
     """
@@ -197,7 +198,7 @@ def results(folder: Path, numbers: dict[int, int]) -> dict[str, Any]:
 
 
 def final_digest(folder: Path) -> str:
-    """Returns digests of the weights at the end, their average in the last snapshot, and all steps' losses."""
+    """Returns digests of the weights at the end, of all steps' losses, and of the last snapshot's average."""
     weights = json.loads((folder / "result.json").read_text())["weights_digest"]
     average = max(folder.glob("snapshots/step-*")) / "ema.f32"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -267,7 +268,8 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
         os.setns(space, os.CLONE_NEWNET)
         os.close(space)
     print(f"---- process {number} is {os.getpid()} at {time.time():.3f}", flush=True)
-    founds = number == 0
+    torchrun = scenario.get("torchrun", False)
+    founds = number == 0 and not torchrun
     # The average of the weights is a part of the state that travels.
     changes = {"optimizer": {"ema_decay": 0.9}, **scenario.get("config", {})}
     if nodes := scenario.get("nodes"):
@@ -280,6 +282,7 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
     plan = Plan(
         founds=founds,
         refounds=number >= scenario["ranks"],
+        torchrun=torchrun,
         ranks=scenario["ranks"],
         max_ranks=scenario.get("max_ranks", 0),
         host=host,

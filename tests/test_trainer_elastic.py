@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from elastic_ranks import Nursery, ledger_error
 
+from foldfeed.trainer import elastic
 from foldfeed.trainer.elastic import Plan
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.network import Network
@@ -200,6 +206,19 @@ def test_ranks_join_as_there_are_shards_for_them(nursery: Nursery, undisturbed: 
     assert len({number for view in members for number in view}) == 4
 
 
+def test_under_torchrun_whoever_comes_first_begins_and_who_is_asked_to_stop_leaves(
+    nursery: Nursery, undisturbed: str
+) -> None:
+    """SIGTERM is what torchrun sends to the neighbours of a rank that died; the rest of the run goes on."""
+    faults = [fault(0, 3, "forward", "TERM"), fault(1, 6, "hook")]
+    found = nursery.run(ranks=3, steps=STEPS, respawns=1, faults=faults, torchrun=True, pause_s=0.1)
+    members = check(found, undisturbed, [0, -9, 0, 0])
+    assert sorted(members[1]) == [0, 1, 2]
+    assert sorted(members[2]) == [1, 2]
+    assert "leaving after step 4, as asked" in found["said"]
+    assert [line["event"] for line in found["ledger"]].count("start") == 1
+
+
 def test_kills_at_many_places_one_after_another(nursery: Nursery, undisturbed: str) -> None:
     phases = ("forward", "hook", "collective", "commit", "optimizer", "applied", "publish", "transferred")
     faults = [fault(rank, 1 + rank, phase) for rank, phase in enumerate(phases)]
@@ -208,6 +227,51 @@ def test_kills_at_many_places_one_after_another(nursery: Nursery, undisturbed: s
     found = nursery.run(ranks=4, steps=STEPS, respawns=8, faults=faults, pause_s=0.1)
     assert found["codes"].count(-9) >= 5
     check(found, undisturbed, [code if code == -9 else 0 for code in found["codes"]])
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+
+
+def test_torchrun_starts_ranks_that_take_its_word(tmp_path: Path) -> None:
+    """The command becomes the trainer's, in the same process; here a script stands for the interpreter."""
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho "$FOLDFEED_ELASTIC"\necho "$@"\n')
+    script.chmod(0o755)
+    code = f"import sys; sys.executable = {str(script)!r}; from foldfeed.trainer.elastic import main; main()"
+    for count, refounds in (("0", False), ("3", True)):
+        ended = subprocess.run(
+            [sys.executable, "-c", code, "--wait-for", "4", "--host", "h", "--", "--steps", "3"],
+            env={**os.environ, **TORCHRUN, "TORCHELASTIC_RESTART_COUNT": count},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        plan, arguments = ended.stdout.splitlines()
+        wanted = Plan(founds=False, refounds=refounds, ranks=4, host="h", local_rank=1, torchrun=True)
+        assert Plan(**json.loads(plan)) == wanted
+        assert (wanted.may_found, wanted.is_start) == (True, not refounds)
+        assert arguments == "-m foldfeed.trainer --steps 3"
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "text"),
+    [
+        (["--respawn", "1"], "2", "instead of --ranks, --respawn, --spares and --join give torchrun"),
+        (["--join"], "2", "instead of --ranks, --respawn, --spares and --join give torchrun"),
+        ([], "4", "torchrun has 4 ranks on several machines"),
+    ],
+)
+def test_what_torchrun_does_itself_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    world: str,
+    text: str,
+) -> None:
+    for name, value in {**TORCHRUN, "WORLD_SIZE": world}.items():
+        monkeypatch.setenv(name, value)
+    assert elastic.main([*options, "--", "--steps", "3"]) == 2
+    assert text in capsys.readouterr().err
 
 
 def test_plans_that_cannot_work_are_refused() -> None:

@@ -26,6 +26,7 @@ class Commit:
       max_loss: of a sample.
       num_samples: counted samples.
       stop: some rank was asked to stop.
+      all_stop: all were.
       save_failed: a snapshot could not be written; the run ends.
       data_s: the wait for data of each rank.
       compute_s: forward and backward of each rank.
@@ -39,6 +40,7 @@ class Commit:
     max_loss: float
     num_samples: float
     stop: bool
+    all_stop: bool
     save_failed: bool
     data_s: list[float]
     compute_s: list[float]
@@ -116,6 +118,7 @@ def combine(rows: Sequence[Sequence[float]], num_shards: int, parts: Sequence[st
         max_loss=max(worst) if finite else math.nan,
         num_samples=num_samples,
         stop=any(row[0] for row in rows),
+        all_stop=all(row[0] for row in rows),
         save_failed=any(row[1] for row in rows),
         regroup=any(row[2] for row in rows),
         data_s=[row[3] for row in rows],

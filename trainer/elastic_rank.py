@@ -153,6 +153,7 @@ class ElasticRank:
         self.meters = source.meters
         self.trainer = Trainer(config, alone, source.batches, self.metrics, task, held_out, source.meters)
         self.trainer.check_peers = self._check_peers
+        self.trainer.leaves_alone = plan.torchrun
         self.trainer.invites = lambda: self.membership is not None and self.membership.invites()
         self.lease = Lease(self.output, config.lease_s, self.metrics.say)
         settings = run_identity(config, task)
@@ -174,23 +175,23 @@ class ElasticRank:
         # The states since the last snapshot are not to be trusted.
         self._doubt = self._was_odd = self._begins = False
         self._place = own_place()
+        self._reason = "finished"
         self._fruitless = 0
         self._phases: dict[str, float] = {}
 
     def train(self) -> Outcome | None:
         """Runs until the last step, a stop that was asked for, or an error of this rank's own."""
-        reason = "finished"
         if self.plan.standby:
             # All is built; the launcher wakes it when a rank is needed.
             os.kill(os.getpid(), signal.SIGSTOP)
         try:
-            view = self._found() if self.plan.founds else self._join(refounds=self.plan.refounds)
+            view = self._found() if self.plan.founds else self._join(refounds=self.plan.may_found)
             if view is None:
                 return None
             with launch.stop_on_sigterm(self.trainer):
                 return self._train(view)
         except BaseException as error:
-            reason = f"failed: {type(error).__name__}"
+            self._reason = f"failed: {type(error).__name__}"
             if self.saver is not None:
                 self.saver.close()
             # A full disk must not hide the error that ends this rank.
@@ -199,7 +200,10 @@ class ElasticRank:
             raise
         finally:
             if self.membership is not None:
-                self.membership.leave(reason)
+                if self._reason != "finished" and len(self.membership.view.members) > 1:
+                    # It is the others' as much, and they may go on at once.
+                    self.lease.let_go()
+                self.membership.leave(self._reason)
             self._part()
             self.lease.release()
             self.metrics.close()
@@ -224,8 +228,18 @@ class ElasticRank:
                     raise CommunicationError(
                         self.trainer.ranks.rank, f"{MAX_FRUITLESS} meetings in a row", str(error)
                     ) from error
+                if self.plan.torchrun and self.trainer.stop_requested:
+                    self._leave()
+                    return None
                 view = self._regroup(error)
         return None
+
+    def _leave(self) -> None:
+        """Leaves the run to the ranks of other machines; those of this one are to stop."""
+        self._reason = "asked to leave"
+        print(f"leaving after step {self.trainer.step}, as asked; ranks of others may go on", flush=True)
+        if self.saver is not None:
+            self.saver.close()
 
     def _check_peers(self) -> None:
         """Ends a step that cannot be completed before its next shard is computed."""
@@ -287,11 +301,12 @@ class ElasticRank:
         """Opens the run's folder and waits for the others."""
         self.metrics.active = True
         self.header["run_id"] = self._claim()
+        self.ledger.active = self._begins = True
         session = new_session(self.output)
         membership = self._membership(session)
         membership.found()
         publish(self.output, session)
-        ranks, wait_s = self.plan.ranks, self.plan.wait_s if self.plan.founds else REFOUND_WAIT_S
+        ranks, wait_s = self.plan.ranks, self.plan.wait_s if self.plan.is_start else REFOUND_WAIT_S
         if (came := membership.gather(ranks, wait_s)) < ranks:
             self.metrics.say(f"{came} of {ranks} ranks came within {wait_s:g} s; the others may join later")
         self.ledger.mark(INITIALIZATION)
@@ -301,7 +316,6 @@ class ElasticRank:
         return launch.claim(self.output, self.config, self.header, self.lease, self.metrics.say)
 
     def _restore(self, ranks: Ranks) -> None:
-        self.ledger.active = self._begins = True
         """Goes to the newest valid snapshot, where nobody has the state in memory. A collective."""
         self.ledger.mark(PREPARATION)
         self.metrics.active = ranks.is_first
@@ -338,7 +352,8 @@ class ElasticRank:
                 except ExcludedError:
                     membership.leave("nobody is there")
                     self.membership = None
-                if (self.output / launch.RESULT_FILE).exists() and read_session(self.output).name == tried:
+                if launch.has_finished(self.output, self.config) and read_session(self.output).name == tried:
+                    print(f"the run in {self.output} has finished without this rank", flush=True)
                     return None
             if refounds:
                 # Of several that do, the lease lets one begin; the others find its session.
@@ -462,6 +477,7 @@ class ElasticRank:
         mine = {
             "settings": settings_of(self.header, self.config.deterministic),
             "small": small if self._has_state else {**small, "step": -1},
+            "kept": self.trainer.kept() if self._has_state else None,
             "run_id": self.header["run_id"],
             "lease": self.lease.token,
             "last": self.metrics.last,
@@ -477,7 +493,6 @@ class ElasticRank:
         budget = {name: round(seconds, 4) for name, seconds in self._phases.items()}
         self.ledger.mark(REFORM)
         now = {"step": self.trainer.step, "world": ranks.world, "generation": view.generation}
-            "kept": self.trainer.kept() if self._has_state else None,
         self.ledger.regroup(ranks.is_first, **now, **budget, **shards)
         costs = "  ".join(f"{name.removesuffix('_s')} {seconds:.3f} s" for name, seconds in budget.items())
         kept = f" ({shards['shards_kept']} of its virtual shards are there)" if shards else ""

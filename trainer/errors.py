@@ -85,7 +85,7 @@ class RanksChangeError(TrainerError):
 
     def __init__(self, step: int) -> None:
         self.step = step
-        super().__init__(f"the ranks meet anew after step {step}, because one wants to join")
+        super().__init__(f"the ranks meet anew after step {step}, because one wants to join or to leave")
 
 
 class ExcludedError(TrainerError):

@@ -80,6 +80,7 @@ class Trainer:
       saved: completed steps of the newest snapshot on disk, as far as this rank knows.
       stop_requested: set it (from a signal handler) to stop at the next commit point.
       check_peers: called before each virtual shard; raises CommunicationError when the step is in vain.
+      leaves_alone: a rank that is asked to stop leaves the others alone, who meet anew; the last ones stop.
       invites: asked at each commit point whether the ranks should meet anew.
     """
 
@@ -119,7 +120,7 @@ class Trainer:
         self.step = 0
         self.num_skipped = 0
         self.saved = 0
-        self.stop_requested = False
+        self.stop_requested = self.leaves_alone = False
         self.check_peers: Callable[[], None] = lambda: None
         self.invites: Callable[[], bool] = lambda: False
         # A snapshot under way: its checksums, and what ends it.
@@ -129,11 +130,11 @@ class Trainer:
         self._not_finite_since = 0
         # The last step that looked at held-out records; a snapshot is taken after its step's look.
         self._looked = 0
-        seed_initial_weights(config.seed)
         # Of the step under way, by virtual shard; None between steps. What is there when a step is broken off
         # belongs to the reducer's finished blocks, and both to the state before that step.
         self._results: dict[int, ShardResult] | None = None
         self._division = usual_division(config.data.num_shards, ranks.world)
+        seed_initial_weights(config.seed)
         self.model = task.build()
         self.flat = FlatParameters(self.model, ranks.device)
         total = 4 * self.flat.numel
@@ -181,8 +182,8 @@ class Trainer:
         Args:
           ranks: the new ones.
           state: `small_state` of a rank that completed as many steps as this one.
-        """
           division: of the next step, equal on all ranks.
+        """
         before = self.reducer
         before.close()
         kept = {shard for block in division.kept[ranks.rank] for shard in block.shards}
@@ -244,7 +245,7 @@ class Trainer:
           watch: is told when steps begin.
         Raises:
           CommunicationError: a rank died or stalled.
-          RanksChangeError: a rank wants to join.
+          RanksChangeError: a rank wants to join or to leave.
           ReplicaMismatchError: a rank's parameters or moments differ.
         """
         try:
@@ -285,7 +286,7 @@ class Trainer:
                 self.metrics.say(line)
             if commit.save_failed:
                 saver.check()
-            stopped = commit.stop
+            stopped = commit.all_stop if self.leaves_alone else commit.stop
             ledger.mark(OTHER)
             self._look()
             ledger.mark(EVALUATION)
@@ -297,7 +298,7 @@ class Trainer:
                 self._begin_snapshot(saver, header, seconds, memory=memory, disk=disk)
             ledger.mark(SAVE)
             ledger.step(self.step)
-            if commit.regroup and not stopped and self.step < self.config.steps:
+            if (commit.regroup or commit.stop) and not stopped and self.step < self.config.steps:
                 self._end_snapshot()
                 # Nobody leaves before all have applied the step: it need not be brought to them.
                 self.ranks.gather_floats([0.0], "the end of a generation")
@@ -358,8 +359,8 @@ class Trainer:
         with record_function("trainer::optimizer"):
             update = self.optimizer.step(self.reducer.gradient, commit.num_samples, batch.step)
         self.step += 1
-        self.num_skipped += update.skipped
         self._results = None
+        self.num_skipped += update.skipped
         if update.skipped:
             why = explain_skip(commit, results, self.ranks, self.reducer.not_finite)
             self.metrics.say(f"step {self.step} skipped on all ranks: {why}")
@@ -487,8 +488,8 @@ class Trainer:
             tensor.copy_(buffers[name])
         self.optimizer.num_updates = int(state["num_updates"])
         self.step = int(state["step"])
-
         self._results = None
+
     def weights_digest(self) -> str:
         """Returns the sha256 (hex) of the flat parameters."""
         return hashlib.sha256(self.flat.params.cpu().numpy().data.cast("B")).hexdigest()
