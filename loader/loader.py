@@ -177,6 +177,8 @@ class CropLoader:
         self._num_threads = num_threads
         self._prefetch_steps = prefetch_steps
         self._step = 0
+        # A step of which this rank makes other virtual shards than its own, and which.
+        self._odd_step: tuple[int, Sequence[int]] = (-1, ())
         self._steps: StepPrefetcher[Any, ReadyStep] | None = None
         self._pid = os.getpid()
         self._closed = False
@@ -293,22 +295,29 @@ class CropLoader:
         self._stop()
         self._step = found.step
 
-    def redivide(self, step: int, rank: int, world: int) -> None:
+    def redivide(self, step: int, rank: int, world: int, first: Sequence[int] | None = None) -> None:
         """Goes to a position as another part of the ranks; what was made ahead is dropped.
 
         Args:
           step: the next step to be consumed.
           rank: this process, 0..world-1.
           world: processes that share a step from now on.
+          first: virtual shards that this process makes of that step alone, for instance those that a lost one
+            did not; its own when None.
         Raises:
           LoaderConfigError: a value that cannot work. Nothing has changed then.
         """
         self._check_usable()
         shards = rank_shards(self.order.virtual_shards, rank, world)
+        if first is not None and not set(first) <= set(range(self.order.virtual_shards)):
+            raise LoaderConfigError(
+                "first", list(first), f"must be virtual shards, 0..{self.order.virtual_shards - 1}"
+            )
         state = self.state_dict(step)
         # First, because what is under way belongs to the part that this was.
         self._stop()
         self.shards = shards
+        self._odd_step = (step, sorted(first)) if first is not None else (-1, ())
         self.load_state_dict(state)
 
     @property
@@ -434,7 +443,9 @@ class CropLoader:
         return dataclasses.replace(batch, shards=shards)
 
     def _layout(self, step: int) -> list[tuple[int, Sequence[int]]]:
-        samples = ((shard, self._shard_samples(step, shard)) for shard in self.shards)
+        odd_step, odd_shards = self._odd_step
+        shards = odd_shards if step == odd_step else self.shards
+        samples = ((shard, self._shard_samples(step, shard)) for shard in shards)
         return [(shard, numbers) for shard, numbers in samples if numbers]
 
     def _state(self, step: int) -> LoaderState:

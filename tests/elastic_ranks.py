@@ -7,8 +7,9 @@ continued after `AWAY_S`. The ranks are the trainer's own `ElasticRank` over the
     python tests/elastic_ranks.py FOLDER      reads scenarios (JSON) from stdin, one a line; answers likewise
 
 A fault {"phase": P, "step": K, "signal": S, "rank": R} strikes the process that was started R-th: at the
-first time that its step is at least K and it is at P, one of `PHASES`. Ranks that are started later, as
-replacements, are counted on. Two signals are none: FLIP changes a bit of the process's parameters, CUT takes
+first time that its step is at least K and it is at P, one of `PHASES`; with "generation": G in that one at
+the earliest, with "skip": N at the N-th time after the first. Ranks that are started later, as replacements,
+are counted on. Two signals are none: FLIP changes a bit of the process's parameters, CUT takes
 its link away for `AWAY_S`.
 """
 
@@ -36,6 +37,7 @@ PHASES = {
     "hook": ("reducer", "TreeReducer._complete", "before"),
     "collective": ("exchange", "TreeExchange.reduce", "before"),
     "mid-collective": ("wire", "_Flow.send", "after"),
+    "arrived": ("reducer", "TreeReducer._collect", "after"),
     "commit": ("loop", "combine", "before"),
     "optimizer": ("optimizer", "FlatAdamW.step", "before"),
     "applied": ("optimizer", "FlatAdamW.step", "after"),
@@ -103,6 +105,7 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
       scenario: ``ranks``, ``steps``; ``faults``, a list; ``respawns``, ``joins`` (steps after which one more
         rank is started), ``max_ranks``, ``limit_s``, ``config`` (changes of `tiny_config`), ``pause_s``;
         ``places``, of each process: its network namespace, address and port of the bridge (network.py);
+        ``torchrun``, whether ranks are as torchrun starts them;
         ``nodes``, of each process, whose snapshots in memory are theirs alone; ``folder`` of an earlier run
         to go on with, ``lost`` nodes of it.
     """
@@ -195,12 +198,15 @@ def results(folder: Path, numbers: dict[int, int]) -> dict[str, Any]:
 
 
 def final_digest(folder: Path) -> str:
-    """Returns one digest of the weights at the end, and of their average in the last snapshot."""
+    """Returns digests of the weights at the end, of all steps' losses, and of the last snapshot's average."""
     weights = json.loads((folder / "result.json").read_text())["weights_digest"]
     average = max(folder.glob("snapshots/step-*")) / "ema.f32"
-    return (
-        f"{weights} {hashlib.sha256(average.read_bytes()).hexdigest()}" if average.exists() else str(weights)
-    )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = ("step", "loss_metrics/global_avg_loss", "loss_metrics/global_max_loss")
+    texts = [json.dumps([[line[name] for name in names] for line in lines]).encode()]
+    if average.exists():
+        texts.append(average.read_bytes())
+    return " ".join([str(weights), *(hashlib.sha256(text).hexdigest() for text in texts)])
 
 
 def ledger_error(ledger: Sequence[dict[str, Any]]) -> float:
@@ -262,7 +268,8 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
         os.setns(space, os.CLONE_NEWNET)
         os.close(space)
     print(f"---- process {number} is {os.getpid()} at {time.time():.3f}", flush=True)
-    founds = number == 0
+    torchrun = scenario.get("torchrun", False)
+    founds = number == 0 and not torchrun
     # The average of the weights is a part of the state that travels.
     changes = {"optimizer": {"ema_decay": 0.9}, **scenario.get("config", {})}
     if nodes := scenario.get("nodes"):
@@ -275,6 +282,7 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
     plan = Plan(
         founds=founds,
         refounds=number >= scenario["ranks"],
+        torchrun=torchrun,
         ranks=scenario["ranks"],
         max_ranks=scenario.get("max_ranks", 0),
         host=host,
@@ -302,8 +310,8 @@ def divisible_source(config: Any, pause_s: float) -> Any:
     from foldfeed.trainer.ranks import Ranks
 
     class Source(SyntheticSource):
-        def redivide(self, step: int, rank: int, world: int) -> None:
-            self.step = step
+        def redivide(self, step: int, rank: int, world: int, first: Any = None) -> None:
+            self.step, self.odd = step, (step, first)
             self.ranks = Ranks(rank=rank, world=world, device=self.ranks.device)
 
     import torch
@@ -323,13 +331,16 @@ def set_trap(rank: Any, fault: dict[str, Any], cut: Path) -> None:
     for part in outer:
         owner = getattr(owner, part)
     original: Callable[..., Any] = getattr(owner, name)
-    armed = [True]
+    # How many more times it is passed.
+    left = [fault.get("skip", 0)]
 
     def spring() -> None:
         # In recovery alone, where the phase is one of it: the beginning is a meeting, too.
-        ready = rank.membership is not None and rank.membership.view.generation >= 1
-        if armed[0] and ready and rank.trainer.step >= fault["step"]:
-            armed[0] = False
+        ready = rank.membership is not None and rank.membership.view.generation >= fault.get("generation", 1)
+        if ready and rank.trainer.step >= fault["step"]:
+            left[0] -= 1
+            if left[0] != -1:
+                return
             struck = {**fault, "time": time.time()}
             os.write(1, b"STRUCK " + json.dumps(struck).encode() + b"\n")
             if fault["signal"] == "FLIP":

@@ -237,10 +237,19 @@ def test_a_loader_that_is_redivided_goes_on_as_one_made_anew(store, name):
             loader.redivide(step, rank, world)
             with pytest.raises(LoaderConfigError):
                 loader.redivide(1, world, world)
+            with pytest.raises(LoaderConfigError, match=r"must be virtual shards, 0\.\.7"):
+                loader.redivide(step, rank, world, [8])
             again = shards_of(itertools.islice(loader, 4 - step))
             owned = rank_shards(8, rank, world)
             assert again
             assert set(again) == {key for key in first if key[0] >= step and key[1] in owned}
+            # For the first step, others' shards.
+            loader.redivide(step, rank, world, [7, 1])
+            odd = shards_of(itertools.islice(loader, 4 - step))
+            # The last step of a short epoch has not samples for all of them.
+            wanted = {key for key in first if key in ((step, 1), (step, 7))}
+            assert set(odd) == {*wanted, *(key for key in again if key[0] > step)}
+            again |= odd
             for key, shard in again.items():
                 assert shard.samples == first[key].samples
                 for feature, values in shard.features.items():

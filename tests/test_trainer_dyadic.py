@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,10 @@ from foldfeed.trainer.dyadic import (
     blocks_of_ranks,
     merge_chain,
     owned_shards,
+    repaired,
+    stacked,
     tree_sum,
+    usual_division,
 )
 
 splits = st.integers(1, 40).flatmap(lambda v: st.tuples(st.just(v), st.integers(1, v)))
@@ -86,6 +91,43 @@ def test_the_sum_is_the_same_expression_for_every_world_size(split: tuple[int, i
     }
     summed = tree_sum(blocks, num_shards, lambda left, right: f"({left}+{right})")
     assert summed == expression(0, size, num_shards)
+
+
+@given(splits, st.data())
+def test_steps_that_break_again_and_again_give_the_same_expression(
+    split: tuple[int, int], data: st.DataObject
+) -> None:
+    """Ranks die and join between attempts; nobody computes what somebody who lives has."""
+    num_shards, world = split
+    size = 1 << (num_shards - 1).bit_length()
+    division = usual_division(num_shards, world)
+    for _ in range(data.draw(st.integers(1, 3))):
+        held = []
+        for kept, shards in zip(division.kept, division.shards, strict=True):
+            if data.draw(st.booleans()):
+                held.append(stacked(kept, shards[: data.draw(st.integers(0, len(shards)))]))
+        held = held[: max(1, num_shards)] or [[]]
+        if len(held) < num_shards and data.draw(st.booleans()):
+            held.append([])
+        there = {shard for blocks in held for block in blocks for shard in block.shards}
+        division = repaired(held, num_shards)
+        assert not there or division.kept == held
+        assert sorted(itertools.chain(*division.shards)) == sorted(set(range(num_shards)) - there)
+        assert all(shards == sorted(shards) for shards in division.shards)
+        sizes = [len(shards) for shards in division.shards]
+        assert max(sizes) - min(sizes) <= 1
+    blocks = {
+        block: expression(block.start, block.size, num_shards) for mine in division.blocks for block in mine
+    }
+    assert tree_sum(blocks, num_shards, lambda left, right: f"({left}+{right})") == expression(
+        0, size, num_shards
+    )
+
+
+def test_of_two_ranks_that_have_the_same_shard_the_first_counts() -> None:
+    division = repaired([[Block(0, 2)], [Block(1, 1), Block(2, 1)]], 4)
+    assert division.kept == [[Block(0, 2)], [Block(2, 1)]]
+    assert division.shards == [[], [3]]
 
 
 def test_a_missing_shard_is_an_error() -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from elastic_ranks import Nursery, ledger_error
 
+from foldfeed.trainer import elastic
 from foldfeed.trainer.elastic import Plan
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.network import Network
@@ -31,8 +37,13 @@ def undisturbed(nursery: Nursery) -> str:
     return str(found["digest"])
 
 
-def fault(rank: int, step: int, phase: str, signal: str = "KILL") -> dict[str, Any]:
-    return {"rank": rank, "step": step, "phase": phase, "signal": signal}
+def fault(rank: int, step: int, phase: str, signal: str = "KILL", **further: int) -> dict[str, Any]:
+    return {"rank": rank, "step": step, "phase": phase, "signal": signal, **further}
+
+
+def shards(found: dict[str, Any]) -> list[tuple[int, int]]:
+    """Returns how many virtual shards of each broken step were kept, and computed again."""
+    return [(line["shards_kept"], line["shards_again"]) for line in found["ledger"] if "shards_kept" in line]
 
 
 def check(
@@ -74,12 +85,26 @@ def test_two_of_four_die_at_once_and_nobody_comes(nursery: Nursery, undisturbed:
     assert sorted(members[-1]) == [1, 3]
 
 
+def test_only_shards_that_nobody_has_are_computed_again(nursery: Nursery, undisturbed: str) -> None:
+    """One dies when all sums are there, before the commit; another one when they are there again."""
+    faults = [fault(1, 5, "arrived"), fault(2, 5, "arrived", generation=2)]
+    found = nursery.run(ranks=4, steps=STEPS, faults=faults)
+    check(found, undisturbed, [0, -9, -9, 0])
+    # Two shards of the first, by two of the three that are left; then two and one of the second.
+    assert shards(found) == [(6, 2), (5, 3)]
+    assert "virtual shards of broken steps: 11 kept, 5 computed again" in found["said"]
+    assert "go on from step 5 (5 of its virtual shards are there)" in found["said"]
+
+
 @pytest.mark.parametrize("phase", ["agree", "agreed", "connect", "transfer"])
 def test_the_first_rank_dies_while_the_ranks_recover(nursery: Nursery, undisturbed: str, phase: str) -> None:
     """One of three dies, and then the one that leads the recovery; the last one goes on alone."""
     faults = [fault(1, 4, "hook"), fault(0, 4, phase)]
-    members = check(nursery.run(ranks=3, steps=STEPS, faults=faults), undisturbed, [-9, -9, 0])
+    found = nursery.run(ranks=3, steps=STEPS, faults=faults)
+    members = check(found, undisturbed, [-9, -9, 0])
     assert members[-1] == [2]
+    # What was kept for a meeting that failed is kept for the next one.
+    assert all(kept + again == 8 for kept, again in shards(found))
 
 
 def test_a_writer_that_was_stopped_publishes_nothing_and_comes_back(
@@ -181,12 +206,72 @@ def test_ranks_join_as_there_are_shards_for_them(nursery: Nursery, undisturbed: 
     assert len({number for view in members for number in view}) == 4
 
 
+def test_under_torchrun_whoever_comes_first_begins_and_who_is_asked_to_stop_leaves(
+    nursery: Nursery, undisturbed: str
+) -> None:
+    """SIGTERM is what torchrun sends to the neighbours of a rank that died; the rest of the run goes on."""
+    faults = [fault(0, 3, "forward", "TERM"), fault(1, 6, "hook")]
+    found = nursery.run(ranks=3, steps=STEPS, respawns=1, faults=faults, torchrun=True, pause_s=0.1)
+    members = check(found, undisturbed, [0, -9, 0, 0])
+    assert sorted(members[1]) == [0, 1, 2]
+    assert sorted(members[2]) == [1, 2]
+    assert "leaving after step 4, as asked" in found["said"]
+    assert [line["event"] for line in found["ledger"]].count("start") == 1
+
+
 def test_kills_at_many_places_one_after_another(nursery: Nursery, undisturbed: str) -> None:
     phases = ("forward", "hook", "collective", "commit", "optimizer", "applied", "publish", "transferred")
     faults = [fault(rank, 1 + rank, phase) for rank, phase in enumerate(phases)]
+    # Of its second shard, which is its last one.
+    faults[0]["skip"] = 1
     found = nursery.run(ranks=4, steps=STEPS, respawns=8, faults=faults, pause_s=0.1)
     assert found["codes"].count(-9) >= 5
     check(found, undisturbed, [code if code == -9 else 0 for code in found["codes"]])
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+
+
+def test_torchrun_starts_ranks_that_take_its_word(tmp_path: Path) -> None:
+    """The command becomes the trainer's, in the same process; here a script stands for the interpreter."""
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho "$FOLDFEED_ELASTIC"\necho "$@"\n')
+    script.chmod(0o755)
+    code = f"import sys; sys.executable = {str(script)!r}; from foldfeed.trainer.elastic import main; main()"
+    for count, refounds in (("0", False), ("3", True)):
+        ended = subprocess.run(
+            [sys.executable, "-c", code, "--wait-for", "4", "--host", "h", "--", "--steps", "3"],
+            env={**os.environ, **TORCHRUN, "TORCHELASTIC_RESTART_COUNT": count},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        plan, arguments = ended.stdout.splitlines()
+        wanted = Plan(founds=False, refounds=refounds, ranks=4, host="h", local_rank=1, torchrun=True)
+        assert Plan(**json.loads(plan)) == wanted
+        assert (wanted.may_found, wanted.is_start) == (True, not refounds)
+        assert arguments == "-m foldfeed.trainer --steps 3"
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "text"),
+    [
+        (["--respawn", "1"], "2", "instead of --ranks, --respawn, --spares and --join give torchrun"),
+        (["--join"], "2", "instead of --ranks, --respawn, --spares and --join give torchrun"),
+        ([], "4", "torchrun has 4 ranks on several machines"),
+    ],
+)
+def test_what_torchrun_does_itself_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    world: str,
+    text: str,
+) -> None:
+    for name, value in {**TORCHRUN, "WORLD_SIZE": world}.items():
+        monkeypatch.setenv(name, value)
+    assert elastic.main([*options, "--", "--steps", "3"]) == 2
+    assert text in capsys.readouterr().err
 
 
 def test_plans_that_cannot_work_are_refused() -> None:

@@ -71,6 +71,7 @@ def test_a_disturbed_run_ends_with_the_same_weights(
     assert len(digests) == 2
     assert digests[0] == digests[1]
     assert re.search(r"recovery_s: p50 (\d+\.\d) max \1\n", said)
+    assert re.search(r"virtual shards of broken steps: \d+ kept, \d+ computed again\n", said)
     assert (said.count("kill: rank"), said.count("join: after")) == (1, 1)
     ledger = (tmp_path / "proof" / "disturbed" / "goodput.jsonl").read_text().splitlines()
     events = [json.loads(line)["event"] for line in ledger]

@@ -115,6 +115,8 @@ class SyntheticSource:
     def __init__(self, data: Any, seed: int, ranks: Any, quirks: dict[str, Any]) -> None:
         self.data, self.seed, self.ranks, self.quirks = data, seed, ranks, quirks
         self.step = 0
+        # A step of which this rank makes other virtual shards than its own.
+        self.odd: tuple[int, Any] = (-1, None)
 
     def __iter__(self) -> Iterator[FakeStep]:
         from foldfeed.trainer.dyadic import owned_shards
@@ -136,9 +138,12 @@ class SyntheticSource:
                 step,
                 [
                     FakeShard(v, self._numbers(step, v, per_shard), self._features(step, v, per_shard))
-                    for v in owned_shards(shards, self.ranks.world, self.ranks.rank)
+                    for v in self._shards(step, owned_shards(shards, self.ranks.world, self.ranks.rank))
                 ],
             )
+
+    def _shards(self, step: int, own: range) -> Any:
+        return self.odd[1] if step == self.odd[0] and self.odd[1] is not None else own
 
     def _numbers(self, step: int, v: int, per_shard: int) -> list[int]:
         first = step * self.data.global_batch + v * per_shard

@@ -9,8 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
 
 from foldfeed.trainer.losses import Loss
+from foldfeed.trainer.source import ShardLike
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +26,7 @@ class Commit:
       max_loss: of a sample.
       num_samples: counted samples.
       stop: some rank was asked to stop.
+      all_stop: all were.
       save_failed: a snapshot could not be written; the run ends.
       data_s: the wait for data of each rank.
       compute_s: forward and backward of each rank.
@@ -35,6 +40,7 @@ class Commit:
     max_loss: float
     num_samples: float
     stop: bool
+    all_stop: bool
     save_failed: bool
     data_s: list[float]
     compute_s: list[float]
@@ -44,18 +50,41 @@ class Commit:
     regroup: bool
 
 
-def shard_scalars(losses: Mapping[int, Loss], num_shards: int, parts: Sequence[str]) -> list[float]:
+class ShardResult(NamedTuple):
+    """What a virtual shard leaves besides its gradient, in tensors of its own: the batch may go.
+
+    Attributes:
+      samples: global numbers.
+      finite: bool (b,), whether each sample's loss is.
+      scalars: 0-d each: sum of the losses, count, largest loss, then sum and count of each part.
+      num_residues: 0-d, that exist in the shard's crops.
+    """
+
+    samples: list[int]
+    finite: torch.Tensor
+    scalars: list[torch.Tensor]
+    num_residues: torch.Tensor
+
+    @classmethod
+    def of(cls, shard: ShardLike, loss: Loss, parts: Sequence[str]) -> ShardResult:
+        """Returns the result of a shard; no value is read back from the device."""
+        scalars = [loss.total.detach(), loss.num_samples, loss.per_sample.max()]
+        for name in parts:
+            scalars += [loss.parts[name].values.sum(), loss.parts[name].counted.sum()]
+        mask = shard.features.get("seq_mask")
+        num_residues = torch.zeros(()) if mask is None else mask.sum()
+        return cls(list(shard.samples), loss.per_sample.isfinite(), scalars, num_residues)
+
+
+def shard_scalars(results: Mapping[int, ShardResult], num_shards: int, num_parts: int) -> list[float]:
     """Returns V sums of losses, V counts and V largest losses, then V sums and V counts of each part.
 
     Zeros for other ranks' shards. Read only after the last backward was issued: on a GPU each ``item`` waits
     for the device.
     """
-    columns = [[0.0] * num_shards for _ in range(3 + 2 * len(parts))]
-    for shard, loss in losses.items():
-        values = [loss.total, loss.num_samples, loss.per_sample.max()]
-        for name in parts:
-            values += [loss.parts[name].values.sum(), loss.parts[name].counted.sum()]
-        for column, value in zip(columns, values, strict=True):
+    columns = [[0.0] * num_shards for _ in range(3 + 2 * num_parts)]
+    for shard, result in results.items():
+        for column, value in zip(columns, result.scalars, strict=True):
             column[shard] = float(value.item())
     return [value for column in columns for value in column]
 
@@ -89,6 +118,7 @@ def combine(rows: Sequence[Sequence[float]], num_shards: int, parts: Sequence[st
         max_loss=max(worst) if finite else math.nan,
         num_samples=num_samples,
         stop=any(row[0] for row in rows),
+        all_stop=all(row[0] for row in rows),
         save_failed=any(row[1] for row in rows),
         regroup=any(row[2] for row in rows),
         data_s=[row[3] for row in rows],

@@ -28,6 +28,33 @@ class Block(NamedTuple):
     start: int
     size: int
 
+    @property
+    def shards(self) -> range:
+        """The virtual shards in it."""
+        return range(self.start, self.start + self.size)
+
+
+class Division(NamedTuple):
+    """Who brings what to the sum of a step.
+
+    Attributes:
+      kept: per rank, blocks that it has from an attempt at the step that was broken off.
+      shards: per rank, the virtual shards that it computes, ascending.
+    """
+
+    kept: list[list[Block]]
+    shards: list[list[int]]
+
+    @property
+    def repairs(self) -> bool:
+        """Whether anything was kept."""
+        return any(self.kept)
+
+    @property
+    def blocks(self) -> list[list[Block]]:
+        """Per rank, the blocks that it ends with."""
+        return [stacked(kept, shards) for kept, shards in zip(self.kept, self.shards, strict=True)]
+
 
 def owned_shards(num_shards: int, world: int, rank: int) -> range:
     """Returns the virtual shards of one rank: contiguous, covering, sizes differing by at most one."""
@@ -53,6 +80,48 @@ def blocks_of_ranks(num_shards: int, world: int) -> list[list[Block]]:
     """Returns, for each rank, the blocks it can finish alone."""
     owned = [owned_shards(num_shards, world, rank) for rank in range(world)]
     return [aligned_blocks(shards.start, shards.stop) for shards in owned]
+
+
+def usual_division(num_shards: int, world: int) -> Division:
+    """Returns the division of a step of which nothing is there yet."""
+    shards = [list(owned_shards(num_shards, world, rank)) for rank in range(world)]
+    return Division([[] for _ in range(world)], shards)
+
+
+def repaired(kept: Sequence[Sequence[Block]], num_shards: int) -> Division:
+    """Returns the division of a step that begins again: what ranks have stays, the rest is dealt out evenly.
+
+    So a rank that is gone costs its own shards, computed by all that are left, and no rank gives up what it
+    has because others own other shards now. With 8 shards, of which rank 3 of 4 took 6 and 7 with it:
+
+        repaired([[(0, 2)], [(2, 2)], [(4, 2)]], 8).shards   is   [[], [6], [7]]
+
+    Args:
+      kept: per rank, what it has; of two that have the same shard, which no two should, the first counts.
+      num_shards: V.
+    """
+    taken: set[int] = set()
+    counted: list[list[Block]] = []
+    for blocks in kept:
+        counted.append([])
+        for block in blocks:
+            if taken.isdisjoint(block.shards):
+                taken.update(block.shards)
+                counted[-1].append(block)
+    if not taken:
+        return usual_division(num_shards, len(kept))
+    missing = [shard for shard in range(num_shards) if shard not in taken]
+    dealt = [owned_shards(len(missing), len(kept), rank) for rank in range(len(kept))]
+    return Division(counted, [missing[part.start : part.stop] for part in dealt])
+
+
+def stacked(kept: Sequence[Block], shards: Sequence[int]) -> list[Block]:
+    """Returns the blocks that a rank has when it finished ``shards``, one after another, on top of others."""
+    stack = list(kept)
+    for shard in shards:
+        num_merged, block = merge_chain(stack, shard)
+        stack[len(stack) - num_merged :] = [block]
+    return stack
 
 
 def merge_chain(stack: Sequence[Block], leaf: int) -> tuple[int, Block]:

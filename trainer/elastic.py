@@ -7,6 +7,11 @@ Each rank is a process of its own and fails alone: the others go on with what th
 is started again as a new rank, so many times. Ranks need neither this process nor each other to go on, only
 the folder; that is why more of them can join from anywhere, and why the launcher itself may die.
 
+    torchrun --nproc-per-node 2 --max-restarts 9 -m foldfeed.trainer.elastic --wait-for 4 --host HOST -- ...
+
+A torchrun on each machine (none of them knows of the others) in place of this launcher makes the machine what
+fails: torchrun ends and restarts all ranks of a machine when one dies, the ranks of other machines go on.
+
 Does not own: what a rank does (elastic_rank.py). Imports no torch.
 """
 
@@ -20,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import IO
+from typing import IO, NoReturn
 
 import click
 
@@ -46,6 +51,8 @@ class Plan:
       max_ranks: that train at once, at most; 0 for as many as there are virtual shards. More wait as spares.
       host: address by which the other ranks reach this one.
       local_rank: number of its device.
+      torchrun: one on each machine starts the ranks: whoever comes first begins the run, and SIGTERM asks the
+        ranks of that machine to leave it; those of the last one stop it.
       silent_s: without a sign of life after which a rank counts as lost.
       wait_s: for the others at the beginning, and for a member of the run to be found.
     """
@@ -57,8 +64,19 @@ class Plan:
     max_ranks: int = 0
     host: str = "127.0.0.1"
     local_rank: int = 0
+    torchrun: bool = False
     silent_s: float = 2.0
     wait_s: float = 60.0
+
+    @property
+    def may_found(self) -> bool:
+        """Whether it begins the run where there is none, or none of its ranks is left."""
+        return self.refounds or self.torchrun
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it is one of the first ranks, which are worth waiting for."""
+        return self.founds or (self.torchrun and not self.refounds)
 
     def __post_init__(self) -> None:
         for name in ("ranks", "silent_s", "wait_s"):
@@ -246,6 +264,26 @@ def run_ranks(launcher: Launcher) -> int:
             signal.signal(number, handler)
 
 
+def become_rank(plan: Plan, arguments: Sequence[str]) -> NoReturn:
+    """Makes this process, which torchrun started, a rank of an elastic run.
+
+    Args:
+      plan: but for what torchrun says in the environment.
+      arguments: of the trainer's command line.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    plan = dataclasses.replace(
+        plan,
+        founds=False,
+        refounds=restarted,
+        torchrun=True,
+        local_rank=int(os.environ["LOCAL_RANK"]),
+    )
+    os.environ[VARIABLE] = json.dumps(dataclasses.asdict(plan))
+    # The same process, so that torchrun's signals and exit codes are the rank's.
+    os.execv(sys.executable, [sys.executable, "-m", "foldfeed.trainer", *arguments])
+
+
 def _is_stopped(pid: int) -> bool:
     """Returns whether a process of ours is stopped by a signal (proc(5): the state follows the name)."""
     try:
@@ -286,15 +324,30 @@ def command(
 
     Weights are the same to the bit as those of an undisturbed run with any number of ranks. Without --join
     the run begins, or goes on from its last snapshot.
+
+    Under torchrun, one on each machine, --wait-for is the number of all ranks, and a machine's fail together.
     """
+    local_world = int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    if local_world and (ranks > 1 or join or respawn or spares):
+        raise TrainerConfigError(
+            "torchrun starts and replaces the ranks, and the first one begins the run: instead of --ranks, "
+            "--respawn, --spares and --join give torchrun --nproc-per-node and --max-restarts."
+        )
+    if local_world and int(os.environ["WORLD_SIZE"]) > local_world:
+        raise TrainerConfigError(
+            f"torchrun has {os.environ['WORLD_SIZE']} ranks on several machines and restarts all when one "
+            "dies. Start one on each machine, without --nnodes; or plain -m foldfeed.trainer."
+        )
     plan = Plan(
         founds=not join,
-        ranks=wait_for or ranks,
+        ranks=wait_for or local_world or ranks,
         max_ranks=max_ranks,
         host=host,
         silent_s=silent_s,
         wait_s=wait_s,
     )
+    if local_world:
+        become_rank(plan, trainer)
     return run_ranks(Launcher(plan, trainer, ranks=ranks, spares=spares, respawns=respawn))
 
 

@@ -2,8 +2,9 @@
 
 A rank that loses a peer drops its wires, not its process: memory, model, loader and device stay. The ranks
 that are left agree on a generation (membership.py), connect, bring those that are behind or new to the
-furthest one's step (raw bytes and crc32c, from live peers), divide the virtual shards anew and run the broken
-step again. Equal bits follow from the reducer, for whom the number of ranks makes no difference.
+furthest one's step (raw bytes and crc32c, from live peers), and finish the broken step: sums of virtual
+shards that somebody has stay where they are, only the others are computed. Equal bits follow from the
+reducer, for whom it makes no difference which rank has what.
 
 Where nobody has the state in memory, at a start above all, all of them choose a snapshot (resume.py). So they
 do when the digests that they compare before each snapshot differ: what the odd rank computed is in all sums
@@ -22,9 +23,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-import secrets
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 
 from foldfeed.trainer import launch
-from foldfeed.trainer.agreement import FolderRegister, Member, View
+from foldfeed.trainer.agreement import View
 from foldfeed.trainer.config import RunConfig, digest_of
 from foldfeed.trainer.data import LoaderMeters, open_held_out, open_loader, serving
 from foldfeed.trainer.elastic import Plan
@@ -59,20 +58,20 @@ from foldfeed.trainer.goodput import (
     process_start,
 )
 from foldfeed.trainer.held_out import HeldOut
-from foldfeed.trainer.lease import Lease, identity
+from foldfeed.trainer.lease import Lease
 from foldfeed.trainer.loop import Outcome, Trainer
 from foldfeed.trainer.membership import Limits, Membership
 from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.ranks import Group, Ranks, pick_device
 from foldfeed.trainer.resume import environment
-from foldfeed.trainer.session import Session, folder_of, new_session, publish, read_session
+from foldfeed.trainer.session import Session, new_session, publish, read_session
 from foldfeed.trainer.snapshot import SNAPSHOTS, SnapshotFolder
 from foldfeed.trainer.source import Source
 from foldfeed.trainer.task import Task, load_task
 from foldfeed.trainer.task import identity as run_identity
 from foldfeed.trainer.tiers import Saver, memory_folder
 from foldfeed.trainer.topology import own_place
-from foldfeed.trainer.transfer import nccl_groups, require_equal_settings, settings_of, transfer
+from foldfeed.trainer.transfer import divide_step, nccl_groups, require_equal_settings, settings_of, transfer
 from foldfeed.trainer.watch import StackWatch
 from foldfeed.trainer.wire import Channel, MeshGroup
 
@@ -154,6 +153,7 @@ class ElasticRank:
         self.meters = source.meters
         self.trainer = Trainer(config, alone, source.batches, self.metrics, task, held_out, source.meters)
         self.trainer.check_peers = self._check_peers
+        self.trainer.leaves_alone = plan.torchrun
         self.trainer.invites = lambda: self.membership is not None and self.membership.invites()
         self.lease = Lease(self.output, config.lease_s, self.metrics.say)
         settings = run_identity(config, task)
@@ -175,23 +175,23 @@ class ElasticRank:
         # The states since the last snapshot are not to be trusted.
         self._doubt = self._was_odd = self._begins = False
         self._place = own_place()
+        self._reason = "finished"
         self._fruitless = 0
         self._phases: dict[str, float] = {}
 
     def train(self) -> Outcome | None:
         """Runs until the last step, a stop that was asked for, or an error of this rank's own."""
-        reason = "finished"
         if self.plan.standby:
             # All is built; the launcher wakes it when a rank is needed.
             os.kill(os.getpid(), signal.SIGSTOP)
         try:
-            view = self._found() if self.plan.founds else self._join(refounds=self.plan.refounds)
+            view = self._found() if self.plan.founds else self._join(refounds=self.plan.may_found)
             if view is None:
                 return None
             with launch.stop_on_sigterm(self.trainer):
                 return self._train(view)
         except BaseException as error:
-            reason = f"failed: {type(error).__name__}"
+            self._reason = f"failed: {type(error).__name__}"
             if self.saver is not None:
                 self.saver.close()
             # A full disk must not hide the error that ends this rank.
@@ -200,7 +200,10 @@ class ElasticRank:
             raise
         finally:
             if self.membership is not None:
-                self.membership.leave(reason)
+                if self._reason != "finished" and len(self.membership.view.members) > 1:
+                    # It is the others' as much, and they may go on at once.
+                    self.lease.let_go()
+                self.membership.leave(self._reason)
             self._part()
             self.lease.release()
             self.metrics.close()
@@ -225,8 +228,18 @@ class ElasticRank:
                     raise CommunicationError(
                         self.trainer.ranks.rank, f"{MAX_FRUITLESS} meetings in a row", str(error)
                     ) from error
+                if self.plan.torchrun and self.trainer.stop_requested:
+                    self._leave()
+                    return None
                 view = self._regroup(error)
         return None
+
+    def _leave(self) -> None:
+        """Leaves the run to the ranks of other machines; those of this one are to stop."""
+        self._reason = "asked to leave"
+        print(f"leaving after step {self.trainer.step}, as asked; ranks of others may go on", flush=True)
+        if self.saver is not None:
+            self.saver.close()
 
     def _check_peers(self) -> None:
         """Ends a step that cannot be completed before its next shard is computed."""
@@ -284,17 +297,16 @@ class ElasticRank:
             group.close()
         self._groups = []
 
-    # ---------------------------------------------------------------- beginning
-
     def _found(self) -> View:
         """Opens the run's folder and waits for the others."""
-        self.metrics.active = self.ledger.active = self._begins = True
+        self.metrics.active = True
         self.header["run_id"] = self._claim()
+        self.ledger.active = self._begins = True
         session = new_session(self.output)
         membership = self._membership(session)
         membership.found()
         publish(self.output, session)
-        ranks, wait_s = self.plan.ranks, self.plan.wait_s if self.plan.founds else REFOUND_WAIT_S
+        ranks, wait_s = self.plan.ranks, self.plan.wait_s if self.plan.is_start else REFOUND_WAIT_S
         if (came := membership.gather(ranks, wait_s)) < ranks:
             self.metrics.say(f"{came} of {ranks} ranks came within {wait_s:g} s; the others may join later")
         self.ledger.mark(INITIALIZATION)
@@ -332,7 +344,7 @@ class ElasticRank:
         tried = ""
         while True:
             session = read_session(self.output)
-            if session.name != tried:
+            if session.name not in ("", tried):
                 tried = session.name
                 membership = self._membership(session)
                 try:
@@ -340,12 +352,13 @@ class ElasticRank:
                 except ExcludedError:
                     membership.leave("nobody is there")
                     self.membership = None
-                if (self.output / launch.RESULT_FILE).exists() and read_session(self.output).name == tried:
+                if launch.has_finished(self.output, self.config) and read_session(self.output).name == tried:
+                    print(f"the run in {self.output} has finished without this rank", flush=True)
                     return None
-                if refounds:
-                    # Of several that do, the lease lets one begin; the others find its session.
-                    with contextlib.suppress(LeaseHeldError):
-                        return self._found()
+            if refounds:
+                # Of several that do, the lease lets one begin; the others find its session.
+                with contextlib.suppress(LeaseHeldError):
+                    return self._found()
             if time.monotonic() > deadline:
                 raise TrainerError(
                     f"no run lives in {self.output}: none of its ranks could be reached for "
@@ -357,21 +370,13 @@ class ElasticRank:
         return read_session(self.output).name != session
 
     def _membership(self, session: Session) -> Membership:
-        listener = socket.create_server((self.plan.host, 0), backlog=1024)
-        me = Member(
-            uid=secrets.token_hex(8),
-            host=self.plan.host,
-            port=listener.getsockname()[1],
-            identity=identity(),
-        )
         shards = self.config.data.num_shards
         limits = Limits(
             silent_s=self.plan.silent_s,
             timeout_s=self.config.timeout_s,
             max_members=min(self.plan.max_ranks or shards, shards),
         )
-        register = FolderRegister(folder_of(self.output, session))
-        self.membership = Membership(me, listener, session.key, register, limits)
+        self.membership = Membership.of_session(self.output, session, self.plan.host, limits)
         return self.membership
 
     def _meet(self, view: View) -> tuple[Ranks, Saver]:
@@ -391,7 +396,8 @@ class ElasticRank:
         donor = rows[row]
         self._has_state, self._doubt = True, False
         self.header["run_id"] = donor["run_id"]
-        self.trainer.meet(ranks, donor["small"])
+        division, shards = divide_step(rows, self.config.data.num_shards)
+        self.trainer.meet(ranks, donor["small"], division)
         # What a first rank that is gone was about to write may be missing: all write once more at the end.
         self.trainer.saved = donor["small"]["saved"] if view.generation == 1 else -1
         self._phases["transfer_s"] = time.monotonic() - started - self._phases["form_s"]
@@ -402,7 +408,7 @@ class ElasticRank:
             self.metrics.lead(self.trainer.step, (donor["last"][0], donor["last"][1]))
         else:
             self._follow()
-        self._note(view, ranks)
+        self._note(view, ranks, shards)
         folder, memory = self._folders()
         self.saver = Saver(
             folder,
@@ -471,6 +477,7 @@ class ElasticRank:
         mine = {
             "settings": settings_of(self.header, self.config.deterministic),
             "small": small if self._has_state else {**small, "step": -1},
+            "kept": self.trainer.kept() if self._has_state else None,
             "run_id": self.header["run_id"],
             "lease": self.lease.token,
             "last": self.metrics.last,
@@ -481,12 +488,13 @@ class ElasticRank:
         require_equal_settings(rows, ranks.rank)
         return list(rows)
 
-    def _note(self, view: View, ranks: Ranks) -> None:
+    def _note(self, view: View, ranks: Ranks, shards: dict[str, int]) -> None:
         """Tells ledger and person who trains now, and what the change cost."""
         budget = {name: round(seconds, 4) for name, seconds in self._phases.items()}
         self.ledger.mark(REFORM)
         now = {"step": self.trainer.step, "world": ranks.world, "generation": view.generation}
-        self.ledger.regroup(ranks.is_first, **now, **budget)
+        self.ledger.regroup(ranks.is_first, **now, **budget, **shards)
         costs = "  ".join(f"{name.removesuffix('_s')} {seconds:.3f} s" for name, seconds in budget.items())
-        told = f"generation {view.generation}: {ranks.world} ranks go on from step {self.trainer.step}"
-        self.metrics.say(f"{told}  {costs}")
+        kept = f" ({shards['shards_kept']} of its virtual shards are there)" if shards else ""
+        told = f"{ranks.world} ranks go on from step {self.trainer.step}{kept}"
+        self.metrics.say(f"generation {view.generation}: {told}  {costs}")

@@ -77,7 +77,7 @@ class WireError(TrainerError):
 
 
 class RanksChangeError(TrainerError):
-    """A rank wants to join an elastic run, so all ranks meet anew; raised by all of them after a step.
+    """A rank wants to join or leave an elastic run; raised by all of them after a step, to meet anew.
 
     Attributes:
       step: completed steps.
@@ -85,7 +85,7 @@ class RanksChangeError(TrainerError):
 
     def __init__(self, step: int) -> None:
         self.step = step
-        super().__init__(f"the ranks meet anew after step {step}, because one wants to join")
+        super().__init__(f"the ranks meet anew after step {step}, because one wants to join or to leave")
 
 
 class ExcludedError(TrainerError):

@@ -72,18 +72,27 @@ class TreeExchange:
         """
         self._ranks = ranks
         self._num_shards = num_shards
-        self._blocks = blocks_of_ranks(num_shards, ranks.world)
-        self._all_blocks = [block for blocks in self._blocks for block in blocks]
         self._output = output
         world, chunk = ranks.world, -(-max_numel // ranks.world)
-        mine = len(self._blocks[ranks.rank])
-        self._send = torch.zeros(world * mine * chunk, dtype=wire, device=output.device)
-        # A single process sums what it packed; nothing is received.
-        received = len(self._all_blocks) * chunk if world > 1 else 0
-        self._recv = torch.zeros(received, dtype=wire, device=output.device)
         self._chunk = torch.zeros(chunk, dtype=wire, device=output.device)
         self._gathered = torch.zeros(world * chunk, dtype=wire, device=output.device)
         self._in_flight: tuple[Callable[[], None], Bucket] | None = None
+        self.divide(blocks_of_ranks(num_shards, world))
+
+    def divide(self, blocks: Sequence[Sequence[Block]]) -> None:
+        """Allocates messages for other blocks of the ranks; nothing may be under way.
+
+        Args:
+          blocks: per rank, in the order in which it gives them; together they cover all shards once.
+        """
+        world, chunk = self._ranks.world, len(self._chunk)
+        self._blocks = blocks
+        self._all_blocks = [block for mine in blocks for block in mine]
+        self._in_order = self._all_blocks == sorted(self._all_blocks)
+        mine = len(blocks[self._ranks.rank])
+        self._send = self._chunk.new_zeros(world * mine * chunk)
+        # A single process sums what it packed; nothing is received.
+        self._recv = self._chunk.new_zeros(len(self._all_blocks) * chunk if world > 1 else 0)
 
     def reduce(self, bucket: Bucket, blocks: Sequence[torch.Tensor]) -> None:
         """Exchanges one bucket, see `Exchange.reduce`."""
@@ -93,7 +102,7 @@ class TreeExchange:
         if world > 1:
             rows = self._scatter(bucket, chunk)
         self.drain()
-        summed = sum_rows(rows, self._all_blocks, self._num_shards)
+        summed = sum_rows(rows, self._all_blocks, self._num_shards, in_order=self._in_order)
         if world == 1:
             self._output[bucket.start : bucket.stop].copy_(summed)
             return
@@ -115,7 +124,7 @@ class TreeExchange:
         self._output[bucket.start : bucket.stop].copy_(self._gathered[: bucket.numel])
 
     def _scatter(self, bucket: Bucket, chunk: int) -> torch.Tensor:
-        """Runs the all-to-all; returns all ranks' blocks of this rank's chunk, a row each, in shard order."""
+        """Runs the all-to-all; returns all ranks' blocks of this rank's chunk, a row each, in rank order."""
         world, counts = self._ranks.world, [len(blocks) for blocks in self._blocks]
         mine = counts[self._ranks.rank]
         received = self._recv[: sum(counts) * chunk]
@@ -158,15 +167,18 @@ def pack(buffer: torch.Tensor, blocks: Sequence[torch.Tensor], parts: int, chunk
     return packed
 
 
-def sum_rows(rows: torch.Tensor, blocks: Sequence[Block], num_shards: int) -> torch.Tensor:
+def sum_rows(
+    rows: torch.Tensor, blocks: Sequence[Block], num_shards: int, *, in_order: bool = True
+) -> torch.Tensor:
     """Returns the sum of all shards in the fixed tree's order.
 
     Args:
       rows: (number of blocks, n), the blocks' values; written over.
-      blocks: that cover all shards, in order.
+      blocks: that cover all shards.
       num_shards: V.
+      in_order: whether the blocks are in the order of their shards.
     """
-    if len({block.size for block in blocks}) > 1:
+    if not in_order or len({block.size for block in blocks}) > 1:
         return tree_sum(dict(zip(blocks, rows.unbind(0), strict=True)), num_shards, add_in_place)
     # Equal blocks: the same additions, a level of the tree at once; a dozen operations for 4,096 ranks.
     while len(rows) > 1:
@@ -183,7 +195,10 @@ def add_in_place(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def finish_blocks(
-    stack: Sequence[tuple[Block, torch.Tensor]], leaf: torch.Tensor, num_merged: int, scratch: torch.Tensor
+    stack: Sequence[tuple[Block, torch.Tensor]],
+    leaf: torch.Tensor | None,
+    num_merged: int,
+    scratch: torch.Tensor,
 ) -> list[torch.Tensor]:
     """Returns this rank's finished blocks of one bucket; neither stack nor leaf is written.
 
@@ -192,10 +207,12 @@ def finish_blocks(
 
     Args:
       stack: finished blocks with their values restricted to the bucket, bottom first.
-      leaf: the last shard's gradient restricted to the bucket, fp32.
+      leaf: the last shard's gradient restricted to the bucket, fp32; None where all are on the stack.
       num_merged: from `dyadic.merge_chain`.
       scratch: at least as long as the leaf, of the dtype of sums.
     """
+    if leaf is None:
+        return [values for _, values in stack]
     kept = len(stack) - num_merged
     last = leaf if leaf.dtype is scratch.dtype else scratch[: leaf.numel()].copy_(leaf)
     for _, below in reversed(stack[kept:]):

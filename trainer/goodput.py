@@ -77,6 +77,8 @@ class Account:
       starts: how often the run was started.
       failures: how many starts ended neither done nor by request, the present one left out.
       regroups: how often the ranks changed while they ran.
+      shards_kept: virtual shards of steps that were broken off then, of which somebody had the gradient.
+      shards_again: those that were computed after it.
     """
 
     parts: Mapping[str, float]
@@ -84,6 +86,8 @@ class Account:
     starts: int
     failures: int
     regroups: int = 0
+    shards_kept: int = 0
+    shards_again: int = 0
 
     @property
     def goodput(self) -> float:
@@ -101,7 +105,11 @@ class Account:
             if seconds >= 0.05:
                 share = 100 * seconds / self.wall_s
                 table.append(f"  {name:<40}{seconds:>10.1f} s {share:>5.1f} %  {MEANINGS[name]}")
-        return table
+        return [*table, self.shards_line()] if self.shards_kept + self.shards_again else table
+
+    def shards_line(self) -> str:
+        """Returns what became of steps that lost a rank."""
+        return f"virtual shards of broken steps: {self.shards_kept} kept, {self.shards_again} computed again"
 
 
 def account(path: Path) -> Account:
@@ -137,10 +145,12 @@ def _sum_up(entries: Sequence[Mapping[str, Any]]) -> Account:
     parts = dict.fromkeys(MEANINGS, 0.0)
     steps: list[Mapping[str, Any]] = []
     last: Mapping[str, Any] | None = None
-    starts = failures = regroups = 0
+    starts = failures = regroups = shards_kept = shards_again = 0
     for entry in entries:
         # The first one is the beginning.
         regroups += entry["event"] == "regroup" and entry["generation"] > 1
+        shards_kept += entry.get("shards_kept", 0)
+        shards_again += entry.get("shards_again", 0)
         if entry["event"] in ("start", "regroup"):
             asked_for = last is not None and last["event"] == "end" and last["reason"] != "failed"
             if last is not None:
@@ -161,7 +171,8 @@ def _sum_up(entries: Sequence[Mapping[str, Any]]) -> Account:
             parts[name] += seconds
         last = entry
     wall_s = last["time"] - entries[0]["began"] if last is not None else 0.0
-    return Account(parts=parts, wall_s=wall_s, starts=starts, failures=failures, regroups=regroups)
+    counts = {"starts": starts, "failures": failures, "regroups": regroups}
+    return Account(parts=parts, wall_s=wall_s, **counts, shards_kept=shards_kept, shards_again=shards_again)
 
 
 def process_start() -> float:

@@ -356,6 +356,12 @@ def conclude(output: Path, header: dict[str, Any], outcome: Outcome) -> None:
     _write_json(output / RESULT_FILE, result)
 
 
+def has_finished(output: Path, config: RunConfig) -> bool:
+    """Returns whether a run's result is there, of as many steps as it is to have now."""
+    path = output / RESULT_FILE
+    return path.exists() and int(json.loads(path.read_text(encoding="utf-8"))["steps"]) >= config.steps
+
+
 def report_goodput(metrics: Metrics, ledger: Ledger, reason: str) -> None:
     """Closes the ledger and prints where the time went, on the rank that keeps it."""
     found = ledger.end(reason)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -26,27 +27,26 @@ from torch import nn
 from torch.profiler import record_function
 
 from foldfeed.trainer.buckets import auto_bucket_bytes, plan_buckets
-from foldfeed.trainer.commit import Commit, combine, shard_scalars
+from foldfeed.trainer.commit import Commit, ShardResult, combine, shard_scalars
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.ddp import DdpReducer
-from foldfeed.trainer.dyadic import owned_shards
+from foldfeed.trainer.dyadic import Block, Division, usual_division
 from foldfeed.trainer.errors import DivergedError, RanksChangeError
 from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.goodput import DATA, EVALUATION, OTHER, PRODUCTIVE, SAVE, SKIPPED, Ledger
 from foldfeed.trainer.held_out import HeldOut
-from foldfeed.trainer.losses import Loss
-from foldfeed.trainer.metrics import Metrics, memory_scalars
+from foldfeed.trainer.metrics import Metrics, commit_scalars, memory_scalars
 from foldfeed.trainer.optimizer import FlatAdamW, Update
 from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.reducer import Reducer, TreeReducer
 from foldfeed.trainer.rng import seed_initial_weights, seed_shard
 from foldfeed.trainer.snapshot import BUFFERS, EMA, Generation, checksum, replica_digest
-from foldfeed.trainer.source import BatchSource, SourceMeters, StepLike
+from foldfeed.trainer.source import BatchSource, NoShards, SourceMeters, StepLike
 from foldfeed.trainer.task import Task
 from foldfeed.trainer.tiers import Capture, Saver
 from foldfeed.trainer.traces import StepTraces
 from foldfeed.trainer.transports import choose, ranks_per_node, wire_dtype
-from foldfeed.trainer.watch import StackWatch, Stragglers
+from foldfeed.trainer.watch import StackWatch, Stragglers, explain_skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +80,7 @@ class Trainer:
       saved: completed steps of the newest snapshot on disk, as far as this rank knows.
       stop_requested: set it (from a signal handler) to stop at the next commit point.
       check_peers: called before each virtual shard; raises CommunicationError when the step is in vain.
+      leaves_alone: a rank that is asked to stop leaves the others alone, who meet anew; the last ones stop.
       invites: asked at each commit point whether the ranks should meet anew.
     """
 
@@ -119,7 +120,7 @@ class Trainer:
         self.step = 0
         self.num_skipped = 0
         self.saved = 0
-        self.stop_requested = False
+        self.stop_requested = self.leaves_alone = False
         self.check_peers: Callable[[], None] = lambda: None
         self.invites: Callable[[], bool] = lambda: False
         # A snapshot under way: its checksums, and what ends it.
@@ -129,6 +130,10 @@ class Trainer:
         self._not_finite_since = 0
         # The last step that looked at held-out records; a snapshot is taken after its step's look.
         self._looked = 0
+        # Of the step under way, by virtual shard; None between steps. What is there when a step is broken off
+        # belongs to the reducer's finished blocks, and both to the state before that step.
+        self._results: dict[int, ShardResult] | None = None
+        self._division = usual_division(config.data.num_shards, ranks.world)
         seed_initial_weights(config.seed)
         self.model = task.build()
         self.flat = FlatParameters(self.model, ranks.device)
@@ -153,7 +158,7 @@ class Trainer:
         Args:
           ranks: among whom a snapshot is looked for.
         """
-        self.ranks = ranks
+        self.ranks, self._results = ranks, None
         if self.step:
             seed_initial_weights(self.config.seed)
             initial = FlatParameters(self.task.build()).params
@@ -164,21 +169,40 @@ class Trainer:
             self.take_over(buffers, {"step": 0, "num_updates": 0})
             self.num_skipped = self.saved = self._looked = self._not_finite_since = 0
 
-    def meet(self, ranks: Ranks, state: Mapping[str, Any]) -> None:
+    def kept(self) -> list[Block] | None:
+        """Returns what this rank has of a step that was broken off; None between steps. After `part`."""
+        if not self._results:
+            return None if self._results is None else []
+        assert isinstance(self.reducer, TreeReducer), "the ranks of others do not change"
+        return [block for block, _ in self.reducer.finished()]
+
+    def meet(self, ranks: Ranks, state: Mapping[str, Any], division: Division) -> None:
         """Goes on among other ranks: fresh message buffers, the same model and loader.
 
         Args:
           ranks: the new ones.
           state: `small_state` of a rank that completed as many steps as this one.
+          division: of the next step, equal on all ranks.
         """
-        self.reducer.close()
-        self.ranks = ranks
+        before = self.reducer
+        before.close()
+        kept = {shard for block in division.kept[ranks.rank] for shard in block.shards}
+        results = self._results or {}
+        self._results = {shard: results[shard] for shard in kept} if kept else None
+        self.ranks, self._division = ranks, division
         self.num_skipped = int(state["num_skipped"])
         self._not_finite_since = int(state["not_finite_since"])
         self._looked = int(state["looked"])
-        self.reducer = self._make_reducer()
-        self._forward = self.reducer.wrap(self.model)
-        self.source.redivide(self.step, ranks.rank, ranks.world)
+        reducer = self.reducer = self._make_reducer()
+        if division.repairs:
+            assert isinstance(before, TreeReducer), before
+            assert isinstance(reducer, TreeReducer), reducer
+            reducer.resume(division, before.finished())
+        self._forward = reducer.wrap(self.model)
+        # What is left to be computed of the next step may be nothing here.
+        mine = division.shards[ranks.rank]
+        first = mine if division.repairs and mine else None
+        self.source.redivide(self.step + (not mine), ranks.rank, ranks.world, first)
         if self.held_out is not None:
             self.held_out.redivide(ranks)
 
@@ -221,7 +245,7 @@ class Trainer:
           watch: is told when steps begin.
         Raises:
           CommunicationError: a rank died or stalled.
-          RanksChangeError: a rank wants to join.
+          RanksChangeError: a rank wants to join or to leave.
           ReplicaMismatchError: a rank's parameters or moments differ.
         """
         try:
@@ -238,9 +262,10 @@ class Trainer:
         self._look()
         ledger.mark(EVALUATION)
         stopped = False
-        steps = iter(self.source)
-        num_shards, world = self.config.data.num_shards, self.ranks.world
-        stragglers = Stragglers([len(owned_shards(num_shards, world, rank)) for rank in range(world)])
+        usual = usual_division(self.config.data.num_shards, self.ranks.world)
+        stragglers = Stragglers([len(shards) for shards in usual.shards])
+        nothing = [] if self._division.shards[self.ranks.rank] else [NoShards(self.step)]
+        steps = itertools.chain(nothing, self.source)
         while self.step < self.config.steps and not stopped:
             watch.beat(self.step)
             self._traces.begin(self.step, self.ranks.rank)
@@ -256,11 +281,12 @@ class Trainer:
             ledger.move(kind, DATA, min(max(commit.data_s) - data_s, self.reducer.times["exposed"]))
             ledger.move(kind, SAVE, self._stall_s)
             self._log(commit, update, seconds)
-            if line := stragglers.feed(commit.data_s, commit.compute_s, seconds):
+            repaired, self._division = self._division.repairs, usual
+            if not repaired and (line := stragglers.feed(commit.data_s, commit.compute_s, seconds)):
                 self.metrics.say(line)
             if commit.save_failed:
                 saver.check()
-            stopped = commit.stop
+            stopped = commit.all_stop if self.leaves_alone else commit.stop
             ledger.mark(OTHER)
             self._look()
             ledger.mark(EVALUATION)
@@ -272,7 +298,7 @@ class Trainer:
                 self._begin_snapshot(saver, header, seconds, memory=memory, disk=disk)
             ledger.mark(SAVE)
             ledger.step(self.step)
-            if commit.regroup and not stopped and self.step < self.config.steps:
+            if (commit.regroup or commit.stop) and not stopped and self.step < self.config.steps:
                 self._end_snapshot()
                 # Nobody leaves before all have applied the step: it need not be brought to them.
                 self.ranks.gather_floats([0.0], "the end of a generation")
@@ -301,7 +327,7 @@ class Trainer:
         """
         assert batch.step == self.step, f"the loader gave step {batch.step}, the model is at {self.step}"
         num_shards = self.config.data.num_shards
-        losses: dict[int, Loss] = {}
+        results = self._results = self._results or {}
 
         started = time.perf_counter()
         self.reducer.begin()
@@ -313,19 +339,17 @@ class Trainer:
                     loss = self.task.loss(self._forward, shard.features)
                 with record_function(f"trainer::shard[{shard.v}]::backward"):
                     loss.total.backward()
-            losses[shard.v] = loss
+            results[shard.v] = ShardResult.of(shard, loss, self.task.parts)
 
-        # After the last backward was issued, like the losses: on a GPU each `item` waits for the device.
-        masks = [shard.features["seq_mask"] for shard in batch.shards if "seq_mask" in shard.features]
-        residues = sum(int(mask.sum().item()) for mask in masks)
         scalars = [
             float(self.stop_requested),
             float(save_failed),
             float(self.invites()),
             data_s,
-            residues,
+            # After the last backward was issued: on a GPU each `item` waits for the device.
+            sum(int(result.num_residues.item()) for result in results.values()),
             time.perf_counter() - started,
-            *shard_scalars(losses, num_shards, self.task.parts),
+            *shard_scalars(results, num_shards, len(self.task.parts)),
         ]
         with record_function("trainer::commit"):
             rows = self.reducer.finish(scalars)
@@ -335,9 +359,11 @@ class Trainer:
         with record_function("trainer::optimizer"):
             update = self.optimizer.step(self.reducer.gradient, commit.num_samples, batch.step)
         self.step += 1
+        self._results = None
         self.num_skipped += update.skipped
         if update.skipped:
-            self._explain_skip(commit, batch, losses)
+            why = explain_skip(commit, results, self.ranks, self.reducer.not_finite)
+            self.metrics.say(f"step {self.step} skipped on all ranks: {why}")
         return commit, update
 
     def _arithmetic(self) -> torch.autocast:
@@ -375,43 +401,12 @@ class Trainer:
             snapshot = str(saver.disk.generation_path(max(before))) if before else ""
             raise DivergedError(self._not_finite_since, count, snapshot)
 
-    def _explain_skip(self, commit: Commit, batch: StepLike, losses: Mapping[int, Loss]) -> None:
-        """Says why a step was skipped, and who brought what was not finite. All ranks call it."""
-        if commit.num_samples == 0:
-            self.metrics.say(f"step {self.step} skipped on all ranks: no sample of it counts for the loss")
-            return
-        samples = [
-            shard.samples[position]
-            for shard in batch.shards
-            for position, finite in enumerate(losses[shard.v].per_sample.isfinite().tolist())
-            if not finite
-        ]
-        found = self.ranks.gather_json(
-            [samples, self.reducer.not_finite()], "the search for what is not finite"
-        )
-        if commit.bad_shards:
-            why = f"the loss of virtual shards {commit.bad_shards} is not finite"
-            who = [f"rank {rank}: samples {numbers}" for rank, (numbers, _) in enumerate(found) if numbers]
-        else:
-            why = "the gradient is not finite although every loss is"
-            who = [f"rank {rank}: {text}" for rank, (_, texts) in enumerate(found) for text in texts]
-        self.metrics.say(
-            f"step {self.step} skipped on all ranks: {why}" + (f" ({'; '.join(who)})" if who else "")
-        )
-
     def _log(self, commit: Commit, update: Update, seconds: float) -> None:
-        samples = self.config.data.global_batch
         exposed, total = self.reducer.times["exposed"], self.reducer.times["total"]
         scalars = {
-            "loss_metrics/global_avg_loss": commit.mean_loss,
-            "loss_metrics/global_max_loss": commit.max_loss,
+            **commit_scalars(commit, self.config.data.global_batch, seconds),
             "grad_norm": update.norm,
             "lr": update.learning_rate,
-            "throughput(samples/s)": samples / seconds,
-            "throughput(residues/s)": commit.num_residues / seconds,
-            "time_metrics/end_to_end(s)": seconds,
-            "time_metrics/data_loading(s)": max(commit.data_s),
-            "time_metrics/data_loading(%)": 100.0 * min(1.0, max(commit.data_s) / seconds),
             "comm/exposed_ms": 1e3 * exposed,
             "comm/total_ms": 1e3 * total,
             "comm/hidden_pct": 100.0 * max(0.0, 1.0 - exposed / total) if total else 0.0,
@@ -421,7 +416,6 @@ class Trainer:
             "train/skipped": float(update.skipped),
             "train/num_skipped": float(self.num_skipped),
             **memory_scalars(self.ranks.device),
-            **{f"loss_metrics/{name}": value for name, value in commit.parts.items()},
             **({} if self._meters is None else self._meters.scalars()),
         }
         self.metrics.log(self.step, scalars)
@@ -494,6 +488,7 @@ class Trainer:
             tensor.copy_(buffers[name])
         self.optimizer.num_updates = int(state["num_updates"])
         self.step = int(state["step"])
+        self._results = None
 
     def weights_digest(self) -> str:
         """Returns the sha256 (hex) of the flat parameters."""

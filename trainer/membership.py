@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
-from foldfeed.trainer.agreement import Member, Register, Report, View, propose
-from foldfeed.trainer.errors import CommunicationError, ExcludedError, WireError
-from foldfeed.trainer.lease import is_gone
+from foldfeed.trainer.agreement import FolderRegister, Member, Register, Report, View, propose
+from foldfeed.trainer.errors import CommunicationError, ExcludedError, TrainerError, WireError
+from foldfeed.trainer.lease import identity, is_gone
 from foldfeed.trainer.peers import CONTROL, Peer, Peers
+from foldfeed.trainer.session import Session, folder_of
 from foldfeed.trainer.wire import Channel, frame
 
 # How often the folder is looked at while the decision is awaited, if no message comes.
@@ -99,6 +102,20 @@ class Membership:
         # Last: it begins to talk at once.
         self._peers = Peers(me.uid, listener, key, limits.silent_s, self)
 
+    @classmethod
+    def of_session(cls, output: Path, session: Session, host: str, limits: Limits) -> Membership:
+        """Returns this process as one that may become a member.
+
+        Args:
+          output: the run's folder.
+          session: that lives there.
+          host: where the others reach this process.
+          limits: see there.
+        """
+        listener = socket.create_server((host, 0), backlog=1024)
+        me = Member(uid=secrets.token_hex(8), host=host, port=listener.getsockname()[1], identity=identity())
+        return cls(me, listener, session.key, FolderRegister(folder_of(output, session)), limits)
+
     # ---------------------------------------------------------------- what peers say; the lock is held
 
     def understand(self, peer: Peer, message: Mapping[str, Any]) -> None:
@@ -177,7 +194,12 @@ class Membership:
         """
         deadline = time.monotonic() + wait_s
         while True:
-            latest = self._register.latest()
+            try:
+                latest = self._register.latest()
+            except TrainerError as error:
+                if superseded():
+                    raise ExcludedError(-1, "another session has begun") from error
+                raise
             if latest is not None and self.me.uid in latest.uids:
                 self._install(latest)
                 return latest

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from foldfeed.trainer.commit import Commit
 from foldfeed.trainer.errors import DependencyError
 
 METRICS_FILE = "metrics.jsonl"
@@ -152,6 +153,27 @@ def console_line(step: int, scalars: Mapping[str, float]) -> str:
         f"  data: {scalars['time_metrics/data_loading(%)']:.1f}%"
         f"  comm exposed: {scalars['comm/exposed_ms']:.0f} ms{skipped}"
     )
+
+
+def commit_scalars(commit: Commit, num_samples: int, seconds: float) -> dict[str, float]:
+    """Returns losses, speed and waits of a step.
+
+    Args:
+      commit: what the ranks agreed on.
+      num_samples: of the step.
+      seconds: it took.
+    """
+    data_s = max(commit.data_s)
+    return {
+        "loss_metrics/global_avg_loss": commit.mean_loss,
+        "loss_metrics/global_max_loss": commit.max_loss,
+        "throughput(samples/s)": num_samples / seconds,
+        "throughput(residues/s)": commit.num_residues / seconds,
+        "time_metrics/end_to_end(s)": seconds,
+        "time_metrics/data_loading(s)": data_s,
+        "time_metrics/data_loading(%)": 100.0 * min(1.0, data_s / seconds),
+        **{f"loss_metrics/{name}": value for name, value in commit.parts.items()},
+    }
 
 
 def memory_scalars(device: torch.device) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """``python -m foldfeed.trainer.prove``: a training left alone and one disturbed end in equal weights.
 
     undisturbed: 9e70846a...          so many ranks, left alone
+    virtual shards of broken steps: 41 kept, 15 computed again
     disturbed: 9e70846a...            the same, while ranks are killed, stopped, cut off and added
     recovery_s: p50 0.4 max 3.1       from each fault to the next step that was not done before
 
@@ -34,6 +35,7 @@ from foldfeed.trainer.agreement import FolderRegister, Member
 from foldfeed.trainer.elastic import Launcher, Plan
 from foldfeed.trainer.errors import TrainerConfigError, TrainerError
 from foldfeed.trainer.exit_code import exit_code
+from foldfeed.trainer.goodput import GOODPUT_FILE, account
 from foldfeed.trainer.network import Network
 
 KINDS = ("kill", "stop", "cut", "join")
@@ -146,7 +148,10 @@ def run_disturbed(launch: Launch, output: Path, faults: Sequence[Fault]) -> list
             place=network.place if network is not None else None,
         )
         stack.callback(launcher.kill)
-        return Disturbance(launcher, output, network, faults).run(launch.limit_s, log)
+        recoveries = Disturbance(launcher, output, network, faults).run(launch.limit_s, log)
+    if faults:
+        click.echo(account(output / GOODPUT_FILE).shards_line())
+    return recoveries
 
 
 class Disturbance:

@@ -13,6 +13,10 @@ A gradient that is produced again after its bucket left (several backward calls 
 checkpointing) makes the bucket *late*: the flags tell all ranks, the bucket is exchanged again at the commit
 point, and from then on it waits for it. Parameters without a gradient count as zeros.
 
+What a rank finished of a step that is broken off outlives its reducer (`finished`), and the next one goes on
+from there (`resume`): transports read blocks and leaf and never write them, so nothing that was under way is
+in them.
+
 Invariants: launch order is bucket order on every rank, whatever order backward produced; the sums have equal
 bits for every world size; buffers are only touched by the thread between launch and `finish`.
 """
@@ -31,7 +35,7 @@ from torch import nn
 from torch.profiler import record_function
 
 from foldfeed.trainer.buckets import Bucket
-from foldfeed.trainer.dyadic import Block, merge_chain, owned_shards
+from foldfeed.trainer.dyadic import Block, Division, merge_chain, usual_division
 from foldfeed.trainer.errors import TrainerError
 from foldfeed.trainer.exchange import Exchange, TreeExchange, finish_blocks
 from foldfeed.trainer.flat import FlatParameters
@@ -105,7 +109,8 @@ class TreeReducer:
         self._flat = flat
         self._ranks = ranks
         self._buckets = list(buckets)
-        self._owned = owned_shards(num_shards, ranks.world, ranks.rank)
+        self._usual = self._division = usual_division(num_shards, ranks.world)
+        self._resumes = False
         self._event = on_event or (lambda name, bucket: None)
         largest = max(bucket.numel for bucket in buckets)
         self._exchange: Exchange = (
@@ -131,6 +136,9 @@ class TreeReducer:
 
     def _reset(self) -> None:
         self._armed = False
+        # Of this step's shards: how many are computed, and whether the last one's gradient is still a leaf.
+        self._num_done = 0
+        self._has_leaf = False
         self._error: BaseException | None = None
         self._futures: list[Future[float]] = []
         self._next = 0
@@ -143,11 +151,49 @@ class TreeReducer:
         return model
 
     def begin(self) -> None:
-        """Zeroes the gradient and forgets the previous step's blocks."""
-        while self._stack:
+        """Zeroes the gradient and forgets the previous step's blocks, but those that `resume` brought."""
+        if self._division is not self._usual and not self._resumes:
+            # What a repair took more of memory than usual goes back.
+            self._stack, self._pool, self._division = [], [], self._usual
+            self._transport().divide(self._usual.blocks)
+        while self._stack and not self._resumes:
             self._pool.append(self._stack.pop()[1])
+        self._resumes = False
         self._reset()
         self._flat.zero_gradients()
+
+    def _transport(self) -> TreeExchange:
+        assert isinstance(self._exchange, TreeExchange), "steps are repaired where ranks may change"
+        return self._exchange
+
+    @property
+    def _shards(self) -> list[int]:
+        return self._division.shards[self._ranks.rank]
+
+    def resume(self, division: Division, finished: Sequence[tuple[Block, torch.Tensor]]) -> None:
+        """Lets the next step, and it alone, go on from what ranks have.
+
+        Args:
+          division: of the step, equal on all ranks.
+          finished: of another reducer of the same flat buffers; what the division does not count is left out.
+        """
+        wanted = division.kept[self._ranks.rank]
+        self._stack = [(block, values) for block, values in finished if block in wanted]
+        assert [block for block, _ in self._stack] == wanted, f"{wanted} are not all in {finished}"
+        self._division, self._resumes = division, True
+        self._transport().divide(division.blocks)
+
+    def finished(self) -> list[tuple[Block, torch.Tensor]]:
+        """Returns the sums of the step's virtual shards that were finished here; after `close`.
+
+        Only what this rank computed (or resumed with) is in them. Owned by the caller once this is dropped.
+        """
+        if self._has_leaf:
+            if self._side is not None:
+                torch.cuda.current_stream(self._ranks.device).wait_stream(self._side)
+            self._has_leaf = False
+            self._fold(self._shards[-1])
+        return list(self._stack)
 
     @contextlib.contextmanager
     def shard(self, number: int) -> Iterator[None]:
@@ -156,14 +202,16 @@ class TreeReducer:
         Raises:
           AssertionError: the number is not the next of this rank's shards.
         """
-        done = self._stack[-1][0].start + self._stack[-1][0].size if self._stack else self._owned.start
-        assert number == done, f"virtual shard {number} out of turn, expected {done} of {self._owned}"
-        last = number == self._owned.stop - 1
+        expected = self._shards[self._num_done : self._num_done + 1]
+        assert [number] == expected, f"virtual shard {number} out of turn, expected {expected}"
+        last = self._num_done == len(self._shards) - 1
         if last:
             self._num_merged, _ = merge_chain([block for block, _ in self._stack], number)
             self._armed = True
         yield
         self._armed = False
+        self._num_done += 1
+        self._has_leaf = last
         if last:
             self._event("backward_end", -1)
         else:
@@ -247,7 +295,8 @@ class TreeReducer:
             with self._on_side_stream(events), record_function(f"trainer::bucket[{bucket.index}]::exchange"):
                 span = slice(bucket.start, bucket.stop)
                 stack = [(block, values[span]) for block, values in self._stack]
-                blocks = finish_blocks(stack, self._flat.grads[span], self._num_merged, self._scratch)
+                leaf = self._flat.grads[span] if self._shards else None
+                blocks = finish_blocks(stack, leaf, self._num_merged, self._scratch)
                 self._exchange.reduce(bucket, blocks)
         except BaseException as error:  # noqa: BLE001 - kept whole, re-raised by finish()
             self._error = self._error or error
@@ -322,8 +371,8 @@ class TreeReducer:
 
         What is finite on every rank and not in the sum has overflowed there.
         """
-        last = self._owned.stop - 1
-        blocks = [*self._stack, (Block(last, 1), self._flat.grads)]
+        leaf = [(Block(self._shards[-1], 1), self._flat.grads)] if self._has_leaf else []
+        blocks = [*self._stack, *leaf]
         found = []
         for block, values in blocks:
             if bool(values.isfinite().all()):
@@ -333,7 +382,7 @@ class TreeReducer:
                 for segment in self._flat.segments
                 if not bool(values[segment.start : segment.start + segment.padded].isfinite().all())
             )
-            shards = f"{block.start}" if block.size == 1 else f"{block.start}..{block.start + block.size - 1}"
+            shards = f"{block.start}" if block.size == 1 else f"{block.start}..{block.shards[-1]}"
             found.append(f"virtual shard {shards}, parameter {bad}")
         return found
 

@@ -32,6 +32,8 @@ class Session(NamedTuple):
 def new_session(output: Path) -> Session:
     """Makes the folder of a new session, which nobody can find before `publish`; removes older ones."""
     session = Session(secrets.token_hex(8), secrets.token_bytes(32))
+    # First, so that whoever finds its folder gone also finds that the session is not that one any more.
+    (output / FOLDER / FILE).unlink(missing_ok=True)
     shutil.rmtree(output / FOLDER, ignore_errors=True)
     folder_of(output, session).mkdir(mode=0o700, parents=True)
     return session

@@ -44,6 +44,13 @@ class StepLike(Protocol):
         ...
 
 
+class NoShards(NamedTuple):
+    """A step of which this rank computes nothing."""
+
+    step: int
+    shards: tuple[ShardLike, ...] = ()
+
+
 class BatchSource(Protocol):
     """What the loop needs of a loader."""
 
@@ -59,8 +66,15 @@ class BatchSource(Protocol):
         """Goes to a state; raises when it belongs to other data."""
         ...
 
-    def redivide(self, step: int, rank: int, world: int) -> None:
-        """Goes to a step as another part of the ranks; only an elastic run does this."""
+    def redivide(self, step: int, rank: int, world: int, first: Sequence[int] | None = None) -> None:
+        """Goes to a step as another part of the ranks; only an elastic run does this.
+
+        Args:
+          step: the next one.
+          rank: this process.
+          world: how many there are.
+          first: this rank's virtual shards of that step alone, at least one; as usual when None.
+        """
         ...
 
 

@@ -1,4 +1,4 @@
-"""What ranks of a new generation need besides its wires: equal settings, one state, communicators for GPUs.
+"""What ranks of a new generation need besides its wires: settings, a state, shares of a step, communicators.
 
 Does not own: who is a member, when ranks meet (elastic_rank.py).
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from foldfeed.trainer.dyadic import Block, Division, repaired
 from foldfeed.trainer.errors import CommunicationError, TrainerConfigError
 from foldfeed.trainer.loop import Trainer
 from foldfeed.trainer.ranks import Group, Ranks, TorchGroup
@@ -49,6 +50,24 @@ def require_equal_settings(rows: Sequence[Mapping[str, Any]], rank: int) -> None
         )
     if odd:
         raise CommunicationError(rank, "the meeting", f"ranks {odd} have other settings.")
+
+
+def divide_step(rows: Sequence[Mapping[str, Any]], num_shards: int) -> tuple[Division, dict[str, int]]:
+    """Returns who computes what of the next step, and how much of a broken one is there; {} if none broke.
+
+    Args:
+      rows: what every rank said, in order of rank: in ``small`` its ``step``, and the blocks that it ``kept``
+        of the step after it, None between steps.
+      num_shards: V.
+    """
+    step = max(row["small"]["step"] for row in rows)
+    # A rank that is behind gets the state after the step that its blocks belong to.
+    found = [row["kept"] if row["small"]["step"] == step else None for row in rows]
+    division = repaired([[Block(*block) for block in blocks or []] for blocks in found], num_shards)
+    if all(blocks is None for blocks in found):
+        return division, {}
+    again = sum(map(len, division.shards))
+    return division, {"shards_kept": num_shards - again, "shards_again": again}
 
 
 def transfer(

@@ -7,6 +7,8 @@ a window of steps, a rank that takes much longer than the median of the others i
 for most of the collectives' timeout (before they fail and the processes end), or on SIGUSR1. It does not need
 the main thread, which may be stuck in a collective: the signal arrives through a pipe.
 
+*Skipped steps*: why one was skipped, and whose samples or parameters are not finite.
+
 Does not own: the decision to end a run that hangs; the collectives' timeout makes it.
 """
 
@@ -21,9 +23,12 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+
+from foldfeed.trainer.commit import Commit, ShardResult
+from foldfeed.trainer.ranks import Ranks
 
 STACKS_FILE = "stacks.txt"
 # Of the timeout: late enough not to cry wolf, early enough for a slow disk.
@@ -98,6 +103,38 @@ class Stragglers:
             if worst is None or excess_s > worst[2] - worst[3]:
                 worst = (phase, rank, rates[rank] * work[rank], others * work[rank])
         return worst
+
+
+def explain_skip(
+    commit: Commit,
+    results: Mapping[int, ShardResult],
+    ranks: Ranks,
+    not_finite: Callable[[], list[str]],
+) -> str:
+    """Returns why a step was skipped, and who brought what was not finite. A collective.
+
+    Args:
+      commit: of the step.
+      results: of this rank's virtual shards.
+      ranks: that trained.
+      not_finite: returns this rank's own gradients that are not, one phrase each.
+    """
+    if commit.num_samples == 0:
+        return "no sample of it counts for the loss"
+    samples = [
+        sample
+        for _, result in sorted(results.items())
+        for sample, finite in zip(result.samples, result.finite.tolist(), strict=True)
+        if not finite
+    ]
+    found = ranks.gather_json([samples, not_finite()], "the search for what is not finite")
+    if commit.bad_shards:
+        why = f"the loss of virtual shards {commit.bad_shards} is not finite"
+        who = [f"rank {rank}: samples {numbers}" for rank, (numbers, _) in enumerate(found) if numbers]
+    else:
+        why = "the gradient is not finite although every loss is"
+        who = [f"rank {rank}: {text}" for rank, (_, texts) in enumerate(found) for text in texts]
+    return why + (f" ({'; '.join(who)})" if who else "")
 
 
 class StackWatch:
