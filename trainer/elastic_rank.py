@@ -90,10 +90,10 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
       TrainerConfigError: the settings do not fit.
       TrainerError: this rank failed; the others go on without it if they can.
     """
-    if config.reducer != "tree":
+    if config.reducer not in ("tree", "hierarchical"):
         raise TrainerConfigError(
             f"--reducer {config.reducer} cannot change its ranks while it runs: its sums depend on their "
-            "number, or its groups on their nodes. Use tree."
+            "number, or it measures for longer than they need to meet. Use tree or hierarchical."
         )
     config.check_world(plan.ranks)
     task = load_task(config)
@@ -363,6 +363,7 @@ class ElasticRank:
             host=self.plan.host,
             port=listener.getsockname()[1],
             identity=identity(),
+            place="/".join(self._place),
         )
         shards = self.config.data.num_shards
         limits = Limits(

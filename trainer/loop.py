@@ -45,7 +45,7 @@ from foldfeed.trainer.source import BatchSource, SourceMeters, StepLike
 from foldfeed.trainer.task import Task
 from foldfeed.trainer.tiers import Capture, Saver
 from foldfeed.trainer.traces import StepTraces
-from foldfeed.trainer.transports import choose, ranks_per_node, wire_dtype
+from foldfeed.trainer.transports import choose, wire_dtype
 from foldfeed.trainer.watch import StackWatch, Stragglers
 
 
@@ -198,7 +198,7 @@ class Trainer:
         self.messages = self.buckets
         if self.config.reducer == "ddp":
             return DdpReducer(self.flat, self.ranks, num_shards, self._bucket_bytes)
-        found = choose(self.config, self.ranks, self.flat.segments, ranks_per_node())
+        found = choose(self.config, self.ranks, self.flat.segments)
         self.messages = list(found.buckets)
         if found.why:
             self.metrics.say(f"gradients travel by {found.name}: {found.why}")

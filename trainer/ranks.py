@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from foldfeed.trainer.errors import (
     TrainerConfigError,
     WireError,
 )
+from foldfeed.trainer.topology import by_place, told_place
 
 
 class Group(Protocol):
@@ -46,6 +48,13 @@ class Group(Protocol):
         """Starts to gather every rank's equally long tensor; returns what waits for it."""
         ...
 
+    def part(self, members: Sequence[int]) -> Group:
+        """Returns a group of some ranks, this one among them; each of them calls it, with equal members.
+
+        It ends with this group.
+        """
+        ...
+
     def abort(self, reason: str) -> None:
         """Makes whatever waits for a peer end with an error, soon; from any thread."""
         ...
@@ -58,9 +67,16 @@ class Group(Protocol):
 class TorchGroup:
     """torch's process groups. NCCL can be aborted; gloo cannot (wire.py), and is not asked to."""
 
-    def __init__(self, group: Any) -> None:
-        """Takes a ``ProcessGroup``, or a backend such as ``ProcessGroupNCCL``."""
+    def __init__(self, group: Any, make_part: Callable[[list[int]], Any] | None = None) -> None:
+        """Takes a group.
+
+        Args:
+          group: a ``ProcessGroup``, or a backend such as ``ProcessGroupNCCL``.
+          make_part: makes one of some ranks; torch's ``new_group`` when None.
+        """
         self._group = group
+        self._make_part = make_part or functools.partial(dist.new_group, use_local_synchronization=True)
+        self._parts: list[TorchGroup] = []
 
     def all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
@@ -78,13 +94,20 @@ class TorchGroup:
         work: Any = dist.all_reduce(tensor, group=self._group, async_op=True)
         return lambda: work.wait() and None
 
+    def part(self, members: Sequence[int]) -> TorchGroup:
+        """See `Group`."""
+        self._parts.append(TorchGroup(self._make_part(list(members))))
+        return self._parts[-1]
+
     def abort(self, reason: str) -> None:
         """See `Group`."""
-        self._group.abort()
+        for group in (self, *self._parts):
+            group._group.abort()
 
     def close(self) -> None:
         """See `Group`."""
-        self._group.shutdown()
+        for group in (self, *self._parts):
+            group._group.shutdown()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,9 +284,25 @@ def _meeting_point(rank: int, world: int, timeout: datetime.timedelta) -> dist.S
 
 
 def _new_group(backend: str, timeout: datetime.timedelta) -> Group:
-    group = dist.new_group(backend=backend, timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup), "a group of all ranks includes this one"
-    return TorchGroup(group)
+    make = functools.partial(dist.new_group, backend=backend, timeout=timeout)
+    return TorchGroup(make(), functools.partial(make, use_local_synchronization=True))
+
+
+def _take_place(store: dist.Store, rank: int, world: int) -> int:
+    """Returns this process's number among the ranks.
+
+    Ranks of a node, switch or region are neighbours in number where a topology is told; whoever started them
+    may have dealt their numbers out in turn. The first one stays the first. A collective.
+    """
+    store.set(f"foldfeed/place/{rank}", json.dumps(told_place()))
+    if rank == 0:
+        # One of them reads what all say: 4,096 answers, not 4,096 times as many.
+        places = [json.loads(store.get(f"foldfeed/place/{other}")) for other in range(world)]
+        store.set("foldfeed/places", json.dumps(by_place(places)))
+    place = json.loads(store.get("foldfeed/places")).index(rank)
+    if place != rank:
+        print(f"rank {place} by its place is what {rank} was by RANK", flush=True)
+    return int(place)
 
 
 @contextlib.contextmanager
@@ -283,6 +322,7 @@ def joined(
       always: make a group for a single process too (torch's DDP wants one).
     Raises:
       CommunicationError: not all ranks came.
+      TrainerConfigError: a topology cannot be read.
       MeetingPointError: the port where they meet is taken.
     """
     if world == 1 and not always:
@@ -295,6 +335,7 @@ def joined(
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             store = _meeting_point(rank, world, timeout)
+            rank = _take_place(store, rank, world)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         ranks = Ranks(
             rank=rank,
