@@ -166,6 +166,7 @@ class ElasticRank:
             "environment": environment(
                 alone.device, torch.get_num_threads(), config.deterministic, config.compile
             ),
+            "network": launch.network_of(self.trainer),
         }
         self.mirror = launch.mirror_of(config, self.metrics.say)
         self.membership: Membership | None = None
@@ -314,6 +315,7 @@ class ElasticRank:
         if self.saver is not None:
             self.saver.settle_memory()
         self.trainer.begin_again(ranks)
+        self.header["network"] = launch.network_of(self.trainer)
         begun = ranks.gather_json(self.plan.refounds or ranks.generation > 1, "the choice of a snapshot")[0]
         launch.continue_run(self.trainer, folder, memory, self.header, begun=begun)
         self.ledger.mark(RESTORE)
@@ -393,6 +395,7 @@ class ElasticRank:
         self._has_state, self._doubt = True, False
         self.header["run_id"] = donor["run_id"]
         self.trainer.meet(ranks, donor["small"])
+        self.header["network"] = launch.network_of(self.trainer)
         # What a first rank that is gone was about to write may be missing: all write once more at the end.
         self.trainer.saved = donor["small"]["saved"] if view.generation == 1 else -1
         self._phases["transfer_s"] = time.monotonic() - started - self._phases["form_s"]
@@ -454,7 +457,7 @@ class ElasticRank:
             generation=view.generation,
         )
         if ranks.device.type == "cuda" and ranks.world > 1:
-            pair = nccl_groups(ranks, self.plan.host, self.config.timeout_s)
+            pair = nccl_groups(ranks, self.plan.host, self.config.timeout_s, self.config.nccl_preset)
             for group in pair:
                 self.membership.attach(group)
             self._groups += pair

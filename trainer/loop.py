@@ -74,7 +74,7 @@ class Trainer:
       task: what is trained.
       flat: its buffers.
       buckets: the order in which the gradient's norm is summed; never changes.
-      messages: the buckets that are exchanged at once; planned anew for other ranks.
+      messages, transport: the buckets that are exchanged at once, and how; planned anew for other ranks.
       step: completed steps.
       num_skipped: steps skipped so far.
       saved: completed steps of the newest snapshot on disk, as far as this rank knows.
@@ -195,11 +195,11 @@ class Trainer:
 
     def _make_reducer(self) -> Reducer:
         num_shards = self.config.data.num_shards
-        self.messages = self.buckets
+        self.messages, self.transport = self.buckets, str(self.config.reducer)
         if self.config.reducer == "ddp":
             return DdpReducer(self.flat, self.ranks, num_shards, self._bucket_bytes)
         found = choose(self.config, self.ranks, self.flat.segments)
-        self.messages = list(found.buckets)
+        self.messages, self.transport = list(found.buckets), found.name
         if found.why:
             self.metrics.say(f"gradients travel by {found.name}: {found.why}")
         return TreeReducer(

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from foldfeed.trainer import nccl
 from foldfeed.trainer.errors import (
     CommunicationError,
     MeetingPointError,
@@ -288,26 +289,41 @@ def _new_group(backend: str, timeout: datetime.timedelta) -> Group:
     return TorchGroup(make(), functools.partial(make, use_local_synchronization=True))
 
 
-def _take_place(store: dist.Store, rank: int, world: int) -> int:
-    """Returns this process's number among the ranks.
+def quiet(line: str) -> None:
+    """Says nothing: for ranks whose first one speaks for all."""
+
+
+def _take_place(store: dist.Store, rank: int, world: int) -> tuple[int, bool, bool]:
+    """Returns this process's number among the ranks, whether they have several nodes, and InfiniBand.
 
     Ranks of a node, switch or region are neighbours in number where a topology is told; whoever started them
     may have dealt their numbers out in turn. The first one stays the first. A collective.
     """
-    store.set(f"foldfeed/place/{rank}", json.dumps(told_place()))
+    mine = [told_place(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), nccl.has_infiniband()]
+    store.set(f"foldfeed/place/{rank}", json.dumps(mine))
     if rank == 0:
         # One of them reads what all say: 4,096 answers, not 4,096 times as many.
-        places = [json.loads(store.get(f"foldfeed/place/{other}")) for other in range(world)]
-        store.set("foldfeed/places", json.dumps(by_place(places)))
-    place = json.loads(store.get("foldfeed/places")).index(rank)
-    if place != rank:
+        rows = [json.loads(store.get(f"foldfeed/place/{other}")) for other in range(world)]
+        places = [row[0] for row in rows]
+        several = len({tuple(place) for place in places}) > 1 or (not places[0] and rows[0][1] < world)
+        infiniband = all(row[2] for row in rows)
+        store.set("foldfeed/places", json.dumps([by_place(places), several, infiniband]))
+    order, several, infiniband = json.loads(store.get("foldfeed/places"))
+    if (place := order.index(rank)) != rank:
         print(f"rank {place} by its place is what {rank} was by RANK", flush=True)
-    return int(place)
+    return place, several, infiniband
 
 
 @contextlib.contextmanager
 def joined(
-    *, rank: int, world: int, device: torch.device, timeout_s: float, always: bool = False
+    *,
+    rank: int,
+    world: int,
+    device: torch.device,
+    timeout_s: float,
+    always: bool = False,
+    preset: str = "none",
+    pins: bool = False,
 ) -> Iterator[Ranks]:
     """Joins the run's process groups and leaves them at the end of a run that went well.
 
@@ -320,11 +336,14 @@ def joined(
       device: gloo carries gradients on the CPU, NCCL on CUDA.
       timeout_s: after which a collective that waits for a stalled peer fails.
       always: make a group for a single process too (torch's DDP wants one).
+      preset: of NCCL (nccl.py), by name, ``auto`` or ``none``.
+      pins: fix NCCL's order of sums, whatever the preset.
     Raises:
       CommunicationError: not all ranks came.
-      TrainerConfigError: a topology cannot be read.
+      TrainerConfigError: the preset has no effect, or a topology cannot be read.
       MeetingPointError: the port where they meet is taken.
     """
+    nccl.require_effect(preset, device.type)
     if world == 1 and not always:
         yield Ranks(rank=0, world=1, device=device)
         return
@@ -335,7 +354,10 @@ def joined(
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             store = _meeting_point(rank, world, timeout)
-            rank = _take_place(store, rank, world)
+            rank, several, infiniband = _take_place(store, rank, world)
+            if device.type == "cuda":
+                name = nccl.choose(preset, several_nodes=several, infiniband=infiniband)
+                nccl.apply(name, quiet if rank else print, pins=pins or preset != "auto")
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         ranks = Ranks(
             rank=rank,
