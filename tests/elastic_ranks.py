@@ -106,8 +106,8 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
         rank is started), ``max_ranks``, ``limit_s``, ``config`` (changes of `tiny_config`), ``pause_s``;
         ``places``, of each process: its network namespace, address and port of the bridge (network.py);
         ``torchrun``, whether ranks are as torchrun starts them;
-        ``nodes``, of each process, whose snapshots in memory are theirs alone; ``folder`` of an earlier run
-        to go on with, ``lost`` nodes of it.
+        ``nodes``, of each process, whose snapshots in memory are theirs alone; ``hosts``, a letter for that
+        of each process; ``folder`` of an earlier run to go on with, ``lost`` nodes of it.
     """
     for node in scenario.get("lost", ()):
         shutil.rmtree(folder / f"memory{node}")
@@ -277,6 +277,8 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
         memory.mkdir(exist_ok=True)
         os.environ["FOLDFEED_PLACE"] = f"region/switch{nodes[number]}/{number}"
         changes["snapshots"] = {**changes.get("snapshots", {}), "memory": str(memory)}
+    if hosts := scenario.get("hosts"):
+        os.environ["FOLDFEED_PLACE"] = f"region/{hosts[number]}"
     config = tiny_config(folder, steps=scenario["steps"], **changes)
     prepare_numerics(config)
     plan = Plan(

@@ -219,6 +219,31 @@ def test_under_torchrun_whoever_comes_first_begins_and_who_is_asked_to_stop_leav
     assert [line["event"] for line in found["ledger"]].count("start") == 1
 
 
+def test_groups_of_nodes_are_formed_anew_of_those_who_are_left(nursery: Nursery, undisturbed: str) -> None:
+    """Nodes of 2, 2 and 1 ranks, which came in any order; one dies, and its successor joins its node."""
+    found = nursery.run(
+        ranks=5,
+        steps=STEPS,
+        respawns=1,
+        hosts="ababca",
+        faults=[fault(2, 4, "mid-collective")],
+        config={"reducer": "hierarchical"},
+    )
+    members = check(found, undisturbed, [0, 0, -9, 0, 0, 0])
+    hosts = ["".join("ababca"[number] for number in view) for view in members]
+    assert hosts[1] in ("aabbc", "aacbb")
+    # What the others had computed of that step goes through the new groups, too.
+    assert "of its virtual shards are there" in found["said"]
+    # Its successor stands behind the one that was left on its node, not last.
+    assert hosts[-1] == hosts[1]
+    assert members[-1][:2] == [0, 5]
+    sizes = {"b": "2+2+1", "c": "2+1+2"}[hosts[1][2]]
+    assert f"gradients travel by hierarchical: 3 nodes have {sizes} ranks" in found["said"]
+    if len(members) > 3:
+        assert hosts[2] == hosts[1][1:]
+        assert f"gradients travel by hierarchical: 3 nodes have 1{sizes[1:]} ranks" in found["said"]
+
+
 def test_kills_at_many_places_one_after_another(nursery: Nursery, undisturbed: str) -> None:
     phases = ("forward", "hook", "collective", "commit", "optimizer", "applied", "publish", "transferred")
     faults = [fault(rank, 1 + rank, phase) for rank, phase in enumerate(phases)]

@@ -356,6 +356,10 @@ def test_other_settings_of_the_network_are_told(
         assert json.loads((tmp_path / "run.json").read_text())["network"]["NCCL_SOCKET_NTHREADS"] == threads
         said = capfd.readouterr().out
         assert ("NCCL_SOCKET_NTHREADS '2' before, '4' now" in said) == (threads == "4")
+        assert ("the weights do not depend on them" in said) == (threads == "4")
+        manifest = read_generation(tmp_path / "snapshots" / f"step-{steps:08d}").manifest
+        assert manifest["network"]["NCCL_SOCKET_NTHREADS"] == threads
+        assert manifest["network"]["transport"] == "tree"
 
 
 def test_a_trace_names_buckets_shards_and_phases(tmp_path: Path) -> None:

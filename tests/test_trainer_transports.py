@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from thread_ranks import on_threads
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from trainer_options import SMALL_CROPS
 from trainer_ranks import launch
@@ -25,30 +27,38 @@ from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer.buckets import RAMP, Bucket, plan_buckets, plan_ramp
 from foldfeed.trainer.cli import main
 from foldfeed.trainer.config import DataConfig, RunConfig
-from foldfeed.trainer.dyadic import Block, aligned_blocks, blocks_of_ranks, subtree_sum, tree_sum
+from foldfeed.trainer.dyadic import (
+    Block,
+    aligned_blocks,
+    blocks_of_ranks,
+    merged_blocks,
+    subtree_sum,
+    tree_sum,
+)
 from foldfeed.trainer.errors import TrainerConfigError
-from foldfeed.trainer.exchange import TreeExchange, elements_sent, sum_rows
+from foldfeed.trainer.exchange import TreeExchange, add_in_place, elements_sent, sum_rows
 from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.probe import Link
 from foldfeed.trainer.ranks import Ranks, TorchGroup
 from foldfeed.trainer.reducer import TreeReducer
-from foldfeed.trainer.transports import _candidates, plan_for
-from foldfeed.trainer.two_level import TwoLevelExchange, node_blocks, node_groups
+from foldfeed.trainer.topology import nodes_of
+from foldfeed.trainer.transports import _candidates, find_nodes, plan_for
+from foldfeed.trainer.two_level import TwoLevelExchange, node_groups
 
-# The world 6 has nodes of 3 or of 2 ranks; 7 and 11 shards divide by neither.
-WORLD, NODES, SHARDS = 6, [2, 3], [6, 7, 8, 11]
+# The world 6 has nodes of 2, of 3, or of 3, 2 and 1 ranks by no order; 7 and 11 shards divide by none.
+WORLD, NODES, SHARDS = 6, ["aabbcc", "aaabbb", "abbcab"], [6, 7, 8, 11]
 
 
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("transports")
-    return launch("transports", WORLD, folder, ranks_per_node=NODES, num_shards=SHARDS)
+    return launch("transports", WORLD, folder, nodes=NODES, num_shards=SHARDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("local", NODES)
 @pytest.mark.parametrize("num_shards", SHARDS)
-def test_two_levels_give_the_bits_of_one(sums: list[dict[str, Any]], num_shards: int, local: int) -> None:
+def test_two_levels_give_the_bits_of_one(sums: list[dict[str, Any]], num_shards: int, local: str) -> None:
     key = f"{num_shards} {local}"
     wanted = sums[0][f"tree {key}"]
     assert wanted == pytest.approx(sums[0][f"exact {key}"], rel=1e-5, abs=1e-5)
@@ -61,6 +71,7 @@ def test_two_levels_give_the_bits_of_one(sums: list[dict[str, Any]], num_shards:
         assert found[f"ring {key}"] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
     # Nodes of another size change nothing.
     assert sums[0][f"two_level {num_shards} {NODES[0]}"] == sums[0][f"two_level {num_shards} {NODES[1]}"]
+    assert found[f"two_level {num_shards} {NODES[0]}"] == found[f"two_level {num_shards} {NODES[2]}"]
 
 
 @pytest.mark.slow
@@ -90,11 +101,89 @@ def test_a_node_merges_its_ranks_blocks_in_the_tree(drawn: tuple[int, int, int])
     for node in range(nodes):
         mine = [block for found in ranks[node * local : (node + 1) * local] for block in found]
         known = {block: subtree_sum(leaves, block, num_shards, add) for block in mine}
-        for block in node_blocks(num_shards, world, local, node):
+        for block in merged_blocks(mine):
             whole[block] = subtree_sum(known, block, num_shards, add)
     assert tree_sum(whole, num_shards, add) == tree_sum(leaves, num_shards, add)
     start, stop = mine[0].start, mine[-1].start + mine[-1].size
-    assert list(node_blocks(num_shards, world, local, nodes - 1)) == aligned_blocks(start, stop)
+    assert merged_blocks(reversed(mine)) == aligned_blocks(start, stop)
+
+
+@st.composite
+def topologies(draw: st.DrawFn) -> tuple[list[int], int]:
+    """Draws the node of every rank of 2 to 7, in any order, and a number of virtual shards."""
+    world = draw(st.integers(2, 7))
+    nodes = draw(st.lists(st.integers(0, world - 1), min_size=world, max_size=world))
+    return nodes, draw(st.integers(world, 20))
+
+
+@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16], ids=str)
+@settings(max_examples=25, deadline=None)
+@given(topologies(), st.integers(1, 40))
+@example(([0, 0, 1, 1, 1, 2], 12), 40)
+@example(([0, 1, 0, 1], 4), 9)
+def test_any_topology_sums_to_the_bits_of_the_tree(
+    wire: torch.dtype, drawn: tuple[list[int], int], numel: int
+) -> None:
+    """Nodes of any sizes, whatever the numbers of their ranks; buckets larger and smaller than the world."""
+    places, num_shards = drawn
+    nodes = nodes_of([[str(node)] for node in places], [1] * len(places))
+    cuts = [0, numel, numel + 1, 60]
+    plan = [
+        Bucket(index=index, start=start, stop=stop, segments=range(1))
+        for index, (start, stop) in enumerate(itertools.pairwise(cuts))
+    ]
+    draw = torch.Generator().manual_seed(num_shards)
+    leaves = [torch.randn(60, generator=draw).to(wire) for _ in range(num_shards)]
+
+    def work(ranks: Ranks) -> list[torch.Tensor]:
+        found = []
+        for groups in (None, node_groups(ranks, nodes)):
+            output = torch.full((60,), torch.nan)
+            exchange: Any = (
+                TreeExchange(ranks, num_shards, 60, output, wire)
+                if groups is None
+                else TwoLevelExchange(ranks, num_shards, 60, output, groups, wire)
+            )
+            for bucket in plan:
+                known = {
+                    Block(v, 1): leaf[bucket.start : bucket.stop].clone() for v, leaf in enumerate(leaves)
+                }
+                blocks = blocks_of_ranks(num_shards, ranks.world)[ranks.rank]
+                exchange.reduce(
+                    bucket, [subtree_sum(known, block, num_shards, add_in_place) for block in blocks]
+                )
+            exchange.drain()
+            found.append(output)
+        return found
+
+    for flat, two_level in on_threads(len(places), work):
+        assert torch.equal(flat, two_level)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_shards"), [([2, 2], 4), ([4, 2], 6), ([2, 2, 2], 6), ([4, 1, 1], 6), ([2, 2, 1, 1], 12)]
+)
+def test_what_leaves_a_node_is_the_share_of_a_ring_whatever_its_size(
+    sizes: list[int], num_shards: int
+) -> None:
+    """Counted, on nodes whose shards are one aligned block; ranks of a node are neighbours in number."""
+    nodes = nodes_of([[str(node)] for node, size in enumerate(sizes) for _ in range(size)], [])
+    numel = 12_000
+
+    def work(ranks: Ranks) -> int:
+        groups = node_groups(ranks, nodes)
+        exchange = TwoLevelExchange(ranks, num_shards, numel, torch.zeros(numel), groups)
+        blocks = blocks_of_ranks(num_shards, ranks.world)[ranks.rank]
+        bucket = Bucket(index=0, start=0, stop=numel, segments=range(1))
+        exchange.reduce(bucket, [torch.ones(numel) for _ in blocks])
+        between: Any = groups.between
+        return int(between.bytes_sent)
+
+    sent = on_threads(sum(sizes), work)
+    wanted = 2 * (len(nodes) - 1) / len(nodes) * 4 * numel
+    assert [sum(sent[rank] for rank in node) for node in nodes] == pytest.approx(
+        [wanted] * len(nodes), rel=0.01
+    )
 
 
 @given(
@@ -181,7 +270,7 @@ def fake_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
 def test_a_fake_world_of_thousands_steps_and_holds_what_the_formulae_say(fake_world: Ranks) -> None:
     """The real reducer, plan and groups of one rank of 4,096, for both transports, in fp32 and in bf16."""
     num_shards, nodes, local = 4096, 512, 8
-    groups = node_groups(fake_world, local, 30.0)
+    groups = node_groups(fake_world, nodes_of([()] * 4096, [local] * 4096))
     members = [dist.get_process_group_ranks(group._group) for group in (groups.inside, groups.between)]
     assert members[0] == list(range(1232, 1240))
     assert members[1] == list(range(2, 4096, 8))
@@ -243,14 +332,14 @@ def test_transports_of_the_same_tree_are_one_run() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_run_may_change_its_transport_and_says_why(small_store: FeatureStore, tmp_path: Path) -> None:
-    """Four ranks that believe to be on two nodes, then four on one; the weights are those of one rank."""
+    """Four ranks on nodes of 1 and 3, dealt out in turn, then two of 2; the weights are those of one rank."""
     sizes = [*SMALL_CROPS, "--no-tensorboard"]
     given = ["--store", small_store.url, "--global-batch", "4", "--device", "cpu", *sizes]
 
-    def train(ranks: int, per_node: int, *options: str) -> subprocess.CompletedProcess[str]:
-        script = tmp_path / f"node_of_{per_node}.py"
+    def train(ranks: int, variable: str, *options: str) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "one_rank.py"
         script.write_text(
-            f"import os, runpy\nos.environ['LOCAL_WORLD_SIZE'] = '{per_node}'\n"
+            f"import os, runpy\nos.environ[{variable}\n"
             "runpy.run_module('foldfeed.trainer', run_name='__main__')\n"
         )
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -267,11 +356,18 @@ def test_a_run_may_change_its_transport_and_says_why(small_store: FeatureStore, 
 
     alone, changing = tmp_path / "alone", tmp_path / "changing"
     assert main([*given, "--output", str(alone), "--steps", "4"]) == 0
-    done = train(4, 2, "--output", str(changing), "--steps", "2", "--reducer", "hierarchical")
+    place = "'FOLDFEED_PLACE'] = f'eu/s{int(os.environ['RANK']) in (0, 2, 3)}'"
+    done = train(4, place, "--output", str(changing), "--steps", "2", "--reducer", "hierarchical")
     assert done.returncode == 0, done.stderr
     assert "gradients travel by hierarchical" in done.stdout
+    assert json.loads((changing / "run.json").read_text())["network"]["transport"] == "hierarchical"
+    # Node 1 has the ranks 0, 2 and 3.
+    assert sorted(re.findall("rank . by its place is what . was", done.stdout)) == [
+        f"rank {now} by its place is what {before} was" for now, before in ((1, 2), (2, 3), (3, 1))
+    ]
     assert "Gbit/s of gradients" in done.stdout
-    done = train(4, 2, "--output", str(changing), "--steps", "4", "--reducer", "auto")
+    local = "'LOCAL_WORLD_SIZE'] = '2'"
+    done = train(4, local, "--output", str(changing), "--steps", "4", "--reducer", "auto")
     assert done.returncode == 0, done.stderr
     assert "would take" in done.stdout
     assert digest(alone) == digest(changing)
@@ -281,4 +377,4 @@ def test_a_hierarchy_needs_several_nodes_of_several_ranks() -> None:
     config = RunConfig(output="o", data=DataConfig(store="s"), reducer="hierarchical")
     alone = Ranks(rank=0, world=1, device=torch.device("cpu"))
     with pytest.raises(TrainerConfigError, match=r"nodes have \[1\] ranks of 1; it needs several nodes"):
-        _candidates(config, alone, 8, 1)
+        _candidates(config, alone, find_nodes(alone))

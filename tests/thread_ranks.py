@@ -7,7 +7,7 @@ must not draw from torch's generator, which threads share.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -24,6 +24,12 @@ class Board:
     def __init__(self, world: int) -> None:
         self.barrier = threading.Barrier(world, timeout=30)
         self.rows: list[Any] = [None] * world
+        self.lock = threading.Lock()
+        self.parts: dict[tuple[int, ...], Board] = {}
+
+    def part(self, members: tuple[int, ...]) -> Board:
+        with self.lock:
+            return self.parts.setdefault(members, Board(len(members)))
 
     def swap(self, rank: int, row: Any) -> list[Any]:
         self.rows[rank] = row
@@ -51,6 +57,10 @@ class ThreadGroup:
         self.bytes_sent += mine.nbytes * (len(self.board.rows) - 1)
         gathered.copy_(torch.cat(self.board.swap(self.rank, mine.clone())))
         return lambda: None
+
+    def part(self, members: Sequence[int]) -> ThreadGroup:
+        board = self.board.part(tuple(members))
+        return ThreadGroup(board, list(members).index(self.rank))
 
     def abort(self, reason: str) -> None:
         self.board.barrier.abort()

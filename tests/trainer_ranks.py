@@ -388,7 +388,7 @@ def case_transports(ranks: Any, folder: Path, options: dict[str, Any]) -> Any:
     """Sums random blocks of every shard by each transport."""
     from transport_sums import sums_by_transport
 
-    return sums_by_transport(ranks, options["ranks_per_node"], options["num_shards"])
+    return sums_by_transport(ranks, options["nodes"], options["num_shards"])
 
 
 def overlap_events(ranks: Any) -> list[list[Any]]:

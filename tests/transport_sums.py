@@ -12,14 +12,18 @@ from foldfeed.trainer.dyadic import blocks_of_ranks, owned_shards, subtree_sum
 from foldfeed.trainer.exchange import TreeExchange, add_in_place
 from foldfeed.trainer.probe import measure
 from foldfeed.trainer.ring import RingExchange
+from foldfeed.trainer.topology import nodes_of
 from foldfeed.trainer.two_level import TwoLevelExchange, node_groups
 
 
-def sums_by_transport(ranks: Any, ranks_per_node: Sequence[int], shard_counts: Sequence[int]) -> Any:
-    """Returns each transport's sums by name, number of shards and ranks per node, and a measured link."""
+def sums_by_transport(ranks: Any, nodes: Sequence[str], shard_counts: Sequence[int]) -> Any:
+    """Returns each transport's sums by name, number of shards and nodes, and a measured link.
+
+    Nodes are given as a letter for each rank.
+    """
     results: dict[str, Any] = {}
-    for local in ranks_per_node:
-        groups = node_groups(ranks, local, 30.0)
+    for local in nodes:
+        groups = node_groups(ranks, nodes_of(local, []))
         for num_shards in shard_counts:
             # Sizes that nothing divides, one smaller than the world; a large one follows a small one.
             sizes = [1009, 3, 4099, 1]

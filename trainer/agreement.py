@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from foldfeed.trainer.errors import TrainerError
+from foldfeed.trainer.topology import by_place
 
 _FILE = re.compile(r"generation-(\d{8,})\.json")
 
@@ -44,12 +45,14 @@ class Member:
       host: where the others reach it.
       port: there.
       identity: host, process and start, as `lease.identity` tells them.
+      place: where it stands, see topology.py, with slashes.
     """
 
     uid: str
     host: str
     port: int
     identity: Mapping[str, Any]
+    place: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +62,7 @@ class View:
     Attributes:
       generation: its number, from 0.
       step: completed steps that it goes on from: the most that any member has.
-      members: in rank order; those that stay keep theirs, new ones come last.
+      members: in rank order; those that stay keep theirs, new ones come behind those of their node.
     """
 
     generation: int
@@ -201,12 +204,9 @@ def propose(
     # Who was a member cannot be new: its request came late, or it was left out.
     new = [one for one in joiners if one.uid not in view.uids]
     welcome = [one for one in new if all(one.uid in reports[uid].sees for uid in group)][:room]
-    stay = [member for member in view.members if member.uid in group]
-    return View(
-        generation=view.generation + 1,
-        step=step,
-        members=(*stay, *welcome),
-    )
+    members = [*(member for member in view.members if member.uid in group), *welcome]
+    order = by_place([member.place.split("/") for member in members])
+    return View(generation=view.generation + 1, step=step, members=tuple(members[rank] for rank in order))
 
 
 def may_propose(

@@ -101,6 +101,7 @@ SNAPSHOTS = {
 RUN = [
     *("threads", "deterministic", "timeout_s", "log_every", "tensorboard", "max_skipped"),
     *("metrics_port", "loader_trace", "profile_step", "lease_s", "precision", "compile", "wire"),
+    "nccl_preset",
 ]
 
 

@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from foldfeed.trainer import nccl
 from foldfeed.trainer.errors import TrainerConfigError
 
 # The task that is built in.
@@ -363,6 +364,8 @@ class RunConfig:
         two (added in fp32) to bfloat16, on any number of ranks: half the bytes; ``bf16-between`` is that with
         fp32 messages inside nodes.
       device: ``auto``, ``cpu`` or ``cuda``.
+      nccl_preset: settings of NCCL for the links between GPUs: ``none``, a name, or ``auto``: by the topology
+        (one node: nvlink, several: infiniband or ethernet). What is set in the environment stays.
       threads: torch's threads per rank; more than one may change the order of sums inside a kernel.
       deterministic: use deterministic kernels, and refuse to continue where bits could differ.
       timeout_s: a collective that waits longer fails the run.
@@ -392,6 +395,7 @@ class RunConfig:
     compile: bool = False
     wire: str = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    nccl_preset: str = "auto"
     threads: int = 1
     deterministic: bool = True
     timeout_s: float = 120.0
@@ -428,6 +432,7 @@ class RunConfig:
         _require_one_of(self, "device", ("auto", "cpu", "cuda"))
         _require_one_of(self, "precision", PRECISIONS)
         _require_one_of(self, "wire", WIRES)
+        _require_one_of(self, "nccl_preset", nccl.CHOICES)
         _require(
             self.wire == "fp32" or self.reducer not in ("ring", "ddp"),
             f"wire {self.wire} does not go with reducer {self.reducer}, whose backend would add in bfloat16; "

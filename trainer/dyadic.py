@@ -16,7 +16,7 @@ knows nothing of torch or communication.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -133,16 +133,35 @@ def merge_chain(stack: Sequence[Block], leaf: int) -> tuple[int, Block]:
     block = Block(leaf, 1)
     merged = 0
     for below in reversed(stack):
-        # Siblings only: equal sizes, and the pair's parent is aligned.
-        if (
-            below.size != block.size
-            or below.start + below.size != block.start
-            or below.start % (2 * below.size)
-        ):
+        if not _are_siblings(below, block):
             break
         block = Block(below.start, 2 * block.size)
         merged += 1
     return merged, block
+
+
+def _are_siblings(left: Block, right: Block) -> bool:
+    """Returns whether two nodes of the tree have one parent: equal sizes, and the parent is aligned."""
+    return (
+        left.size == right.size and left.start + left.size == right.start and not left.start % (2 * left.size)
+    )
+
+
+def merged_blocks(blocks: Iterable[Block]) -> list[Block]:
+    """Returns the nodes of the tree that whoever holds these blocks can finish, in order.
+
+    ``merged_blocks([(4, 1), (0, 2), (2, 2), (5, 1)])`` is ``[(0, 4), (4, 2)]``.
+
+    Args:
+      blocks: of which none lies in another, in any order.
+    """
+    found: list[Block] = []
+    for block in sorted(blocks):
+        found.append(block)
+        while len(found) > 1 and _are_siblings(found[-2], found[-1]):
+            right = found.pop()
+            found.append(Block(found.pop().start, 2 * right.size))
+    return found
 
 
 def tree_sum(blocks: Mapping[Block, T], num_shards: int, add: Callable[[T, T], T]) -> T:

@@ -89,10 +89,10 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
       TrainerConfigError: the settings do not fit.
       TrainerError: this rank failed; the others go on without it if they can.
     """
-    if config.reducer != "tree":
+    if config.reducer not in ("tree", "hierarchical"):
         raise TrainerConfigError(
             f"--reducer {config.reducer} cannot change its ranks while it runs: its sums depend on their "
-            "number, or its groups on their nodes. Use tree."
+            "number, or it measures for longer than they need to meet. Use tree or hierarchical."
         )
     config.check_world(plan.ranks)
     task = load_task(config)
@@ -166,6 +166,7 @@ class ElasticRank:
             "environment": environment(
                 alone.device, torch.get_num_threads(), config.deterministic, config.compile
             ),
+            "network": launch.network_of(self.trainer),
         }
         self.mirror = launch.mirror_of(config, self.metrics.say)
         self.membership: Membership | None = None
@@ -326,6 +327,7 @@ class ElasticRank:
         if self.saver is not None:
             self.saver.settle_memory()
         self.trainer.begin_again(ranks)
+        self.header["network"] = launch.network_of(self.trainer)
         begun = ranks.gather_json(self.plan.refounds or ranks.generation > 1, "the choice of a snapshot")[0]
         launch.continue_run(self.trainer, folder, memory, self.header, begun=begun)
         self.ledger.mark(RESTORE)
@@ -376,7 +378,7 @@ class ElasticRank:
             timeout_s=self.config.timeout_s,
             max_members=min(self.plan.max_ranks or shards, shards),
         )
-        self.membership = Membership.of_session(self.output, session, self.plan.host, limits)
+        self.membership = Membership.of_session(self.output, session, self.plan.host, self._place, limits)
         return self.membership
 
     def _meet(self, view: View) -> tuple[Ranks, Saver]:
@@ -398,6 +400,7 @@ class ElasticRank:
         self.header["run_id"] = donor["run_id"]
         division, shards = divide_step(rows, self.config.data.num_shards)
         self.trainer.meet(ranks, donor["small"], division)
+        self.header["network"] = launch.network_of(self.trainer)
         # What a first rank that is gone was about to write may be missing: all write once more at the end.
         self.trainer.saved = donor["small"]["saved"] if view.generation == 1 else -1
         self._phases["transfer_s"] = time.monotonic() - started - self._phases["form_s"]
@@ -459,7 +462,7 @@ class ElasticRank:
             generation=view.generation,
         )
         if ranks.device.type == "cuda" and ranks.world > 1:
-            pair = nccl_groups(ranks, self.plan.host, self.config.timeout_s)
+            pair = nccl_groups(ranks, self.plan.host, self.config.timeout_s, self.config.nccl_preset)
             for group in pair:
                 self.membership.attach(group)
             self._groups += pair

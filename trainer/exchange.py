@@ -49,6 +49,14 @@ class Exchange(Protocol):
         """Finishes what is under way, if anything is."""
         ...
 
+    def divide(self, blocks: Sequence[Sequence[Block]]) -> None:
+        """Prepares for other blocks of the ranks; nothing may be under way.
+
+        Args:
+          blocks: per rank, in the order in which it gives them; together they cover all shards once.
+        """
+        ...
+
 
 class TreeExchange:
     """Two-phase exchange of buckets, in order, from one thread."""
@@ -80,11 +88,7 @@ class TreeExchange:
         self.divide(blocks_of_ranks(num_shards, world))
 
     def divide(self, blocks: Sequence[Sequence[Block]]) -> None:
-        """Allocates messages for other blocks of the ranks; nothing may be under way.
-
-        Args:
-          blocks: per rank, in the order in which it gives them; together they cover all shards once.
-        """
+        """Allocates messages for other blocks of the ranks, see `Exchange.divide`."""
         world, chunk = self._ranks.world, len(self._chunk)
         self._blocks = blocks
         self._all_blocks = [block for mine in blocks for block in mine]

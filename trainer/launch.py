@@ -1,6 +1,6 @@
 """One training run on one rank: environment, folder, resume, loop, result.
 
-    OUTPUT/run.json         run id, digests, the resolved settings of the last start, the network's variables
+    OUTPUT/run.json         run id, digests, settings of the last start, and how gradients travel
     OUTPUT/snapshots/       generations (snapshot.py); more of them in memory while the run lives (tiers.py)
     OUTPUT/run.lease        while a run lives there (lease.py)
     OUTPUT/metrics.jsonl    one line per step, and one per look at held-out records;  OUTPUT/tb/  TensorBoard
@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from foldfeed.trainer import nccl
 from foldfeed.trainer.config import RunConfig, digest_of
 from foldfeed.trainer.data import LoaderMeters, open_held_out, open_loader, serving
 from foldfeed.trainer.errors import SnapshotMismatchError, TrainerConfigError, TrainerError
@@ -55,8 +56,6 @@ from foldfeed.trainer.watch import StackWatch
 
 RESULT_FILE = "result.json"
 
-# Variables that say how NCCL and gloo send; recorded with a run.
-_NETWORK = ("NCCL_", "TORCH_NCCL_", "GLOO_")
 # The run id in run.json is also in the manifest of every snapshot, so a new run.json cannot take its place.
 _REPAIR = (
     "Restore it from a copy; or start in another --output, with --resume OUTPUT/snapshots/step-N to go on "
@@ -89,6 +88,8 @@ def run(config: RunConfig, task: Task | None = None) -> Outcome:
             device=device,
             timeout_s=config.timeout_s,
             always=config.reducer == "ddp",
+            preset=config.nccl_preset,
+            pins=config.reducer in nccl.ORDERED,
         ) as ranks,
         _marked(ledger, INITIALIZATION),
         open_loader(config.data, recipe, config.seed, ranks, trace=config.loader_trace) as (
@@ -167,6 +168,7 @@ def train(
             "layout_hash": trainer.flat.layout_hash,
             "store_fingerprint": fingerprint,
             "environment": numerics,
+            "network": network_of(trainer),
         }
         header["run_id"] = ranks.first_does(
             lambda: claim(output, config, header, lease, metrics.say), "opening the run's folder"
@@ -242,7 +244,6 @@ def claim(
     path = output / RUN_FILE
     run_id = secrets.token_hex(8)
     bound = ("config_digest", "layout_hash", "store_fingerprint")
-    network = {name: value for name, value in os.environ.items() if name.startswith(_NETWORK)}
     if path.exists():
         found = _read_claim(path, ("run_id", "identity", *bound))
         run_id = found["run_id"]
@@ -255,21 +256,15 @@ def claim(
                 differences + changed_settings(found["identity"], header["identity"], "there"),
                 "Use the settings of the run that lives there, or another --output.",
             )
-        if changed := changed_settings(found.get("network", network), network, "before"):
-            say(
-                f"warning: other settings of the network ({'; '.join(changed)}): the bits of the tree's sums "
-                "do not depend on them, those of ring and ddp may"
-            )
     elif (output / SNAPSHOTS).exists():
         raise TrainerError(
             f"{output} holds snapshots but no {RUN_FILE}: not a run's folder. Use another --output."
         )
     record = {
         "run_id": run_id,
-        **{name: header[name] for name in (*bound, "identity", "environment")},
+        **{name: header[name] for name in (*bound, "identity", "environment", "network")},
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": dataclasses.asdict(config),
-        "network": network,
     }
     SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep).sweep()
     _write_json(path, record)
@@ -314,7 +309,7 @@ def continue_run(
         raise TrainerConfigError(
             f"--resume none, but {folder.path} holds snapshots. Use another --output, or remove them."
         )
-    expected = {name: value for name, value in header.items() if name != "environment"}
+    expected = {name: value for name, value in header.items() if name not in ("environment", "network")}
     own = newest_valid(folder, ranks, say, memory, header["run_id"]) if begun or not named else None
     if own is None and not named:
         return
@@ -323,8 +318,18 @@ def continue_run(
         # The user names it on purpose, so another run's id is fine; everything else must agree.
         del expected["run_id"]
     check_belongs(generation, expected, header["environment"], strict=config.deterministic, report=say)
+    network = generation.manifest.get("network", header["network"])
+    if warning := nccl.change(network, header["network"], config.reducer):
+        say(warning)
     trainer.restore(generation)
     say(f"resumed: step {trainer.step}  {generation.path}  (made by {generation.manifest['world']} ranks)")
+
+
+def network_of(trainer: Trainer) -> dict[str, str]:
+    """Returns how a run's gradients travel, for its records: transport, preset, variables, NCCL's version."""
+    uses_nccl = trainer.ranks.device.type == "cuda" and trainer.ranks.world > 1
+    version = ".".join(map(str, torch.cuda.nccl.version())) if uses_nccl else ""
+    return nccl.record(trainer.transport, version)
 
 
 def describe(trainer: Trainer, header: dict[str, Any]) -> None:

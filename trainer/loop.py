@@ -45,7 +45,7 @@ from foldfeed.trainer.source import BatchSource, NoShards, SourceMeters, StepLik
 from foldfeed.trainer.task import Task
 from foldfeed.trainer.tiers import Capture, Saver
 from foldfeed.trainer.traces import StepTraces
-from foldfeed.trainer.transports import choose, ranks_per_node, wire_dtype
+from foldfeed.trainer.transports import choose, wire_dtype
 from foldfeed.trainer.watch import StackWatch, Stragglers, explain_skip
 
 
@@ -74,7 +74,7 @@ class Trainer:
       task: what is trained.
       flat: its buffers.
       buckets: the order in which the gradient's norm is summed; never changes.
-      messages: the buckets that are exchanged at once; planned anew for other ranks.
+      messages, transport: the buckets that are exchanged at once, and how; planned anew for other ranks.
       step: completed steps.
       num_skipped: steps skipped so far.
       saved: completed steps of the newest snapshot on disk, as far as this rank knows.
@@ -219,11 +219,11 @@ class Trainer:
 
     def _make_reducer(self) -> Reducer:
         num_shards = self.config.data.num_shards
-        self.messages = self.buckets
+        self.messages, self.transport = self.buckets, str(self.config.reducer)
         if self.config.reducer == "ddp":
             return DdpReducer(self.flat, self.ranks, num_shards, self._bucket_bytes)
-        found = choose(self.config, self.ranks, self.flat.segments, ranks_per_node())
-        self.messages = list(found.buckets)
+        found = choose(self.config, self.ranks, self.flat.segments)
+        self.messages, self.transport = list(found.buckets), found.name
         if found.why:
             self.metrics.say(f"gradients travel by {found.name}: {found.why}")
         return TreeReducer(

@@ -14,7 +14,7 @@ import dataclasses
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,17 +103,26 @@ class Membership:
         self._peers = Peers(me.uid, listener, key, limits.silent_s, self)
 
     @classmethod
-    def of_session(cls, output: Path, session: Session, host: str, limits: Limits) -> Membership:
+    def of_session(
+        cls, output: Path, session: Session, host: str, place: Sequence[str], limits: Limits
+    ) -> Membership:
         """Returns this process as one that may become a member.
 
         Args:
           output: the run's folder.
           session: that lives there.
           host: where the others reach this process.
+          place: where it stands, see topology.py.
           limits: see there.
         """
         listener = socket.create_server((host, 0), backlog=1024)
-        me = Member(uid=secrets.token_hex(8), host=host, port=listener.getsockname()[1], identity=identity())
+        me = Member(
+            uid=secrets.token_hex(8),
+            host=host,
+            port=listener.getsockname()[1],
+            identity=identity(),
+            place="/".join(place),
+        )
         return cls(me, listener, session.key, FolderRegister(folder_of(output, session)), limits)
 
     # ---------------------------------------------------------------- what peers say; the lock is held

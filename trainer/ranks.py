@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from foldfeed.trainer import nccl
 from foldfeed.trainer.errors import (
     CommunicationError,
     MeetingPointError,
@@ -31,6 +33,7 @@ from foldfeed.trainer.errors import (
     TrainerConfigError,
     WireError,
 )
+from foldfeed.trainer.topology import by_place, told_place
 
 
 class Group(Protocol):
@@ -46,6 +49,13 @@ class Group(Protocol):
         """Starts to gather every rank's equally long tensor; returns what waits for it."""
         ...
 
+    def part(self, members: Sequence[int]) -> Group:
+        """Returns a group of some ranks, this one among them; each of them calls it, with equal members.
+
+        It ends with this group.
+        """
+        ...
+
     def abort(self, reason: str) -> None:
         """Makes whatever waits for a peer end with an error, soon; from any thread."""
         ...
@@ -58,9 +68,16 @@ class Group(Protocol):
 class TorchGroup:
     """torch's process groups. NCCL can be aborted; gloo cannot (wire.py), and is not asked to."""
 
-    def __init__(self, group: Any) -> None:
-        """Takes a ``ProcessGroup``, or a backend such as ``ProcessGroupNCCL``."""
+    def __init__(self, group: Any, make_part: Callable[[list[int]], Any] | None = None) -> None:
+        """Takes a group.
+
+        Args:
+          group: a ``ProcessGroup``, or a backend such as ``ProcessGroupNCCL``.
+          make_part: makes one of some ranks; torch's ``new_group`` when None.
+        """
         self._group = group
+        self._make_part = make_part or functools.partial(dist.new_group, use_local_synchronization=True)
+        self._parts: list[TorchGroup] = []
 
     def all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
@@ -78,13 +95,20 @@ class TorchGroup:
         work: Any = dist.all_reduce(tensor, group=self._group, async_op=True)
         return lambda: work.wait() and None
 
+    def part(self, members: Sequence[int]) -> TorchGroup:
+        """See `Group`."""
+        self._parts.append(TorchGroup(self._make_part(list(members))))
+        return self._parts[-1]
+
     def abort(self, reason: str) -> None:
         """See `Group`."""
-        self._group.abort()
+        for group in (self, *self._parts):
+            group._group.abort()
 
     def close(self) -> None:
         """See `Group`."""
-        self._group.shutdown()
+        for group in (self, *self._parts):
+            group._group.shutdown()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,14 +285,45 @@ def _meeting_point(rank: int, world: int, timeout: datetime.timedelta) -> dist.S
 
 
 def _new_group(backend: str, timeout: datetime.timedelta) -> Group:
-    group = dist.new_group(backend=backend, timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup), "a group of all ranks includes this one"
-    return TorchGroup(group)
+    make = functools.partial(dist.new_group, backend=backend, timeout=timeout)
+    return TorchGroup(make(), functools.partial(make, use_local_synchronization=True))
+
+
+def quiet(line: str) -> None:
+    """Says nothing: for ranks whose first one speaks for all."""
+
+
+def _take_place(store: dist.Store, rank: int, world: int) -> tuple[int, bool, bool]:
+    """Returns this process's number among the ranks, whether they have several nodes, and InfiniBand.
+
+    Ranks of a node, switch or region are neighbours in number where a topology is told; whoever started them
+    may have dealt their numbers out in turn. The first one stays the first. A collective.
+    """
+    mine = [told_place(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), nccl.has_infiniband()]
+    store.set(f"foldfeed/place/{rank}", json.dumps(mine))
+    if rank == 0:
+        # One of them reads what all say: 4,096 answers, not 4,096 times as many.
+        rows = [json.loads(store.get(f"foldfeed/place/{other}")) for other in range(world)]
+        places = [row[0] for row in rows]
+        several = len({tuple(place) for place in places}) > 1 or (not places[0] and rows[0][1] < world)
+        infiniband = all(row[2] for row in rows)
+        store.set("foldfeed/places", json.dumps([by_place(places), several, infiniband]))
+    order, several, infiniband = json.loads(store.get("foldfeed/places"))
+    if (place := order.index(rank)) != rank:
+        print(f"rank {place} by its place is what {rank} was by RANK", flush=True)
+    return place, several, infiniband
 
 
 @contextlib.contextmanager
 def joined(
-    *, rank: int, world: int, device: torch.device, timeout_s: float, always: bool = False
+    *,
+    rank: int,
+    world: int,
+    device: torch.device,
+    timeout_s: float,
+    always: bool = False,
+    preset: str = "none",
+    pins: bool = False,
 ) -> Iterator[Ranks]:
     """Joins the run's process groups and leaves them at the end of a run that went well.
 
@@ -281,10 +336,14 @@ def joined(
       device: gloo carries gradients on the CPU, NCCL on CUDA.
       timeout_s: after which a collective that waits for a stalled peer fails.
       always: make a group for a single process too (torch's DDP wants one).
+      preset: of NCCL (nccl.py), by name, ``auto`` or ``none``.
+      pins: fix NCCL's order of sums, whatever the preset.
     Raises:
       CommunicationError: not all ranks came.
+      TrainerConfigError: the preset has no effect, or a topology cannot be read.
       MeetingPointError: the port where they meet is taken.
     """
+    nccl.require_effect(preset, device.type)
     if world == 1 and not always:
         yield Ranks(rank=0, world=1, device=device)
         return
@@ -295,6 +354,10 @@ def joined(
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             store = _meeting_point(rank, world, timeout)
+            rank, several, infiniband = _take_place(store, rank, world)
+            if device.type == "cuda":
+                name = nccl.choose(preset, several_nodes=several, infiniband=infiniband)
+                nccl.apply(name, quiet if rank else print, pins=pins or preset != "auto")
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         ranks = Ranks(
             rank=rank,

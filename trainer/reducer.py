@@ -155,16 +155,12 @@ class TreeReducer:
         if self._division is not self._usual and not self._resumes:
             # What a repair took more of memory than usual goes back.
             self._stack, self._pool, self._division = [], [], self._usual
-            self._transport().divide(self._usual.blocks)
+            self._exchange.divide(self._usual.blocks)
         while self._stack and not self._resumes:
             self._pool.append(self._stack.pop()[1])
         self._resumes = False
         self._reset()
         self._flat.zero_gradients()
-
-    def _transport(self) -> TreeExchange:
-        assert isinstance(self._exchange, TreeExchange), "steps are repaired where ranks may change"
-        return self._exchange
 
     @property
     def _shards(self) -> list[int]:
@@ -181,7 +177,7 @@ class TreeReducer:
         self._stack = [(block, values) for block, values in finished if block in wanted]
         assert [block for block, _ in self._stack] == wanted, f"{wanted} are not all in {finished}"
         self._division, self._resumes = division, True
-        self._transport().divide(division.blocks)
+        self._exchange.divide(division.blocks)
 
     def finished(self) -> list[tuple[Block, torch.Tensor]]:
         """Returns the sums of the step's virtual shards that were finished here; after `close`.

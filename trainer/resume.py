@@ -38,7 +38,7 @@ from foldfeed.trainer.snapshot import (
 )
 from foldfeed.trainer.topology import own_place, pair_up
 
-# Settings of NCCL that change the order of its sums.
+# Settings of NCCL that change the order of its sums: equal on all ranks; nccl.py warns of others than before.
 NCCL_SETTINGS = ("NCCL_ALGO", "NCCL_PROTO", "NCCL_NVLS_ENABLE")
 
 
@@ -243,7 +243,8 @@ def check_belongs(
         raise SnapshotMismatchError(
             path, settings or differences, "Use the settings it was made with, or another --output."
         )
-    changed = _differences(manifest["environment"], environment)
+    numerics = {name: value for name, value in environment.items() if name not in NCCL_SETTINGS}
+    changed = _differences(manifest["environment"], numerics)
     if changed and strict:
         raise SnapshotMismatchError(
             path, changed, "The weights could differ in their last bits; --no-deterministic continues anyway."

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from foldfeed.trainer.buckets import Bucket
+from foldfeed.trainer.dyadic import Block
 from foldfeed.trainer.ranks import Ranks, TorchGroup
 
 
@@ -42,6 +43,9 @@ class RingExchange:
         with self._ranks.guard(f"the all-reduce of gradient bucket {bucket.index}"):
             wait = self._group.all_reduce(mine)
         self._in_flight.append((wait, bucket))
+
+    def divide(self, blocks: Sequence[Sequence[Block]]) -> None:
+        """Does nothing: what ranks bring is summed, whatever it is; each must bring something."""
 
     def drain(self) -> None:
         """Finishes the all-reduces that are under way."""

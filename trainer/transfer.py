@@ -6,18 +6,20 @@ Does not own: who is a member, when ranks meet (elastic_rank.py).
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from foldfeed.trainer import nccl
 from foldfeed.trainer.dyadic import Block, Division, repaired
 from foldfeed.trainer.errors import CommunicationError, TrainerConfigError
 from foldfeed.trainer.loop import Trainer
-from foldfeed.trainer.ranks import Group, Ranks, TorchGroup
+from foldfeed.trainer.ranks import Group, Ranks, TorchGroup, quiet
 from foldfeed.trainer.snapshot import extend_checksum
-from foldfeed.trainer.topology import pair_up
+from foldfeed.trainer.topology import own_place, pair_up
 from foldfeed.trainer.wire import Channel, raw
 
 # Of a buffer, between two looks at the checksum: 8 MiB, which a socket's buffers hold about.
@@ -135,8 +137,10 @@ def _move(
     return bytes(theirs) == mine
 
 
-def nccl_groups(ranks: Ranks, host: str, timeout_s: float) -> tuple[Group, Group]:
+def nccl_groups(ranks: Ranks, host: str, timeout_s: float, preset: str) -> tuple[Group, Group]:
     """Returns new communicators for gradients on GPUs: one per phase of the reducer.
+
+    A preset of NCCL holds for the life of a process, so ranks that come take that of those who are there.
 
     The store through which NCCL's ranks find each other lives on the first rank, for this generation alone.
     Not run where this was written: it had no two GPUs (a test marked ``cuda`` waits for them).
@@ -147,11 +151,22 @@ def nccl_groups(ranks: Ranks, host: str, timeout_s: float) -> tuple[Group, Group
     store = None
     if ranks.is_first:
         store = dist.TCPStore(host, 0, ranks.world, is_master=True, timeout=timeout, wait_for_workers=False)
-    address, port = ranks.gather_json([host, store.port if store else 0], "the meeting of the devices")[0]
+    mine = [[host, store.port if store else 0], own_place(), nccl.has_infiniband(), nccl.applied()]
+    rows = ranks.gather_json(mine, "the meeting of the devices")
+    several, infiniband = len({tuple(row[1]) for row in rows}) > 1, all(row[2] for row in rows)
+    named = next((row[3] for row in rows if row[3]), "")
+    name = named or nccl.choose(preset, several_nodes=several, infiniband=infiniband)
+    nccl.apply(name, print if ranks.is_first else quiet, pins=preset != "auto")
+    address, port = rows[0][0]
     with ranks.guard("the meeting of the devices"):
         store = store or dist.TCPStore(address, port, ranks.world, is_master=False, timeout=timeout)
-        scatter, gather = (
-            TorchGroup(dist.ProcessGroupNCCL(dist.PrefixStore(name, store), ranks.rank, ranks.world, options))
-            for name in ("scatter", "gather")
-        )
-    return scatter, gather
+
+    def made(name: str, members: Sequence[int]) -> Any:
+        own = dist.PrefixStore(f"{name}/{members}", store)
+        return dist.ProcessGroupNCCL(own, members.index(ranks.rank), len(members), options)
+
+    def group(name: str) -> Group:
+        with ranks.guard("the meeting of the devices"):
+            return TorchGroup(made(name, range(ranks.world)), functools.partial(made, name))
+
+    return group("scatter"), group("gather")

@@ -5,8 +5,9 @@
     auto           measures both where nodes have several ranks, and takes the quicker one
     ring           the backend's all-reduce (ring.py): bits depend on the number of ranks
 
-Owns the choice. It is made once a run starts and costs a few exchanges; nothing of it is kept in a snapshot,
-because the first three give the same bits under any plan.
+Owns the choice. It is made once a run starts and costs a few exchanges; an elastic run makes it anew, without
+measuring, for each generation of ranks. A snapshot only names it, because the first three give the same bits
+under any plan.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from foldfeed.trainer.flat import Segment
 from foldfeed.trainer.probe import Link, measure
 from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.ring import RingExchange
+from foldfeed.trainer.topology import nodes_of, own_place, told_place
 from foldfeed.trainer.two_level import TwoLevelExchange, node_groups
 
 # From (output, elements of the largest bucket).
@@ -48,16 +50,16 @@ class Transport(NamedTuple):
     why: str
 
 
-def choose(config: RunConfig, ranks: Ranks, segments: Sequence[Segment], ranks_per_node: int) -> Transport:
+def choose(config: RunConfig, ranks: Ranks, segments: Sequence[Segment]) -> Transport:
     """Returns the transport of a run. A collective.
 
     Args:
       config: which transport, and the limit of a bucket if one is given.
       ranks: the run.
       segments: the flat buffer's.
-      ranks_per_node: of this rank's node.
     Raises:
-      TrainerConfigError: a hierarchical exchange where nodes have one rank, or not equally many.
+      TrainerConfigError: a hierarchical exchange of one node, or of nodes that have one rank each; or only
+        some ranks know their place.
       CommunicationError: a peer died or stalled.
     """
     num_shards = config.data.num_shards
@@ -72,8 +74,11 @@ def choose(config: RunConfig, ranks: Ranks, segments: Sequence[Segment], ranks_p
         usual = plan_buckets(sizes, bucket_bytes=given or auto_bucket_bytes(total_bytes))
         if name == "ring":
             return Transport(name, usual, lambda output, numel: RingExchange(ranks, output), "")
+        if config.reducer == "hierarchical" and ranks.generation and fits(nodes := find_nodes(ranks)):
+            why = f"{len(nodes)} nodes have {'+'.join(str(len(node)) for node in nodes)} ranks"
+            return Transport("hierarchical", usual, _hierarchical(config, ranks, nodes), why)
         return Transport(name, usual, _tree(config, ranks), "")
-    makers = _candidates(config, ranks, num_shards, ranks_per_node)
+    makers = _candidates(config, ranks, [] if config.reducer == "tree" else find_nodes(ranks))
     num_blocks = len(blocks_of_ranks(num_shards, ranks.world)[ranks.rank])
     links = {name: measure(ranks, make, num_blocks) for name, make in makers.items()}
     plans = {name: plan_for(link, sizes, given) for name, link in links.items()}
@@ -106,30 +111,42 @@ def _tree(config: RunConfig, ranks: Ranks) -> MakeExchange:
     return lambda output, numel: TreeExchange(ranks, config.data.num_shards, numel, output, wire)
 
 
-def _candidates(
-    config: RunConfig, ranks: Ranks, num_shards: int, ranks_per_node: int
-) -> dict[str, MakeExchange]:
+def _hierarchical(config: RunConfig, ranks: Ranks, nodes: Sequence[Sequence[int]]) -> MakeExchange:
+    groups, wire = node_groups(ranks, nodes), wire_dtype(config)
+    inside = torch.float32 if config.wire == "bf16-between" else wire
+    return lambda output, numel: TwoLevelExchange(
+        ranks, config.data.num_shards, numel, output, groups, wire, inside
+    )
+
+
+def find_nodes(ranks: Ranks) -> list[list[int]]:
+    """Returns the ranks of each node, see `topology.nodes_of`; an elastic run's by host if nothing is told.
+
+    A collective: all ranks say what they know.
+    """
+    place = own_place() if ranks.generation else told_place()
+    rows = ranks.gather_json([place, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))], "the ranks of each node")
+    return nodes_of([row[0] for row in rows], [row[1] for row in rows])
+
+
+def fits(nodes: Sequence[Sequence[int]]) -> bool:
+    """Returns whether there is something to sum inside nodes, and something between them."""
+    return len(nodes) > 1 and max(len(node) for node in nodes) > 1
+
+
+def _candidates(config: RunConfig, ranks: Ranks, nodes: Sequence[Sequence[int]]) -> dict[str, MakeExchange]:
     """Returns the transports to measure, by name."""
     makers: dict[str, MakeExchange] = {}
     if config.reducer != "hierarchical":
         makers["tree"] = _tree(config, ranks)
-    if config.reducer == "tree":
-        return makers
-    # Alike on all ranks: they all say what they see.
-    seen = {int(row[0]) for row in ranks.gather_floats([float(ranks_per_node)], "the ranks of each node")}
-    fits = len(seen) == 1 and 1 < ranks_per_node < ranks.world and ranks.world % ranks_per_node == 0
-    if config.reducer == "hierarchical" and not fits:
+    elif not fits(nodes):
+        sizes = sorted({len(node) for node in nodes})
         raise TrainerConfigError(
-            f"--reducer hierarchical: nodes have {sorted(seen)} ranks of {ranks.world}; it needs several "
-            "nodes with equally many ranks each, and more than one. Use --reducer tree."
+            f"--reducer hierarchical: nodes have {sizes} ranks of {ranks.world}; it needs several nodes, one "
+            "of them with several ranks. Say where ranks stand (FOLDFEED_PLACE), or use --reducer tree."
         )
-    if fits:
-        groups = node_groups(ranks, ranks_per_node, config.timeout_s)
-        wire = wire_dtype(config)
-        inside = torch.float32 if config.wire == "bf16-between" else wire
-        makers["hierarchical"] = lambda output, numel: TwoLevelExchange(
-            ranks, num_shards, numel, output, groups, wire, inside
-        )
+    if fits(nodes):
+        makers["hierarchical"] = _hierarchical(config, ranks, nodes)
     return makers
 
 
@@ -140,8 +157,3 @@ def _explain(name: str, links: dict[str, Link], costs: dict[str, float]) -> str:
     return f"measured {links[name]}: {1e3 * costs[name]:.1f} ms a step" + "".join(
         f"; {text}" for text in others
     )
-
-
-def ranks_per_node() -> int:
-    """Returns how many ranks torchrun started on this node; 1 without torchrun."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,13 +1,16 @@
 """The transport for nodes with several ranks: sums inside a node first, then between nodes, in the same tree.
 
-Per bucket of S bytes, with n nodes of L ranks:
-  1. all-to-all inside the node: rank l gets chunk l (1/L of the bucket) of its neighbours' blocks and merges
-     them as far as the tree allows, into the blocks of the node's shards;
-  2. all-to-all between the ranks l of all nodes, on 1/n of that chunk, where the tree is finished; all-gather
-     between them;
+Which ranks share a node the topology says (topology.py): any numbers, and as many as there are. Per bucket of
+S bytes, with n nodes, of which the smallest has c ranks; the first c ranks of every node are its speakers:
+  1. all-to-all inside the node: speaker l gets chunk l (1/c of the bucket) of all its neighbours' blocks and
+     merges them as far as the tree allows, into the blocks of the node's shards;
+  2. all-to-all between the speakers l of all nodes, on 1/n of that chunk, where the tree is finished;
+     all-gather between them;
   3. all-gather inside the node.
-Only step 2 leaves a node: 2(n-1)/n of S per node when a node's shards are one aligned block, whatever L is,
-in L messages at once. A flat exchange sends up to L times as many, smaller messages between nodes.
+Only step 2 leaves a node: 2(n-1)/n of S per node when a node's shards are one aligned block, however many
+ranks it has, in c messages at once. A flat exchange sends as many times the bytes as a node has ranks, in
+smaller messages. The smallest node sends that through c ranks anyway, so more speakers elsewhere would wait
+for it.
 
 The additions are those of `dyadic.tree_sum` with the same operands, so the bits are those of the flat one.
 One thread issues all collectives in bucket order, as in exchange.py.
@@ -15,60 +18,53 @@ One thread issues all collectives in bucket order, as in exchange.py.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from foldfeed.trainer.buckets import Bucket
-from foldfeed.trainer.dyadic import (
-    Block,
-    aligned_blocks,
-    blocks_of_ranks,
-    owned_shards,
-    subtree_sum,
-)
+from foldfeed.trainer.dyadic import Block, blocks_of_ranks, merged_blocks, subtree_sum
 from foldfeed.trainer.exchange import add_in_place, pack, sum_rows
-from foldfeed.trainer.ranks import Group, Ranks, TorchGroup
+from foldfeed.trainer.ranks import Group, Ranks
 
 
 class NodeGroups(NamedTuple):
-    """The groups of a rank that has neighbours on its node.
+    """Where a rank stands among nodes, and its groups.
 
     Attributes:
-      ranks_per_node: L.
+      nodes: the ranks of every node.
+      node: this rank's, by its place in ``nodes``.
+      place: of this rank in its node.
+      speakers: c, how many ranks of each node talk to other nodes.
       inside: of the ranks of this node.
-      between: of the ranks of all nodes with this rank's place in its node.
+      between: of the ranks of all nodes with this rank's place, if it is a speaker; else of itself.
     """
 
-    ranks_per_node: int
+    nodes: Sequence[Sequence[int]]
+    node: int
+    place: int
+    speakers: int
     inside: Group
     between: Group
 
 
-def node_groups(ranks: Ranks, ranks_per_node: int, timeout_s: float) -> NodeGroups:
-    """Makes the groups of every node and of every place in a node. A collective.
+def node_groups(ranks: Ranks, nodes: Sequence[Sequence[int]]) -> NodeGroups:
+    """Makes this rank's groups. A collective.
 
     Args:
-      ranks: the joined run; ranks of a node are neighbours in number, as torchrun gives them.
-      ranks_per_node: L, equal on all nodes, a divisor of the world.
-      timeout_s: as of the run's other groups.
+      ranks: the joined run.
+      nodes: from `topology.nodes_of`, equal on all ranks.
     """
-    assert ranks.world % ranks_per_node == 0, (ranks.world, ranks_per_node)
-    nodes = [range(start, start + ranks_per_node) for start in range(0, ranks.world, ranks_per_node)]
-    places = [range(place, ranks.world, ranks_per_node) for place in range(ranks_per_node)]
-    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    mine: list[Group] = []
-    for members in (*nodes, *places):
-        # Every rank makes every group, in the same order: torch asks for it.
-        group = dist.new_group(list(members), backend=backend, timeout=datetime.timedelta(seconds=timeout_s))
-        if ranks.rank in members:
-            assert isinstance(group, dist.ProcessGroup), group
-            mine.append(TorchGroup(group))
-    inside, between = mine
-    return NodeGroups(ranks_per_node, inside, between)
+    assert ranks.scatter is not None, "ranks of a world have groups"
+    assert ranks.gather is not None, "ranks of a world have groups"
+    node = next(number for number, members in enumerate(nodes) if ranks.rank in members)
+    place, speakers = nodes[node].index(ranks.rank), min(len(members) for members in nodes)
+    # Every rank makes two, in this order: torch names groups by how many there are.
+    inside = ranks.scatter.part(nodes[node])
+    speaks = place < speakers
+    between = ranks.gather.part([members[place] for members in nodes] if speaks else [ranks.rank])
+    return NodeGroups(nodes, node, place, speakers, inside, between)
 
 
 class TwoLevelExchange:
@@ -84,7 +80,7 @@ class TwoLevelExchange:
         wire: torch.dtype = torch.float32,
         inside: torch.dtype | None = None,
     ) -> None:
-        """Plans the blocks and allocates message buffers.
+        """Plans the blocks; message buffers grow to what the largest bucket needs.
 
         Args:
           ranks: the run.
@@ -98,67 +94,90 @@ class TwoLevelExchange:
         self._ranks, self._groups, self._output = ranks, groups, output
         self._wire, self._inside = wire, inside or wire
         self._num_shards = num_shards
-        local = groups.ranks_per_node
-        self._local, self._nodes = local, ranks.world // local
-        node = ranks.rank // local
-        self._blocks = blocks_of_ranks(num_shards, ranks.world)[node * local : (node + 1) * local]
-        self._node_blocks = [
-            node_blocks(num_shards, ranks.world, local, number) for number in range(self._nodes)
-        ]
-        self._node = node
+        self._speaks = groups.place < groups.speakers
         self._buffers: dict[str, torch.Tensor] = {}
+        self.divide(blocks_of_ranks(num_shards, ranks.world))
+
+    def divide(self, blocks: Sequence[Sequence[Block]]) -> None:
+        """Plans for other blocks of the ranks, see `exchange.Exchange.divide`."""
+        nodes = self._groups.nodes
+        self._blocks = [blocks[rank] for rank in nodes[self._groups.node]]
+        self._node_blocks = [
+            merged_blocks(block for rank in members for block in blocks[rank]) for members in nodes
+        ]
 
     def reduce(self, bucket: Bucket, blocks: Sequence[torch.Tensor]) -> None:
         """Exchanges one bucket, see `exchange.Exchange.reduce`; it is done when this returns."""
-        chunk = -(-bucket.numel // self._local)
-        share = -(-chunk // self._nodes)
+        chunk = -(-bucket.numel // self._groups.speakers)
+        share = -(-chunk // len(self._groups.nodes))
         with self._ranks.guard(f"the hierarchical exchange of gradient bucket {bucket.index}"):
             merged = self._merge_in_node(blocks, chunk)
-            mine = self._sum_over_nodes(merged, share)
-            whole = self._gather(self._groups.between, mine, self._nodes, "chunk")[:chunk].to(self._inside)
-            everything = self._gather(self._groups.inside, whole, self._local, "bucket")
+            whole = self._sum_over_nodes(merged, share)[:chunk].to(self._inside) if self._speaks else None
+            everything = self._tell_node(whole, chunk)
         self._output[bucket.start : bucket.stop].copy_(everything[: bucket.numel])
 
     def drain(self) -> None:
         """Does nothing: no exchange outlives its `reduce`."""
 
     def _merge_in_node(self, blocks: Sequence[torch.Tensor], chunk: int) -> list[torch.Tensor]:
-        """Returns this rank's chunk of each of the node's blocks."""
-        counts = [len(found) for found in self._blocks]
-        buffer = self._buffer("send", self._local * len(blocks) * chunk, self._inside)
-        packed = pack(buffer, blocks, self._local, chunk)
-        received = self._exchange(self._groups.inside, packed, counts, chunk, "received")
-        everybody = [block for found in self._blocks for block in found]
-        known = dict(zip(everybody, received.unbind(0), strict=True))
-        return [
-            subtree_sum(known, block, self._num_shards, add_in_place)
-            for block in self._node_blocks[self._node]
-        ]
+        """Returns a speaker's chunk of each of the node's blocks; nothing on other ranks."""
+        speakers, local = self._groups.speakers, len(self._blocks)
+        packed = pack(
+            self._buffer("send", speakers * len(blocks) * chunk, self._inside), blocks, speakers, chunk
+        )
+        counts = [len(found) if self._speaks else 0 for found in self._blocks]
+        sizes = [packed[0].numel()] * speakers + [0] * (local - speakers)
+        rows = self._exchange(self._groups.inside, packed, sizes, counts, chunk, "received")
+        everybody = [block for found in self._blocks for block in found] if self._speaks else []
+        known = dict(zip(everybody, rows.unbind(0), strict=True))
+        wanted = self._node_blocks[self._groups.node] if self._speaks else []
+        return [subtree_sum(known, block, self._num_shards, add_in_place) for block in wanted]
 
     def _sum_over_nodes(self, merged: Sequence[torch.Tensor], share: int) -> torch.Tensor:
-        """Returns the finished sum of this rank's share of its chunk."""
+        """Returns the finished sum of this speaker's chunk, padded."""
+        nodes = len(self._groups.nodes)
+        packed = pack(self._buffer("send_out", nodes * len(merged) * share, self._wire), merged, nodes, share)
         counts = [len(found) for found in self._node_blocks]
-        buffer = self._buffer("send_out", self._nodes * len(merged) * share, self._wire)
-        packed = pack(buffer, merged, self._nodes, share)
-        received = self._exchange(self._groups.between, packed, counts, share, "received_out")
+        sizes = [packed[0].numel()] * nodes
+        rows = self._exchange(self._groups.between, packed, sizes, counts, share, "received_out")
         everybody = [block for found in self._node_blocks for block in found]
-        return sum_rows(received, everybody, self._num_shards)
+        if everybody != (blocks := sorted(everybody)):
+            # Nodes that hold no neighbouring shards: what comes is not in the order of the tree.
+            rows = rows[[everybody.index(block) for block in blocks]]
+        mine = sum_rows(rows, blocks, self._num_shards)
+        return self._gather(self._groups.between, mine, nodes, "chunk")
+
+    def _tell_node(self, whole: torch.Tensor | None, chunk: int) -> torch.Tensor:
+        """Returns the finished bucket, padded, which the node's speakers have in chunks."""
+        speakers, local = self._groups.speakers, len(self._blocks)
+        if whole is not None and speakers == local:
+            return self._gather(self._groups.inside, whole, local, "bucket")
+        received = self._buffer("bucket", speakers * chunk, self._inside)
+        sent = received[:0] if whole is None else whole.repeat(local)
+        sizes = [chunk] * speakers + [0] * (local - speakers)
+        self._groups.inside.all_to_all(received, sent, sizes, [sent.numel() // local] * local)
+        return received
 
     def _exchange(
-        self, group: Group, packed: torch.Tensor, counts: Sequence[int], chunk: int, name: str
+        self,
+        group: Group,
+        packed: torch.Tensor,
+        sizes: list[int],
+        counts: Sequence[int],
+        chunk: int,
+        name: str,
     ) -> torch.Tensor:
-        """Runs an all-to-all; returns everybody's blocks of this rank's chunk, a row each, in shard order."""
+        """Runs an all-to-all; returns everybody's blocks of this rank's chunk, a row each."""
+        if len(sizes) == 1:
+            return packed[0].to(self._wire)
         received = self._buffer(name, sum(counts) * chunk, packed.dtype)
-        group.all_to_all(
-            received,
-            packed.flatten(),
-            [count * chunk for count in counts],
-            [packed.shape[1] * chunk] * packed.shape[0],
-        )
+        group.all_to_all(received, packed.flatten(), [count * chunk for count in counts], sizes)
         # Sums round as the wire does, however wide the message was.
         return received.view(sum(counts), chunk).to(self._wire)
 
     def _gather(self, group: Group, mine: torch.Tensor, parts: int, name: str) -> torch.Tensor:
+        if parts == 1:
+            return mine
         everyone = self._buffer(name, parts * mine.numel(), mine.dtype)
         group.all_gather(everyone, mine.contiguous())()
         return everyone
@@ -169,10 +188,3 @@ class TwoLevelExchange:
         if found is None or found.numel() < numel:
             found = self._buffers[name] = torch.zeros(numel, dtype=dtype, device=self._output.device)
         return found[:numel]
-
-
-def node_blocks(num_shards: int, world: int, ranks_per_node: int, node: int) -> list[Block]:
-    """Returns the blocks that the ranks of one node can finish together."""
-    first, last = node * ranks_per_node, (node + 1) * ranks_per_node - 1
-    start, stop = owned_shards(num_shards, world, first).start, owned_shards(num_shards, world, last).stop
-    return aligned_blocks(start, stop)

@@ -200,8 +200,18 @@ class Channel:
         self._timeout_s = timeout_s
         self._number = 0
         self._aborted = ""
+        self._parts: list[Channel] = []
         for connection in self._peers.values():
             connection.setblocking(False)
+
+    def part(self, members: Sequence[int]) -> Channel:
+        """Returns a channel of some ranks over the same connections, numbered as they are listed.
+
+        No two ranks may talk over this one and a part, or over two parts, at the same time.
+        """
+        peers = {index: self._peers[rank] for index, rank in enumerate(members) if rank != self.rank}
+        self._parts.append(Channel(list(members).index(self.rank), peers, self._timeout_s))
+        return self._parts[-1]
 
     def exchange(
         self,
@@ -265,7 +275,8 @@ class Channel:
 
     def abort(self, reason: str) -> None:
         """Ends what is under way here and, as their connections close, at the peers. From any thread."""
-        self._aborted = self._aborted or reason
+        for channel in (*self._parts, self):
+            channel._aborted = channel._aborted or reason
         for connection in self._peers.values():
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -295,6 +306,7 @@ class MeshGroup:
         """Starts the thread that all-gathers go on in."""
         self._channel = channel
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="foldfeed-gather")
+        self._parts: list[MeshGroup] = []
 
     def all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
@@ -331,12 +343,18 @@ class MeshGroup:
 
         return wait
 
+    def part(self, members: Sequence[int]) -> MeshGroup:
+        """Returns a group of some ranks over the same connections, see `Channel.part`."""
+        self._parts.append(MeshGroup(self._channel.part(members)))
+        return self._parts[-1]
+
     def abort(self, reason: str) -> None:
         """Ends what is under way."""
         self._channel.abort(reason)
 
     def close(self) -> None:
-        """Ends the thread and closes the connections."""
+        """Ends the threads and closes the connections."""
         self._channel.abort("closed")
-        self._thread.shutdown(wait=True)
+        for group in (*self._parts, self):
+            group._thread.shutdown(wait=True)
         self._channel.close()

@@ -1,0 +1,173 @@
+"""What NCCL is told about the links: presets of its variables by topology, and the record of what was used.
+
+NCCL reads its environment once in a process, so a preset is applied before the first group is made and stays.
+What the user (or the cluster) has set already is never overridden. ``auto`` leaves algorithm and protocol to
+NCCL, as its manual advises, unless the run's sums are made in NCCL's order (`ORDERED`): its choice depends on
+the message, the number of ranks and the version, and the bits on its choice.
+
+Ring is the only algorithm here, because a variable holds for all collectives and the others cannot all-gather
+("no algorithm/protocol available"); LL128 is left out, because it may corrupt data where links do not keep
+its order. bench/trainer_nccl.py measures presets where there are GPUs; **none of these was measured yet**.
+
+Source: NCCL user guide, environment variables (NCCL_SOCKET_NTHREADS, NCCL_NSOCKS_PERTHREAD: 4 and 4 for
+generic 100G networks, 2 and 8 its own choice on AWS, product at most 64; NCCL_MAX_CTAS: CUDA blocks, one for
+each channel).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+
+from foldfeed.trainer.errors import TrainerConfigError
+
+# Whose sums are made in the backend's order.
+ORDERED = ("ring", "ddp")
+# Variables that say how NCCL and gloo send, and the preset that this process has applied.
+_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_")
+_APPLIED = "FOLDFEED_NCCL_PRESET"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """Settings of NCCL; 0 or nothing leaves one to NCCL.
+
+    Attributes:
+      algorithm: NCCL_ALGO.
+      protocol: NCCL_PROTO.
+      max_channels: NCCL_MAX_CTAS; few leave more of the GPU to the model.
+      socket_threads: NCCL_SOCKET_NTHREADS, CPU threads for each connection.
+      sockets_per_thread: NCCL_NSOCKS_PERTHREAD.
+    """
+
+    algorithm: str = "Ring"
+    protocol: str = "Simple"
+    max_channels: int = 0
+    socket_threads: int = 0
+    sockets_per_thread: int = 0
+
+    def variables(self, *, pins: bool = True) -> dict[str, str]:
+        """Returns the environment; with ``pins`` also what decides the order of sums."""
+        fixed = {"NCCL_ALGO": self.algorithm, "NCCL_PROTO": self.protocol} if pins else {}
+        counts = {
+            "NCCL_MAX_CTAS": self.max_channels,
+            "NCCL_SOCKET_NTHREADS": self.socket_threads,
+            "NCCL_NSOCKS_PERTHREAD": self.sockets_per_thread,
+        }
+        return fixed | {name: str(count) for name, count in counts.items() if count}
+
+
+PRESETS: Mapping[str, Preset] = {
+    "nvlink": Preset(),
+    "nvlink-lean": Preset(max_channels=8),
+    "ethernet": Preset(socket_threads=4, sockets_per_thread=4),
+    "ethernet-wide": Preset(socket_threads=2, sockets_per_thread=8),
+    "infiniband": Preset(),
+    "infiniband-lean": Preset(max_channels=8),
+}
+CHOICES = ("auto", "none", *PRESETS)
+
+
+def has_infiniband(devices: Path = Path("/sys/class/infiniband")) -> bool:
+    """Returns whether this machine has an adapter that NCCL reaches by verbs: InfiniBand or RoCE."""
+    return devices.is_dir() and any(devices.iterdir())
+
+
+def choose(wish: str, *, several_nodes: bool, infiniband: bool) -> str:
+    """Returns the name of a preset; ``none`` for none.
+
+    Args:
+      wish: a name, ``auto`` or ``none``.
+      several_nodes: the ranks are not all on one.
+      infiniband: every node has it.
+    """
+    if wish != "auto":
+        return wish
+    return ("infiniband" if infiniband else "ethernet") if several_nodes else "nvlink"
+
+
+def apply(
+    name: str,
+    say: Callable[[str], None],
+    *,
+    pins: bool = True,
+    environment: MutableMapping[str, str] = os.environ,
+) -> None:
+    """Sets the variables of a preset that nobody has set, and says what it did; once in a process.
+
+    Args:
+      name: of a preset, or ``none``.
+      say: called with a line for people.
+      pins: see `Preset.variables`.
+      environment: of this process.
+    """
+    if _APPLIED in environment:
+        return
+    environment[_APPLIED] = name
+    wanted = PRESETS[name].variables(pins=pins) if name in PRESETS else {}
+    kept = {key: environment[key] for key, value in wanted.items() if environment.get(key, value) != value}
+    for key, value in kept.items():
+        say(f"NCCL preset {name}: {key} stays {value}, as it was set; the preset has {wanted[key]}")
+    new = {key: value for key, value in wanted.items() if key not in environment}
+    environment.update(new)
+    if name in PRESETS:
+        text = " ".join(f"{key}={value}" for key, value in new.items())
+        say(f"NCCL preset {name}: {text or 'nothing to set'}")
+
+
+def applied(environment: Mapping[str, str] = os.environ) -> str:
+    """Returns the name that `apply` was called with; empty before."""
+    return environment.get(_APPLIED, "")
+
+
+def require_effect(wish: str, device: str) -> None:
+    """Checks that a preset that was named is for something.
+
+    Raises:
+      TrainerConfigError: gradients do not travel by NCCL.
+    """
+    if wish in PRESETS and device != "cuda":
+        raise TrainerConfigError(
+            f"--nccl-preset {wish} has no effect on device {device}: gradients travel by NCCL between GPUs "
+            "only. Leave it out."
+        )
+
+
+def record(transport: str, version: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Returns what a run keeps of how its gradients travelled.
+
+    Args:
+      transport: name of the exchange in use.
+      version: NCCL's; empty where it is not used.
+      environment: of this process.
+    """
+    variables = {name: value for name, value in environment.items() if name.startswith(_PREFIXES)}
+    facts = {"transport": transport, "nccl": version, "preset": applied(environment)}
+    return variables | {name: value for name, value in facts.items() if value}
+
+
+def change(before: Mapping[str, str], now: Mapping[str, str], reducer: str) -> str:
+    """Returns a warning for a run that goes on under other settings; empty when they are the same.
+
+    Args:
+      before: `record` of the run so far.
+      now: `record` of this start.
+      reducer: of the run.
+    """
+    # Transports of one tree may follow each other; another sum is another run, and refused.
+    names = sorted((set(before) | set(now)) - {"transport"})
+    changed = [
+        f"{name} {before.get(name, 'unset')!r} before, {now.get(name, 'unset')!r} now"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+    if not changed:
+        return ""
+    matters = (
+        f"the sums of {reducer} are made in the backend's order, so bits may differ from here on"
+        if reducer in ORDERED
+        else f"the weights do not depend on them, because the sums of {reducer} are made in our own order"
+    )
+    return f"warning: other settings of the network ({'; '.join(changed)}): {matters}"
