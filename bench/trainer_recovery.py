@@ -6,7 +6,8 @@ all ranks, which import torch and read the last snapshot. Times come from the ru
 rank writes after the first collective of a generation (of a start), and after each step.
 
 Then: the same budget for 4, 8 and 16 ranks that sleep most of the time, so that few cores do; and how fast a
-state goes to a rank that joins, against bare sockets on the same way (loopback, a shaped link).
+state goes to a rank that joins, against bare sockets on the same way (loopback, a shaped link). And a step
+that lost a rank, with the shards that the others had computed and without.
 
 Run: python bench/trainer_recovery.py --store STORE [--ranks 4] [--kills 3] [--worlds 4,8,16] [--mbit 1000]
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -274,6 +276,33 @@ def budget(world: int, folder: Path, kills: int = 3) -> dict[str, float]:
     return {f"world{world}_{name}": statistics.median(values) for name, values in phases.items()}
 
 
+def broken_step(folder: Path, shards: int, world: int = 4, shard_s: float = 0.5) -> dict[str, float]:
+    """Returns how long a step takes that lost a rank before its commit: with kept shards, and all again.
+
+    Shards sleep, so that few cores do. From the meeting of those that are left to the end of the step.
+    """
+    found = {}
+    with Nursery(folder / f"shards{shards}") as nursery:
+        for way in ("kept", "whole"):
+            run = nursery.run(
+                ranks=world,
+                steps=5,
+                faults=[{"rank": 1, "step": 3, "phase": "arrived", "signal": "KILL"}],
+                shard_s=shard_s,
+                forgets=way == "whole",
+                limit_s=LIMIT_S,
+                wait_s=LIMIT_S,
+                config={"data": {"global_batch": shards}},
+            )
+            lines = list(itertools.dropwhile(lambda line: "shards_kept" not in line, run["ledger"]))
+            met, step = lines[:2]
+            assert (step["step"], met["world"]) == (4, world - 1), lines
+            found[f"shards{shards}_{way}_step_s"] = step["time"] - met["time"]
+            found[f"shards{shards}_{way}_computed"] = met["shards_again"]
+    ratio = found[f"shards{shards}_whole_step_s"] / found[f"shards{shards}_kept_step_s"]
+    return {**found, f"shards{shards}_ratio": ratio}
+
+
 def against_torchrun(store: str, ranks: int, kills: int, folder: Path) -> dict[str, float]:
     """Returns how soon the run goes on after kills: elastic, and with a restart by torchrun."""
     ours = elastic(store, ranks, kills, folder)
@@ -300,18 +329,21 @@ def main() -> None:
     parser.add_argument("--store", default="", help="needed but for --kills 0")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--kills", type=int, default=3, help="of the runs on the store; 0 for none")
-    parser.add_argument("--parameters", type=int, default=31_000_000, help="of the state that is transferred")
+    parser.add_argument("--parameters", type=int, default=31_000_000, help="of a state to transfer; 0: none")
     parser.add_argument("--mbit", type=int, default=0, help="of a shaped link, needs root; 0 for none")
     parser.add_argument("--worlds", default="4,8,16", help="ranks of the runs that mostly sleep")
+    parser.add_argument("--shards", default="4,8,16", help="virtual shards of steps that lose one of 4 ranks")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "results/trainer_recovery.jsonl"
     )
     arguments = parser.parse_args()
-    results = transfer_rates(arguments.parameters, arguments.mbit)
+    results = transfer_rates(arguments.parameters, arguments.mbit) if arguments.parameters else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for world in (int(text) for text in arguments.worlds.split(",") if text):
             results |= budget(world, folder)
+        for shards in (int(text) for text in arguments.shards.split(",") if text):
+            results |= broken_step(folder, shards)
         if arguments.kills:
             results |= against_torchrun(arguments.store, arguments.ranks, arguments.kills, folder)
     config = {"ranks": arguments.ranks, "kills": arguments.kills, "parameters": arguments.parameters}

@@ -105,6 +105,7 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
       scenario: ``ranks``, ``steps``; ``faults``, a list; ``respawns``, ``joins`` (steps after which one more
         rank is started), ``max_ranks``, ``limit_s``, ``config`` (changes of `tiny_config`), ``pause_s``;
         ``places``, of each process: its network namespace, address and port of the bridge (network.py);
+        ``shard_s``, that each virtual shard sleeps; ``forgets``, whether ranks keep nothing of a broken step;
         ``torchrun``, whether ranks are as torchrun starts them;
         ``nodes``, of each process, whose snapshots in memory are theirs alone; ``hosts``, a letter for that
         of each process; ``folder`` of an earlier run to go on with, ``lost`` nodes of it.
@@ -295,6 +296,12 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
     source = divisible_source(config, scenario.get("pause_s", 0.0))
     ledger = Ledger(folder, active=founds)
     rank = ElasticRank(config, plan, alone, Source(source, "f" * 16), load_task(config), None, ledger)
+    if shard_s := scenario.get("shard_s", 0.0):
+        loss = rank.trainer.task.loss
+        rank.trainer.task.loss = lambda *given: (time.sleep(shard_s), loss(*given))[1]  # type: ignore[method-assign]
+    if scenario.get("forgets", False):
+        kept = rank.trainer.kept
+        rank.trainer.kept = lambda: kept() and []  # type: ignore[method-assign]
     for fault in scenario.get("faults", ()):
         if fault["rank"] == number:
             set_trap(rank, fault, folder / f"cut-{number}")
