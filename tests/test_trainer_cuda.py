@@ -75,6 +75,20 @@ def test_a_run_on_the_device_repeats_to_the_bit(tmp_path: Path, changes: dict[st
     assert outcomes[0].weights_digest == outcomes[1].weights_digest
 
 
+def test_a_new_run_decides_by_itself_whether_it_compiles(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the trial finds, the run does it, says it, records it, and goes on with it."""
+    train_synthetic(alone(), tmp_path, device="cuda", steps=2)
+    compiled = "blocks are compiled: two compilations gave equal bits" in capfd.readouterr().out
+    identity = json.loads((tmp_path / "run.json").read_text())["identity"]
+    assert identity.get("compile", False) is compiled
+    outcome = train_synthetic(alone(), tmp_path, device="cuda", steps=4)
+    assert "blocks are" not in capfd.readouterr().out
+    told = train_synthetic(alone(), tmp_path.with_name("told"), device="cuda", steps=4, compile=compiled)
+    assert outcome.weights_digest == told.weights_digest
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_recomputing_changes_no_bit_on_the_device(tmp_path: Path, precision: str) -> None:
     digests = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +18,10 @@ from torch import nn
 from trainer_ranks import SyntheticSource, tiny_config, toy_model, toy_shard, train_synthetic
 
 from foldfeed.trainer.buckets import plan_buckets
+from foldfeed.trainer.compiling import settle, why_not
 from foldfeed.trainer.config import DataConfig, HeldOutConfig, ModelConfig, OptimizerConfig, RunConfig
 from foldfeed.trainer.dyadic import Block, owned_shards, tree_sum
-from foldfeed.trainer.errors import TrainerConfigError
+from foldfeed.trainer.errors import SnapshotMismatchError, TrainerConfigError
 from foldfeed.trainer.export import named_weights
 from foldfeed.trainer.flat import FlatParameters
 from foldfeed.trainer.launch import prepare_numerics, train
@@ -30,7 +32,7 @@ from foldfeed.trainer.reducer import TreeReducer
 from foldfeed.trainer.resume import environment
 from foldfeed.trainer.rng import seed_shard
 from foldfeed.trainer.snapshot import read_generation
-from foldfeed.trainer.task import Task
+from foldfeed.trainer.task import EvoformerTask, Task
 
 ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"))
 
@@ -274,8 +276,6 @@ def test_recomputing_blocks_changes_no_bit_of_a_gradient(precision: str) -> None
     sources = {}
     for recompute in (False, True):
         config = tiny_config(Path("unused"), model={"recompute": recompute, "dropout_pair": 0.3})
-        from foldfeed.trainer.task import EvoformerTask
-
         task = EvoformerTask(config.model)
         torch.manual_seed(4)
         model = task.build()
@@ -302,8 +302,6 @@ def test_recomputing_blocks_changes_no_bit_of_a_gradient(precision: str) -> None
 
 def test_bfloat16_agrees_with_float32_to_its_rounding() -> None:
     config = tiny_config(Path("unused"))
-    from foldfeed.trainer.task import EvoformerTask
-
     task = EvoformerTask(dataclasses.replace(config.model, distogram_weight=0.3))
     torch.manual_seed(4)
     model = task.build().train(False)
@@ -321,15 +319,19 @@ def test_bfloat16_agrees_with_float32_to_its_rounding() -> None:
     assert short.total.item() != exact.total.item()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(280)
-def test_a_compiled_model_repeats_to_the_bit_and_names_its_compiler(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def compiles_here() -> Iterator[None]:
+    """Compiles in this thread: its pool of compiling threads would stay."""
     import torch._inductor.config
 
-    # In this thread: its pool of compiling threads would stay.
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+    with torch._inductor.config.patch(compile_threads=1):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+@pytest.mark.usefixtures("compiles_here")
+def test_a_compiled_model_repeats_to_the_bit_and_names_its_compiler(tmp_path: Path) -> None:
     digests = [run_small(tmp_path / name, steps=3, compile=True) for name in "ab"]
     assert digests[0] == digests[1]
     found = json.loads((tmp_path / "a" / "run.json").read_text())
@@ -338,6 +340,84 @@ def test_a_compiled_model_repeats_to_the_bit_and_names_its_compiler(
     # Names of parameters are those of the plain model.
     generation = read_generation(tmp_path / "a" / "snapshots" / "step-00000003")
     assert generation.manifest["layout_hash"] == FlatParameters(Small().build()).layout_hash
+    # A start that says nothing does as the run did, in its folder and from its snapshot elsewhere.
+    resume = {"snapshots": {"resume": str(generation.path)}}
+    ends = {
+        run_small(tmp_path / "a", steps=4, compile=None),
+        run_small(tmp_path / "b", steps=4, compile=True),
+        run_small(tmp_path / "c", steps=4, **resume),
+    }
+    assert len(ends) == 1
+    with pytest.raises(SnapshotMismatchError, match="compile True there, 'unset' now"):
+        run_small(tmp_path / "a", steps=5, compile=False)
+
+
+class Shown(Small):
+    """Gives an example; with ``drifts``, blocks whose results depend on when they are computed."""
+
+    def __init__(self, *, drifts: bool = False) -> None:
+        super().__init__()
+        self.drifts, self.calls = drifts, 0
+
+    def compiled(self, model: nn.Module) -> list[nn.Module]:
+        return [] if self.drifts else [model]
+
+    def example(self, data: DataConfig) -> Any:
+        return next(iter(SyntheticSource(data, 3, ALONE, {}))).shards[0].features
+
+    def loss(self, model: nn.Module, features: Any) -> Loss:
+        self.calls += self.drifts
+        return super().loss(model, {**features, "msa_feat": features["msa_feat"] * (1 + 1e-6 * self.calls)})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+@pytest.mark.usefixtures("compiles_here")
+def test_blocks_are_compiled_by_themselves_where_they_repeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial of a GPU with the compiler of the CPU: two compilations, one of them from nothing."""
+    config = tiny_config(tmp_path)
+    prepare_numerics(config)
+    assert why_not(config, Shown(), ALONE.device) == ""
+    # Four different results of one step.
+    assert why_not(config, Shown(drifts=True), ALONE.device) == "the same step gave 4 results"
+    assert why_not(config, Small(), ALONE.device) == "Small gives no example to try them with"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert why_not(config, Shown(), ALONE.device).startswith("--compile needs a C++ compiler")
+
+
+def test_what_is_tried_where_is_decided_by_device_and_record(tmp_path: Path) -> None:
+    config, cuda = tiny_config(tmp_path), dataclasses.replace(ALONE, device=torch.device("cuda", 0))
+    said: list[str] = []
+
+    def settled(ranks: Ranks, before: Any = None, **changes: Any) -> bool | None:
+        changed = dataclasses.replace(config, **changes)
+        return settle(changed, Small(), ranks, lambda _: before, said.append).compile
+
+    assert settled(ALONE) is False
+    assert settled(ALONE, before={"compile": True}) is True
+    assert settled(cuda, before={}) is False
+    assert settled(cuda, before={"compile": True}) is True
+    assert settled(cuda, before={"compile": True}, compile=False) is False
+    assert settled(cuda, compile=True) is True
+    assert said == []
+    # A new run on a device: this task cannot be tried.
+    assert settled(cuda) is False
+    assert said == ["blocks are not compiled: Small gives no example to try them with (rank 0)"]
+
+
+def test_the_example_of_the_evoformer_has_the_shapes_of_the_loader() -> None:
+    config = tiny_config(Path("unused"), data={"virtual_shards": 4})
+    task = EvoformerTask(dataclasses.replace(config.model, distogram_weight=0.3))
+    found = task.example(config.data)
+    assert found is not None
+    for name, tensor in next(iter(SyntheticSource(config.data, 3, ALONE, {}))).shards[0].features.items():
+        if name != "aatype":
+            assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype), name
+    loss = task.loss(task.build(), found)
+    assert loss.counted.all()
+    assert set(loss.parts) == {"masked_msa", "distogram"}
 
 
 def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def _options_of(config: type, names: Sequence[str], renamed: dict[str, str] | No
         for name in reversed(names):
             option = (renamed or {}).get(name, name).replace("_", "-")
             default = fields[name].default
-            kind: Any = type(default)
+            kind: Any = bool if default is None else type(default)
             flag = f"--{option}/--no-{option}" if kind is bool else f"--{option}"
             command = click.option(
                 flag, name, default=default, type=kind, show_default=True, help=texts[name]

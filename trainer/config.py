@@ -34,7 +34,7 @@ _NOT_NUMBERS = (
 # Those that came later are named only where they differ from what all runs were before: old digests stay.
 _LATER = (
     *("on_unreadable", "distogram_weight", "schedule", "decay_steps", "decay_factor", "ema_decay"),
-    *("precision", "compile"),
+    "precision",
 )
 
 
@@ -359,7 +359,8 @@ class RunConfig:
       precision: of forward passes: ``fp32``, or ``bf16``: matrix products in bfloat16, weights and their
         updates in float32.
       compile: compile the blocks (torch.compile): other bits than without, equal ones in every run. The
-        first step may take minutes, for which --timeout-s should allow.
+        first step may take minutes, for which --timeout-s should allow. If nothing is said a run does what it
+        did before, and a new one of the compact Evoformer on a GPU tries whether they repeat to the bit.
       wire: numbers of messages: ``fp32``; ``bf16`` rounds the gradient of each virtual shard and every sum of
         two (added in fp32) to bfloat16, on any number of ranks: half the bytes; ``bf16-between`` is that with
         fp32 messages inside nodes.
@@ -392,7 +393,7 @@ class RunConfig:
     reducer: Literal["tree", "hierarchical", "auto", "ring", "ddp"] = "tree"
     bucket_mb: float = 0.0
     precision: str = "fp32"
-    compile: bool = False
+    compile: bool | None = None
     wire: str = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     nccl_preset: str = "auto"
@@ -462,7 +463,7 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings that decide the numbers, as JSON-able values."""
-        own = {name: value for name, value in _numbers(self).items() if name in ("precision", "compile")}
+        own = {name: value for name, value in _numbers(self).items() if name == "precision"}
         return {
             "seed": self.seed,
             "data": {**_numbers(self.data), "virtual_shards": self.data.num_shards},
@@ -472,6 +473,7 @@ class RunConfig:
             "reducer": "tree" if self.reducer in ("hierarchical", "auto") else self.reducer,
             "bucket_mb": self.bucket_mb,
             **own,
+            **({"compile": True} if self.compile else {}),
             # Which messages are short changes no number.
             **({} if self.wire == "fp32" else {"wire": "bf16"}),
         }

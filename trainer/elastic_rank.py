@@ -32,6 +32,7 @@ import torch
 
 from foldfeed.trainer import launch
 from foldfeed.trainer.agreement import View
+from foldfeed.trainer.compiling import settle
 from foldfeed.trainer.config import RunConfig, digest_of
 from foldfeed.trainer.data import LoaderMeters, open_held_out, open_loader, serving
 from foldfeed.trainer.elastic import Plan
@@ -62,7 +63,7 @@ from foldfeed.trainer.lease import Lease
 from foldfeed.trainer.loop import Outcome, Trainer
 from foldfeed.trainer.membership import Limits, Membership
 from foldfeed.trainer.metrics import Metrics
-from foldfeed.trainer.ranks import Group, Ranks, pick_device
+from foldfeed.trainer.ranks import Group, Ranks, pick_device, speaker
 from foldfeed.trainer.resume import environment
 from foldfeed.trainer.session import Session, new_session, publish, read_session
 from foldfeed.trainer.snapshot import SNAPSHOTS, SnapshotFolder
@@ -106,6 +107,7 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
             "--spares works on the CPU only: a spare cannot know whose GPU will be free."
         )
     ledger.mark(INITIALIZATION)
+    config = settle(config, task, alone, launch.identity_before, speaker(plan.founds))
     # A rank's number may change, a process's not.
     trace = f"{config.loader_trace}.process{os.getpid()}" if config.loader_trace else ""
     with (

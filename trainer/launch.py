@@ -31,16 +31,22 @@ from typing import Any
 import torch
 
 from foldfeed.trainer import nccl
+from foldfeed.trainer.compiling import settle
 from foldfeed.trainer.config import RunConfig, digest_of
 from foldfeed.trainer.data import LoaderMeters, open_held_out, open_loader, serving
-from foldfeed.trainer.errors import SnapshotMismatchError, TrainerConfigError, TrainerError
+from foldfeed.trainer.errors import (
+    InvalidSnapshotError,
+    SnapshotMismatchError,
+    TrainerConfigError,
+    TrainerError,
+)
 from foldfeed.trainer.goodput import INITIALIZATION, PREPARATION, RESTORE, STARTUP, Ledger, process_start
 from foldfeed.trainer.held_out import HeldOut
 from foldfeed.trainer.lease import Lease
 from foldfeed.trainer.loop import Outcome, Trainer
 from foldfeed.trainer.metrics import Metrics
 from foldfeed.trainer.mirror import Mirror, fetch
-from foldfeed.trainer.ranks import Ranks, joined, pick_device, world_from_environment
+from foldfeed.trainer.ranks import Ranks, joined, pick_device, speaker, world_from_environment
 from foldfeed.trainer.resume import (
     changed_settings,
     check_belongs,
@@ -48,7 +54,7 @@ from foldfeed.trainer.resume import (
     named_generation,
     newest_valid,
 )
-from foldfeed.trainer.snapshot import RUN_FILE, SNAPSHOTS, SnapshotFolder
+from foldfeed.trainer.snapshot import RUN_FILE, SNAPSHOTS, SnapshotFolder, read_manifest
 from foldfeed.trainer.source import BatchSource, SourceMeters
 from foldfeed.trainer.task import Task, identity, load_task
 from foldfeed.trainer.tiers import Saver, memory_folder
@@ -146,6 +152,7 @@ def train(
       held_out: whose loss is looked at now and then.
     """
     task = task or load_task(config)
+    config = settle(config, task, ranks, identity_before, speaker(ranks.is_first))
     settings = identity(config, task)
     config_digest = digest_of(settings)
     numerics = environment(ranks.device, torch.get_num_threads(), config.deterministic, config.compile)
@@ -269,6 +276,20 @@ def claim(
     SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep).sweep()
     _write_json(path, record)
     return run_id
+
+
+def identity_before(config: RunConfig) -> dict[str, Any] | None:
+    """Returns the identity of the run that a start goes on with, in its folder or from a snapshot elsewhere.
+
+    None for a new one, or one whose folder is still to be fetched.
+    """
+    output, resume = Path(config.output), config.snapshots.resume
+    if (path := output / RUN_FILE).exists():
+        return dict(_read_claim(path, ("run_id", "identity"))["identity"])
+    # One that is damaged is refused where all ranks look at it.
+    with contextlib.suppress(InvalidSnapshotError):
+        return dict(read_manifest(Path(resume))["identity"]) if resume not in ("auto", "none") else None
+    return None
 
 
 def _read_claim(path: Path, names: Sequence[str]) -> dict[str, Any]:

@@ -289,8 +289,9 @@ def _new_group(backend: str, timeout: datetime.timedelta) -> Group:
     return TorchGroup(make(), functools.partial(make, use_local_synchronization=True))
 
 
-def quiet(line: str) -> None:
-    """Says nothing: for ranks whose first one speaks for all."""
+def speaker(speaks: bool) -> Callable[[str], None]:
+    """Returns what prints a line at once, or on ranks for which another one speaks, nothing."""
+    return functools.partial(print, flush=True) if speaks else lambda line: None
 
 
 def _take_place(store: dist.Store, rank: int, world: int) -> tuple[int, bool, bool]:
@@ -357,7 +358,7 @@ def joined(
             rank, several, infiniband = _take_place(store, rank, world)
             if device.type == "cuda":
                 name = nccl.choose(preset, several_nodes=several, infiniband=infiniband)
-                nccl.apply(name, quiet if rank else print, pins=pins or preset != "auto")
+                nccl.apply(name, speaker(rank == 0), pins=pins or preset != "auto")
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         ranks = Ranks(
             rank=rank,

@@ -179,7 +179,7 @@ def _spread(
 
 
 def environment(
-    device: torch.device, threads: int, deterministic: bool, compiles: bool = False
+    device: torch.device, threads: int, deterministic: bool, compiles: bool | None = False
 ) -> dict[str, Any]:
     """Returns what, besides the settings, decides the bits of a step.
 
@@ -197,11 +197,15 @@ def environment(
     if device.type == "cuda":
         found["kernels"] = torch.cuda.get_device_name(device)
         found.update({name: os.environ.get(name, "") for name in NCCL_SETTINGS})
-    return found | ({"compiler": _compiler(device)} if compiles else {})
+    return found | ({"compiler": compiler(device)} if compiles else {})
 
 
-def _compiler(device: torch.device) -> str:
-    """Returns name and version of what torch.compile makes kernels with."""
+def compiler(device: torch.device) -> str:
+    """Returns name and version of what torch.compile makes kernels with.
+
+    Raises:
+      TrainerConfigError: it is not here.
+    """
     try:
         if device.type == "cuda":
             return f"triton {importlib.metadata.version('triton')}"

@@ -226,7 +226,7 @@ def read_generation(path: Path) -> Generation:
       InvalidSnapshotError: anything is missing, too short or too long, or fails its checksum.
     """
     try:
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         names = (*BUFFERS, EMA) if EMA in manifest["buffers"] else BUFFERS
         buffers = {name: _read_buffer(path, name, manifest["buffers"][name]) for name in names}
     except OSError as error:
@@ -234,12 +234,18 @@ def read_generation(path: Path) -> Generation:
     return Generation(path=path, manifest=manifest, buffers=buffers)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    raw = (path / MANIFEST).read_bytes()
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Returns the manifest of a generation, and nothing of its buffers.
+
+    Raises:
+      InvalidSnapshotError: it is damaged, or there is none.
+    """
     try:
-        manifest = json.loads(raw)
+        manifest = json.loads((path / MANIFEST).read_bytes())
         body = {name: value for name, value in manifest.items() if name != "crc32c"}
         sealed = manifest["crc32c"]
+    except OSError as error:
+        raise InvalidSnapshotError(str(path), f"cannot be read: {error.strerror or error}") from error
     except (ValueError, AttributeError, KeyError) as error:
         raise InvalidSnapshotError(str(path), f"{MANIFEST} is not a sealed JSON object") from error
     if sealed != _manifest_checksum(body):

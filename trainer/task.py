@@ -32,7 +32,7 @@ from foldfeed.trainer.config import EVOFORMER, DataConfig, ModelConfig, RunConfi
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.evoformer import EvoformerBlock
 from foldfeed.trainer.losses import Loss, PerSample, distogram_loss, masked_msa_loss
-from foldfeed.trainer.model import CompactEvoformer
+from foldfeed.trainer.model import MSA_CHANNELS, NUM_TOKENS, TARGET_CHANNELS, CompactEvoformer
 
 Features = Mapping[str, torch.Tensor]
 
@@ -70,6 +70,13 @@ class Task(abc.ABC):
         Gradients of a compiled module come at once when its backward has ended, and leave no earlier.
         """
         return [model]
+
+    def example(self, data: DataConfig) -> Features | None:
+        """Returns features like those of a virtual shard, for the trial whether compiled modules repeat.
+
+        None, the default: they are compiled only where ``--compile`` says so.
+        """
+        return None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -127,6 +134,40 @@ class EvoformerTask(Task):
     def compiled(self, model: nn.Module) -> Iterable[nn.Module]:
         """Returns the blocks."""
         return [module for module in model.modules() if isinstance(module, EvoformerBlock)]
+
+    def example(self, data: DataConfig) -> Features | None:
+        """Returns random features of the run's sizes; the last residue and the last rows are padding."""
+        draw = torch.Generator().manual_seed(0)
+        samples, residues = data.global_batch // data.num_shards, data.crop_residues
+        rows_br, rows_bsr = (samples, residues), (samples, data.num_clusters, residues)
+        rows_ber = (samples, data.num_extra, residues)
+
+        def numbers(*shape: int) -> torch.Tensor:
+            return torch.rand(shape, generator=draw)
+
+        def tokens(*shape: int) -> torch.Tensor:
+            return torch.randint(NUM_TOKENS, shape, generator=draw)
+
+        def mask(*shape: int) -> torch.Tensor:
+            kept = torch.ones(shape)
+            kept[..., -1] = 0
+            return kept
+
+        return {
+            "residue_index": torch.arange(residues).expand(rows_br),
+            "target_feat": numbers(*rows_br, TARGET_CHANNELS),
+            "seq_mask": mask(*rows_br),
+            "msa_feat": numbers(*rows_bsr, MSA_CHANNELS),
+            "msa_mask": mask(*rows_bsr),
+            "true_msa": tokens(*rows_bsr),
+            "bert_mask": (numbers(*rows_bsr) < 0.15).float(),
+            "extra_msa": tokens(*rows_ber),
+            "extra_has_deletion": (numbers(*rows_ber) < 0.1).float(),
+            "extra_deletion_value": numbers(*rows_ber),
+            "extra_msa_mask": mask(*rows_ber),
+            "pseudo_beta": 20 * numbers(*rows_br, 3),
+            "pseudo_beta_mask": mask(*rows_br),
+        }
 
     def recipe(self, data: DataConfig) -> Recipe:
         """Returns the run's recipe, with labels where distances are predicted."""

@@ -17,7 +17,7 @@ from foldfeed.trainer import nccl
 from foldfeed.trainer.dyadic import Block, Division, repaired
 from foldfeed.trainer.errors import CommunicationError, TrainerConfigError
 from foldfeed.trainer.loop import Trainer
-from foldfeed.trainer.ranks import Group, Ranks, TorchGroup, quiet
+from foldfeed.trainer.ranks import Group, Ranks, TorchGroup, speaker
 from foldfeed.trainer.snapshot import extend_checksum
 from foldfeed.trainer.topology import own_place, pair_up
 from foldfeed.trainer.wire import Channel, raw
@@ -156,7 +156,7 @@ def nccl_groups(ranks: Ranks, host: str, timeout_s: float, preset: str) -> tuple
     several, infiniband = len({tuple(row[1]) for row in rows}) > 1, all(row[2] for row in rows)
     named = next((row[3] for row in rows if row[3]), "")
     name = named or nccl.choose(preset, several_nodes=several, infiniband=infiniband)
-    nccl.apply(name, print if ranks.is_first else quiet, pins=preset != "auto")
+    nccl.apply(name, speaker(ranks.is_first), pins=preset != "auto")
     address, port = rows[0][0]
     with ranks.guard("the meeting of the devices"):
         store = store or dist.TCPStore(address, port, ranks.world, is_master=False, timeout=timeout)
