@@ -1,9 +1,10 @@
-"""``python -m MODULE ARGUMENTS``, forked from a process that has imported torch and the trainer already.
+"""``python -m MODULE`` and ``python FILE``, forked from a process that has imported torch and the trainer.
 
 Importing them costs five seconds of CPU a process, which is most of what a short run costs. A *nursery*, one
 for each process of `make test`, imports them once and forks; the fork gets arguments, environment and files
-of its own, runs the module as ``__main__``, and waits for threads and exit functions at its end. The nursery
-has made no tensor and started no thread of ours, so nothing is lost in a fork; it refuses to fork otherwise.
+of its own, runs module or file as ``__main__``, and waits for threads and exit functions at its end. The
+nursery has made no tensor and started no thread of ours, so nothing is lost in a fork; it refuses to fork
+otherwise.
 
 What needs a process that a shell or torchrun started, or one that outlives a call, is started so by its test.
 """
@@ -39,7 +40,10 @@ IMPORTED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """One ``python -m MODULE ARGUMENTS``; output goes to files. Modules of this folder are found, too."""
+    """One ``python -m MODULE ARGUMENTS``, or a file where its name ends in ``.py``; output goes to files.
+
+    Modules of this folder are found, too.
+    """
 
     module: str
     arguments: Sequence[str]
@@ -148,7 +152,12 @@ def _be(program: Program) -> NoReturn:
     sys.argv[1:] = program.arguments
     code: Any = 0
     try:
-        runpy.run_module(program.module, run_name="__main__", alter_sys=True)
+        if program.module.endswith(".py"):
+            sys.path.insert(0, str(Path(program.module).parent))
+            sys.argv[0] = program.module
+            runpy.run_path(program.module, run_name="__main__")
+        else:
+            runpy.run_module(program.module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code
     except BaseException:  # noqa: BLE001 - as the interpreter does; the child must not go on as its parent
