@@ -34,7 +34,8 @@ demo: setup
 	@FOLDFEED_EXAMPLES="$(EXAMPLES)" $(BIN)/python deploy/demo/run_demo.py --output "$(DEMO)"
 
 test: setup
-	FOLDFEED_EXAMPLES="$(EXAMPLES)" $(BIN)/python -m pytest -p xdist -n $(TEST_PROCESSES) --dist loadfile
+	FOLDFEED_EXAMPLES="$(EXAMPLES)" $(BIN)/python -m pytest -p xdist -n $(TEST_PROCESSES) --dist loadfile \
+	    --no-loadscope-reorder
 
 spark: setup
 	@bash deploy/spark/local_cluster.sh fetch "$(SPARK)" "$(abspath $(BIN))/python"

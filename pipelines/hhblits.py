@@ -20,9 +20,8 @@ from foldfeed.pipelines.search_tool import (
     QUERY_NAME,
     SearchResult,
     ToolIdentity,
-    binary_sha256,
-    binary_version,
     find_binary,
+    identity_of,
 )
 from foldfeed.pipelines.subprocess_runner import require_success, run_program
 
@@ -68,13 +67,8 @@ class Hhblits:
           ToolNotFoundError: there is none, or it does not say its version.
         """
         binary = find_binary(NAME)
-        template = tuple(flag for flag in FLAGS if flag not in ("-cpu", "{cpus}"))
-        identity = ToolIdentity(
-            name=NAME,
-            version=binary_version(NAME, binary, _VERSION),
-            binary_sha256=binary_sha256(binary),
-            argv_template=(*template, *("-d", "{database}") * len(databases)),
-        )
+        words = (*FLAGS, *("-d", "{database}") * len(databases))
+        identity = identity_of(NAME, binary, _VERSION, words)
         return cls(identity=identity, binary=binary, databases=databases, cpus=cpus, timeout_s=timeout_s)
 
     @property

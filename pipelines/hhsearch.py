@@ -31,9 +31,8 @@ from foldfeed.pipelines.search_tool import (
     QUERY_NAME,
     SearchResult,
     ToolIdentity,
-    binary_sha256,
-    binary_version,
     find_binary,
+    identity_of,
 )
 from foldfeed.pipelines.subprocess_runner import require_success, run_program
 from foldfeed.pipelines.template_tool import fact_line
@@ -75,12 +74,7 @@ class Hhsearch:
           ToolNotFoundError: there is none, or it does not say its version.
         """
         binary = find_binary(NAME)
-        identity = ToolIdentity(
-            name=NAME,
-            version=binary_version(NAME, binary, _VERSION),
-            binary_sha256=binary_sha256(binary),
-            argv_template=tuple(flag for flag in FLAGS if flag not in ("-cpu", "{cpus}")),
-        )
+        identity = identity_of(NAME, binary, _VERSION, FLAGS)
         return cls(
             identity=identity, binary=binary, database=database, dates=dates, cpus=cpus, timeout_s=timeout_s
         )

@@ -34,8 +34,8 @@ from foldfeed.pipelines.search_tool import (
     SearchResult,
     ToolIdentity,
     binary_sha256,
-    binary_version,
     find_binary,
+    identity_of,
 )
 from foldfeed.pipelines.subprocess_runner import Completed, Usage, require_success, run_program, sum_usages
 from foldfeed.pipelines.template_profile import to_stockholm
@@ -91,13 +91,8 @@ class Hmmsearch:
         """
         binary, builder = find_binary(NAME), find_binary(BUILDER)
         builder_sha256 = binary_sha256(builder)
-        words = (word for word in SEARCH if word not in ("--cpu", "{cpus}"))
-        identity = ToolIdentity(
-            name=NAME,
-            version=binary_version(NAME, binary, _VERSION),
-            binary_sha256=binary_sha256(binary),
-            argv_template=(BUILDER, builder_sha256, *BUILD, NAME, *words),
-        )
+        words = (BUILDER, builder_sha256, *BUILD, NAME, *SEARCH)
+        identity = identity_of(NAME, binary, _VERSION, words)
         return cls(
             identity=identity,
             binary=binary,

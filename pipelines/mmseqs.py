@@ -59,8 +59,8 @@ from foldfeed.pipelines.search_tool import (
     SearchResult,
     ToolIdentity,
     binary_sha256,
-    binary_version,
     find_binary,
+    identity_of,
 )
 from foldfeed.pipelines.subprocess_runner import Completed, Usage, require_success, run_program
 
@@ -135,12 +135,7 @@ class Mmseqs:
             words.append(f"{{sequences}}={{database}}{INDEX}")
         if first is not None:
             words.append(f"{{profile of {first_digest} {first.identity.digest}}}")
-        identity = ToolIdentity(
-            name=NAME,
-            version=binary_version(PROGRAM, binary, _VERSION),
-            binary_sha256=binary_sha256(binary),
-            argv_template=tuple(words),
-        )
+        identity = identity_of(NAME, binary, _VERSION, words, program=PROGRAM)
         return cls(
             identity=identity,
             binary=binary,

@@ -19,6 +19,7 @@ import re
 import shutil
 import socket
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -237,6 +238,31 @@ def binary_version(name: str, binary: str, pattern: re.Pattern[str]) -> str:
       ToolNotFoundError: it prints nothing that looks like one.
     """
     return _version_of(name, binary, pattern, binary_sha256(binary))
+
+
+def identity_of(
+    name: str, binary: str, version: re.Pattern[str], words: Sequence[str], *, program: str = ""
+) -> ToolIdentity:
+    """Returns the identity of a tool; the option that takes ``{cpus}`` is left out of its words.
+
+    Args:
+      name: of the tool.
+      binary: absolute path of the executable.
+      version: what it prints its version in, as the first group.
+      words: of the command line, with ``{query}`` and the like in place of paths.
+      program: its name in messages, where it is another one.
+    Raises:
+      ToolNotFoundError: it prints no version.
+    """
+    following = (*words[1:], "")
+    return ToolIdentity(
+        name=name,
+        version=binary_version(program or name, binary, version),
+        binary_sha256=binary_sha256(binary),
+        argv_template=tuple(
+            word for word, after in zip(words, following, strict=True) if "{cpus}" not in (word, after)
+        ),
+    )
 
 
 @functools.lru_cache(maxsize=32)

@@ -132,11 +132,13 @@ def outcome_of(root: Path, damage: Damage, truth: list) -> str:
         path.write_bytes(original)
 
 
-def campaign(root: Path, number: int, seed: int, tell=lambda done, counts: None) -> dict:
-    """Returns outcomes counted by kind of file; raises AssertionError for the first that must not be."""
+def campaign(
+    root: Path, number: int, seed: int, tell=lambda done, counts: None, paths: list[str] | None = None
+) -> dict:
+    """Returns outcomes counted by kind of file, of damages to all files in turn or to some of them."""
     rng = random.Random(seed)
     truth = read_everything(root)
-    paths = files_of(root)
+    paths = files_of(root) if paths is None else paths
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     wrong = []
     for done in range(number):

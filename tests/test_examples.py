@@ -2,12 +2,12 @@
 
 import ast
 import importlib.util
-import os
-import subprocess
-import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from records import make_record
+from warm_python import run_module
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 
@@ -25,14 +25,9 @@ def store(tmp_path_factory) -> FeatureStore:
 
 def run(root, name, *arguments, **environment) -> list[str]:
     """Runs an example and returns its lines."""
-    done = subprocess.run(
-        [sys.executable, root / "examples" / name, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env={**os.environ, **environment},
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        place = str(root / "examples" / name)
+        done = run_module(place, arguments, Path(folder), timeout_s=240, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

@@ -15,6 +15,7 @@ def campaign():
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_memory_descriptors_and_threads_stay_over_thousands_of_samples(campaign, tmp_path):
     faults, found = campaign.run(tmp_path, 4000, 800, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from trainer_options import SMALL_CROPS, SMALL_MODEL
-from trainer_ranks import free_port
+from trainer_ranks import free_port, rank_environment
+from warm_python import Program, run_module, run_programs
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer.cli import _attribute_texts, command, main
@@ -29,15 +29,10 @@ TINY = [
 ]
 
 
-def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "foldfeed.trainer", *map(str, arguments)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs ``python -m foldfeed.trainer`` in a process of its own."""
+    return lambda *arguments: run_module("foldfeed.trainer", arguments, tmp_path)
 
 
 @pytest.fixture
@@ -150,7 +145,9 @@ def digest(output: Path) -> str:
     return found
 
 
-def test_a_run_on_a_store_its_files_and_its_continuation(tmp_path: Path, small_store: FeatureStore) -> None:
+def test_a_run_on_a_store_its_files_and_its_continuation(
+    tmp_path: Path, small_store: FeatureStore, run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -183,17 +180,20 @@ def test_a_run_on_a_store_its_files_and_its_continuation(tmp_path: Path, small_s
         ).returncode
         == 0
     )
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=3",
-        f"--master-port={free_port()}",
+    port = free_port()
+    ranks = [
+        Program(
+            module="foldfeed.trainer",
+            arguments=["--store", small_store.url, "--output", str(parts), *TINY],
+            environment=rank_environment(rank, 3, port),
+            stdout=tmp_path / f"rank{rank}.out",
+            stderr=tmp_path / f"rank{rank}.err",
+        )
+        for rank in range(3)
     ]
-    torchrun += ["-m", "foldfeed.trainer", "--store", small_store.url, "--output", str(parts), *TINY]
-    resumed = subprocess.run(torchrun, capture_output=True, text=True, timeout=120)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumed: step 3" in resumed.stdout
+    codes = run_programs(ranks, timeout_s=120)
+    assert codes == [0] * 3, [rank.stderr.read_text() for rank in ranks]
+    assert "resumed: step 3" in ranks[0].stdout.read_text()
     assert digest(parts) == digest(whole)
 
 
@@ -245,21 +245,21 @@ def main_config_with_keep_zero() -> None:
     SnapshotConfig(keep=0)
 
 
-@pytest.mark.parametrize("content", ["", '{"run', "[]", "7", "{}", '{"run_id": "x"}'])
 def test_a_damaged_run_file_is_one_line_and_its_snapshots_can_go_on_elsewhere(
-    tmp_path: Path, small_store: FeatureStore, inside: Callable[..., tuple[int, str]], content: str
+    tmp_path: Path, small_store: FeatureStore, inside: Callable[..., tuple[int, str]]
 ) -> None:
-    usual = ["--store", small_store.url, *TINY]
+    usual = ["--store", small_store.url, *TINY, "--no-tensorboard"]
+    run_file = tmp_path / "o" / "run.json"
     assert inside(*usual, "--output", tmp_path / "o")[0] == 0
-    expected = json.loads((tmp_path / "o" / "result.json").read_text())["weights_digest"]
-    (tmp_path / "o" / "run.json").write_text(content)
-    code, said = inside(*usual, "--output", tmp_path / "o")
-    assert (code, said.count("\n")) == (1, 1)
-    assert "run.json is damaged" in said
-    assert (tmp_path / "o" / "run.json").read_text() == content
-    snapshot = tmp_path / "o" / "snapshots" / "step-00000002"
-    assert inside(*usual, "--output", tmp_path / "new", "--resume", snapshot)[0] == 0
-    assert json.loads((tmp_path / "new" / "result.json").read_text())["weights_digest"] == expected
+    for number, content in enumerate(("", '{"run', "[]", "7", "{}", '{"run_id": "x"}')):
+        run_file.write_text(content)
+        code, said = inside(*usual, "--output", tmp_path / "o")
+        assert (code, said.count("\n")) == (1, 1), content
+        assert "run.json is damaged" in said, content
+        assert run_file.read_text() == content
+        snapshot, new = tmp_path / "o" / "snapshots" / "step-00000002", tmp_path / f"new{number}"
+        assert inside(*usual, "--output", new, "--resume", snapshot)[0] == 0, content
+        assert digest(new) == digest(tmp_path / "o"), content
 
 
 def test_an_output_that_cannot_be_made_is_one_line(
@@ -271,7 +271,9 @@ def test_an_output_that_cannot_be_made_is_one_line(
     assert str(tmp_path / "file") in said
 
 
-def test_a_run_may_train_on_a_record_set_alone(tmp_path: Path, small_store: FeatureStore) -> None:
+def test_a_run_may_train_on_a_record_set_alone(
+    tmp_path: Path, small_store: FeatureStore, run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     """The set is named on the command line and bound to the run by the fingerprint of its records."""
     small_store.save_set("deep", "select record_id from records where depth > 1")
     options = ["--store", small_store.url, "--record-set", "deep", *TINY, "--steps", "1"]

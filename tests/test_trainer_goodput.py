@@ -107,6 +107,7 @@ def test_a_damaged_ledger_and_none_at_all_are_named(
     assert goodput.main([]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_killed_run_accounts_for_the_time_it_lost(tmp_path: Path, small_store: FeatureStore) -> None:
     """SIGKILL in the middle, a pause, and the end: against a stopwatch outside of the processes."""

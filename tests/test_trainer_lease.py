@@ -14,13 +14,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer_cli import TINY, run
+from test_trainer_cli import TINY
 from trainer_ranks import free_port
+from warm_python import run_module
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer.errors import LeaseHeldError, LeaseLostError
 from foldfeed.trainer.lease import LEASE_FILE, Lease, identity
 from foldfeed.trainer.snapshot import BUFFERS, SnapshotFolder, checksum
+
+
+def run(folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -m foldfeed.trainer`` in a process of its own, with its output in a folder."""
+    return run_module("foldfeed.trainer", arguments, folder, **environment)
 
 
 def lease_of(folder: Path, said: list[str], lease_s: float = 60.0) -> Lease:
@@ -159,7 +165,7 @@ def test_two_trainers_in_one_output(tmp_path: Path, small_store: FeatureStore) -
         assert first.stdout is not None
         while "snapshot: step" not in (line := first.stdout.readline()):
             assert line, "the first run ended"
-        second = run(*endless)
+        second = run(tmp_path, *endless)
         first.send_signal(signal.SIGKILL)
         first.stdout.read()
     assert second.returncode == 1
@@ -169,7 +175,7 @@ def test_two_trainers_in_one_output(tmp_path: Path, small_store: FeatureStore) -
         json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     total = str(steps[-1] + 3)
-    third = run(*arguments, "--steps", total)
+    third = run(tmp_path, *arguments, "--steps", total)
     assert third.returncode == 0, third.stderr
     assert "its process is gone" in third.stdout
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -181,7 +187,7 @@ def test_two_trainers_in_one_output(tmp_path: Path, small_store: FeatureStore) -
 def test_a_run_that_diverged_is_no_success(tmp_path: Path, small_store: FeatureStore, limit: int) -> None:
     arguments = ["--store", small_store.url, "--output", tmp_path / "run", *TINY, "--no-tensorboard"]
     arguments += ["--lr", "1e38", "--steps", "14", "--snapshot-every", "1", "--max-skipped", str(limit)]
-    done = run(*arguments)
+    done = run(tmp_path, *arguments)
     if limit == 0:
         assert done.returncode == 0, done.stderr
         return
@@ -199,9 +205,9 @@ def test_a_short_run_of_which_every_step_was_skipped_is_no_success(
     tmp_path: Path, small_store: FeatureStore
 ) -> None:
     arguments = ["--store", small_store.url, "--output", tmp_path / "run", *TINY, "--no-tensorboard"]
-    broken = run(*arguments, "--lr", "1e38", "--steps", "2")
+    broken = run(tmp_path, *arguments, "--lr", "1e38", "--steps", "2")
     # The first step is finite and makes the weights useless; from there on every step is skipped.
-    done = run(*arguments, "--lr", "1e38", "--steps", "4", "--max-skipped", "2")
+    done = run(tmp_path, *arguments, "--lr", "1e38", "--steps", "4", "--max-skipped", "2")
     assert broken.returncode == 0, broken.stderr
     assert done.returncode == 1
     assert "there is no snapshot before it" in done.stderr or "the last snapshot before it is" in done.stderr
@@ -232,7 +238,16 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path, small_store: FeatureStore
         taken.listen()
         port = str(taken.getsockname()[1])
         ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        done = run("--store", small_store.url, "--output", tmp_path / "run", *TINY, MASTER_PORT=port, **ranks)
+        done = run(
+            tmp_path,
+            "--store",
+            small_store.url,
+            "--output",
+            tmp_path / "run",
+            *TINY,
+            MASTER_PORT=port,
+            **ranks,
+        )
     assert done.returncode == 1
     assert f"cannot meet at 127.0.0.1:{port}: the port is in use" in done.stderr
     assert "set MASTER_PORT to a free port" in done.stderr
@@ -243,6 +258,7 @@ def test_residues_per_second_count_residues_that_exist(tmp_path: Path, small_sto
     """Records shorter than the crop are padded; padding is no throughput."""
     longest = max(small_store.table(["length"])["length"].to_pylist())
     done = run(
+        tmp_path,
         *("--store", small_store.url, "--output", tmp_path / "run", *TINY, "--no-tensorboard"),
         *("--crop-residues", 2 * longest, "--steps", 2),
     )

@@ -265,6 +265,7 @@ def test_a_chosen_interval_follows_the_cost_and_a_fixed_one_the_step_number() ->
     assert SnapshotConfig().disk_every == 10
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_killed_ranks_go_on_from_memory_with_equal_weights(tmp_path: Path) -> None:
     """Nothing lies on disk: three ranks die, four go on from the memory of two nodes, in spite of damage."""

@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,8 @@ from hypothesis import strategies as st
 from thread_ranks import on_threads
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from trainer_options import SMALL_CROPS
-from trainer_ranks import launch
+from trainer_ranks import free_port, launch, rank_environment
+from warm_python import Program, run_programs
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer.buckets import RAMP, Bucket, plan_buckets, plan_ramp
@@ -336,40 +334,41 @@ def test_a_run_may_change_its_transport_and_says_why(small_store: FeatureStore, 
     sizes = [*SMALL_CROPS, "--no-tensorboard"]
     given = ["--store", small_store.url, "--global-batch", "4", "--device", "cpu", *sizes]
 
-    def train(ranks: int, variable: str, *options: str) -> subprocess.CompletedProcess[str]:
-        script = tmp_path / "one_rank.py"
-        script.write_text(
-            f"import os, runpy\nos.environ[{variable}\n"
-            "runpy.run_module('foldfeed.trainer', run_name='__main__')\n"
-        )
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        return subprocess.run(
-            [*command, str(script), *given, *options],
-            capture_output=True,
-            text=True,
-            timeout=200,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+    def train(name: str, nodes: Sequence[dict[str, str]], *options: str) -> str:
+        """Runs four ranks, each with the variables that say on which node it is."""
+        port = free_port()
+        programs = [
+            Program(
+                module="foldfeed.trainer",
+                arguments=[*given, *options],
+                environment={**rank_environment(rank, 4, port), **nodes[rank]},
+                stdout=tmp_path / f"{name}{rank}.out",
+                stderr=tmp_path / f"{name}{rank}.err",
+            )
+            for rank in range(4)
+        ]
+        codes = run_programs(programs, timeout_s=200)
+        assert codes == [0] * 4, [program.stderr.read_text() for program in programs]
+        return programs[0].stdout.read_text()
 
     def digest(output: Path) -> str:
         return str(json.loads((output / "result.json").read_text())["weights_digest"])
 
     alone, changing = tmp_path / "alone", tmp_path / "changing"
     assert main([*given, "--output", str(alone), "--steps", "4"]) == 0
-    place = "'FOLDFEED_PLACE'] = f'eu/s{int(os.environ['RANK']) in (0, 2, 3)}'"
-    done = train(4, place, "--output", str(changing), "--steps", "2", "--reducer", "hierarchical")
-    assert done.returncode == 0, done.stderr
-    assert "gradients travel by hierarchical" in done.stdout
+    told = [{"FOLDFEED_PLACE": f"eu/s{int(rank in (0, 2, 3))}"} for rank in range(4)]
+    said = train("first", told, "--output", str(changing), "--steps", "2", "--reducer", "hierarchical")
+    assert "gradients travel by hierarchical" in said
     assert json.loads((changing / "run.json").read_text())["network"]["transport"] == "hierarchical"
     # Node 1 has the ranks 0, 2 and 3.
-    assert sorted(re.findall("rank . by its place is what . was", done.stdout)) == [
+    assert sorted(re.findall("rank . by its place is what . was", said)) == [
         f"rank {now} by its place is what {before} was" for now, before in ((1, 2), (2, 3), (3, 1))
     ]
-    assert "Gbit/s of gradients" in done.stdout
-    local = "'LOCAL_WORLD_SIZE'] = '2'"
-    done = train(4, local, "--output", str(changing), "--steps", "4", "--reducer", "auto")
-    assert done.returncode == 0, done.stderr
-    assert "would take" in done.stdout
+    assert "Gbit/s of gradients" in said
+    # As torchrun tells those of two nodes.
+    local = [{"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"} for rank in range(4)]
+    said = train("second", local, "--output", str(changing), "--steps", "4", "--reducer", "auto")
+    assert "would take" in said
     assert digest(alone) == digest(changing)
 
 

@@ -133,6 +133,7 @@ def test_the_block_and_the_parameter_that_are_not_finite_are_named() -> None:
     assert torch.isinf(reducer.gradient).any()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_real_ranks_that_are_slow_hang_or_bring_a_nan_are_named(tmp_path: Path) -> None:
     """One run: rank 2 is slow, a sample of rank 1 is NaN, then rank 1 hangs for most of the timeout."""

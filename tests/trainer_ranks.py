@@ -2,8 +2,8 @@
 
 A test calls `launch(case, world, ...)`: one process per rank, gloo on localhost, one thread each. Every rank
 runs the function ``case_NAME(ranks, folder, options)`` of this file and its JSON-able result comes back in
-rank order. A launch has a hard timeout; its processes are killed by pid whatever happens. Importing torch
-takes seconds per rank, so a case checks several things at once.
+rank order. A launch has a hard timeout; its processes are killed by pid whatever happens. Ranks are forked
+from a process that has imported torch (`warm_python`); those of torchrun import it themselves.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from warm_python import Program, run_programs
 
 HERE = Path(__file__).resolve()
 
@@ -32,7 +33,7 @@ def launch(
     world: int,
     folder: Path,
     *,
-    timeout_s: float = 90.0,
+    timeout_s: float = 150.0,
     expect: int | None = 0,
     **options: Any,
 ) -> list[Any]:
@@ -42,24 +43,17 @@ def launch(
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    processes = []
-    try:
-        for rank in range(world):
-            command = [sys.executable, str(HERE), case, str(folder), json.dumps(options)]
-            out, err = folder / f"rank{rank}.out", folder / f"rank{rank}.err"
-            with out.open("wb") as stdout, err.open("wb") as stderr:
-                processes.append(
-                    subprocess.Popen(
-                        command, env=rank_environment(rank, world, port), stdout=stdout, stderr=stderr
-                    )
-                )
-        deadline = time.monotonic() + timeout_s
-        codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+    programs = [
+        Program(
+            module=HERE.stem,
+            arguments=[case, str(folder), json.dumps(options)],
+            environment=rank_environment(rank, world, port),
+            stdout=folder / f"rank{rank}.out",
+            stderr=folder / f"rank{rank}.err",
+        )
+        for rank in range(world)
+    ]
+    codes = run_programs(programs, timeout_s=timeout_s)
     errors = [(folder / f"rank{rank}.err").read_text() for rank in range(world)]
     if expect is None:
         return list(zip(codes, errors, strict=True))

@@ -20,6 +20,7 @@ from foldfeed.feature_store.errors import AlignmentParseError
 from foldfeed.feature_store.format.templates import runs_of
 from foldfeed.feature_store.parsers.a3m import MAX_ROW_CHARACTERS, shown
 from foldfeed.feature_store.parsers.lines import Text, lines_of
+from foldfeed.feature_store.parsers.stockholm import alignment_lines, description_in
 
 _IS_GAP = np.zeros(256, dtype=np.bool_)
 _IS_GAP[[ord(gap) for gap in "-._~ "]] = True
@@ -175,31 +176,16 @@ def _read(
     rows: dict[str, tuple[bytearray, int]] = {}
     descriptions: dict[str, str] = {}
     reference = bytearray()
-    numbered = headed = closed = False
-    for number, raw in lines_of(text):
-        line = raw.rstrip()
-        if not line:
-            continue
-        if not headed:
-            if not line.startswith(b"# STOCKHOLM"):
-                raise AlignmentParseError("not Stockholm: expected '# STOCKHOLM 1.0' first", number)
-            headed = True
-        elif closed:
-            raise AlignmentParseError("a second alignment begins here; a search has one", number)
-        elif line == b"//":
-            closed = True
-        elif line.startswith(b"#=GS"):
-            fields = line.decode("utf-8", errors="replace").split(maxsplit=3)
-            if len(fields) == 4 and fields[2] == "DE":
-                descriptions[fields[1]] = fields[3]
-        elif line.startswith(b"#=GC RF"):
+    numbered = False
+    for number, line in alignment_lines(text, "a search has one", may_be_empty=True):
+        if line.startswith(b"#=GC RF"):
             reference += line.split()[-1]
         elif line.startswith(b"#"):
+            if (described := description_in(line)) is not None:
+                descriptions[described[0]] = described[1]
             numbered = numbered or _UNIQUE_WARNING in line
         else:
             _add_row(rows, line.split(), number)
-    if headed and not closed:
-        raise AlignmentParseError("the alignment has no closing '//': the file was cut off")
     if len(reference) > MAX_ROW_CHARACTERS:
         raise AlignmentParseError(f"its RF line has more than {MAX_ROW_CHARACTERS} characters")
     return rows, descriptions, reference, numbered

@@ -11,7 +11,7 @@ Pure functions without state: safe from any thread.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,13 +62,46 @@ def parse_stockholm(
 
 def stockholm_descriptions(text: Text) -> dict[str, str]:
     """Returns what a Stockholm text says of its rows (``#=GS NAME DE ...``), by name."""
-    found: dict[str, str] = {}
-    for _, raw in lines_of(text):
-        if raw.startswith(b"#=GS "):
-            fields = raw.decode("utf-8", errors="replace").split(maxsplit=3)
-            if len(fields) == 4 and fields[2] == "DE":
-                found[fields[1]] = fields[3]
-    return found
+    return dict(found for _, raw in lines_of(text) if (found := description_in(raw)) is not None)
+
+
+def description_in(line: bytes) -> tuple[str, str] | None:
+    """Returns name and description of a row where a line is ``#=GS NAME DE ...``, else None."""
+    fields = line.decode("utf-8", errors="replace").split(maxsplit=3) if line.startswith(b"#=GS ") else []
+    return (fields[1], fields[3]) if len(fields) == 4 and fields[2] == "DE" else None
+
+
+def alignment_lines(text: Text, only_one: str, *, may_be_empty: bool = False) -> Iterator[tuple[int, bytes]]:
+    """Yields number and bytes of the lines of one alignment, between its first line and its ``//``.
+
+    Lines come without white space around them, empty ones not at all.
+
+    Args:
+      text: of one alignment.
+      only_one: says to the user why a second one is refused.
+      may_be_empty: whether a text without any line is no error, as of a search that found nothing.
+    Raises:
+      AlignmentParseError: no ``# STOCKHOLM`` line, no ``//`` (a file that was cut), another alignment behind.
+    """
+    headed = closed = False
+    for number, raw in lines_of(text):
+        line = raw.strip()
+        if not line:
+            continue
+        if not headed:
+            if not line.startswith(b"# STOCKHOLM"):
+                raise AlignmentParseError("not Stockholm: expected '# STOCKHOLM 1.0' first", number)
+            headed = True
+        elif closed:
+            raise AlignmentParseError(f"a second alignment begins here; {only_one}", number)
+        elif line == b"//":
+            closed = True
+        else:
+            yield number, line
+    if not headed and not may_be_empty:
+        raise AlignmentParseError("not Stockholm: the text is empty")
+    if headed and not closed:
+        raise AlignmentParseError("the alignment has no closing '//': the file was cut off")
 
 
 def stockholm_as_a3m(text: Text) -> list[tuple[str, bytes]]:
@@ -139,44 +172,26 @@ def _split(
     rows: dict[str, bytearray] = {}
     left_out: set[str] = set()
     lines: dict[str, int] = {}
-    headed = closed = False
-    for number, raw in lines_of(text):
-        line = raw.strip()
-        if not line:
+    for number, line in alignment_lines(text, "a record holds one, so split the file behind each '//'"):
+        if line.startswith(b"#"):
             continue
-        if not headed:
-            if not line.startswith(b"# STOCKHOLM"):
-                raise AlignmentParseError("not Stockholm: expected '# STOCKHOLM 1.0' first", number)
-            headed = True
-        elif closed:
+        fields = line.split()
+        if len(fields) != 2:
+            raise AlignmentParseError("expected a name and aligned residues on this line", number)
+        name = fields[0].decode("utf-8", errors="replace")
+        if name not in rows:
+            if keep_rows is not None and len(rows) >= keep_rows:
+                left_out.add(name)
+                continue
+            if max_rows is not None and len(rows) >= max_rows:
+                raise AlignmentParseError(f"the alignment has more than {max_rows} rows", number)
+            rows[name], lines[name] = bytearray(), number
+        row = rows[name]
+        row += fields[1]
+        if len(row) > MAX_ROW_CHARACTERS:
             raise AlignmentParseError(
-                "a second alignment begins here; a record holds one, so split the file behind each '//'",
-                number,
+                f"row {shown(name)} has more than {MAX_ROW_CHARACTERS} characters", number
             )
-        elif line == b"//":
-            closed = True
-        elif not line.startswith(b"#"):
-            fields = line.split()
-            if len(fields) != 2:
-                raise AlignmentParseError("expected a name and aligned residues on this line", number)
-            name = fields[0].decode("utf-8", errors="replace")
-            if name not in rows:
-                if keep_rows is not None and len(rows) >= keep_rows:
-                    left_out.add(name)
-                    continue
-                if max_rows is not None and len(rows) >= max_rows:
-                    raise AlignmentParseError(f"the alignment has more than {max_rows} rows", number)
-                rows[name], lines[name] = bytearray(), number
-            row = rows[name]
-            row += fields[1]
-            if len(row) > MAX_ROW_CHARACTERS:
-                raise AlignmentParseError(
-                    f"row {shown(name)} has more than {MAX_ROW_CHARACTERS} characters", number
-                )
-    if not headed:
-        raise AlignmentParseError("not Stockholm: the text is empty")
-    if not closed:
-        raise AlignmentParseError("the alignment has no closing '//': the file was cut off")
     if not rows:
         raise AlignmentParseError("the alignment holds no row")
     return rows, lines, len(left_out)
