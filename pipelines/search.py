@@ -44,10 +44,8 @@ from foldfeed.pipelines.unchanged import as_planned, shard_as_planned
 # A signal (the kernel's out-of-memory killer, a lost node) may not come again; one more try is cheap.
 ATTEMPTS_AFTER_SIGNAL = 2
 
-# Queries that the fast scan takes through a file together. Reading a file that does not stay in memory costs
-# as much as scanning it for one or two of 300 residues (bench/search_scan.py); 16 leave a sixteenth to each.
-SCAN_BATCH = 16
-# Into so many groups the queries of a file are divided before: few queries still keep several workers busy.
+# Into so many groups the queries of a file are divided before they are scanned together: few queries still
+# keep several workers busy.
 SCAN_GROUPS = 8
 
 Status = Literal["ok", "retryable", "poison"]
@@ -198,7 +196,8 @@ def scan_batches(parts: Iterable[ShardUnit], context: JobContext) -> Iterator[li
     for part in parts:
         tool = context.databases[part.unit.database_index].tool
         batch.append(part)
-        if len(batch) == (SCAN_BATCH if isinstance(tool, ShardedJackhmmer) and tool.fast else 1):
+        assert isinstance(tool, ShardedJackhmmer), tool
+        if len(batch) == tool.scanner.num_together:
             yield batch
             batch = []
     if batch:
@@ -338,7 +337,7 @@ def _scan(parts: Sequence[ShardUnit], context: JobContext) -> Iterator[SearchRes
     tool, number = database.tool, parts[0].number
     assert isinstance(tool, ShardedJackhmmer), tool
     sequences = [part.unit.sequence for part in parts]
-    many = tool.scan_many(sequences, number) if tool.fast else None
+    many = tool.scan_many(sequences, number) if tool.scanner.num_together > 1 else None
     for sequence in sequences:
         with shard_as_planned(database, tool.shards[number], context.results_url):
             if many is None:
@@ -354,7 +353,7 @@ def _keep_candidates(part: ShardUnit, found: SearchResult, context: JobContext) 
     assert isinstance(tool, ShardedJackhmmer), tool
     name = f"{database.name}, shard {part.number + 1} of {len(tool.shards)}"
     digest = tool.shards[part.number].digest
-    facts = facts_of(part.unit, context, name, digest, None, scan=tool.kernel_name)
+    facts = facts_of(part.unit, context, name, digest, None, scan=tool.scanner.name_here)
     ResultStore(context.results_url).put(part.unit_id, found, facts)
 
 
