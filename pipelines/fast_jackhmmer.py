@@ -161,7 +161,10 @@ class FastScanner:
 
     source = f"scan {SCAN_VERSION}:database"
     flags = None
+    # Reading a file that does not stay in memory costs as much as scanning it for one or two of 300 residues
+    # (bench/search_scan.py); 16 leave a sixteenth to each.
     num_together = 16
+    few_batches = False
 
     @property
     def name_here(self) -> str:

@@ -61,6 +61,7 @@ class HmmpgmdScanner:
     source = f"hmmpgmd {HMMPGMD_VERSION}:database"
     flags = None
     num_together = NUM_TOGETHER
+    few_batches = True
 
     @classmethod
     def find(cls, *, cpus: int, timeout_s: float) -> HmmpgmdScanner:

@@ -47,6 +47,7 @@ class JackhmmerScanner:
     source = "database"
     flags = tuple(flag for flag in SCAN_FLAGS if flag not in ("--cpu", "{cpus}"))
     num_together = 1
+    few_batches = False
     name_here = ""
 
     def describe(self, paths: Sequence[str]) -> None:

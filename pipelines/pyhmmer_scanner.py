@@ -56,7 +56,8 @@ LIMITS = {name: MARGIN * float(FLAGS[FLAGS.index(f"--{name}") + 1]) for name in 
 # of 300 residues takes some 60 MB.
 BLOCK_BYTES = 16 << 20
 
-# Parsing 200,000 sequences takes as long as searching them for one or two queries of 300 residues.
+# Parsing a file takes as long as searching it for one or two queries of 300 residues
+# (bench/search_batching.py), and nothing is kept of it.
 NUM_TOGETHER = 128
 
 
@@ -75,6 +76,7 @@ class PyhmmerScanner:
     source = f"pyhmmer {PYHMMER_VERSION}:database"
     flags = None
     num_together = NUM_TOGETHER
+    few_batches = True
 
     @classmethod
     def find(cls, *, cpus: int, timeout_s: float) -> PyhmmerScanner:

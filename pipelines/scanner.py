@@ -61,6 +61,11 @@ class Scanner(Protocol):
         ...
 
     @property
+    def few_batches(self) -> bool:
+        """Whether reading a file costs so much that batches should be large rather than many."""
+        ...
+
+    @property
     def name_here(self) -> str:
         """What scans on this machine, for receipts; "" for jackhmmer itself."""
         ...

@@ -204,10 +204,12 @@ def scan_batches(parts: Iterable[ShardUnit], context: JobContext) -> Iterator[li
         yield batch
 
 
-def scan_group(part: ShardUnit) -> tuple[int, int, int]:
+def scan_group(part: ShardUnit, context: JobContext) -> tuple[int, int, int]:
     """Returns which parts may be scanned together: those of one shard, in a few groups by their sequences."""
-    spread = int(part.unit_id[:8], 16) % SCAN_GROUPS
-    return part.unit.database_index, part.number, spread
+    tool = context.databases[part.unit.database_index].tool
+    assert isinstance(tool, ShardedJackhmmer), tool
+    groups = context.num_groups if tool.scanner.few_batches else SCAN_GROUPS
+    return part.unit.database_index, part.number, int(part.unit_id[:8], 16) % groups
 
 
 def scan_shards(parts: Sequence[ShardUnit], context: JobContext) -> list[Receipt]:
