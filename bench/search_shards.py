@@ -30,6 +30,7 @@ from foldfeed.pipelines.jackhmmer import Jackhmmer, run_jackhmmer
 from foldfeed.pipelines.search_speed import timed
 from foldfeed.pipelines.search_tool import SearchResult, SearchTool, Shard
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
+from foldfeed.pipelines.tools import find_sharded
 
 TIMEOUT_S = 3600.0
 MANY_HITS = 100
@@ -104,9 +105,9 @@ def measure(whole: Path, paths: list[Path], queries: list[str], rounds: int) -> 
     shards = tuple(Shard(path=str(path), digest="") for path in paths)
     tools = {
         "whole": plain,
-        "sharded": ShardedJackhmmer.find(shards=shards, fast=False, **words),
+        "sharded": find_sharded(shards, engine="binary", **words),
         "whole_fast": FastJackhmmer.find(database=str(whole), **words),
-        "sharded_fast": ShardedJackhmmer.find(shards=shards, fast=True, **words),
+        "sharded_fast": find_sharded(shards, engine="fast", **words),
     }
     number = sum(path.read_bytes().count(b">") for path in paths)
     # Databases into memory and the page cache first.

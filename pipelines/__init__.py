@@ -6,10 +6,12 @@ The data's way, by what a file is about:
     databases    databases (what a build is given) <- registry, manifest, database_files (known by name);
                  staging_source -> staging_copy -> staging (on a local disk)
     tools        search_tool (the contract) <- jackhmmer, hhblits, mmseqs (mmseqs_commands, mmseqs_files;
-                 many queries in a run: together), hhsuite_build (makes databases), fast_jackhmmer
-                 (scan, scan_database, scan_memory, scan_choice, scan_kernels; on a CUDA device scan_gpu,
-                 cuda_device), sharded_jackhmmer (several files; scan_names); subprocess_runner and warden
-                 run programs, energy estimates what they draw; tools chooses
+                 many queries in a run: together), hhsuite_build (makes databases), sharded_jackhmmer
+                 (several files, or many queries); subprocess_runner and warden run programs, energy estimates
+                 what they draw; tools chooses
+    engines      scanner (the contract: jackhmmer's candidates in a file) <- jackhmmer_scanner (scan_names),
+                 fast_jackhmmer (scan, scan_memory, scan_choice, scan_kernels; on a CUDA device scan_gpu,
+                 cuda_device), pyhmmer_scanner, hmmpgmd_scanner (hmmpgmd); all read by scan_database
     search       plan (units; id_set, kept_plan) -> search (one of them) -> results (kept by content); hits
                  (what one found); unchanged (the database is still the planned one)
     templates    template_tool (the contract) <- hmmsearch, hhsearch; template_profile (what is searched

@@ -48,7 +48,7 @@ from foldfeed.pipelines.search_tool import SearchedDatabase
 from foldfeed.pipelines.share import Share, WorkItem, items_of, queries_of, shard_units_of, sharded_units
 from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all, drive_build
 from foldfeed.pipelines.template_search import search_template_unit, template_unit
-from foldfeed.pipelines.together import group_of, groups, search_together
+from foldfeed.pipelines.together import group_of, groups, num_groups_of, search_together
 
 _Work = TypeVar("_Work", list[WorkItem], WorkUnit)
 
@@ -107,7 +107,7 @@ def search_share(config: BuildConfig, share: Share) -> ShareReport:
     for url in config.queries:
         open_query_file(url).close()
     databases, plan, job_id, num_parts = planned(config)
-    context = _context(config, databases, plan, job_id, num_parts)
+    context = _context(config, databases, plan, job_id, num_parts, share)
     results = ResultStore(context.results_url)
     items = items_of(config.queries, databases, config.max_residues, share)
     there = results.present({item.unit_id for item in items})
@@ -175,7 +175,12 @@ def _refuse_engine(config: BuildConfig) -> None:
 
 
 def _context(
-    config: BuildConfig, databases: tuple[SearchedDatabase, ...], plan: Plan, job_id: str, num_parts: int
+    config: BuildConfig,
+    databases: tuple[SearchedDatabase, ...],
+    plan: Plan,
+    job_id: str,
+    num_parts: int,
+    share: Share,
 ) -> JobContext:
     """Returns what a search needs to know; the store, which tasks do not touch, is not made."""
     return JobContext(
@@ -188,6 +193,7 @@ def _context(
         num_parts=num_parts,
         max_residues=config.max_residues,
         templates=plan.templates,
+        num_groups=num_groups_of(plan.num_queries // share.tasks, config.num_workers),
     )
 
 
@@ -212,7 +218,7 @@ def _batches(items: Iterable[WorkItem], context: JobContext, num_workers: int) -
         if item.part is None:
             yield [item]
         else:
-            parts.setdefault(scan_group(item.part), []).append(item)
+            parts.setdefault(scan_group(item.part, context), []).append(item)
     for group in parts.values():
         items_of_part = {item.unit_id: item for item in group}
         for batch in scan_batches((item.part for item in group if item.part is not None), context):

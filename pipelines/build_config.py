@@ -24,9 +24,10 @@ from foldfeed.pipelines.template_tool import DEFAULT_MAX_TEMPLATE_HITS
 # residues took 1.2 GB, so this takes roughly 2 GB.
 DEFAULT_MAX_RESIDUES = 10_000
 DEFAULT_TIMEOUT_S = 6 * 3600.0
-# How jackhmmer is run: alone, or behind the fast scan, with the same rows. `auto` stays with the binary, so
-# that the results that a person has stay in use: those of another engine have names of their own.
-Engine = Literal["auto", "binary", "fast"]
+# How jackhmmer is run: alone, or on what another program found first, with the same rows. `auto` stays with
+# the binary, so that the results that a person has stay in use: those of another engine have names of their
+# own.
+Engine = Literal["auto", "binary", "fast", "pyhmmer", "hmmpgmd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
@@ -46,8 +47,9 @@ class BuildConfig:
       cpus_per_search: threads of one search.
       workers: searches at a time with the local runner; the CPUs of this process divided among them when
         None.
-      engine: how jackhmmer is run: ``binary``, the program alone; ``fast``, behind the fast scan, with the
-        same rows; ``auto``, which is ``binary``.
+      engine: how jackhmmer is run: ``binary``, the program alone; ``fast``, behind the fast scan;
+        ``pyhmmer``, behind HMMER's filters in memory; ``hmmpgmd``, behind HMMER's daemon; all with the same
+        rows. ``auto`` is ``binary``.
       timeout_s: longest wall time of one search.
       max_residues: longer queries become dead letters.
       parts: parts of the store that this build writes; chosen by the number of queries when None.

@@ -111,8 +111,10 @@ MAX_SHOWN_LETTERS = 20
     type=click.Choice(ENGINES),
     default="auto",
     show_default=True,
-    help="How jackhmmer searches: binary, the program alone; fast, the same rows behind our own scan (extra "
-    "'fast', a C compiler at installation); auto, which is binary.",
+    help="How jackhmmer searches: binary, the program alone; the same rows behind fast, our own scan (extra "
+    "'fast', a C compiler at installation), pyhmmer, HMMER's filters on sequences parsed once for many "
+    "queries (the same extra), or hmmpgmd, HMMER's daemon (3.4; it listens on ports of this host); auto, "
+    "which is binary.",
 )
 @click.option(
     "--timeout",

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, JackhmmerRun, run_jac
 from foldfeed.pipelines.scan_choice import best_kernel, describe_kernel, scan_kernel
 from foldfeed.pipelines.scan_database import ScanDatabase, open_database
 from foldfeed.pipelines.scan_memory import describe_room
+from foldfeed.pipelines.scanner import Candidates, Cost, Found
 from foldfeed.pipelines.search_tool import SearchResult, ToolIdentity
 from foldfeed.pipelines.subprocess_runner import raise_if_cancelled
 
@@ -79,7 +80,7 @@ class FastJackhmmer:
             "-Z",
             "{targets}",
             *plain.identity.argv_template[:-1],
-            f"{{scan {SCAN_VERSION}:database}}",
+            f"{{{FastScanner.source}}}",
         )
         identity = dataclasses.replace(plain.identity, argv_template=template)
         return cls(identity=identity, binary=plain.binary, database=database, cpus=cpus, timeout_s=timeout_s)
@@ -149,26 +150,40 @@ class FastJackhmmer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Candidates:
-    """Targets of one database that the first filter lets through for some queries.
+class FastScanner:
+    """The fast scan of one file of several; see `foldfeed.pipelines.scanner.Scanner`.
 
     Attributes:
-      database: where they are.
-      num_targets: of the whole database, HMMER's Z.
-      extents: of each query, int64 (passing, 2), where they start and end, in the file's order.
+      tool: whose settings; its database is given with each scan.
     """
 
-    database: ScanDatabase
-    num_targets: int
-    extents: tuple[NDArray[np.int64], ...]
+    tool: FastJackhmmer
 
-    def copy(self, query: int, out: BinaryIO) -> None:
-        """Writes the records that are one query's candidates, as they stand in the database.
+    source = f"scan {SCAN_VERSION}:database"
+    flags = None
+    # Reading a file that does not stay in memory costs as much as scanning it for one or two of 300 residues
+    # (bench/search_scan.py); 16 leave a sixteenth to each.
+    num_together = 16
+    few_batches = False
 
-        Raises:
-          DatabaseChangedError: the file is not what it was when it was scanned.
-        """
-        self.database.copy_extents(self.extents[query], out)
+    @property
+    def name_here(self) -> str:
+        """The kernel."""
+        return self.tool.kernel_name
+
+    def describe(self, paths: Sequence[str]) -> str:
+        """Returns kernel and libraries."""
+        return describe_scan(paths)
+
+    def candidates(self, sequences: Sequence[str], path: str) -> Iterator[Found]:
+        """Yields what the first filter lets through; the file is read once for all queries."""
+        cost = Cost(scan.thread_seconds())
+        found = dataclasses.replace(self.tool, database=path).candidates(sequences)
+        share = cost.share(scan.thread_seconds(), len(sequences))
+        for query in range(len(sequences)):
+            text = io.BytesIO()
+            found.copy(query, text)
+            yield Found(records=text.getvalue(), num_targets=found.num_targets, usage=share)
 
 
 def describe_scan(paths: Sequence[str]) -> str:

@@ -203,8 +203,8 @@ def _shard_units(element: tuple[str, WorkUnit], context: JobContext) -> list[Sha
     return shard_units(element[1], context)
 
 
-def _by_group(part: ShardUnit) -> tuple[tuple[int, int, int], ShardUnit]:
-    return scan_group(part), part
+def _by_group(part: ShardUnit, context: JobContext) -> tuple[tuple[int, int, int], ShardUnit]:
+    return scan_group(part, context), part
 
 
 def _batches(
@@ -345,7 +345,8 @@ class SearchAll(beam.PTransform):
         return (
             units
             | "ShardUnits" >> beam.FlatMap(_shard_units, self._context)
-            | "ByGroup" >> beam.Map(_by_group).with_output_types(tuple[tuple[int, int, int], ShardUnit])
+            | "ByGroup"
+            >> beam.Map(_by_group, self._context).with_output_types(tuple[tuple[int, int, int], ShardUnit])
             | "GroupScans" >> beam.GroupByKey()
             | "ScanBatches" >> beam.FlatMap(_batches, self._context)
             | "SpreadScans" >> beam.Reshuffle()

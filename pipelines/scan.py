@@ -67,7 +67,7 @@ from foldfeed.pipelines.scan_database import SYMBOLS
 from foldfeed.pipelines.scan_kernels import MAX_LETTERS, NUM_CODES, Chunk, DeviceKernel, Kernel
 
 if TYPE_CHECKING:
-    from pyhmmer.plan7 import OptimizedProfile
+    from pyhmmer.plan7 import OptimizedProfile, Pipeline
 
 # A target passes this much below the threshold, 1/30 of a score's step.
 SAFETY_BITS = 0.01
@@ -156,6 +156,41 @@ def profile_of(sequence: str) -> FilterProfile:
     Raises:
       MissingExtraError: pyhmmer is not installed.
     """
+    _prepare()
+    query = _digital(sequence)
+    try:
+        built = _local.quick.build(query, _local.background)
+    except ValueError:
+        # So few scores of the later filters, all equal perhaps, may fit no distribution.
+        built = _local.builder.build(query, _local.background)
+    return unpack_profile(built[2])
+
+
+def hmmer_profile(sequence: str) -> OptimizedProfile:
+    """Returns the same for all of HMMER's filters, with mu, lambda and tau simulated as jackhmmer does.
+
+    Raises:
+      MissingExtraError: pyhmmer is not installed.
+    """
+    _prepare()
+    return _local.builder.build(_digital(sequence), _local.background)[2]
+
+
+def pipeline(**settings: float) -> Pipeline:
+    """Returns HMMER's filters and what follows them, with some settings; of this thread alone."""
+    plan7, easel = _pyhmmer()
+    alphabet = easel.Alphabet.amino()
+    return plan7.Pipeline(alphabet, plan7.Background(alphabet), **settings)
+
+
+def easel_alphabet() -> tuple[Any, Any]:
+    """Returns pyhmmer's module of sequences and the alphabet of proteins."""
+    easel = _pyhmmer()[1]
+    return easel, easel.Alphabet.amino()
+
+
+def _prepare() -> None:
+    """Makes this thread's builders."""
     plan7, easel = _pyhmmer()
     if not hasattr(_local, "builder"):
         alphabet = easel.Alphabet.amino()
@@ -163,13 +198,12 @@ def profile_of(sequence: str) -> FilterProfile:
         _local.builder = plan7.Builder(alphabet, **words)
         _local.quick = plan7.Builder(alphabet, **words, **_SHORT_SIMULATIONS)
         _local.background = plan7.Background(alphabet)
-    query = easel.TextSequence(sequence=sequence).digitize(_local.builder.alphabet)
-    try:
-        built = _local.quick.build(query, _local.background)
-    except ValueError:
-        # So few scores of the later filters, all equal perhaps, may fit no distribution.
-        built = _local.builder.build(query, _local.background)
-    return unpack_profile(built[2])
+
+
+def _digital(sequence: str) -> Any:
+    easel, alphabet = easel_alphabet()
+    # A pipeline wants a query to have a name.
+    return easel.TextSequence(name=b"query", sequence=sequence).digitize(alphabet)
 
 
 def pyhmmer_version() -> str:
@@ -274,7 +308,7 @@ def best_cells(
         scan(0)
     else:
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            _local.helped_s = getattr(_local, "helped_s", 0.0) + sum(pool.map(scan, range(threads)))
+            add_helped(sum(pool.map(scan, range(threads))))
     return out
 
 
@@ -290,6 +324,11 @@ def _joined(profiles: Sequence[FilterProfile]) -> tuple[NDArray[np.int8], NDArra
     before = np.cumsum([0, *(len(profile.columns) for profile in profiles)])
     letters = [places[first + profile.letters] for first, profile in zip(before, profiles, strict=False)]
     return table, np.concatenate(letters)
+
+
+def add_helped(seconds: float) -> None:
+    """Counts CPU seconds of another thread that scanned for this one."""
+    _local.helped_s = getattr(_local, "helped_s", 0.0) + seconds
 
 
 def thread_seconds() -> float:

@@ -12,6 +12,7 @@ Source: how Easel reads FASTA (``esl_sqio_ascii.c``) and its amino alphabet (``e
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -25,7 +26,15 @@ from foldfeed.pipelines.errors import DatabaseChangedError, UnreadableDatabaseEr
 from foldfeed.pipelines.manifest import file_state as state_of_path
 from foldfeed.pipelines.manifest import file_state_of, num_bytes_of
 from foldfeed.pipelines.scan_choice import scan_kernel
-from foldfeed.pipelines.scan_kernels import REFUSED, SKIPPED, Chunk, DeviceKernel, Kernel, digitise, pack
+from foldfeed.pipelines.scan_kernels import (
+    REFUSED,
+    SKIPPED,
+    Chunk,
+    DeviceKernel,
+    Kernel,
+    digitise,
+    pack,
+)
 
 # HMMER's order of residues; a letter's code is its place. Gaps may not be in a FASTA file.
 SYMBOLS = "ACDEFGHIKLMNPQRSTVWY-BJZOUX*~"
@@ -49,6 +58,28 @@ def codes_of_bytes() -> NDArray[np.uint8]:
             table[[ord(letter), ord(letter.lower())]] = code
     table[list(b" \t\r\n")] = SKIPPED
     return table
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Records:
+    """Consecutive records of a database, digitised.
+
+    Attributes:
+      starts: int64 (records + 1,), where the records start in the file; the last is where they end.
+      codes: uint8 (residues,), of one record after the other, without anything between them.
+      code_starts: int64 (records + 1,), where a record's codes start.
+    """
+
+    starts: NDArray[np.int64]
+    codes: NDArray[np.uint8]
+    code_starts: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def extents(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns int64 (records, 2): where records start and end in the file."""
+        return np.stack([self.starts[records], self.starts[records + 1]], axis=1)
 
 
 class ScanDatabase:
@@ -88,6 +119,20 @@ class ScanDatabase:
           DatabaseChangedError: the file is gone, is another by now, or cannot be read.
         """
         return self._passes.chunks()
+
+    def records(self) -> Iterator[Records]:
+        """Yields the records of every chunk, in the file's order, without keeping any; reads the file.
+
+        Raises:
+          UnreadableDatabaseError, DatabaseChangedError: see `chunks`.
+        """
+        start = 0
+        while start < self.num_bytes:
+            with self._opened() as file:
+                text = self._text(file, start)
+            records = self._records(text, start)
+            start += len(text)
+            yield records
 
     def forget(self) -> None:
         """Lets go of what is in memory; the next search reads the file again."""
@@ -168,7 +213,7 @@ class ScanDatabase:
                 return memoryview(text)[: cut + 1]
         return memoryview(text)
 
-    def _chunk(self, text: memoryview, offset: int) -> Chunk:
+    def _records(self, text: memoryview, offset: int) -> Records:
         try:
             codes, record_starts, code_starts = digitise(np.frombuffer(text, dtype=np.uint8), self._table)
         except ValueError as error:
@@ -176,14 +221,18 @@ class ScanDatabase:
             shown = bytes(text[position : position + 1])
             reason = f"{_FAULT_TEXTS[kind]} at byte {offset + position} ({shown!r})"
             raise self._unreadable(reason) from error
-        lengths = np.diff(code_starts)
+        return Records(starts=record_starts + offset, codes=codes, code_starts=code_starts)
+
+    def _chunk(self, text: memoryview, offset: int) -> Chunk:
+        records = self._records(text, offset)
+        lengths = np.diff(records.code_starts)
         order = np.argsort(lengths, kind="stable")
         return Chunk(
-            starts=record_starts + offset,
+            starts=records.starts,
             order=order,
             lengths=lengths[order],
             distinct_lengths=np.unique(lengths, return_counts=True),
-            blocks=pack(codes, code_starts, order, self.kernel.lanes),
+            blocks=pack(records.codes, records.code_starts, order, self.kernel.lanes),
         )
 
 

@@ -44,10 +44,8 @@ from foldfeed.pipelines.unchanged import as_planned, shard_as_planned
 # A signal (the kernel's out-of-memory killer, a lost node) may not come again; one more try is cheap.
 ATTEMPTS_AFTER_SIGNAL = 2
 
-# Queries that the fast scan takes through a file together. Reading a file that does not stay in memory costs
-# as much as scanning it for one or two of 300 residues (bench/search_scan.py); 16 leave a sixteenth to each.
-SCAN_BATCH = 16
-# Into so many groups the queries of a file are divided before: few queries still keep several workers busy.
+# Into so many groups the queries of a file are divided before they are scanned together: few queries still
+# keep several workers busy.
 SCAN_GROUPS = 8
 
 Status = Literal["ok", "retryable", "poison"]
@@ -198,17 +196,20 @@ def scan_batches(parts: Iterable[ShardUnit], context: JobContext) -> Iterator[li
     for part in parts:
         tool = context.databases[part.unit.database_index].tool
         batch.append(part)
-        if len(batch) == (SCAN_BATCH if isinstance(tool, ShardedJackhmmer) and tool.fast else 1):
+        assert isinstance(tool, ShardedJackhmmer), tool
+        if len(batch) == tool.scanner.num_together:
             yield batch
             batch = []
     if batch:
         yield batch
 
 
-def scan_group(part: ShardUnit) -> tuple[int, int, int]:
+def scan_group(part: ShardUnit, context: JobContext) -> tuple[int, int, int]:
     """Returns which parts may be scanned together: those of one shard, in a few groups by their sequences."""
-    spread = int(part.unit_id[:8], 16) % SCAN_GROUPS
-    return part.unit.database_index, part.number, spread
+    tool = context.databases[part.unit.database_index].tool
+    assert isinstance(tool, ShardedJackhmmer), tool
+    groups = context.num_groups if tool.scanner.few_batches else SCAN_GROUPS
+    return part.unit.database_index, part.number, int(part.unit_id[:8], 16) % groups
 
 
 def scan_shards(parts: Sequence[ShardUnit], context: JobContext) -> list[Receipt]:
@@ -338,7 +339,7 @@ def _scan(parts: Sequence[ShardUnit], context: JobContext) -> Iterator[SearchRes
     tool, number = database.tool, parts[0].number
     assert isinstance(tool, ShardedJackhmmer), tool
     sequences = [part.unit.sequence for part in parts]
-    many = tool.scan_many(sequences, number) if tool.fast else None
+    many = tool.scan_many(sequences, number) if tool.scanner.num_together > 1 else None
     for sequence in sequences:
         with shard_as_planned(database, tool.shards[number], context.results_url):
             if many is None:
@@ -354,7 +355,7 @@ def _keep_candidates(part: ShardUnit, found: SearchResult, context: JobContext) 
     assert isinstance(tool, ShardedJackhmmer), tool
     name = f"{database.name}, shard {part.number + 1} of {len(tool.shards)}"
     digest = tool.shards[part.number].digest
-    facts = facts_of(part.unit, context, name, digest, None, scan=tool.kernel_name)
+    facts = facts_of(part.unit, context, name, digest, None, scan=tool.scanner.name_here)
     ResultStore(context.results_url).put(part.unit_id, found, facts)
 
 

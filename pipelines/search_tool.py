@@ -164,10 +164,7 @@ def find_binary(name: str) -> str:
     Raises:
       ToolNotFoundError: it is not there; the message says how to install it.
     """
-    programs = (shutil.which(name, path=folder) for folder in os.get_exec_path())
-    found = next((path for path in programs if path is not None and not _is_script(path)), None)
-    if found is None and (packaged := _packaged(name)) is not None:
-        return str(packaged)
+    found = next(iter(find_binaries(name)), None)
     if found is None:
         package, extra = {
             **dict.fromkeys(
@@ -182,7 +179,19 @@ def find_binary(name: str) -> str:
         raise ToolNotFoundError(
             name, f"not found on PATH; install it, e.g. 'apt-get install {package}'{extra}"
         )
-    return _undispatched(Path(found))
+    return found
+
+
+def find_binaries(name: str) -> list[str]:
+    """Returns the absolute paths of all programs of a name: those on PATH in its order, then a package's.
+
+    Raises:
+      ToolNotFoundError: one starts builds for processors, and none of them is there.
+    """
+    programs = (shutil.which(name, path=folder) for folder in os.get_exec_path())
+    found = [_undispatched(Path(path)) for path in programs if path is not None and not _is_script(path)]
+    packaged = _packaged(name)
+    return list(dict.fromkeys(found if packaged is None else [*found, str(packaged)]))
 
 
 def _packaged(name: str) -> Path | None:

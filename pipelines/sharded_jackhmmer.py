@@ -16,8 +16,10 @@ Why that is jackhmmer's own answer, byte for byte:
 - The candidates do not depend on the other shards. So a release that adds shards to a database searches those
   alone, and then the candidates.
 
-The price is that reported targets are searched twice. Behind the fast scan it is not paid: there the
-candidates are what the scan lets through, and jackhmmer runs once.
+What finds the candidates of a shard is an engine (`foldfeed.pipelines.scanner`). The price of ``binary`` is
+that reported targets are searched twice. Behind the fast scan it is not paid: there the candidates are what
+the scan lets through, and jackhmmer runs once. Engines that take many queries through a file together are
+used so for a database of one file, too: it is one shard then.
 
 It holds for one iteration (``-N 1``) only: with more, the profile depends on all shards.
 """
@@ -25,39 +27,20 @@ It holds for one iteration (``-N 1``) only: with more, the profile depends on al
 from __future__ import annotations
 
 import dataclasses
-import io
-import re
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from foldfeed.feature_store.storage import disk_full_is_typed
-from foldfeed.pipelines.energy import EnergyMeter, total_joules
-from foldfeed.pipelines.errors import ToolOutputError
-from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, describe_scan, run_on_candidates
-from foldfeed.pipelines.jackhmmer import (
-    FLAGS,
-    NAME,
-    Jackhmmer,
-    read_table,
-)
-from foldfeed.pipelines.scan import thread_seconds
-from foldfeed.pipelines.scan_choice import scan_kernel
-from foldfeed.pipelines.scan_names import copy_named
-from foldfeed.pipelines.search_tool import QUERY_NAME, SearchResult, Shard, ToolIdentity
-from foldfeed.pipelines.subprocess_runner import Usage, require_success, run_program
+from foldfeed.pipelines.energy import total_joules
+from foldfeed.pipelines.fast_jackhmmer import run_on_candidates
+from foldfeed.pipelines.jackhmmer import Jackhmmer
+from foldfeed.pipelines.scanner import Scanner
+from foldfeed.pipelines.search_tool import SearchResult, Shard, ToolIdentity
+from foldfeed.pipelines.subprocess_runner import Usage
 
 # Part of the identity of answers and of candidates; raise it when either may become others.
 JOIN_VERSION = 1
-
-# What a search of one shard says: the table of reported targets and, in the report, how many it searched.
-SCAN_FLAGS = tuple(
-    {"/dev/null": "{report}"}.get(flag, flag) for flag in FLAGS if flag not in ("-A", "{alignment}")
-)
-_TARGETS = re.compile(rb"^Target sequences?:\s+(\d+)\s", re.MULTILINE)
-# The line stands at the report's end; what is before grows with the hits.
-_REPORT_END_BYTES = 8192
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +54,7 @@ class ShardedJackhmmer:
       shards: the files in order.
       cpus: worker threads of one search.
       timeout_s: longest wall time of one search: of a shard, and of the candidates.
-      fast: whether the shards are searched by the fast scan.
+      scanner: what finds the candidates of a shard.
     """
 
     identity: ToolIdentity
@@ -80,34 +63,31 @@ class ShardedJackhmmer:
     shards: tuple[Shard, ...]
     cpus: int
     timeout_s: float
-    fast: bool
+    scanner: Scanner
 
     @classmethod
-    def find(cls, *, shards: tuple[Shard, ...], cpus: int, timeout_s: float, fast: bool) -> ShardedJackhmmer:
-        """Returns the JackHMMER on PATH.
+    def of(cls, plain: Jackhmmer, shards: tuple[Shard, ...], scanner: Scanner) -> ShardedJackhmmer:
+        """Returns a JackHMMER for a database of several files.
 
-        Raises:
-          ToolNotFoundError, MissingExtraError, KernelError: as of `Jackhmmer.find` and `FastJackhmmer.find`.
+        Args:
+          plain: whose program and settings; its database is not used.
+          shards: the files in order.
+          scanner: what finds the candidates of a shard.
         """
-        words = {"database": shards[0].path, "cpus": cpus, "timeout_s": timeout_s}
-        plain = (FastJackhmmer if fast else Jackhmmer).find(**words)  # type: ignore[arg-type]
-        last = plain.identity.argv_template[-1].strip("{}")
-        settings = plain.identity.argv_template[:-1]
-        if not fast:
-            settings = ("-Z", "{targets}", *settings)
-        scan = settings if fast else tuple(flag for flag in SCAN_FLAGS if flag not in ("--cpu", "{cpus}"))
+        settings = ("-Z", "{targets}", *plain.identity.argv_template[:-1])
+        scan = settings if scanner.flags is None else scanner.flags
         return cls(
             identity=dataclasses.replace(
-                plain.identity, argv_template=(*settings, f"{{candidates {JOIN_VERSION}:{last}}}")
+                plain.identity, argv_template=(*settings, f"{{candidates {JOIN_VERSION}:{scanner.source}}}")
             ),
             scan_identity=dataclasses.replace(
-                plain.identity, argv_template=(*scan, f"{{candidates {JOIN_VERSION} of {last}}}")
+                plain.identity, argv_template=(*scan, f"{{candidates {JOIN_VERSION} of {scanner.source}}}")
             ),
             binary=plain.binary,
             shards=shards,
-            cpus=cpus,
-            timeout_s=timeout_s,
-            fast=fast,
+            cpus=plain.cpus,
+            timeout_s=plain.timeout_s,
+            scanner=scanner,
         )
 
     @property
@@ -127,33 +107,22 @@ class ShardedJackhmmer:
     def scan_many(self, sequences: Sequence[str], number: int) -> Iterator[SearchResult]:
         """Yields the candidates of some queries in one shard, in their order.
 
-        Behind the fast scan the shard is read once for all of them, and the text of one query's candidates
-        is in memory at a time.
+        The text of one query's candidates is in memory at a time.
 
         Returns: the text of FASTA records as the alignment; the shard's number of targets as the table.
 
         Raises:
-          SearchError: no usable result; of a fast scan, for all that are still to come.
+          SearchError: no usable result; for all that are still to come where they are scanned together.
           StorageFullError: no space for the tool's files.
         """
-        path = self.shards[number].path
-        if self.fast:
-            yield from self._scan_fast(sequences, path)
-            return
-        for sequence in sequences:
-            with tempfile.TemporaryDirectory(prefix="foldfeed-jackhmmer-") as name:
-                num_targets, usage = self._scan_binary(sequence, path, Path(name))
-                found = (Path(name) / "candidates").read_bytes()
-            yield self._found(found, num_targets, usage)
-
-    def _found(self, candidates: bytes, num_targets: int, usage: Usage) -> SearchResult:
-        return SearchResult(
-            tool=self.scan_identity,
-            format="fasta",
-            alignment=candidates,
-            table=f"{num_targets}\n".encode(),
-            usage=usage,
-        )
+        for found in self.scanner.candidates(sequences, self.shards[number].path):
+            yield SearchResult(
+                tool=self.scan_identity,
+                format="fasta",
+                alignment=found.records,
+                table=f"{found.num_targets}\n".encode(),
+                usage=found.usage,
+            )
 
     def join(self, sequence: str, candidates: Sequence[SearchResult]) -> SearchResult:
         """Returns the answer of the whole database.
@@ -181,84 +150,6 @@ class ShardedJackhmmer:
         return Jackhmmer(
             identity=self.identity, binary=self.binary, database="", cpus=self.cpus, timeout_s=self.timeout_s
         )
-
-    @property
-    def kernel_name(self) -> str:
-        """What computes the first filter on this machine; "" where that is jackhmmer itself."""
-        return scan_kernel().name if self.fast else ""
-
-    def describe_scan(self) -> str | None:
-        """Returns kernel and libraries of the fast scan in words; None without it."""
-        return describe_scan([shard.path for shard in self.shards]) if self.fast else None
-
-    def _as_fast(self, path: str) -> FastJackhmmer:
-        return FastJackhmmer(
-            identity=self.scan_identity,
-            binary=self.binary,
-            database=path,
-            cpus=self.cpus,
-            timeout_s=self.timeout_s,
-        )
-
-    def _scan_fast(self, sequences: Sequence[str], path: str) -> Iterator[SearchResult]:
-        started, started_cpu, meter = time.monotonic(), thread_seconds(), EnergyMeter()
-        candidates = self._as_fast(path).candidates(sequences)
-        cpu_s = thread_seconds() - started_cpu
-        energy_j = meter.joules(cpu_s)
-        # Of a scan for several queries each has its share.
-        cost = Usage(
-            wall_s=(time.monotonic() - started) / len(sequences),
-            cpu_s=cpu_s / len(sequences),
-            max_rss_bytes=0,
-            energy_j=None if energy_j is None else energy_j / len(sequences),
-        )
-        for query in range(len(sequences)):
-            text = io.BytesIO()
-            candidates.copy(query, text)
-            yield self._found(text.getvalue(), candidates.num_targets, cost)
-
-    def _scan_binary(self, sequence: str, path: str, folder: Path) -> tuple[int, Usage]:
-        paths = {key: folder / key for key in ("query", "report", "table")}
-        paths["query"].write_text(f">{QUERY_NAME}\n{sequence}\n", encoding="ascii")
-        words = {**{key: str(place) for key, place in paths.items()}, "database": path}
-        argv = [flag.format(cpus=self.cpus, **words) for flag in SCAN_FLAGS]
-        done = run_program([self.binary, *argv], folder=folder, timeout_s=self.timeout_s)
-        require_success(NAME, done, folder)
-        names = {line.split(maxsplit=1)[0] for line in read_table(paths["table"]).splitlines()}
-        # A name may begin with the '#' of a comment; what only looks like one is found nowhere.
-        perhaps = {
-            line.split(maxsplit=1)[0]
-            for line in paths["table"].read_bytes().splitlines()
-            if line.startswith(b"#") and line[1:2].strip()
-        }
-        started, started_cpu = time.monotonic(), time.thread_time()
-        with disk_full_is_typed(folder), (folder / "candidates").open("wb") as out:
-            missing = names - copy_named(path, names | perhaps, out)
-        if missing:
-            shown = min(missing).decode("utf-8", errors="backslashreplace")
-            raise ToolOutputError(
-                NAME,
-                f"it reported {shown!r}, which {path} does not hold: the file changed, or the name has a NUL",
-            )
-        return _num_targets(paths["report"]), dataclasses.replace(
-            done.usage,
-            wall_s=done.usage.wall_s + time.monotonic() - started,
-            cpu_s=done.usage.cpu_s + time.thread_time() - started_cpu,
-        )
-
-
-def _num_targets(report: Path) -> int:
-    """Returns how many targets HMMER says it searched.
-
-    Raises:
-      ToolOutputError: it does not say so.
-    """
-    with report.open("rb") as file:
-        file.seek(max(0, report.stat().st_size - _REPORT_END_BYTES))
-        found = _TARGETS.search(file.read())
-    if found is None:
-        raise ToolOutputError(NAME, "its report does not say how many target sequences it searched")
-    return int(found.group(1))
 
 
 def _total(costs: Sequence[Usage]) -> Usage:

@@ -7,7 +7,8 @@ worker leaves no orphan: the kernel kills the program when the thread that start
 programs itself (`follow_parent`). Wall time, CPU time, peak memory, bytes read and energy are recorded.
 Does not own what the program means: see `foldfeed.pipelines.jackhmmer` and `foldfeed.pipelines.hhblits`.
 
-Invariant: when `run_program` returns or raises, no process of the group exists any more. Safe to call from
+Invariant: when `run_program` returns or raises, and when the block of `running` ends, no process of the group
+exists any more. Safe to call from
 several threads at once.
 """
 
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from foldfeed.feature_store.errors import StorageFullError
@@ -185,23 +186,8 @@ def run_program(argv: Sequence[str], *, folder: Path, timeout_s: float) -> Compl
       StorageFullError: no space for its output files.
     """
     name = Path(argv[0]).name
-    if _cancelled.is_set():
-        raise CancelledError(f"{name} was not started: {_cancel_reason}")
     started, meter = time.monotonic(), EnergyMeter()
-    with (
-        disk_full_is_typed(folder),
-        (folder / "stdout.log").open("wb") as out,
-        (folder / "stderr.log").open("wb") as err,
-    ):
-        process = subprocess.Popen(
-            [*launcher(), *argv],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            cwd=folder,
-            start_new_session=True,
-            env=_warden.environment(),
-        )
+    process = _start(argv, name, folder, "stdout.log", "stderr.log")
     try:
         peak_bytes = _watch(process.pid, name, started, timeout_s, meter)
         bytes_read, bytes_from_disk = _bytes_read(process.pid)
@@ -223,6 +209,102 @@ def run_program(argv: Sequence[str], *, folder: Path, timeout_s: float) -> Compl
             energy_j=meter.joules(cpu_s),
         ),
     )
+
+
+class Running:
+    """A program that runs beside this thread, from `running`.
+
+    Attributes:
+      pid: of the process.
+      usage: what it cost, once it is ended; None before.
+    """
+
+    def __init__(self, pid: int, name: str, folder: Path) -> None:
+        self.pid = pid
+        self._name, self._folder = name, folder
+        self.usage: Usage | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it ended by itself."""
+        return self._ended() is not None
+
+    def _ended(self) -> os.waitid_result | None:
+        # It stays unreaped, so that its group number is nobody else's when the group is killed.
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+    def check(self) -> None:
+        """Returns while it runs and is wanted.
+
+        Raises:
+          CancelledError: `cancel_all` was called, or the engine of this worker is gone.
+          ToolFailedError: it ended.
+        """
+        if _is_abandoned():
+            cancel_all("the engine that started this worker is gone")
+        raise_if_cancelled(self._name)
+        ended = self._ended()
+        if ended is not None:
+            code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+            raise ToolFailedError(self._name, code, self.said())
+
+    def said(self) -> str:
+        """Returns the end of what it printed."""
+        return _tail(self._folder / f"{self._name}.err") or _tail(self._folder / f"{self._name}.out")
+
+
+@contextlib.contextmanager
+def running(argv: Sequence[str], *, folder: Path, name: str) -> Iterator[Running]:
+    """Runs a program beside this thread, and ends it with its process group whatever happens.
+
+    It dies with this thread, as programs of `run_program` do.
+
+    Args:
+      argv: absolute path of the program and its arguments.
+      folder: working directory; receives ``NAME.out`` and ``NAME.err``.
+      name: of the program, for files and errors.
+    Raises:
+      CancelledError: `cancel_all` was called before.
+      StorageFullError: no space for its output files.
+    """
+    started, meter = time.monotonic(), EnergyMeter()
+    process = _start(argv, name, folder, f"{name}.out", f"{name}.err")
+    program = Running(process.pid, name, folder)
+    try:
+        yield program
+    finally:
+        peak_bytes, (bytes_read, bytes_from_disk) = _peak_bytes(process.pid), _bytes_read(process.pid)
+        status, used = _reap(process.pid)
+        # Popen must not wait for a child that is gone.
+        process.returncode = os.waitstatus_to_exitcode(status)
+        cpu_s = used.ru_utime + used.ru_stime
+        program.usage = Usage(
+            wall_s=time.monotonic() - started,
+            cpu_s=cpu_s,
+            max_rss_bytes=peak_bytes,
+            bytes_read=bytes_read,
+            bytes_from_disk=bytes_from_disk,
+            energy_j=meter.joules(cpu_s),
+        )
+
+
+def _start(argv: Sequence[str], name: str, folder: Path, out: str, err: str) -> subprocess.Popen[bytes]:
+    if _cancelled.is_set():
+        raise CancelledError(f"{name} was not started: {_cancel_reason}")
+    with (
+        disk_full_is_typed(folder),
+        (folder / out).open("wb") as stdout,
+        (folder / err).open("wb") as stderr,
+    ):
+        return subprocess.Popen(
+            [*launcher(), *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            cwd=folder,
+            start_new_session=True,
+            env=_warden.environment(),
+        )
 
 
 def require_success(name: str, done: Completed, folder: Path) -> None:

@@ -110,7 +110,8 @@ PARAMETERS = (
     Parameter(
         name="search_engine",
         label="How jackhmmer searches",
-        help="binary: the program alone; fast: the same rows behind our own scan; auto: binary.",
+        help="binary: the program alone; fast, pyhmmer, hmmpgmd: the same rows behind our own scan, HMMER's "
+        "filters in memory, or its daemon; auto: binary.",
         pattern="|".join(ENGINES),
         default="auto",
     ),

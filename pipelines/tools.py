@@ -15,17 +15,24 @@ from foldfeed.pipelines import hhsearch, jackhmmer
 from foldfeed.pipelines.build_config import BuildConfig, Engine
 from foldfeed.pipelines.databases import DatabaseSpec, database_digest, in_merge_order, shard_digests
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
-from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
+from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, FastScanner
 from foldfeed.pipelines.hhblits import Hhblits
 from foldfeed.pipelines.hhsearch import Hhsearch
+from foldfeed.pipelines.hmmpgmd_scanner import HmmpgmdScanner
 from foldfeed.pipelines.hmmsearch import Hmmsearch
 from foldfeed.pipelines.jackhmmer import Jackhmmer
+from foldfeed.pipelines.jackhmmer_scanner import JackhmmerScanner
 from foldfeed.pipelines.mmseqs import Mmseqs
 from foldfeed.pipelines.mmseqs_files import NAME as MMSEQS
 from foldfeed.pipelines.mmseqs_files import has_clusters
+from foldfeed.pipelines.pyhmmer_scanner import PyhmmerScanner
+from foldfeed.pipelines.scanner import Scanner
 from foldfeed.pipelines.search_tool import SearchedDatabase, SearchTool, Shard
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
 from foldfeed.pipelines.template_tool import TemplateDatabase
+
+# Engines that are used as for a database of several files also where it is one: they gain by many queries.
+TAKE_MANY = ("pyhmmer", "hmmpgmd")
 
 
 def find_tool(
@@ -50,12 +57,12 @@ def find_tool(
       ToolNotFoundError: it is not installed here.
       MissingExtraError: the engine needs a package that is not installed.
     """
-    if spec.tool == jackhmmer.NAME and len(spec.paths) > 1:
+    if spec.tool == jackhmmer.NAME and (len(spec.paths) > 1 or engine in TAKE_MANY):
         shards = tuple(
             Shard(path=path, digest=digest)
             for path, digest in zip(spec.paths, shard_digests(spec, digests), strict=True)
         )
-        return ShardedJackhmmer.find(shards=shards, cpus=cpus, timeout_s=timeout_s, fast=engine == "fast")
+        return find_sharded(shards, cpus=cpus, timeout_s=timeout_s, engine=engine)
     if spec.tool == jackhmmer.NAME and engine == "fast":
         return FastJackhmmer.find(database=spec.paths[0], cpus=cpus, timeout_s=timeout_s)
     if spec.tool == jackhmmer.NAME:
@@ -72,13 +79,44 @@ def find_tool(
     return Hhblits.find(databases=spec.paths, cpus=cpus, timeout_s=timeout_s)
 
 
+def find_sharded(
+    shards: tuple[Shard, ...], *, cpus: int, timeout_s: float, engine: Engine
+) -> ShardedJackhmmer:
+    """Returns a jackhmmer for a database of some files.
+
+    Raises:
+      ToolNotFoundError, MissingExtraError, KernelError, DeviceError: of the engine, as of `find_scanner`.
+    """
+    plain = Jackhmmer.find(database="", cpus=cpus, timeout_s=timeout_s)
+    return ShardedJackhmmer.of(plain, shards, find_scanner(plain, engine))
+
+
+def find_scanner(plain: Jackhmmer, engine: Engine) -> Scanner:
+    """Returns what finds jackhmmer's candidates in one file.
+
+    Raises:
+      ToolNotFoundError: the engine needs a program or compiled code that is not here.
+      MissingExtraError: it needs a package that is not installed.
+      KernelError, DeviceError: as of `FastJackhmmer.find`.
+    """
+    if engine == "fast":
+        return FastScanner(tool=FastJackhmmer.find(database="", cpus=plain.cpus, timeout_s=plain.timeout_s))
+    if engine == "pyhmmer":
+        return PyhmmerScanner.find(cpus=plain.cpus, timeout_s=plain.timeout_s)
+    if engine == "hmmpgmd":
+        return HmmpgmdScanner.find(cpus=plain.cpus, timeout_s=plain.timeout_s)
+    return JackhmmerScanner(binary=plain.binary, cpus=plain.cpus, timeout_s=plain.timeout_s)
+
+
 def other_engine_of(tool: SearchTool) -> str | None:
     """Returns in words what searches where it is more than the tool alone, else None."""
     words = [f"{tool.identity.name} {tool.identity.version}"]
-    scan = tool.describe_scan() if isinstance(tool, FastJackhmmer | ShardedJackhmmer) else None
+    scan = tool.describe_scan() if isinstance(tool, FastJackhmmer) else None
+    if isinstance(tool, ShardedJackhmmer):
+        scan = tool.scanner.describe([shard.path for shard in tool.shards])
     if scan is not None:
         words.append(f"behind {scan}")
-    if isinstance(tool, ShardedJackhmmer):
+    if isinstance(tool, ShardedJackhmmer) and len(tool.shards) > 1:
         words.append(f"in {len(tool.shards)} shards")
     if isinstance(tool, Mmseqs) and tool.kind.startswith("clusters"):
         words.append("with the members of clusters")
@@ -145,9 +183,11 @@ def prepare_databases(
     _check_after(ordered)
     # All are looked for before any is read, which may take long.
     for spec in ordered:
-        find_tool(
-            dataclasses.replace(spec, paths=spec.paths[:1]), cpus=cpus, timeout_s=timeout_s, engine=engine
-        )
+        if spec.tool == jackhmmer.NAME:
+            find_scanner(Jackhmmer.find(database="", cpus=cpus, timeout_s=timeout_s), engine)
+        else:
+            first_file = dataclasses.replace(spec, paths=spec.paths[:1])
+            find_tool(first_file, cpus=cpus, timeout_s=timeout_s)
     ready: dict[str, SearchedDatabase] = {}
     # What others are searched after comes first.
     for spec in sorted(ordered, key=lambda spec: bool(spec.options.after)):

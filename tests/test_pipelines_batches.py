@@ -13,6 +13,7 @@ from foldfeed.pipelines.errors import DatabaseChangedError, ToolTimeoutError
 from foldfeed.pipelines.scan_database import ScanDatabase
 from foldfeed.pipelines.search_tool import Shard
 from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
+from foldfeed.pipelines.tools import find_sharded
 
 pytestmark = [
     pytest.mark.external_tool,
@@ -32,7 +33,7 @@ def shards(tmp_path) -> list[Path]:
 
 def tool_of(shards: list[Path], timeout_s: float = 60.0) -> ShardedJackhmmer:
     parts = tuple(Shard(path=str(path), digest=path.name) for path in shards)
-    return ShardedJackhmmer.find(shards=parts, cpus=1, timeout_s=timeout_s, fast=True)
+    return find_sharded(parts, cpus=1, timeout_s=timeout_s, engine="fast")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
@@ -61,7 +62,6 @@ def test_together_is_as_alone_but_the_file_is_read_once(shards, monkeypatch, sha
 
 
 def test_a_build_in_batches_makes_the_store_of_a_build_without(tmp_path, shards, monkeypatch):
-    monkeypatch.setattr(search, "SCAN_GROUPS", 1)
     batches: list[int] = []
     scan_many = ShardedJackhmmer.scan_many
 
@@ -73,14 +73,17 @@ def test_a_build_in_batches_makes_the_store_of_a_build_without(tmp_path, shards,
     queries = write_fasta(tmp_path / "q.fasta", globins(18))
     database = "uniref90=" + ",".join(map(str, shards))
     stores = {}
-    for engine in ("binary", "fast"):
+    # Three shards; jackhmmer takes one query at a time, the others as many as pay.
+    sizes = {"binary": [1] * 54, "fast": [2, 2, 2, 16, 16, 16], "pyhmmer": [18, 18, 18]}
+    for engine in sizes:
+        # Where reading costs much, groups are as few as the build has workers for.
+        monkeypatch.setattr(search, "SCAN_GROUPS", 8 if engine == "pyhmmer" else 1)
         config = config_of(tmp_path, queries, [database], store=str(tmp_path / engine), engine=engine)
         assert run_build(config).num_records == 18
         stores[engine] = tree_bytes(tmp_path / engine / "parts")
-        # Three shards; jackhmmer takes one query at a time.
-        assert sorted(batches) == ([1] * 54 if engine == "binary" else [2, 2, 2, 16, 16, 16])
+        assert sorted(batches) == sizes[engine]
         batches.clear()
-    assert stores["binary"] == stores["fast"]
+    assert stores["binary"] == stores["fast"] == stores["pyhmmer"]
 
 
 def test_a_file_that_breaks_under_a_batch_fails_what_is_left_of_it(shards):

@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from pipelines_data import GLOBINS, config_of, globins, needs_hmmer, write_fasta
 
 from foldfeed.feature_store import FeatureStore
-from foldfeed.pipelines import DatabaseSpec, run_build, scan_kernels, sharded_jackhmmer
+from foldfeed.pipelines import DatabaseSpec, jackhmmer_scanner, run_build, scan_kernels, sharded_jackhmmer
 from foldfeed.pipelines.errors import ConfigError, ToolOutputError
 from foldfeed.pipelines.hits import read_hits
 from foldfeed.pipelines.jackhmmer import Jackhmmer, run_jackhmmer
+from foldfeed.pipelines.jackhmmer_scanner import num_targets_of
 from foldfeed.pipelines.results import ResultStore
 from foldfeed.pipelines.scan_names import copy_named
 from foldfeed.pipelines.search_tool import Shard
-from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer, _num_targets
-from foldfeed.pipelines.tools import find_tool
+from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
+from foldfeed.pipelines.tools import find_sharded, find_tool
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 TIMEOUT_S = 250.0
@@ -56,7 +57,7 @@ def split(folder: Path, entries: list[str], number: int) -> list[Path]:
 
 def sharded(paths: list[Path], engine: str = "binary") -> ShardedJackhmmer:
     shards = tuple(Shard(path=str(path), digest=path.name) for path in paths)
-    return ShardedJackhmmer.find(shards=shards, cpus=1, timeout_s=TIMEOUT_S, fast=engine == "fast")
+    return find_sharded(shards, cpus=1, timeout_s=TIMEOUT_S, engine=engine)
 
 
 def assert_equal_to_whole(entries: list[str], query: str, number: int, engine: str, folder: Path) -> int:
@@ -216,14 +217,14 @@ def test_files_that_are_written_oddly(tmp_path, what, engine):
 @needs_hmmer
 def test_a_shard_that_changes_while_it_is_searched_gives_no_candidates(tmp_path, shards, monkeypatch):
     tool = sharded(shards)
-    run = sharded_jackhmmer.run_program
+    run = jackhmmer_scanner.run_program
 
     def replaced_afterwards(argv, **words):
         done = run(argv, **words)
         shards[0].write_text(">other\nACDEFGHIKL\n")
         return done
 
-    monkeypatch.setattr(sharded_jackhmmer, "run_program", replaced_afterwards)
+    monkeypatch.setattr(jackhmmer_scanner, "run_program", replaced_afterwards)
     with pytest.raises(ToolOutputError, match=r"which .*shard-000 does not hold: the file changed"):
         tool.scan(next(iter(globins(1).values())), 0)
 
@@ -245,12 +246,12 @@ def test_candidates_have_names_of_their_own(tmp_path, shards, monkeypatch, engin
 def test_a_report_without_a_count_is_refused(tmp_path):
     report = tmp_path / "report"
     report.write_text("Target sequences:                         45  (6519 residues searched)\n")
-    assert _num_targets(report) == 45
+    assert num_targets_of(report) == 45
     report.write_text("Target sequence:                           1  (19 residues searched)\n")
-    assert _num_targets(report) == 1
+    assert num_targets_of(report) == 1
     report.write_text("stopped\n")
     with pytest.raises(ToolOutputError, match="how many target sequences"):
-        _num_targets(report)
+        num_targets_of(report)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from foldfeed.pipelines import subprocess_runner
-from foldfeed.pipelines.errors import CancelledError, ToolTimeoutError
-from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all, launcher, run_program
+from foldfeed.pipelines.errors import CancelledError, ToolFailedError, ToolTimeoutError
+from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all, launcher, run_program, running
 
 SH = "/bin/sh"
 
@@ -114,18 +114,25 @@ thread.join()
     assert wait_until(lambda: not alive(pid))
 
 
-def test_a_killed_worker_leaves_nothing_of_a_tools_group(tmp_path):
+@pytest.mark.parametrize("way", ["waited for", "beside"])
+def test_a_killed_worker_leaves_nothing_of_a_tools_group(tmp_path, way):
     """A wrapper script, its children and theirs: the parent-death signal reaches the first of them only."""
     script = f"""
 echo $$ >> {tmp_path}/pids
 (echo $BASHPID >> {tmp_path}/pids; sleep 100 & echo $! >> {tmp_path}/pids; wait) &
 wait"""
     code = f"""
+import sys, time
 from pathlib import Path
-from foldfeed.pipelines.subprocess_runner import run_program
-run_program(["/bin/bash", "-c", {script!r}], folder=Path({str(tmp_path)!r}), timeout_s=100)
+from foldfeed.pipelines.subprocess_runner import run_program, running
+words = ["/bin/bash", "-c", {script!r}]
+if sys.argv[1] == "waited for":
+    run_program(words, folder=Path({str(tmp_path)!r}), timeout_s=100)
+else:
+    with running(words, folder=Path({str(tmp_path)!r}), name="tool"):
+        time.sleep(100)
 """
-    worker = subprocess.Popen([sys.executable, "-c", code])
+    worker = subprocess.Popen([sys.executable, "-c", code, way])
     try:
         pids = pids_in(tmp_path / "pids", 3)
         assert len({os.getpgid(pid) for pid in pids}) == 1
@@ -135,6 +142,41 @@ run_program(["/bin/bash", "-c", {script!r}], folder=Path({str(tmp_path)!r}), tim
         worker.wait()
     assert wait_until(lambda: not any(map(alive, pids)))
     assert wait_until(lambda: not group_is_alive(group))
+
+
+def test_a_program_beside_ends_with_its_block_whatever_happens(tmp_path):
+    script = f"echo $$ >> {tmp_path}/pids; sleep 100 & echo $! >> {tmp_path}/pids; wait"
+    started = []
+
+    def broken() -> None:
+        with running([SH, "-c", script], folder=tmp_path, name="tool") as tool:
+            started.append((tool, pids_in(tmp_path / "pids", 2)))
+            tool.check()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken()
+    ((tool, pids),) = started
+    assert wait_until(lambda: not any(map(alive, pids)))
+    assert tool.usage is not None
+    assert tool.usage.wall_s > 0
+    with running([SH, "-c", "echo no >&2; exit 3"], folder=tmp_path, name="tool") as tool:
+        assert wait_until(lambda: tool.has_ended)
+        with pytest.raises(ToolFailedError, match=r"tool failed \(exit code 3\): no"):
+            tool.check()
+    with running([SH, "-c", "sleep 100"], folder=tmp_path, name="tool") as tool:
+        cancel_all("of a test")
+        try:
+            with pytest.raises(CancelledError, match="tool was stopped: of a test"):
+                tool.check()
+            with (
+                pytest.raises(CancelledError, match="late was not started"),
+                running([SH, "-c", "true"], folder=tmp_path, name="late"),
+            ):
+                pass
+        finally:
+            allow_all()
+    assert not alive(tool.pid)
 
 
 def group_is_alive(group: int) -> bool:

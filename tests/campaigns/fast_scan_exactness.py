@@ -36,8 +36,8 @@ from foldfeed.pipelines.scan_choice import best_kernel
 from foldfeed.pipelines.scan_database import open_database
 from foldfeed.pipelines.search_speed import timed
 from foldfeed.pipelines.search_tool import Shard
-from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
 from foldfeed.pipelines.subprocess_runner import require_success, run_program
+from foldfeed.pipelines.tools import find_sharded
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 TIMEOUT_S = 7200.0
@@ -176,7 +176,7 @@ def make_engines(database: Path, shards: list[int]) -> dict:
     }
     for number in shards:
         files = split(database, number)
-        engines[str(number)] = ShardedJackhmmer.find(shards=files, fast=True, **words)
+        engines[str(number)] = find_sharded(files, engine="fast", **words)
     return engines
 
 
