@@ -20,6 +20,7 @@ import loader_store
 import torch
 from rows import emit
 
+from foldfeed.feature_store.parts.tiles import sizes_of
 from foldfeed.loader.host_features import host_features
 from foldfeed.loader.meters import FETCH, PLAN, PREPARE, Meters
 from foldfeed.loader.raw import RawSample
@@ -49,15 +50,17 @@ def measure(reader: SampleReader, num_samples: int, trace: Path) -> dict[str, fl
     def reading(one: PlannedSample) -> None:
         reader.fetch(reader.planned(one.number))
 
-    jobs = {}
+    reads = {}
     for one in planned:
         shape = one.record.resolve(slice(*one.plan.columns), one.plan.selection)
-        jobs[one.number] = one.record.part.tiles.job(one.record.tiled, shape.window, shape.rows)
+        part, tiled = one.record.part, one.record.tiled
+        job = part.tiles.job(tiled, shape.window, shape.rows)
+        reads[one.number] = part.tiles.reads([job], part.max_read_bytes), tiled.grid
     no_sizes = dict.fromkeys(("stored_bytes", "decoded_bytes", "used_bytes"), 1)
 
     def sizes(one: PlannedSample) -> None:
         # What reading a crop does for the meters, besides.
-        one.record.part.tiles.sizes(jobs[one.number])
+        sizes_of(*reads[one.number])
 
     def threads(one: PlannedSample) -> None:
         for activity in (PLAN, FETCH, PREPARE):

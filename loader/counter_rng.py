@@ -6,7 +6,8 @@ between samples, so a sample is the same on any rank, in any thread, in any orde
 
 Numbers come from the raw words of Philox4x64-10 with arithmetic of our own on top. NumPy promises that the
 words of a bit generator never change, but not the methods of ``numpy.random.Generator`` (NEP 19), and a run
-that is resumed after an upgrade must draw the same samples.
+that is resumed after an upgrade must draw the same samples. Where it was built, a compiled form makes these
+words (`draw_kernel`).
 
 Which record a weighted draw gives is one word a sample, for millions of samples at once: `words_at` makes
 those from an array of sample numbers, in any order, by SplitMix64's finaliser twice over.
@@ -27,6 +28,8 @@ import threading
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from foldfeed.loader import draw_kernel
 
 SCHEME = "foldfeed/counter_rng/1"
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -52,22 +55,30 @@ class Purpose(enum.StrEnum):
 
 
 class Stream:
-    """A sequence of random words, at its start when made."""
+    """A sequence of random words, at its start when made.
 
-    __slots__ = ("_key", "_num_taken")
+    Attributes:
+      key: the two words of Philox's key.
+    """
+
+    __slots__ = ("_num_taken", "key")
 
     def __init__(self, key: int) -> None:
         """Use `stream`."""
-        self._key = np.array([key & (2**64 - 1), key >> 64], dtype=np.uint64)
+        self.key = (key & (2**64 - 1), key >> 64)
         self._num_taken = 0
 
     def words(self, count: int) -> NDArray[np.uint64]:
         """Returns the next ``count`` 64-bit words, uint64 (count,)."""
-        # A block of the generator is four words; those of it that were taken are made again and left out.
-        block, inside = divmod(self._num_taken, 4)
+        first = self.skip(count)
+        words = draw_kernel.words(self.key, first, count)
+        return words_by_numpy(self.key, first, count) if words is None else words
+
+    def skip(self, count: int) -> int:
+        """Takes the next ``count`` words without making them; returns the number of the first."""
+        first = self._num_taken
         self._num_taken += count
-        words: NDArray[np.uint64] = _generator.at(self._key, block).random_raw(inside + count)
-        return words[inside:]
+        return first
 
     def integers(self, bound: int, count: int) -> NDArray[np.int64]:
         """Returns ``count`` integers, each uniform in ``range(bound)``.
@@ -90,13 +101,8 @@ class Stream:
         the result is defined.
         """
         words = self.words(count)
-        if count < QUICK_SORT:
-            return np.argsort(words, kind="stable").astype(np.int64)
-        order = np.argsort(words)
-        ordered = words[order]
-        if (ordered[1:] == ordered[:-1]).any():
-            order = np.argsort(words, kind="stable")
-        return order.astype(np.int64)
+        order = draw_kernel.order(words)
+        return _order_by_numpy(words) if order is None else order
 
 
 class _Generator(threading.local):
@@ -105,11 +111,14 @@ class _Generator(threading.local):
     def __init__(self) -> None:
         self._philox = np.random.Philox(key=0)
 
-    def at(self, key: NDArray[np.uint64], block: int) -> np.random.Philox:
+    def at(self, key: tuple[int, int], block: int) -> np.random.Philox:
         """Returns it at a block of four words of a key."""
         self._philox.state = {
             "bit_generator": "Philox",
-            "state": {"counter": np.array([block, 0, 0, 0], dtype=np.uint64), "key": key},
+            "state": {
+                "counter": np.array([block, 0, 0, 0], dtype=np.uint64),
+                "key": np.array(key, dtype=np.uint64),
+            },
             "buffer": _NO_BUFFER,
             "buffer_pos": 4,
             "has_uint32": 0,
@@ -120,6 +129,24 @@ class _Generator(threading.local):
 
 _NO_BUFFER = np.zeros(4, dtype=np.uint64)
 _generator = _Generator()
+
+
+def words_by_numpy(key: tuple[int, int], first: int, count: int) -> NDArray[np.uint64]:
+    """Returns what `draw_kernel.words` does: words of a stream, made by NumPy's generator."""
+    # A block of the generator is four words; those of it that were taken are made again and left out.
+    block, inside = divmod(first, 4)
+    words: NDArray[np.uint64] = _generator.at(key, block).random_raw(inside + count)
+    return words[inside:]
+
+
+def _order_by_numpy(words: NDArray[np.uint64]) -> NDArray[np.int64]:
+    if len(words) < QUICK_SORT:
+        return np.argsort(words, kind="stable").astype(np.int64)
+    order = np.argsort(words)
+    ordered = words[order]
+    if (ordered[1:] == ordered[:-1]).any():
+        order = np.argsort(words, kind="stable")
+    return order.astype(np.int64)
 
 
 def stream(seed: int, sample: int, purpose: Purpose, draw: int = 0) -> Stream:
@@ -135,9 +162,10 @@ def stream(seed: int, sample: int, purpose: Purpose, draw: int = 0) -> Stream:
     Raises:
       TypeError: seed, sample or draw is no integer.
     """
-    again = [operator.index(draw)] if draw else []
-    key = _digest([operator.index(seed), operator.index(sample), purpose.value, *again], 16)
-    return Stream(int.from_bytes(key, "little"))
+    again = f", {operator.index(draw)}" if draw else ""
+    # What `json.dumps` makes of the tuple, in a fifth of the time: a sample has four streams and more.
+    text = f'["{SCHEME}", {operator.index(seed)}, {operator.index(sample)}, "{purpose.value}"{again}]'
+    return Stream(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little"))
 
 
 def words_at(seed: int, samples: ArrayLike, purpose: Purpose) -> NDArray[np.uint64]:

@@ -182,8 +182,14 @@ def fetch(record: Record, plan: SamplePlan, room: Room | None = None) -> Fetched
     assert rows[0] == 0, rows
     room["aatype"][:] = room["msa"][0, start:stop]
     room["profile"][:] = read.arrays["profile"]
-    room["centre_at"][:] = np.searchsorted(rows, plan.centres)
-    room["extra_at"][:] = np.searchsorted(rows, plan.extras)
+    if rows[-1] == len(rows) - 1:
+        # Every row is at its own place: a slab, or all rows.
+        room["centre_at"][:], room["extra_at"][:] = plan.centres, plan.extras
+    else:
+        # A look-up costs a fifth of a search; entries between the rows are not read.
+        place_of = np.empty(rows[-1] + 1, dtype=np.int64)
+        place_of[rows] = np.arange(len(rows))
+        room["centre_at"][:], room["extra_at"][:] = place_of[plan.centres], place_of[plan.extras]
     is_member = np.ones(len(rows), dtype=bool)
     is_member[room["centre_at"]] = False
     room["member_at"][:] = np.flatnonzero(is_member)

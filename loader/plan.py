@@ -30,7 +30,8 @@ from foldfeed.feature_store import StoredRun
 from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.format.grid import Rows
 from foldfeed.feature_store.format.settings import PERMUTED, RANK
-from foldfeed.loader.counter_rng import Purpose, Stream, stream
+from foldfeed.loader import draw_kernel
+from foldfeed.loader.counter_rng import Purpose, Stream, stream, words_by_numpy
 from foldfeed.loader.order import SampleAddress
 from foldfeed.loader.recipe import AF2, AF3, Recipe
 
@@ -156,7 +157,9 @@ def make_plan(
         if recipe.name == AF2:
             columns, rows = (0, length), survivors
         else:
-            columns, rows = crop, np.sort(np.concatenate([centres, extras]))
+            # Often all are taken, which are sorted already.
+            is_all = len(centres) + len(extras) == len(survivors)
+            columns, rows = crop, survivors if is_all else np.sort(np.concatenate([centres, extras]))
     masking = draw_masking(
         recipe, stream(seed, address.sample, Purpose.MASKING, draw), len(centres), length, columns
     )
@@ -207,7 +210,8 @@ def draw_slab(
     """
     num_hits = depth - 1
     if recipe.block_delete:
-        num_hits = len(delete_blocks(recipe, stream(seed, sample, Purpose.BLOCK_DELETE, draw), depth)) - 1
+        kept = keep_blocks(recipe, stream(seed, sample, Purpose.BLOCK_DELETE, draw), depth)
+        num_hits = int(np.count_nonzero(kept)) - 1
     if max_msa_rows:
         # A uniform sample of a uniform sample is one, so only its size is to be kept.
         num_hits = min(num_hits, max_msa_rows - 1)
@@ -270,17 +274,19 @@ def delete_blocks(recipe: Recipe, random: Stream, depth: int) -> NDArray[np.int6
     Returns: int64 (S,), ascending, 0 first.
     Source: Jumper et al. 2021, supplementary algorithm 1; AlphaFold 2 ``block_delete_msa``.
     """
+    return np.flatnonzero(keep_blocks(recipe, random, depth))
+
+
+def keep_blocks(recipe: Recipe, random: Stream, depth: int) -> NDArray[np.bool_]:
+    """Returns of each row whether it survives block deletion, bool (N,), see `delete_blocks`."""
     # In float32, as AlphaFold 2 computes it: floor(0.3 * 10) is 3 either way, other fractions may round
     # apart.
     block_rows = int(np.floor(np.float32(depth) * np.float32(recipe.block_fraction)))
-    starts = random.integers(depth, recipe.num_blocks)
-    # +1 where a block starts and -1 behind its end: the running sum is how many blocks cover a row.
-    edges = np.zeros(depth + 1, dtype=np.int64)
-    np.add.at(edges, starts, 1)
-    np.add.at(edges, np.minimum(starts + block_rows, depth), -1)
-    kept = np.cumsum(edges[:-1]) == 0
+    kept = np.ones(depth, dtype=bool)
+    for start in random.integers(depth, recipe.num_blocks).tolist():
+        kept[start : start + block_rows] = False
     kept[0] = True
-    return np.flatnonzero(kept)
+    return kept
 
 
 def draw_crop(recipe: Recipe, random: Stream, length: int) -> tuple[tuple[int, int], bool]:
@@ -329,26 +335,45 @@ def draw_masking(
             profile_at=np.empty(0, dtype=np.int64),
             profile_u=np.empty(0),
         )
-    words = random.words(num_centres * length).reshape(num_centres, length)[:, columns[0] : columns[1]]
     # Of the high halves; 2**32 of them are all there are.
-    threshold = round(recipe.masked_fraction * 2**32) << 32
-    masked = np.flatnonzero(words < np.uint64(threshold)) if threshold < 2**64 else np.arange(words.size)
+    high = round(recipe.masked_fraction * 2**32)
+    to_profile = recipe.uniform_prob + recipe.profile_prob
+    bounds = (
+        *(recipe.uniform_prob, to_profile, to_profile + recipe.same_prob),
+        NUM_AMINO_ACIDS / recipe.uniform_prob if recipe.uniform_prob else 0.0,
+        max(recipe.profile_prob, 2.0**-32),
+    )
+    first = random.skip(num_centres * length)
+    where = random.key, first, (num_centres, length), columns, high, bounds
+    drawn = draw_kernel.mask(*where) or _mask_by_numpy(*where)
+    return MaskDraw(action=drawn[0], profile_at=drawn[1], profile_u=drawn[2])
+
+
+def _mask_by_numpy(
+    key: tuple[int, int],
+    first: int,
+    shape: tuple[int, int],
+    columns: tuple[int, int],
+    high: int,
+    bounds: tuple[float, float, float, float, float],
+) -> draw_kernel.Masking:
+    """Returns what `draw_kernel.mask` does, for the same arguments."""
+    to_uniform, to_profile, to_same, scale, width = bounds
+    words = words_by_numpy(key, first, shape[0] * shape[1]).reshape(shape)[:, columns[0] : columns[1]]
+    masked = np.flatnonzero((words >> np.uint64(32)) < np.uint64(high))
     # u is cut at the bounds of the four ways; within a way what is left of u serves as a fresh uniform
     # number.
     u = (words.ravel()[masked] & np.uint64(0xFFFFFFFF)).astype(np.float64) * 2.0**-32
-    to_profile = recipe.uniform_prob + recipe.profile_prob
     chosen = np.full(masked.shape, alphabet.MASK, dtype=np.uint8)
-    chosen[u < to_profile + recipe.same_prob] = SAME
+    chosen[u < to_same] = SAME
     chosen[u < to_profile] = FROM_PROFILE
-    uniform = u < recipe.uniform_prob
-    if uniform.any():
-        residue = (u[uniform] * (NUM_AMINO_ACIDS / recipe.uniform_prob)).astype(np.uint8)
-        chosen[uniform] = np.minimum(residue, NUM_AMINO_ACIDS - 1)
+    uniform = u < to_uniform
+    chosen[uniform] = np.minimum((u[uniform] * scale).astype(np.uint8), NUM_AMINO_ACIDS - 1)
     action = np.full(words.shape, NOT_MASKED, dtype=np.uint8)
     action.reshape(-1)[masked] = chosen
     from_profile = chosen == FROM_PROFILE
-    rest = (u[from_profile] - recipe.uniform_prob) / max(recipe.profile_prob, 2.0**-32)
-    return MaskDraw(action=action, profile_at=masked[from_profile], profile_u=rest.clip(0.0, 1.0 - 2.0**-53))
+    rest = (u[from_profile] - to_uniform) / width
+    return action, masked[from_profile], rest.clip(0.0, 1.0 - 2.0**-53)
 
 
 def _scale(word: np.uint64, bound: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foldfeed.loader.fetch import ARRAYS, DTYPES, SampleArrays
+from foldfeed.loader.fetch import ARRAYS, DTYPES, SampleArrays, num_bytes_of
 from foldfeed.loader.ring import ALIGNMENT
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -24,17 +24,20 @@ Memory = mmap.mmap | NDArray[np.uint8]
 
 def slot_bytes(shapes: Shapes) -> int:
     """Returns how much room a sample of such arrays takes; at least one byte."""
-    return max(1, sum(_padded(name, shapes[name]) for name in ARRAYS))
+    return max(1, num_bytes_of(shapes, ALIGNMENT))
 
 
 def place(memory: Memory, start: int, shapes: Shapes) -> dict[str, NDArray[Any]]:
     """Returns the arrays of a sample whose slot begins at ``start``, as views of the memory."""
+    # Views of this one: it keeps the memory from being closed under them, and is quickly cut.
+    whole = np.frombuffer(memory, dtype=np.uint8)
     arrays: dict[str, NDArray[Any]] = {}
-    for name in ARRAYS:
-        count = math.prod(shapes[name])
-        flat = np.frombuffer(memory, dtype=DTYPES[name], count=count, offset=start if count else 0)
-        arrays[name] = flat.reshape(shapes[name])
-        start += _padded(name, shapes[name])
+    for name, dtype in DTYPES.items():
+        shape = shapes[name]
+        size = math.prod(shape) * dtype.itemsize
+        # One of no size may lie behind the end of the memory.
+        arrays[name] = np.ndarray(shape, dtype, whole, start if size else 0)
+        start += -(-size // ALIGNMENT) * ALIGNMENT
     return arrays
 
 
@@ -57,8 +60,3 @@ def open_note(note: bytes, memory: Memory) -> tuple[SampleArrays, dict[str, Any]
     arrays = place(memory, document["start"], shapes)
     crop = (document["crop"][0], document["crop"][1])
     return SampleArrays(**arrays, crop_in_columns=crop, first_residue=document["first"]), document
-
-
-def _padded(name: str, shape: tuple[int, ...]) -> int:
-    size = math.prod(shape) * DTYPES[name].itemsize
-    return -(-size // ALIGNMENT) * ALIGNMENT

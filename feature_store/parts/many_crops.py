@@ -70,7 +70,7 @@ def read_crops(
     tasks: list[Task] = []
     finishers: list[Task] = []
     for part, found in groups:
-        tasks += part.tiles.tasks(found, part.max_read_bytes)
+        tasks += part.tiles.tasks(found, part.tiles.reads(found, part.max_read_bytes))
         finishers += part.tiles.finishers(found)
     run_tasks(tasks, in_flight)
     run_tasks(finishers, in_flight)

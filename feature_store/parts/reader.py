@@ -32,7 +32,7 @@ from foldfeed.feature_store.format.schema import (
 from foldfeed.feature_store.format.settings import SUPPORTED_VERSIONS, StoreSettings
 from foldfeed.feature_store.parts.presence import missing_file
 from foldfeed.feature_store.parts.shard_reader import FileRange, ShardReader
-from foldfeed.feature_store.parts.tiles import Crop, CropArrays, TiledRecord, TileReader
+from foldfeed.feature_store.parts.tiles import Crop, CropArrays, TiledRecord, TileReader, sizes_of
 from foldfeed.feature_store.parts.writer import PART_ID_HEX
 from foldfeed.feature_store.storage import Blobs, LocalBlobs, open_blobs
 from foldfeed.feature_store.storage.read_pool import (
@@ -170,7 +170,7 @@ class PartReader:
         job = self.tiles.job(self.tiled(at), window, rows, out)
         in_flight = 1 if self.is_local else DEFAULT_IN_FLIGHT
         run_tasks(self.tiles.openers([job]), in_flight)
-        run_tasks(self.tiles.tasks([job], self.max_read_bytes), in_flight)
+        run_tasks(self.tiles.tasks([job], self.tiles.reads([job], self.max_read_bytes)), in_flight)
         self.tiles.finish(job)
         return self.tiles.result(job)
 
@@ -212,9 +212,10 @@ class PartReader:
             ]
         run_tasks(openers, in_flight)
         others = [functools.partial(read, name, residues) for name, residues in per_residue]
-        run_tasks([*self.tiles.tasks([job], self.max_read_bytes), *others], in_flight)
+        reads = self.tiles.reads([job], self.max_read_bytes)
+        run_tasks([*self.tiles.tasks([job], reads), *others], in_flight)
         self.tiles.finish(job)
-        return RecordRead(self.tiles.result(job), found, *self.tiles.sizes(job))
+        return RecordRead(self.tiles.result(job), found, *sizes_of(reads, job.record.grid))
 
     def per_residue(self, name: str, at: RecordLocation, window: tuple[int, int] | None = None) -> np.ndarray:
         """Returns a per-residue array (``aatype``, ``profile``, ...) of a record, or of a window of it.

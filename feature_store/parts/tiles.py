@@ -167,6 +167,45 @@ def boxes_of(
     return selected, boxes, boxes
 
 
+class ArrayReads(NamedTuple):
+    """What some crops read of one array.
+
+    Attributes:
+      array: the array.
+      targets: where the cells of each tile go, in the order of the tiles.
+      runs: reads; their entries name places in ``targets``.
+      missing: places in ``targets`` of tiles that are not stored.
+    """
+
+    array: ShardReader
+    targets: list[_Target]
+    runs: list[ReadRun]
+    missing: list[int]
+
+
+def sizes_of(reads: Sequence[ArrayReads], grid: RecordGrid) -> tuple[int, int]:
+    """Returns the bytes that the tiles of one crop take on disk and the cells they have, see `CropPlan`.
+
+    What is to be read says it, so no index is looked at again.
+
+    Args:
+      reads: of one crop.
+      grid: of its record.
+    """
+    num_bytes = num_tiles = 0
+    for _, targets, runs, missing in reads:
+        # Both ends of a run that wraps around may lie in one tile, one behind the other.
+        last = -1
+        for run in runs:
+            for _, number, _, size in run.entries:
+                if number != last:
+                    num_bytes += size
+                    num_tiles += 1
+                    last = number
+        num_tiles += len({targets[place][0].tile for place in missing})
+    return num_bytes, num_tiles * grid.tile_rows * grid.tile_cols
+
+
 class TileReader:
     """The tiles of one part. Thread safe, because shard readers are."""
 
@@ -250,21 +289,32 @@ class TileReader:
         apart = msa_boxes is not deletion_boxes
         return CropJob(record, window, rows, stored, apart, msa_boxes, deletion_boxes, msa, deletions)
 
-    def tasks(self, jobs: Sequence[CropJob], max_read_bytes: int) -> list[Task]:
-        """Returns tasks that fill the arrays of crops; neighbouring tiles share one, whosever they are.
+    def reads(self, jobs: Sequence[CropJob], max_read_bytes: int) -> list[ArrayReads]:
+        """Returns what fills the arrays of crops; neighbouring tiles share a read, whosever they are.
 
         Args:
           jobs: crops of records of this part.
-          max_read_bytes: of one task.
+          max_read_bytes: of one read.
         """
         msa: list[_Target] = [(box, job.msa, job) for job in jobs for box in job.msa_boxes]
         deletion: list[_Target] = [(box, job.deletions, job) for job in jobs for box in job.deletion_boxes]
         if len(jobs) > 1:
             msa.sort(key=_tile_of)
             deletion.sort(key=_tile_of)
+        return [
+            ArrayReads(array, targets, *array.runs([box.tile for box, _, _ in targets], max_read_bytes))
+            for array, targets in ((self._msa, msa), (self._deletion, deletion))
+        ]
+
+    def tasks(self, jobs: Sequence[CropJob], reads: Sequence[ArrayReads]) -> list[Task]:
+        """Returns tasks that fill the arrays of crops.
+
+        Args:
+          jobs: crops.
+          reads: of them, by `reads`.
+        """
         found: list[Task] = []
-        for array, targets in ((self._msa, msa), (self._deletion, deletion)):
-            runs, missing = array.runs([box.tile for box, _, _ in targets], max_read_bytes)
+        for array, targets, runs, missing in reads:
             found += [functools.partial(_fill, array, run, targets) for run in runs]
             if array is self._msa:
                 # Every cell of a tile that is not stored is the fill value; `deletions` are zero already.
@@ -272,19 +322,6 @@ class TileReader:
                     box, out, _ = targets[place]
                     out[box.out_rows, box.out_cols] = alphabet.PADDING
         return found + [functools.partial(self._fill_query, job) for job in jobs if job.query_apart]
-
-    def sizes(self, job: CropJob) -> tuple[int, int]:
-        """Returns the bytes that the tiles of a crop take on disk and the cells they have, as `plan` does.
-
-        For a job there is no second plan to make; that takes a quarter of the time of `plan`.
-        """
-        num_bytes = num_tiles = 0
-        for array, boxes in ((self._msa, job.msa_boxes), (self._deletion, job.deletion_boxes)):
-            # Both ends of a run that wraps around may lie in one tile.
-            tiles = list({box.tile for box in boxes})
-            num_bytes += array.bytes_stored(tiles)
-            num_tiles += len(tiles)
-        return num_bytes, num_tiles * job.record.grid.tile_rows * job.record.grid.tile_cols
 
     def finish(self, job: CropJob) -> None:
         """Completes a crop whose tasks are done: deletion counts above 254."""
