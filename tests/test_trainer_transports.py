@@ -349,7 +349,7 @@ def test_a_run_may_change_its_transport_and_says_why(small_store: FeatureStore, 
         ]
         codes = run_programs(programs, timeout_s=200)
         assert codes == [0] * 4, [program.stderr.read_text() for program in programs]
-        return programs[0].stdout.read_text()
+        return "".join(program.stdout.read_text() for program in programs)
 
     def digest(output: Path) -> str:
         return str(json.loads((output / "result.json").read_text())["weights_digest"])

@@ -170,9 +170,10 @@ class Trainer:
             self.num_skipped = self.saved = self._looked = self._not_finite_since = 0
 
     def kept(self) -> list[Block] | None:
-        """Returns what this rank has of a step that was broken off; None between steps. After `part`."""
+        """Returns what this rank has of a step that was broken off; None between steps."""
         if not self._results:
             return None if self._results is None else []
+        # Its thread has ended by now: the wires were cut and it was closed (`elastic_rank`).
         assert isinstance(self.reducer, TreeReducer), "the ranks of others do not change"
         return [block for block, _ in self.reducer.finished()]
 

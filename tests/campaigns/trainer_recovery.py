@@ -93,6 +93,7 @@ class Campaign:
         self.wrong: list[dict[str, Any]] = []
         self.recoveries: list[dict[str, float]] = []
         self.runs = self.changes = self.again = self.from_peers = 0
+        self.shards: collections.Counter[str] = collections.Counter()
         self._nursery, self._draw, self._places = nursery, draw, places
         self.digest = nursery.run(ranks=1, steps=STEPS, config=CONFIG, limit_s=120.0)["digest"]
 
@@ -123,6 +124,8 @@ class Campaign:
     def _note(self, found: dict[str, Any]) -> None:
         self.struck.update(f"{what['signal']} {what['phase']}" for what in found["struck"])
         self.changes += sum(view["generation"] > 1 for view in found["generations"])
+        for line in found["ledger"]:
+            self.shards.update({name: line.get(name, 0) for name in ("shards_kept", "shards_again")})
         self.recoveries += [
             line for line in found["ledger"] if line["event"] == "regroup" and "detect_s" in line
         ]
@@ -171,6 +174,7 @@ def main() -> int:
         **{signal: campaign.count(signal) for signal in wanted},
         "struck": dict(sorted(campaign.struck.items())),
         "changes_of_ranks": campaign.changes,
+        **campaign.shards,
         "runs_killed_whole_and_continued": campaign.again,
         "continued_from_a_peers_memory": campaign.from_peers,
         "wrong": campaign.wrong,
