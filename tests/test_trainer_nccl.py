@@ -17,6 +17,7 @@ from foldfeed.trainer import nccl
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.nccl import PRESETS
 from foldfeed.trainer.ranks import joined
+from foldfeed.trainer.resume import network_warning
 
 BENCH = Path(__file__).parents[1] / "bench" / "trainer_nccl.py"
 
@@ -73,7 +74,7 @@ def test_what_is_set_stays_and_both_are_told() -> None:
 def test_a_change_names_each_value_and_whether_it_matters() -> None:
     before = {"NCCL_ALGO": "Ring", "preset": "nvlink", "nccl": "2.26.2", "transport": "tree"}
     now = {"NCCL_PROTO": "Simple", "preset": "ethernet", "nccl": "2.26.2", "transport": "hierarchical"}
-    ours, theirs = (nccl.change(before, now, reducer) for reducer in ("tree", "ring"))
+    ours, theirs = (network_warning(before, now, reducer) for reducer in ("tree", "ring"))
     for text in (
         "NCCL_ALGO 'Ring' before, 'unset' now",
         "NCCL_PROTO 'unset' before, 'Simple' now",
@@ -88,7 +89,7 @@ def test_a_change_names_each_value_and_whether_it_matters() -> None:
     assert theirs.endswith(
         "the sums of ring are made in the backend's order, so bits may differ from here on"
     )
-    assert nccl.change(before, {**before, "transport": "hierarchical"}, "tree") == ""
+    assert network_warning(before, {**before, "transport": "hierarchical"}, "tree") == ""
 
 
 def test_a_preset_that_can_have_no_effect_is_refused() -> None:

@@ -52,6 +52,7 @@ from foldfeed.trainer.resume import (
     check_belongs,
     environment,
     named_generation,
+    network_warning,
     newest_valid,
 )
 from foldfeed.trainer.snapshot import RUN_FILE, SNAPSHOTS, SnapshotFolder, read_manifest
@@ -340,7 +341,7 @@ def continue_run(
         del expected["run_id"]
     check_belongs(generation, expected, header["environment"], strict=config.deterministic, report=say)
     network = generation.manifest.get("network", header["network"])
-    if warning := nccl.change(network, header["network"], config.reducer):
+    if warning := network_warning(network, header["network"], config.reducer):
         say(warning)
     trainer.restore(generation)
     say(f"resumed: step {trainer.step}  {generation.path}  (made by {generation.manifest['world']} ranks)")

@@ -146,28 +146,3 @@ def record(transport: str, version: str, environment: Mapping[str, str] = os.env
     variables = {name: value for name, value in environment.items() if name.startswith(_PREFIXES)}
     facts = {"transport": transport, "nccl": version, "preset": applied(environment)}
     return variables | {name: value for name, value in facts.items() if value}
-
-
-def change(before: Mapping[str, str], now: Mapping[str, str], reducer: str) -> str:
-    """Returns a warning for a run that goes on under other settings; empty when they are the same.
-
-    Args:
-      before: `record` of the run so far.
-      now: `record` of this start.
-      reducer: of the run.
-    """
-    # Transports of one tree may follow each other; another sum is another run, and refused.
-    names = sorted((set(before) | set(now)) - {"transport"})
-    changed = [
-        f"{name} {before.get(name, 'unset')!r} before, {now.get(name, 'unset')!r} now"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-    if not changed:
-        return ""
-    matters = (
-        f"the sums of {reducer} are made in the backend's order, so bits may differ from here on"
-        if reducer in ORDERED
-        else f"the weights do not depend on them, because the sums of {reducer} are made in our own order"
-    )
-    return f"warning: other settings of the network ({'; '.join(changed)}): {matters}"

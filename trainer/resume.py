@@ -28,6 +28,7 @@ from foldfeed.trainer.errors import (
     SnapshotMismatchError,
     TrainerConfigError,
 )
+from foldfeed.trainer.nccl import ORDERED
 from foldfeed.trainer.ranks import Ranks
 from foldfeed.trainer.snapshot import (
     CHUNK_BYTES,
@@ -255,6 +256,26 @@ def check_belongs(
         )
     if changed:
         report(f"warning: {path} was made elsewhere ({'; '.join(changed)}); bits may differ from here on")
+
+
+def network_warning(before: Mapping[str, str], now: Mapping[str, str], reducer: str) -> str:
+    """Returns what to say when gradients travel under other settings than before; empty under the same.
+
+    Args:
+      before: `nccl.record` of the run so far.
+      now: that of this start.
+      reducer: of the run.
+    """
+    # Transports of one tree may follow each other; another sum is another run, and refused.
+    was, told = ({name: text for name, text in row.items() if name != "transport"} for row in (before, now))
+    if not (changed := changed_settings(was, told, "before")):
+        return ""
+    matters = (
+        f"the sums of {reducer} are made in the backend's order, so bits may differ from here on"
+        if reducer in ORDERED
+        else f"the weights do not depend on them, because the sums of {reducer} are made in our own order"
+    )
+    return f"warning: other settings of the network ({'; '.join(changed)}): {matters}"
 
 
 def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:

@@ -136,38 +136,23 @@ class EvoformerTask(Task):
         return [module for module in model.modules() if isinstance(module, EvoformerBlock)]
 
     def example(self, data: DataConfig) -> Features | None:
-        """Returns random features of the run's sizes; the last residue and the last rows are padding."""
+        """Returns random features of the run's sizes, with holes in every mask."""
         draw = torch.Generator().manual_seed(0)
-        samples, residues = data.global_batch // data.num_shards, data.crop_residues
-        rows_br, rows_bsr = (samples, residues), (samples, data.num_clusters, residues)
-        rows_ber = (samples, data.num_extra, residues)
-
-        def numbers(*shape: int) -> torch.Tensor:
-            return torch.rand(shape, generator=draw)
-
-        def tokens(*shape: int) -> torch.Tensor:
-            return torch.randint(NUM_TOKENS, shape, generator=draw)
-
-        def mask(*shape: int) -> torch.Tensor:
-            kept = torch.ones(shape)
-            kept[..., -1] = 0
-            return kept
-
-        return {
-            "residue_index": torch.arange(residues).expand(rows_br),
-            "target_feat": numbers(*rows_br, TARGET_CHANNELS),
-            "seq_mask": mask(*rows_br),
-            "msa_feat": numbers(*rows_bsr, MSA_CHANNELS),
-            "msa_mask": mask(*rows_bsr),
-            "true_msa": tokens(*rows_bsr),
-            "bert_mask": (numbers(*rows_bsr) < 0.15).float(),
-            "extra_msa": tokens(*rows_ber),
-            "extra_has_deletion": (numbers(*rows_ber) < 0.1).float(),
-            "extra_deletion_value": numbers(*rows_ber),
-            "extra_msa_mask": mask(*rows_ber),
-            "pseudo_beta": 20 * numbers(*rows_br, 3),
-            "pseudo_beta_mask": mask(*rows_br),
+        one = (data.global_batch // data.num_shards, data.crop_residues)
+        msa, extra = (one[0], data.num_clusters, one[1]), (one[0], data.num_extra, one[1])
+        numbers = {
+            **{"target_feat": (*one, TARGET_CHANNELS), "msa_feat": (*msa, MSA_CHANNELS)},
+            **{"extra_deletion_value": extra, "pseudo_beta": (*one, 3)},
         }
+        flags = {
+            **{"seq_mask": one, "msa_mask": msa, "extra_msa_mask": extra, "pseudo_beta_mask": one},
+            **{"bert_mask": msa, "extra_has_deletion": extra},
+        }
+        found = {name: torch.rand(shape, generator=draw) for name, shape in (numbers | flags).items()}
+        found |= {name: (found[name] < 0.8).float() for name in flags}
+        for name, shape in (("true_msa", msa), ("extra_msa", extra)):
+            found[name] = torch.randint(NUM_TOKENS, shape, generator=draw)
+        return found | {"residue_index": torch.arange(one[1]).expand(one)}
 
     def recipe(self, data: DataConfig) -> Recipe:
         """Returns the run's recipe, with labels where distances are predicted."""
