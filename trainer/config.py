@@ -461,6 +461,15 @@ class RunConfig:
             f"Start at most {shards} ranks or raise --virtual-shards (and --global-batch).",
         )
 
+    def check_elastic(self, world: int) -> None:
+        """Checks that ranks may come and go, and that ``world`` of them get work; raises as `check_world`."""
+        _require(
+            self.reducer in ("tree", "hierarchical"),
+            f"--reducer {self.reducer} cannot change its ranks while it runs: its sums depend on their "
+            "number, or it measures for longer than they need to meet. Use tree or hierarchical.",
+        )
+        self.check_world(world)
+
     def identity(self) -> dict[str, Any]:
         """Returns the settings that decide the numbers, as JSON-able values."""
         own = {name: value for name, value in _numbers(self).items() if name == "precision"}

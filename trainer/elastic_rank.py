@@ -90,12 +90,7 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
       TrainerConfigError: the settings do not fit.
       TrainerError: this rank failed; the others go on without it if they can.
     """
-    if config.reducer not in ("tree", "hierarchical"):
-        raise TrainerConfigError(
-            f"--reducer {config.reducer} cannot change its ranks while it runs: its sums depend on their "
-            "number, or it measures for longer than they need to meet. Use tree or hierarchical."
-        )
-    config.check_world(plan.ranks)
+    config.check_elastic(plan.ranks)
     task = load_task(config)
     recipe = task.recipe(config.data)
     ledger = Ledger(Path(config.output), active=plan.founds, began=process_start())
