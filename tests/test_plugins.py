@@ -18,15 +18,16 @@ FOREIGN = {
 }
 
 
+NEEDS_NOTHING = "tests/test_packaging.py::test_contributing_draws_every_room"
+# They run or skip, as CONTRIBUTING says.
+CUDA = ("tests/test_loader_cuda.py", "tests/test_trainer_cuda.py")
+
+
 def session(root, site, *words: str) -> subprocess.CompletedProcess[str]:
-    """Runs a test that needs nothing, and the CUDA tests, which run or skip, as CONTRIBUTING says."""
-    tests = [
-        "tests/test_packaging.py::test_contributing_draws_every_room",
-        *("tests/test_loader_cuda.py", "tests/test_trainer_cuda.py"),
-    ]
+    """Runs tests in a new session that finds the foreign plugin."""
     environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [environment.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words, *tests]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words]
     return subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=250
     )
@@ -40,10 +41,10 @@ def test_a_foreign_plugin_does_not_take_part(root, tmp_path, what):
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1.0\n")
     (facts / "entry_points.txt").write_text("[pytest11]\nforeign = foreign_plugin\n")
-    done = session(root, tmp_path)
+    done = session(root, tmp_path, NEEDS_NOTHING, *CUDA)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
     # Without our options the same plugin is found and ends the session.
-    bare = session(root, tmp_path, "-o", "addopts=--import-mode=importlib")
+    bare = session(root, tmp_path, "-o", "addopts=--import-mode=importlib", NEEDS_NOTHING)
     assert bare.returncode != 0
     assert "the foreign plugin was loaded" in bare.stdout + bare.stderr
