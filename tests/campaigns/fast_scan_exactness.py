@@ -2,10 +2,11 @@
 
 Targets are all real sequences of the test data in a drawn order, filled up with shuffled ones, and some of 5
 to 35,000 residues; queries are drawn from the real ones, odd ones follow (of titin's length, one letter, X
-runs, repeats, 10 residues). Each is searched by stock jackhmmer and by the fast engine in the whole file and
-in 7 and 64 files. Alignments must be equal byte for byte, tables word for word; as many targets must pass as
-HMMER says of its own first filter, and at most 10 % more. Every answer is noted as it comes (WORK/*.jsonl):
-the command can be stopped and run again, and goes on; jackhmmer's part is kept over commits.
+runs, repeats, 10 residues). With ``--scop`` they are those of the SCOP set. Each is searched by stock
+jackhmmer and by the fast engine in the whole file and in 7 and 64 files. Alignments must be equal byte for
+byte, tables word for word; as many targets must pass as HMMER says of its own first filter, and at most 10 %
+more. Every answer is noted as it comes (WORK/*.jsonl): the command can be stopped and run again, and goes on;
+jackhmmer's part is kept over commits.
 
     nice -n 19 python tests/campaigns/fast_scan_exactness.py --data DATA --work WORK --seconds 3600
 """
@@ -43,6 +44,7 @@ RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 TIMEOUT_S = 7200.0
 SEED = 20
 ROOT = Path(__file__).parents[2]
+SCOP = "scop_benchmark"
 
 
 def main() -> int:
@@ -51,16 +53,24 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="where files and notes are kept")
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--targets", type=int, default=200_000)
+    parser.add_argument("--scop", action="store_true", help="the SCOP set: all of its queries and targets")
     parser.add_argument("--shards", type=int, nargs="*", default=[7, 64])
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin no query after so many")
     parser.add_argument("--stock", action="store_true", help="jackhmmer's part alone, while the code changes")
     options = parser.parse_args()
     started = time.monotonic()
     options.work.mkdir(parents=True, exist_ok=True)
-    database = options.work / f"targets-{options.targets}.fasta"
-    if not database.exists():
+    database = options.work / ("scop.fasta" if options.scop else f"targets-{options.targets}.fasta")
+    if not database.exists() and options.scop:
+        database.write_bytes(lzma.decompress((options.data / SCOP / "scop_targets.fasta.xz").read_bytes()))
+    elif not database.exists():
         write_targets(database, options.data, options.targets)
-    digest = hashlib.sha256(database.read_bytes()).hexdigest()
+    if options.scop:
+        queries = [(head.split()[0], text.upper()) for head, text in texts_of(scop_queries(options.data))]
+    else:
+        queries = queries_of(options.data, options.queries)
+    text = database.read_bytes()
+    digest, options.targets = hashlib.sha256(text).hexdigest(), text.count(b"\n>") + 1
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=ROOT,
@@ -72,7 +82,7 @@ def main() -> int:
     stock_notes = Notes(options.work / "jackhmmer.jsonl")
     fast_notes = Notes(options.work / "fast.jsonl")
     rows = []
-    for name, query in queries_of(options.data, options.queries):
+    for name, query in queries:
         binary = engines["plain"].identity.binary_sha256
         stock_key = f"{digest} {binary} {hashlib.sha256(query.encode()).hexdigest()}"
         fast_key = f"{commit} {sorted(options.shards)} {stock_key}"
@@ -120,8 +130,12 @@ def texts_of(path: Path) -> Iterator[tuple[str, str]]:
         yield head, "".join(body.split())
 
 
+def scop_queries(data: Path) -> Path:
+    return data / SCOP / "scop_queries.fasta"
+
+
 def write_targets(path: Path, data: Path, number: int) -> None:
-    files = [*sorted((data / "searchdb").glob("*.xz")), data / "scop_benchmark" / "scop_targets.fasta.xz"]
+    files = [*sorted((data / "searchdb").glob("*.xz")), data / SCOP / "scop_targets.fasta.xz"]
     files += [
         file for file in sorted((data / "searchdb" / "af3_mini").glob("*.gz")) if "seqres" not in file.name
     ]
@@ -146,7 +160,7 @@ def write_targets(path: Path, data: Path, number: int) -> None:
 def queries_of(data: Path, number: int) -> list[tuple[str, str]]:
     real = [
         *texts_of(data / "queries" / "mmseqs_500.fasta.gz"),
-        *texts_of(data / "scop_benchmark" / "scop_queries.fasta"),
+        *texts_of(scop_queries(data)),
     ]
     chosen = [real[int(place)] for place in np.random.default_rng(SEED).permutation(len(real))[:number]]
     globin = next(texts_of(data / "queries" / "HBB_HUMAN.fa"))[1]
