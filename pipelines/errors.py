@@ -16,7 +16,7 @@
         │   ├── ToolOutputError           exit 0, but the output is missing, cut or not of this query
         │   ├── DatabaseChangedError      the database is not the one that the build was planned with
         │   ├── QueryTooLongError         longer than the tool can take without cutting it silently
-        │   ├── UnreadableDatabaseError   the fast scan cannot read the text of the database
+        │   ├── UnreadableDatabaseError   an engine cannot read the text of the database
         │   └── DeviceError               a CUDA device that the fast scan was to use is not there, or failed
         ├── CancelledError                the run was stopped: by the person, or because a step failed
         ├── CorruptResultError            a stored search result does not match its checksum
@@ -266,7 +266,7 @@ class QueryTooLongError(SearchError):
 
 
 class UnreadableDatabaseError(SearchError):
-    """The fast scan cannot read the text of a database: it is empty, or no FASTA that HMMER reads.
+    """An engine cannot read the text of a database: it is empty, or no FASTA that HMMER reads.
 
     A file that is gone, was cut or became another one is a `DatabaseChangedError`, whatever searches it.
 
@@ -280,7 +280,7 @@ class UnreadableDatabaseError(SearchError):
         super().__init__(path, reason)
 
     def __str__(self) -> str:
-        return f"the fast scan cannot read {self.path!r}: {self.reason}. Correct it and run the build again"
+        return f"the scan cannot read {self.path!r}: {self.reason}. Correct it and run the build again"
 
 
 class DeviceError(SearchError):

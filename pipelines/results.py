@@ -54,8 +54,8 @@ class SearchFacts:
       run_id: of the build's run.
       num_together: queries of the run that this one was searched in, itself among them; None where each has
         a run of its own.
-      scan: what computed the first filter before the tool, "" where the tool did; see
-        `foldfeed.pipelines.scan_choice`.
+      scan: what found the candidates before the tool: the kernel of the fast scan (`scan_choice`), or the
+        program or library and its version (`foldfeed.pipelines.scanner`); "" where the tool did itself.
     """
 
     database: str = ""

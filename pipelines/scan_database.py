@@ -1,4 +1,4 @@
-"""A FASTA database as the fast scan wants it: residue codes of many targets side by side, in chunks.
+"""A FASTA database as engines want it: residue codes, for the fast scan of many targets side by side.
 
 Owns reading FASTA as HMMER reads it and the chunks. Does not own scores, nor what stays in memory and who
 reads together (`scan_memory`). Invariants: a record here is a record of HMMER's, with the same residue codes,
