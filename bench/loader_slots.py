@@ -141,8 +141,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / f"{NAME}.jsonl")
     parser.add_argument("--samples", type=int, default=150)
     parser.add_argument("--passes", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each way; 0 leaves processes out")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.2, help="of each way; 0 leaves processes out")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--min-depth", type=int, default=200)
     arguments = parser.parse_args()
     results: dict[str, Any] = {}

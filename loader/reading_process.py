@@ -24,13 +24,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from foldfeed.feature_store import FoldfeedError
+from foldfeed.feature_store.lazy_names import LateModule
 from foldfeed.loader import wire
-from foldfeed.loader.cached_reader import CachedReader
 from foldfeed.loader.early_start import SlowFirst
 from foldfeed.loader.errors import SampleError
 from foldfeed.loader.fetch import ARRAYS, shapes_of
@@ -38,6 +38,13 @@ from foldfeed.loader.meters import FETCH, PLAN, Doing, Meters, clock
 from foldfeed.loader.reader import PlannedSample, SampleReader
 from foldfeed.loader.ring import RingClosedError, RingSpace
 from foldfeed.loader.slots import note_of, place, slot_bytes
+
+if TYPE_CHECKING:
+    from foldfeed.loader import cached_reader
+    from foldfeed.loader.cached_reader import CachedReader
+else:
+    # Most processes have no cache, and start sooner without its code.
+    cached_reader = LateModule("foldfeed.loader.cached_reader")
 
 # A sample that is larger than the ring gets memory of its own under this number; only one at a time does.
 ALONE = 2**64 - 1
@@ -70,8 +77,8 @@ def main(arguments: list[str]) -> None:
             return
         # From the process that started this one, over a socket that nobody else has.
         plain, cache = pickle.loads(first.payload)
-        reader: SampleReader | CachedReader = plain if cache is None else CachedReader(plain, *cache)
-        _ReadingProcess(reader, connection, receiver, memory, capacity, num_threads).run()
+        cached = None if cache is None else cached_reader.CachedReader(plain, *cache)
+        _ReadingProcess(plain, cached, connection, receiver, memory, capacity, num_threads).run()
         # Threads may still hold views of the memory; the process ends here and takes all with it.
         os._exit(0)
 
@@ -86,14 +93,16 @@ def _end_with(parent: int) -> None:
 class _ReadingProcess:
     def __init__(
         self,
-        reader: SampleReader | CachedReader,
+        reader: SampleReader,
+        cached: CachedReader | None,
         connection: socket.socket,
         receiver: wire.Receiver,
         memory: mmap.mmap,
         capacity: int,
         num_threads: int,
     ) -> None:
-        self._reader = reader
+        self._reader: SampleReader | CachedReader = reader if cached is None else cached
+        self._cached = cached
         self._connection = connection
         self._receiver = receiver
         self._memory = memory
@@ -112,8 +121,8 @@ class _ReadingProcess:
             while (frame := self._receiver.next()) is not None:
                 if frame.kind == wire.READ:
                     samples = np.frombuffer(frame.payload, dtype="<i8").tolist()
-                    if isinstance(self._reader, CachedReader):
-                        self._reader.ask(samples)
+                    if self._cached is not None:
+                        self._cached.ask(samples)
                     for sample in samples:
                         self._wanted.put(sample)
                 elif frame.number == ALONE:
@@ -234,10 +243,10 @@ class _ReadingProcess:
         }
 
     def _freshly_counted(self) -> dict[str, float]:
-        if not isinstance(self._reader, CachedReader):
+        if self._cached is None:
             return {}
         with self._sending:
-            now = self._reader.counters()
+            now = self._cached.counters()
             fresh = {name: value - self._counted[name] for name, value in now.items()}
             self._counted.update(fresh)
         return {name: value for name, value in fresh.items() if value}

@@ -262,7 +262,7 @@ reader = SampleReader(
     FeatureStore.open(sys.argv[1]), Recipe.named("crop_first"), None, seed=1, global_batch=1, virtual_shards=1
 )
 reader.read(0)
-sys.exit(", ".join({"torch", "duckdb", "pandas", "zarr"} & set(sys.modules)) or 0)
+sys.exit(", ".join({"torch", "duckdb", "pandas", "zarr", "fsspec"} & set(sys.modules)) or 0)
 """
     subprocess.run([sys.executable, "-c", check, store.url], check=True, timeout=120)
 
