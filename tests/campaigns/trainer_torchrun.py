@@ -278,9 +278,16 @@ def commands(name: str, store: str, output: Path, network: Network | None) -> li
             probe.bind((places[0][1] if network is None else "", 0))
             endpoint = f"{places[0][1]}:{probe.getsockname()[1]}"
         torchrun += ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+        # In a namespace no agent finds out by itself that the endpoint is its own address.
+        where = [
+            ["--local-addr", host, "--rdzv-conf", f"is_host={slot == 0}"]
+            for slot, (_, host) in enumerate(places)
+        ]
+        # gloo takes the address that the host's name leads to, which is no namespace's.
+        gloo = ["env", "GLOO_SOCKET_IFNAME=eth0"] if network is not None else []
         return [
-            [*prefix, *torchrun, "--local-addr", host, "-m", "foldfeed.trainer", *trainer]
-            for prefix, host in places
+            [*prefix, *gloo, *torchrun, *own, "-m", "foldfeed.trainer", *trainer]
+            for (prefix, _), own in zip(places, where, strict=True)
         ]
     elastic = ["-m", "foldfeed.trainer.elastic", "--wait-for", str(2 * RANKS_PER_NODE), "--wait-s", "120"]
     return [
@@ -325,6 +332,8 @@ def main() -> int:
     )
     parser.add_argument("--keep", type=Path, default=None, help="a folder for what the runs wrote")
     options = parser.parse_args()
+    # So that torchruns and namespaces end with this process.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     started = time.monotonic()
     results: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
