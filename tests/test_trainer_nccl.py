@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from foldfeed.trainer import nccl
+from foldfeed.trainer.config import DataConfig, RunConfig
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.nccl import PRESETS
-from foldfeed.trainer.ranks import joined
+from foldfeed.trainer.ranks import pick_device
 from foldfeed.trainer.resume import network_warning
 
 BENCH = Path(__file__).parents[1] / "bench" / "trainer_nccl.py"
@@ -93,14 +94,12 @@ def test_a_change_names_each_value_and_whether_it_matters() -> None:
 
 
 def test_a_preset_that_can_have_no_effect_is_refused() -> None:
-    cpu = torch.device("cpu")
-    with (
-        pytest.raises(TrainerConfigError, match="--nccl-preset nvlink has no effect on device cpu"),
-        joined(rank=0, world=1, device=cpu, timeout_s=5.0, preset="nvlink"),
-    ):
-        pass
-    with joined(rank=0, world=1, device=cpu, timeout_s=5.0, preset="auto") as ranks:
-        assert ranks.world == 1
+    with pytest.raises(TrainerConfigError, match="--nccl-preset nvlink has no effect on device cpu"):
+        pick_device("cpu", 0, "nvlink")
+    with pytest.raises(TrainerConfigError, match="nccl_preset is 'nvlonk'; choose one of auto, none, nvlink"):
+        RunConfig(output="o", data=DataConfig(store="s"), nccl_preset="nvlonk")
+    for wish in ("auto", "none"):
+        assert pick_device("cpu", 0, wish) == torch.device("cpu")
 
 
 def sweep(*options: str) -> subprocess.CompletedProcess[str]:

@@ -356,11 +356,11 @@ def test_a_run_may_change_its_transport_and_says_why(small_store: FeatureStore, 
 
     alone, changing = tmp_path / "alone", tmp_path / "changing"
     assert main([*given, "--output", str(alone), "--steps", "4"]) == 0
-    told = [{"FOLDFEED_PLACE": f"eu/s{int(rank in (0, 2, 3))}"} for rank in range(4)]
+    told = [{"FOLDFEED_PLACE": f"eu/{node}"} for node in "abaa"]
     said = train("first", told, "--output", str(changing), "--steps", "2", "--reducer", "hierarchical")
     assert "gradients travel by hierarchical" in said
     assert json.loads((changing / "run.json").read_text())["network"]["transport"] == "hierarchical"
-    # Node 1 has the ranks 0, 2 and 3.
+    # Node a has the ranks 0, 2 and 3.
     assert sorted(re.findall("rank . by its place is what . was", said)) == [
         f"rank {now} by its place is what {before} was" for now, before in ((1, 2), (2, 3), (3, 1))
     ]

@@ -96,7 +96,8 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
     ledger = Ledger(Path(config.output), active=plan.founds, began=process_start())
     ledger.mark(STARTUP)
     launch.prepare_numerics(config)
-    alone = Ranks(rank=0, world=1, device=pick_device(config.device, plan.local_rank))
+    device = pick_device(config.device, plan.local_rank, config.nccl_preset)
+    alone = Ranks(rank=0, world=1, device=device)
     if plan.standby and alone.device.type != "cpu":
         raise TrainerConfigError(
             "--spares works on the CPU only: a spare cannot know whose GPU will be free."

@@ -87,7 +87,7 @@ def run(config: RunConfig, task: Task | None = None) -> Outcome:
     prepare_numerics(config)
     task = task or load_task(config)
     recipe = task.recipe(config.data)
-    device = pick_device(config.device, local_rank)
+    device = pick_device(config.device, local_rank, config.nccl_preset)
     with (
         joined(
             rank=rank,

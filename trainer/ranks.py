@@ -249,14 +249,19 @@ def world_from_environment() -> tuple[int, int, int]:
     return int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"])
 
 
-def pick_device(name: str, local_rank: int) -> torch.device:
+def pick_device(name: str, local_rank: int, preset: str = "none") -> torch.device:
     """Returns the device of this rank.
 
+    Args:
+      name: ``auto``, ``cpu`` or ``cuda``.
+      local_rank: of this process on its node.
+      preset: of NCCL, as the run wishes it.
     Raises:
-      TrainerConfigError: ``cuda`` was asked for and this rank has no device.
+      TrainerConfigError: ``cuda`` was asked for and this rank has no device; or the preset has no effect.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and available == 0):
+        nccl.require_effect(preset, "cpu")
         return torch.device("cpu")
     if local_rank >= available:
         raise TrainerConfigError(
@@ -341,10 +346,9 @@ def joined(
       pins: fix NCCL's order of sums, whatever the preset.
     Raises:
       CommunicationError: not all ranks came.
-      TrainerConfigError: the preset has no effect, or a topology cannot be read.
+      TrainerConfigError: a topology cannot be read.
       MeetingPointError: the port where they meet is taken.
     """
-    nccl.require_effect(preset, device.type)
     if world == 1 and not always:
         yield Ranks(rank=0, world=1, device=device)
         return
