@@ -42,8 +42,9 @@ if [ ! -x "$venv/bin/pip" ]; then
 fi
 
 say "installing foldfeed and its extras into $venv (the first time this downloads a few GB: torch, Beam)"
+# The extra search brings HMMER 3.4, whose daemon is tested; the system's programs are taken first.
 "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt \
-    --config-settings editable_mode=strict -e '.[pipelines,train,dev,s3,dataflow]'
+    --config-settings editable_mode=strict -e '.[pipelines,search,train,dev,s3,dataflow]'
 
 missing=()
 command -v jackhmmer >/dev/null || missing+=(hmmer)
@@ -57,8 +58,7 @@ if [ ${#missing[@]} -gt 0 ] && can_install; then
 elif [ ${#missing[@]} -gt 0 ]; then
     lacks() { [[ " ${missing[*]} " == *" $1 "* ]]; }
     if lacks hmmer; then
-        say "no hmmer on PATH and no right to install packages: taking HMMER from its wheel (extra search)"
-        "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt hmmer
+        say "no hmmer on PATH and no right to install packages: HMMER from its wheel (extra search) is taken"
     fi
     if lacks hhsuite; then
         say "no HH-suite: what needs it is left out (as root: apt-get install hhsuite)"
