@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from foldfeed.trainer.buckets import Bucket
-from foldfeed.trainer.dyadic import blocks_of_ranks, merged_blocks, subtree_sum
+from foldfeed.trainer.dyadic import Block, blocks_of_ranks, merged_blocks, subtree_sum
 from foldfeed.trainer.exchange import add_in_place, pack, sum_rows
 from foldfeed.trainer.ranks import Group, Ranks
 
@@ -95,12 +95,20 @@ class TwoLevelExchange:
         self._wire, self._inside = wire, inside or wire
         self._num_shards = num_shards
         self._speaks = groups.place < groups.speakers
-        blocks = blocks_of_ranks(num_shards, ranks.world)
-        self._blocks = [blocks[rank] for rank in groups.nodes[groups.node]]
-        self._node_blocks = [
-            merged_blocks(block for rank in members for block in blocks[rank]) for members in groups.nodes
-        ]
         self._buffers: dict[str, torch.Tensor] = {}
+        self.divide(blocks_of_ranks(num_shards, ranks.world))
+
+    def divide(self, blocks: Sequence[Sequence[Block]]) -> None:
+        """Takes other blocks of the ranks; nothing may be under way.
+
+        Args:
+          blocks: per rank, in the order in which it gives them; together they cover all shards once.
+        """
+        nodes = self._groups.nodes
+        self._blocks = [blocks[rank] for rank in nodes[self._groups.node]]
+        self._node_blocks = [
+            merged_blocks(block for rank in members for block in blocks[rank]) for members in nodes
+        ]
 
     def reduce(self, bucket: Bucket, blocks: Sequence[torch.Tensor]) -> None:
         """Exchanges one bucket, see `exchange.Exchange.reduce`; it is done when this returns."""
