@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -132,30 +133,41 @@ def test_any_topology_sums_to_the_bits_of_the_tree(
     ]
     draw = torch.Generator().manual_seed(num_shards)
     leaves = [torch.randn(60, generator=draw).to(wire) for _ in range(num_shards)]
+    usual = blocks_of_ranks(num_shards, len(places))
+    dealer = random.Random(num_shards)
+    owners = [dealer.randrange(len(places)) for _ in range(num_shards)]
+    # Whoever has a shard, by itself and in no order; some ranks have none.
+    dealt = [
+        [Block(v, 1) for v in range(num_shards)[::-1] if owners[v] == rank] for rank in range(len(places))
+    ]
 
     def work(ranks: Ranks) -> list[torch.Tensor]:
         found = []
-        for groups in (None, node_groups(ranks, nodes)):
+        made = node_groups(ranks, nodes)
+        for groups, division in ((None, usual), (made, usual), (made, dealt)):
             output = torch.full((60,), torch.nan)
             exchange: Any = (
                 TreeExchange(ranks, num_shards, 60, output, wire)
                 if groups is None
                 else TwoLevelExchange(ranks, num_shards, 60, output, groups, wire)
             )
+            if division is dealt:
+                exchange.divide(dealt)
             for bucket in plan:
                 known = {
                     Block(v, 1): leaf[bucket.start : bucket.stop].clone() for v, leaf in enumerate(leaves)
                 }
-                blocks = blocks_of_ranks(num_shards, ranks.world)[ranks.rank]
                 exchange.reduce(
-                    bucket, [subtree_sum(known, block, num_shards, add_in_place) for block in blocks]
+                    bucket,
+                    [subtree_sum(known, block, num_shards, add_in_place) for block in division[ranks.rank]],
                 )
             exchange.drain()
             found.append(output)
         return found
 
-    for flat, two_level in on_threads(len(places), work):
+    for flat, two_level, otherwise in on_threads(len(places), work):
         assert torch.equal(flat, two_level)
+        assert torch.equal(flat, otherwise)
 
 
 @pytest.mark.parametrize(

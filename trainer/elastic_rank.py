@@ -302,8 +302,7 @@ class ElasticRank:
         self.header["run_id"] = self._claim()
         self.ledger.active = self._begins = True
         session = new_session(self.output)
-        membership = self._membership(session)
-        membership.found()
+        (membership := self._membership(session)).found()
         publish(self.output, session)
         ranks, wait_s = self.plan.ranks, self.plan.wait_s if self.plan.is_start else REFOUND_WAIT_S
         if (came := membership.gather(ranks, wait_s)) < ranks:
