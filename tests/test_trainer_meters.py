@@ -48,7 +48,8 @@ def test_a_run_reports_its_loader_everywhere(tmp_path, capfd):
     answers: list[str] = []
     stop = threading.Event()
     scraper = threading.Thread(target=scrape, args=(f"http://127.0.0.1:{port}/metrics", answers, stop))
-    before = threading.active_count()
+    # Which ones, not how many: those of other tests may end meanwhile.
+    before = set(threading.enumerate())
     scraper.start()
     try:
         code = main(
@@ -62,7 +63,8 @@ def test_a_run_reports_its_loader_everywhere(tmp_path, capfd):
         scraper.join()
     said = capfd.readouterr()
     assert code == 0, said.err
-    assert threading.active_count() == before, "a run left threads behind"
+    left = set(threading.enumerate()) - before
+    assert not left, f"a run left threads behind: {left}"
 
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 6

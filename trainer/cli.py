@@ -229,22 +229,21 @@ def _runner() -> Callable[[RunConfig], object]:
 
 
 def leave_with(work: Callable[[], int]) -> None:
-    """Runs ``work`` and ends the process with its exit code; a process that failed ends at once.
+    """Runs ``work``, which closes whatever it opened, and ends the process at once with its exit code.
 
     After a failure a thread may be stuck in a collective whose peers are gone, and a normal exit would wait
     for it. Leaving at once closes this rank's sockets, so the failure reaches the others in milliseconds. And
-    libraries whose threads were cut short may abort at a normal exit (once seen: -6 instead of the code).
+    libraries whose threads are still ending may abort a normal exit (seen twice: -6 instead of the code; once
+    after the last step, and torchrun took the whole node's run for failed).
     """
     try:
         code = work()
     except Exception:  # noqa: BLE001 - reported in full; the exit below must happen in every case
         traceback.print_exc()
         code = 1
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _complain(text: str) -> None:

@@ -16,10 +16,11 @@ from foldfeed.feature_store.storage.contract import LAST_FILE, TEMPORARY_PREFIX,
 from foldfeed.feature_store.storage.local import LocalBlobs, disk_full_is_typed, fsync_folder
 
 if TYPE_CHECKING:
-    from foldfeed.feature_store.storage import remote
+    from foldfeed.feature_store.storage import remote as late_remote
     from foldfeed.feature_store.storage.remote import RemoteBlobs
 else:
-    remote = LateModule("foldfeed.feature_store.storage.remote")
+    # Not called `remote`: whoever imports the module of that name from this package must get the module.
+    late_remote = LateModule("foldfeed.feature_store.storage.remote")
 
 __all__ = [
     "LAST_FILE",
@@ -50,4 +51,4 @@ def open_blobs(url: str | os.PathLike[str]) -> Blobs:
     text = os.fspath(url)
     for prefix in _LOCAL_PREFIXES:
         text = text.removeprefix(prefix)
-    return remote.RemoteBlobs(text) if "://" in text else LocalBlobs(Path(text))
+    return late_remote.RemoteBlobs(text) if "://" in text else LocalBlobs(Path(text))
