@@ -265,7 +265,10 @@ def main() -> None:
     records = sorted(records[: len(records) // BATCH * BATCH], key=lambda record: record.record_id)
     results: dict[str, Any] = {}
     stop = time.monotonic() + 60 * options.minutes
-    work = Path(tempfile.mkdtemp(prefix="foldfeed-stalls-", dir=options.work))
+    whole = Path(tempfile.mkdtemp(prefix="foldfeed-stalls-", dir=options.work))
+    # The readers' writer keeps what they share beside this folder.
+    work = whole / "ours"
+    work.mkdir()
     try:
         PEERS["foldfeed"]().write(records, work)
         places = draw_places(work, records)
@@ -287,7 +290,7 @@ def main() -> None:
                 print(name, workers, step_s, found, flush=True)
             shutil.rmtree(folder)
     finally:
-        shutil.rmtree(work)
+        shutil.rmtree(whole)
     config = {"records": len(records), "batch": BATCH, "ahead_steps": AHEAD_STEPS, "recipe": "crop_first"}
     emit(NAME, config | {"real": bool(alignments.a3m_files())}, results, options.output)
 

@@ -9,7 +9,7 @@ children; a helper that outlives the build is adopted here and counted). ``per_s
 without that of a build of one query, divided by the searches: it tells the share at any size of search.
 ``planning``: CPU and peak memory of parse, validate, de-duplicate and plan. ``second_run``: the whole command
 again, with nothing to do, behind a build and behind as many results as ``--many`` says. ``scaling``: wall
-time with one worker and with two; what else runs on the machine counts against it.
+time on one core with one worker and on two with two; what else runs on the machine counts against it.
 """
 
 from __future__ import annotations
@@ -206,18 +206,26 @@ def searches(folder: Path, queries: list[str], rounds: int) -> dict[str, object]
 
 
 def scaling(folder: Path, rounds: int) -> dict[str, object]:
-    """Wall seconds of the searches alone: without those of a build that finds them done."""
+    """Wall seconds of the searches alone: without those of a build that finds them done.
+
+    As many workers as cores, to which all processes are bound, and one thread a search: alone, a jackhmmer
+    takes a part of a second core.
+    """
+    whole_machine = sorted(os.sched_getaffinity(0))
     times: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
-        for workers, found in times.items():
+        for cores, found in times.items():
+            words = ("--workers", str(cores), "--cpus-per-search", "1")
+            os.sched_setaffinity(0, whole_machine[:cores])
             remove(folder, "all")
-            whole = build(folder, "all", "--workers", str(workers))
+            whole = build(folder, "all", *words)
             shutil.rmtree(folder / "all")
-            rest = build(folder, "all", "--workers", str(workers))
+            rest = build(folder, "all", *words)
+            os.sched_setaffinity(0, whole_machine)
             found.append(whole["wall_s"] - rest["wall_s"])
-    best = {workers: min(found) for workers, found in times.items()}
+    best = {cores: min(found) for cores, found in times.items()}
     return {
-        "wall_s": {str(workers): [round(one, 2) for one in found] for workers, found in times.items()},
+        "wall_s": {str(cores): [round(one, 2) for one in found] for cores, found in times.items()},
         "speedup_of_best": round(best[1] / best[2], 3),
         "load_average": os.getloadavg()[0],
     }
