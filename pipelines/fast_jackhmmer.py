@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -180,10 +179,7 @@ class FastScanner:
         cost = Cost(scan.thread_seconds())
         found = dataclasses.replace(self.tool, database=path).candidates(sequences)
         share = cost.share(scan.thread_seconds(), len(sequences))
-        for query in range(len(sequences)):
-            text = io.BytesIO()
-            found.copy(query, text)
-            yield Found(records=text.getvalue(), num_targets=found.num_targets, usage=share)
+        yield from found.each(share)
 
 
 def describe_scan(paths: Sequence[str]) -> str:

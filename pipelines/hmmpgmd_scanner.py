@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -97,10 +96,7 @@ class HmmpgmdScanner:
         with tempfile.TemporaryDirectory(prefix="foldfeed-hmmpgmd-") as name:
             found, programs = self._passing(sequences, path, Path(name))
         share = _with_programs(cost.share(time.thread_time(), len(sequences)), programs, len(sequences))
-        for query in range(len(sequences)):
-            text = io.BytesIO()
-            found.copy(query, text)
-            yield Found(records=text.getvalue(), num_targets=found.num_targets, usage=share)
+        yield from found.each(share)
 
     def _passing(self, sequences: Sequence[str], path: str, folder: Path) -> tuple[Candidates, list[Running]]:
         limit_s = self.timeout_s * len(sequences)

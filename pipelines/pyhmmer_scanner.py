@@ -24,7 +24,6 @@ should be the same; compilers may differ in how they order sums of floats. There
 from __future__ import annotations
 
 import dataclasses
-import io
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,10 +110,7 @@ class PyhmmerScanner:
         cost = Cost(scan.thread_seconds())
         found = self._passing(sequences, ScanDatabase(path, kernels()[0], chunk_bytes=BLOCK_BYTES))
         share = cost.share(scan.thread_seconds(), len(sequences))
-        for query in range(len(sequences)):
-            text = io.BytesIO()
-            found.copy(query, text)
-            yield Found(records=text.getvalue(), num_targets=found.num_targets, usage=share)
+        yield from found.each(share)
 
     def _passing(self, sequences: Sequence[str], database: ScanDatabase) -> Candidates:
         limit_s = self.timeout_s * len(sequences)

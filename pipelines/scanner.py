@@ -12,6 +12,7 @@ them with the number of all targets, and a target that it does not report leaves
 from __future__ import annotations
 
 import dataclasses
+import io
 import time
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Protocol
@@ -109,6 +110,19 @@ class Candidates:
           DatabaseChangedError: the file is not what it was when it was scanned.
         """
         self.database.copy_extents(self.extents[query], out)
+
+    def each(self, usage: Usage) -> Iterator[Found]:
+        """Yields what every query found, in order; one query's text is in memory at a time.
+
+        Args:
+          usage: one query's share.
+        Raises:
+          DatabaseChangedError: as of `copy`.
+        """
+        for query in range(len(self.extents)):
+            text = io.BytesIO()
+            self.copy(query, text)
+            yield Found(records=text.getvalue(), num_targets=self.num_targets, usage=usage)
 
 
 class Cost:
