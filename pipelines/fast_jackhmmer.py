@@ -21,14 +21,13 @@ from numpy.typing import NDArray
 from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines import scan
 from foldfeed.pipelines.energy import EnergyMeter, total_joules
-from foldfeed.pipelines.errors import ToolNotFoundError, ToolTimeoutError
+from foldfeed.pipelines.errors import ToolNotFoundError
 from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, JackhmmerRun, run_jackhmmer
 from foldfeed.pipelines.scan_choice import best_kernel, describe_kernel, scan_kernel
 from foldfeed.pipelines.scan_database import ScanDatabase, open_database
 from foldfeed.pipelines.scan_memory import describe_room
-from foldfeed.pipelines.scanner import Candidates, Cost, Found
+from foldfeed.pipelines.scanner import Candidates, Cost, Found, time_limit
 from foldfeed.pipelines.search_tool import SearchResult, ToolIdentity
-from foldfeed.pipelines.subprocess_runner import raise_if_cancelled
 
 # Part of every result's identity; raise it when other targets may be let through.
 SCAN_VERSION = 1
@@ -100,6 +99,7 @@ class FastJackhmmer:
 
     def search(self, sequence: str) -> SearchResult:
         """Searches one sequence; see `foldfeed.pipelines.search_tool.SearchTool`."""
+        check = self._time_limit(1)
         started, started_cpu, meter = time.monotonic(), scan.thread_seconds(), EnergyMeter()
         with tempfile.TemporaryDirectory(prefix="foldfeed-jackhmmer-") as name:
             folder = Path(name)
@@ -108,7 +108,7 @@ class FastJackhmmer:
                 candidates.copy(0, out)
             scanned_s, scanned_cpu_s = time.monotonic() - started, scan.thread_seconds() - started_cpu
             scanned_j = meter.joules(scanned_cpu_s)
-            self._check(started, self.timeout_s)
+            check()
             found = run_on_candidates(
                 dataclasses.replace(self, timeout_s=self.timeout_s - scanned_s),
                 sequence,
@@ -134,18 +134,14 @@ class FastJackhmmer:
           ToolTimeoutError: it took too long.
           CancelledError: the run was stopped.
         """
-        started, limit_s = time.monotonic(), self.timeout_s * len(sequences)
+        check = self._time_limit(len(sequences))
         database = open_database(self.database)
         profiles = [_profile_of(sequence) for sequence in sequences]
-        extents = passing_extents(
-            profiles, database, threads=self.cpus, check=lambda: self._check(started, limit_s)
-        )
+        extents = passing_extents(profiles, database, threads=self.cpus, check=check)
         return Candidates(database=database, num_targets=database.num_records, extents=tuple(extents))
 
-    def _check(self, started: float, limit_s: float) -> None:
-        raise_if_cancelled("the fast scan")
-        if time.monotonic() - started >= limit_s:
-            raise ToolTimeoutError(self.identity.name, limit_s)
+    def _time_limit(self, num_queries: int) -> Callable[[], None]:
+        return time_limit("the fast scan", self.identity.name, self.timeout_s * num_queries)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 
 from foldfeed.feature_store.storage import disk_full_is_typed
 from foldfeed.pipelines import scan
-from foldfeed.pipelines.errors import ToolTimeoutError
 from foldfeed.pipelines.hmmpgmd import NAME, DaemonProgram, daemon
 from foldfeed.pipelines.pyhmmer_scanner import LIMITS
 from foldfeed.pipelines.scan_database import SYMBOLS, Records, ScanDatabase
 from foldfeed.pipelines.scan_kernels import kernels
-from foldfeed.pipelines.scanner import Candidates, Cost, Found
-from foldfeed.pipelines.subprocess_runner import Running, Usage, raise_if_cancelled, sum_usages
+from foldfeed.pipelines.scanner import Candidates, Cost, Found, time_limit
+from foldfeed.pipelines.subprocess_runner import Running, Usage, sum_usages
 
 # Part of every result's identity; raise it when other targets may be let through.
 HMMPGMD_VERSION = 1
@@ -99,14 +98,7 @@ class HmmpgmdScanner:
         yield from found.each(share)
 
     def _passing(self, sequences: Sequence[str], path: str, folder: Path) -> tuple[Candidates, list[Running]]:
-        limit_s = self.timeout_s * len(sequences)
-        deadline = time.monotonic() + limit_s
-
-        def check() -> None:
-            raise_if_cancelled(NAME)
-            if time.monotonic() >= deadline:
-                raise ToolTimeoutError(NAME, limit_s)
-
+        check = time_limit(NAME, NAME, self.timeout_s * len(sequences))
         database = ScanDatabase(path, kernels()[0], chunk_bytes=BLOCK_BYTES)
         copy = folder / "database"
         with disk_full_is_typed(folder):

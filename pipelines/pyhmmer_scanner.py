@@ -33,12 +33,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foldfeed.pipelines import scan
-from foldfeed.pipelines.errors import ToolTimeoutError
 from foldfeed.pipelines.jackhmmer import FLAGS, NAME
 from foldfeed.pipelines.scan_database import Records, ScanDatabase
 from foldfeed.pipelines.scan_kernels import kernels
-from foldfeed.pipelines.scanner import Candidates, Cost, Found
-from foldfeed.pipelines.subprocess_runner import raise_if_cancelled
+from foldfeed.pipelines.scanner import Candidates, Cost, Found, time_limit
 
 if TYPE_CHECKING:
     from pyhmmer.easel import DigitalSequenceBlock
@@ -113,14 +111,7 @@ class PyhmmerScanner:
         yield from found.each(share)
 
     def _passing(self, sequences: Sequence[str], database: ScanDatabase) -> Candidates:
-        limit_s = self.timeout_s * len(sequences)
-        deadline = time.monotonic() + limit_s
-
-        def check() -> None:
-            raise_if_cancelled("the search by pyhmmer")
-            if time.monotonic() >= deadline:
-                raise ToolTimeoutError(NAME, limit_s)
-
+        check = time_limit("the search by pyhmmer", NAME, self.timeout_s * len(sequences))
         check()
         profiles = [scan.hmmer_profile(sequence) for sequence in sequences]
         extents: list[list[NDArray[np.int64]]] = [[np.empty((0, 2), dtype=np.int64)] for _ in profiles]

@@ -1,8 +1,8 @@
 """What finds the candidates of some queries in one FASTA file: one method, and what it gives.
 
-Owns the protocol that the engines of jackhmmer share and the sharing of their costs. Does not own any engine:
-`jackhmmer_scanner` (the binary itself), `fast_jackhmmer`, `pyhmmer_scanner`, `hmmpgmd_scanner`; nor what
-becomes of candidates (`sharded_jackhmmer`).
+Owns the protocol that the engines of jackhmmer share, the sharing of their costs and their limit of time. Does
+not own any engine: `jackhmmer_scanner` (the binary itself), `fast_jackhmmer`, `pyhmmer_scanner`,
+`hmmpgmd_scanner`; nor what becomes of candidates (`sharded_jackhmmer`).
 
 Invariant: the candidates of a query hold every target that jackhmmer would report in a database that the file
 is a part of, in the file's order, whatever the database's size. More are harmless: stock jackhmmer searches
@@ -14,15 +14,16 @@ from __future__ import annotations
 import dataclasses
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foldfeed.pipelines.energy import EnergyMeter
+from foldfeed.pipelines.errors import ToolTimeoutError
 from foldfeed.pipelines.scan_database import ScanDatabase
-from foldfeed.pipelines.subprocess_runner import Usage
+from foldfeed.pipelines.subprocess_runner import Usage, raise_if_cancelled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +124,26 @@ class Candidates:
             text = io.BytesIO()
             self.copy(query, text)
             yield Found(records=text.getvalue(), num_targets=self.num_targets, usage=usage)
+
+
+def time_limit(doing: str, tool: str, limit_s: float) -> Callable[[], None]:
+    """Returns what is called now and then while something is done, from this moment on.
+
+    It raises CancelledError when the run was stopped, ToolTimeoutError when the time is over.
+
+    Args:
+      doing: what is done, in words.
+      tool: whose time it is.
+      limit_s: of it.
+    """
+    started = time.monotonic()
+
+    def check() -> None:
+        raise_if_cancelled(doing)
+        if time.monotonic() - started >= limit_s:
+            raise ToolTimeoutError(tool, limit_s)
+
+    return check
 
 
 class Cost:
