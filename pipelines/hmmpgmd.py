@@ -79,7 +79,7 @@ class DaemonProgram:
           ToolNotFoundError: there is none; says what others there are and why they will not do.
         """
         seen = []
-        for binary in find_binaries(NAME):
+        for binary in dict.fromkeys(find_binaries(NAME)):
             version = binary_version(NAME, binary, _VERSION)
             if _number(version) >= OLDEST:
                 return cls(binary=binary, version=version)
@@ -183,7 +183,7 @@ def daemon(
 
     Args:
       program: which one.
-      database: of `DatabaseWriter`.
+      database: of `hmmpgmd_scanner.write_daemon_database`.
       folder: for what the programs print.
       cpus: threads of the worker.
       check: called while something is waited for; raises to stop.

@@ -26,15 +26,7 @@ from foldfeed.pipelines.errors import DatabaseChangedError, UnreadableDatabaseEr
 from foldfeed.pipelines.manifest import file_state as state_of_path
 from foldfeed.pipelines.manifest import file_state_of, num_bytes_of
 from foldfeed.pipelines.scan_choice import scan_kernel
-from foldfeed.pipelines.scan_kernels import (
-    REFUSED,
-    SKIPPED,
-    Chunk,
-    DeviceKernel,
-    Kernel,
-    digitise,
-    pack,
-)
+from foldfeed.pipelines.scan_kernels import REFUSED, SKIPPED, Chunk, DeviceKernel, Kernel, digitise, pack
 
 # HMMER's order of residues; a letter's code is its place. Gaps may not be in a FASTA file.
 SYMBOLS = "ACDEFGHIKLMNPQRSTVWY-BJZOUX*~"

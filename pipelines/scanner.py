@@ -1,7 +1,7 @@
 """What finds the candidates of some queries in one FASTA file: one method, and what it gives.
 
-Owns the protocol that the engines of jackhmmer share, the sharing of their costs and their limit of time. Does
-not own any engine: `jackhmmer_scanner` (the binary itself), `fast_jackhmmer`, `pyhmmer_scanner`,
+Owns the protocol that the engines of jackhmmer share, the sharing of their costs and their limit of time.
+Does not own any engine: `jackhmmer_scanner` (the binary itself), `fast_jackhmmer`, `pyhmmer_scanner`,
 `hmmpgmd_scanner`; nor what becomes of candidates (`sharded_jackhmmer`).
 
 Invariant: the candidates of a query hold every target that jackhmmer would report in a database that the file

@@ -19,7 +19,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -164,7 +164,7 @@ def find_binary(name: str) -> str:
     Raises:
       ToolNotFoundError: it is not there; the message says how to install it.
     """
-    found = next(iter(find_binaries(name)), None)
+    found = next(find_binaries(name), None)
     if found is None:
         package, extra = {
             **dict.fromkeys(
@@ -182,16 +182,20 @@ def find_binary(name: str) -> str:
     return found
 
 
-def find_binaries(name: str) -> list[str]:
-    """Returns the absolute paths of all programs of a name: those on PATH in its order, then a package's.
+def find_binaries(name: str) -> Iterator[str]:
+    """Yields the absolute paths of programs of a name: those on PATH in its order, then a package's.
+
+    Looks no further than it is asked to. A program may come twice, where PATH leads to it twice.
 
     Raises:
       ToolNotFoundError: one starts builds for processors, and none of them is there.
     """
-    programs = (shutil.which(name, path=folder) for folder in os.get_exec_path())
-    found = [_undispatched(Path(path)) for path in programs if path is not None and not _is_script(path)]
-    packaged = _packaged(name)
-    return list(dict.fromkeys(found if packaged is None else [*found, str(packaged)]))
+    for folder in os.get_exec_path():
+        path = shutil.which(name, path=folder)
+        if path is not None and not _is_script(path):
+            yield _undispatched(Path(path))
+    if (packaged := _packaged(name)) is not None:
+        yield str(packaged)
 
 
 def _packaged(name: str) -> Path | None:

@@ -8,8 +8,7 @@ programs itself (`follow_parent`). Wall time, CPU time, peak memory, bytes read 
 Does not own what the program means: see `foldfeed.pipelines.jackhmmer` and `foldfeed.pipelines.hhblits`.
 
 Invariant: when `run_program` returns or raises, and when the block of `running` ends, no process of the group
-exists any more. Safe to call from
-several threads at once.
+exists any more. Safe to call from several threads at once.
 """
 
 from __future__ import annotations
@@ -190,24 +189,14 @@ def run_program(argv: Sequence[str], *, folder: Path, timeout_s: float) -> Compl
     process = _start(argv, name, folder, "stdout.log", "stderr.log")
     try:
         peak_bytes = _watch(process.pid, name, started, timeout_s, meter)
-        bytes_read, bytes_from_disk = _bytes_read(process.pid)
+        num_read = _bytes_read(process.pid)
     finally:
-        status, usage = _reap(process.pid)
-        # Popen must not wait for a child that is gone.
-        process.returncode = os.waitstatus_to_exitcode(status)
-    cpu_s = usage.ru_utime + usage.ru_stime
+        cpu_s = _end(process)
     return Completed(
         exit_code=process.returncode,
         stdout_tail=_tail(folder / "stdout.log"),
         stderr_tail=_tail(folder / "stderr.log"),
-        usage=Usage(
-            wall_s=time.monotonic() - started,
-            cpu_s=cpu_s,
-            max_rss_bytes=peak_bytes,
-            bytes_read=bytes_read,
-            bytes_from_disk=bytes_from_disk,
-            energy_j=meter.joules(cpu_s),
-        ),
+        usage=_usage(started, cpu_s, peak_bytes, num_read, meter),
     )
 
 
@@ -273,19 +262,29 @@ def running(argv: Sequence[str], *, folder: Path, name: str) -> Iterator[Running
     try:
         yield program
     finally:
-        peak_bytes, (bytes_read, bytes_from_disk) = _peak_bytes(process.pid), _bytes_read(process.pid)
-        status, used = _reap(process.pid)
-        # Popen must not wait for a child that is gone.
-        process.returncode = os.waitstatus_to_exitcode(status)
-        cpu_s = used.ru_utime + used.ru_stime
-        program.usage = Usage(
-            wall_s=time.monotonic() - started,
-            cpu_s=cpu_s,
-            max_rss_bytes=peak_bytes,
-            bytes_read=bytes_read,
-            bytes_from_disk=bytes_from_disk,
-            energy_j=meter.joules(cpu_s),
-        )
+        peak_bytes, num_read = _peak_bytes(process.pid), _bytes_read(process.pid)
+        program.usage = _usage(started, _end(process), peak_bytes, num_read, meter)
+
+
+def _end(process: subprocess.Popen[bytes]) -> float:
+    """Ends a program with its group; returns the CPU seconds that it took."""
+    status, used = _reap(process.pid)
+    # Popen must not wait for a child that is gone.
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return used.ru_utime + used.ru_stime
+
+
+def _usage(
+    started: float, cpu_s: float, peak_bytes: int, num_read: tuple[int, int], meter: EnergyMeter
+) -> Usage:
+    return Usage(
+        wall_s=time.monotonic() - started,
+        cpu_s=cpu_s,
+        max_rss_bytes=peak_bytes,
+        bytes_read=num_read[0],
+        bytes_from_disk=num_read[1],
+        energy_j=meter.joules(cpu_s),
+    )
 
 
 def _start(argv: Sequence[str], name: str, folder: Path, out: str, err: str) -> subprocess.Popen[bytes]:

@@ -105,6 +105,9 @@ class TwoLevelExchange:
         self._node_blocks = [
             merged_blocks(block for rank in members for block in blocks[rank]) for members in nodes
         ]
+        self._all_blocks = [block for found in self._node_blocks for block in found]
+        # Not where nodes hold no neighbouring shards.
+        self._in_order = self._all_blocks == sorted(self._all_blocks)
 
     def reduce(self, bucket: Bucket, blocks: Sequence[torch.Tensor]) -> None:
         """Exchanges one bucket, see `exchange.Exchange.reduce`; it is done when this returns."""
@@ -140,11 +143,7 @@ class TwoLevelExchange:
         counts = [len(found) for found in self._node_blocks]
         sizes = [packed[0].numel()] * nodes
         rows = self._exchange(self._groups.between, packed, sizes, counts, share, "received_out")
-        everybody = [block for found in self._node_blocks for block in found]
-        if everybody != (blocks := sorted(everybody)):
-            # Nodes that hold no neighbouring shards: what comes is not in the order of the tree.
-            rows = rows[[everybody.index(block) for block in blocks]]
-        mine = sum_rows(rows, blocks, self._num_shards)
+        mine = sum_rows(rows, self._all_blocks, self._num_shards, in_order=self._in_order)
         return self._gather(self._groups.between, mine, nodes, "chunk")
 
     def _tell_node(self, whole: torch.Tensor | None, chunk: int) -> torch.Tensor:
