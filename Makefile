@@ -17,7 +17,7 @@ TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 PY_FILES := $(shell find feature_store loader pipelines trainer -name '*.py' | LC_ALL=C sort)
 # The environment is made again when a file comes or goes, or a dependency or C changes; other edits need nothing.
-STAMP := $(VENV)/.ready-$(shell (echo "$(PY_FILES)"; cat pyproject.toml constraints.txt deploy/*.sh pipelines/scan.c pipelines/scan_kernel.h feature_store/format/permute.c loader/draw.c) | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.ready-$(shell (echo "$(PY_FILES)"; cat pyproject.toml constraints.txt deploy/*.sh pipelines/fast_scan/scan.c pipelines/fast_scan/scan_kernel.h feature_store/format/permute.c loader/order/draw.c) | cksum | cut -d' ' -f1)
 
 # Where HMMER's tutorial lies: unpacked beside the environment where the system leaves documentation out.
 EXAMPLES = $$([ -d "$(VENV)/examples/tutorial" ] && echo "$(abspath $(VENV))/examples" || echo "$${FOLDFEED_EXAMPLES:-/usr/share/doc/hmmer/examples}")

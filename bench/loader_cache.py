@@ -38,13 +38,13 @@ from rows import emit
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.storage import open_blobs
-from foldfeed.loader import cached_reader
 from foldfeed.loader.cache.config import CacheConfig
 from foldfeed.loader.cache.eviction import unknown_uses
 from foldfeed.loader.cache.files import CachedFiles
 from foldfeed.loader.cache.tiers import Tiers
-from foldfeed.loader.cached_reader import CachedReader
-from foldfeed.loader.reader import SampleReader
+from foldfeed.loader.reading import cached_reader
+from foldfeed.loader.reading.cached_reader import CachedReader
+from foldfeed.loader.reading.reader import SampleReader
 from foldfeed.loader.recipe import Recipe
 
 NAME = "loader_cache"

@@ -30,14 +30,14 @@ from families import as_a3m, family
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 from foldfeed.feature_store.parsers.a3m import parse_a3m
 from foldfeed.loader import Recipe
-from foldfeed.loader.feature_forms import COMPACT
-from foldfeed.loader.featurise import featurise
-from foldfeed.loader.fetch import SampleArrays
-from foldfeed.loader.host_features import host_features
-from foldfeed.loader.raw import RawSample
-from foldfeed.loader.reader import SampleReader
-from foldfeed.loader.step_block import StepBlock
-from foldfeed.loader.step_features import step_features
+from foldfeed.loader.features.featurise import featurise
+from foldfeed.loader.features.forms import COMPACT
+from foldfeed.loader.features.host_features import host_features
+from foldfeed.loader.features.raw import RawSample
+from foldfeed.loader.features.step_block import StepBlock
+from foldfeed.loader.features.step_features import step_features
+from foldfeed.loader.reading.fetch import SampleArrays
+from foldfeed.loader.reading.reader import SampleReader
 
 NAME = "loader_featurise"
 RESULTS = Path(__file__).parent / "results"

@@ -30,7 +30,7 @@ from rows import emit
 from foldfeed.feature_store import FeatureStore
 from foldfeed.loader import CropLoader, Recipe
 from foldfeed.loader.batch import ShardBatch, StepBatch
-from foldfeed.loader.device import Layout, ReadyStep, StepFeatures
+from foldfeed.loader.features.device import Layout, ReadyStep, StepFeatures
 
 NAME = "loader_lock"
 RESULTS = Path(__file__).parent / "results"

@@ -21,10 +21,10 @@ import torch
 from rows import emit
 
 from foldfeed.feature_store.parts.tiles import sizes_of
-from foldfeed.loader.host_features import host_features
-from foldfeed.loader.meters import FETCH, PLAN, PREPARE, Meters
-from foldfeed.loader.raw import RawSample
-from foldfeed.loader.reader import PlannedSample, SampleReader
+from foldfeed.loader.features.host_features import host_features
+from foldfeed.loader.features.raw import RawSample
+from foldfeed.loader.meters.meters import FETCH, PLAN, PREPARE, Meters
+from foldfeed.loader.reading.reader import PlannedSample, SampleReader
 from foldfeed.loader.recipe import Recipe
 
 NAME = "loader_meters"

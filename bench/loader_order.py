@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rows import emit
 
-from foldfeed.loader.alias_table import AliasTable
-from foldfeed.loader.order import SampleOrder
+from foldfeed.loader.order.alias_table import AliasTable
+from foldfeed.loader.order.order import SampleOrder
 
 NAME = "loader_order"
 RESULTS = Path(__file__).parent / "results"

@@ -22,9 +22,9 @@ from pathlib import Path
 import loader_store
 from rows import emit
 
-from foldfeed.loader.meters import Meters
-from foldfeed.loader.reader import SampleReader
-from foldfeed.loader.reading import OwnThreads, ReadingProcesses, SampleSupply
+from foldfeed.loader.meters.meters import Meters
+from foldfeed.loader.reading.reader import SampleReader
+from foldfeed.loader.reading.reading import OwnThreads, ReadingProcesses, SampleSupply
 from foldfeed.loader.recipe import Recipe
 
 NAME = "loader_reading"

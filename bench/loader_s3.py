@@ -34,10 +34,10 @@ from s3_server import BUCKET, client_environment, running_server, server_binary
 from slow_blobs import SlowBlobs
 
 from foldfeed.feature_store import FeatureStore
-from foldfeed.loader.cached_reader import _ranges_of
-from foldfeed.loader.meters import Meters
-from foldfeed.loader.reader import SampleReader
-from foldfeed.loader.reading import ReadingProcesses
+from foldfeed.loader.meters.meters import Meters
+from foldfeed.loader.reading.cached_reader import _ranges_of
+from foldfeed.loader.reading.reader import SampleReader
+from foldfeed.loader.reading.reading import ReadingProcesses
 from foldfeed.loader.recipe import Recipe
 
 NAME = "loader_s3"

@@ -26,13 +26,13 @@ from loader_reading import READ_AHEAD_BYTES, Stream
 from rows import emit
 
 from foldfeed.feature_store import FeatureStore
-from foldfeed.loader.fetch import shapes_of
-from foldfeed.loader.meters import Meters
-from foldfeed.loader.reader import PlannedSample, SampleReader
-from foldfeed.loader.reading import OwnThreads, ReadingProcesses, SampleSupply
-from foldfeed.loader.reading_process import PLANNED_TOGETHER
+from foldfeed.loader.meters.meters import Meters
+from foldfeed.loader.reading.fetch import shapes_of
+from foldfeed.loader.reading.process import PLANNED_TOGETHER
+from foldfeed.loader.reading.reader import PlannedSample, SampleReader
+from foldfeed.loader.reading.reading import OwnThreads, ReadingProcesses, SampleSupply
+from foldfeed.loader.reading.slots import place, slot_bytes
 from foldfeed.loader.recipe import Recipe
-from foldfeed.loader.slots import place, slot_bytes
 
 NAME = "loader_slots"
 RESULTS = Path(__file__).parent / "results"

@@ -41,10 +41,10 @@ from rows import emit
 from store_peers import replicate
 
 from foldfeed.feature_store import FeatureStore, MsaRecord
-from foldfeed.loader.meters import Meters
+from foldfeed.loader.meters.meters import Meters
 from foldfeed.loader.prefetch import StepPrefetcher
-from foldfeed.loader.reader import SampleReader
-from foldfeed.loader.reading import OwnThreads, ReadingProcesses
+from foldfeed.loader.reading.reader import SampleReader
+from foldfeed.loader.reading.reading import OwnThreads, ReadingProcesses
 from foldfeed.loader.recipe import Recipe
 
 NAME = "loader_stalls"

@@ -20,10 +20,11 @@ from rows import emit
 
 from foldfeed.feature_store import Slab
 from foldfeed.feature_store.format import alphabet
-from foldfeed.loader import CropLoader, Recipe, bit_counters
-from foldfeed.loader.featurise import replace_masked
-from foldfeed.loader.fetch import fetch
-from foldfeed.loader.raw import RawSample
+from foldfeed.loader import CropLoader, Recipe
+from foldfeed.loader.features import bit_counters
+from foldfeed.loader.features.featurise import replace_masked
+from foldfeed.loader.features.raw import RawSample
+from foldfeed.loader.reading.fetch import fetch
 
 NAME = "recipe_difference"
 RESULTS = Path(__file__).parent / "results"

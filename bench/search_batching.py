@@ -22,12 +22,12 @@ import numpy as np
 from rows import emit
 from search_scan import prepare
 
-from foldfeed.pipelines.jackhmmer import Jackhmmer
-from foldfeed.pipelines.scan_database import ScanDatabase
-from foldfeed.pipelines.scan_kernels import kernels
+from foldfeed.pipelines.building.tools import find_sharded
+from foldfeed.pipelines.fast_scan.database import ScanDatabase
+from foldfeed.pipelines.fast_scan.kernels import kernels
 from foldfeed.pipelines.search_speed import timed
-from foldfeed.pipelines.search_tool import SearchResult, Shard
-from foldfeed.pipelines.tools import find_sharded
+from foldfeed.pipelines.tools.jackhmmer import Jackhmmer
+from foldfeed.pipelines.tools.search_tool import SearchResult, Shard
 
 TIMEOUT_S = 3600.0
 

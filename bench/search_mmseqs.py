@@ -19,9 +19,9 @@ from pathlib import Path
 
 from rows import emit
 
-from foldfeed.pipelines.jackhmmer import Jackhmmer
-from foldfeed.pipelines.mmseqs import Mmseqs
-from foldfeed.pipelines.search_tool import SearchResult, find_binary
+from foldfeed.pipelines.tools.jackhmmer import Jackhmmer
+from foldfeed.pipelines.tools.mmseqs import Mmseqs
+from foldfeed.pipelines.tools.search_tool import SearchResult, find_binary
 
 TIMEOUT_S = 3600.0
 

@@ -34,10 +34,10 @@ from search_scan import prepare, real_queries
 from search_shards import homologs
 
 from foldfeed.pipelines import BuildConfig, DatabaseSpec
-from foldfeed.pipelines.jackhmmer import FLAGS
-from foldfeed.pipelines.job import planned
-from foldfeed.pipelines.outcome import Finished, mark_finished
-from foldfeed.pipelines.search_tool import find_binary
+from foldfeed.pipelines.building.job import planned
+from foldfeed.pipelines.building.outcome import Finished, mark_finished
+from foldfeed.pipelines.tools.jackhmmer import FLAGS
+from foldfeed.pipelines.tools.search_tool import find_binary
 
 PARTS = ("planning", "second_run", "searches", "scaling")
 PR_SET_CHILD_SUBREAPER = 36
@@ -58,7 +58,7 @@ print(json.dumps({**seconds, "peak_mb": peak_kb / 1024}))
 """
 PLAN = """
 import json, resource, sys
-from foldfeed.pipelines.job import planned
+from foldfeed.pipelines.building.job import planned
 from foldfeed.pipelines import BuildConfig, DatabaseSpec
 names = [DatabaseSpec.parse(f"d{n}={path}") for n, path in enumerate(sys.argv[2:])]
 config = BuildConfig(queries=(sys.argv[1],), databases=tuple(names), store=sys.argv[1] + ".store")

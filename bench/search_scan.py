@@ -28,13 +28,15 @@ from unittest import mock
 import numpy as np
 from rows import emit
 
-from foldfeed.pipelines import scan, scan_database, scan_memory
-from foldfeed.pipelines.fast_jackhmmer import F1, FastJackhmmer, forget_profiles, passing_extents
-from foldfeed.pipelines.jackhmmer import Jackhmmer
-from foldfeed.pipelines.scan_choice import best_kernel, scan_kernel
-from foldfeed.pipelines.scan_database import ScanDatabase, open_database
-from foldfeed.pipelines.scan_kernels import DeviceKernel, Kernel, kernels
+from foldfeed.pipelines.fast_scan import database as scan_database
+from foldfeed.pipelines.fast_scan import memory as scan_memory
+from foldfeed.pipelines.fast_scan import scan
+from foldfeed.pipelines.fast_scan.choice import best_kernel, scan_kernel
+from foldfeed.pipelines.fast_scan.database import ScanDatabase, open_database
+from foldfeed.pipelines.fast_scan.kernels import DeviceKernel, Kernel, kernels
 from foldfeed.pipelines.search_speed import cpu_seconds
+from foldfeed.pipelines.tools.fast_jackhmmer import F1, FastJackhmmer, forget_profiles, passing_extents
+from foldfeed.pipelines.tools.jackhmmer import Jackhmmer
 
 # Plain C is the reference of the others and a hundred times slower than them.
 VECTOR_KERNELS = ("sse4.1", "avx2", "avx512", "neon")

@@ -25,12 +25,12 @@ import numpy as np
 from rows import emit
 from search_scan import entries, prepare
 
-from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
-from foldfeed.pipelines.jackhmmer import Jackhmmer, run_jackhmmer
+from foldfeed.pipelines.building.tools import find_sharded
 from foldfeed.pipelines.search_speed import timed
-from foldfeed.pipelines.search_tool import SearchResult, SearchTool, Shard
-from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
-from foldfeed.pipelines.tools import find_sharded
+from foldfeed.pipelines.tools.fast_jackhmmer import FastJackhmmer
+from foldfeed.pipelines.tools.jackhmmer import Jackhmmer, run_jackhmmer
+from foldfeed.pipelines.tools.search_tool import SearchResult, SearchTool, Shard
+from foldfeed.pipelines.tools.sharded_jackhmmer import ShardedJackhmmer
 
 TIMEOUT_S = 3600.0
 MANY_HITS = 100

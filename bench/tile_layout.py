@@ -28,7 +28,7 @@ from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.format.grid import RecordGrid, plan_crop, plan_run
 from foldfeed.feature_store.format.permutation import KeyedPermutation
 from foldfeed.loader import CropLoader, Recipe
-from foldfeed.loader.fetch import fetch
+from foldfeed.loader.reading.fetch import fetch
 
 SHAPES = ((64, 64), (128, 64), (256, 64), (512, 32), (512, 64), (512, 128), (1024, 64), (2048, 32))
 CROPS = {"256x512": (256, 512), "384x5120": (384, 5120)}

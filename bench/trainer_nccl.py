@@ -1,4 +1,4 @@
-"""Presets of NCCL (trainer/nccl.py) measured: all-reduces of given sizes under each, in fresh processes.
+"""Presets of NCCL (trainer/groups/nccl.py) measured: all-reduces of given sizes under each, in fresh processes.
 
 NCCL reads its environment once in a process, so every preset gets processes of its own: they are forked from
 one that has imported torch and touched no device. A table goes to the terminal and one row to the results:
@@ -42,7 +42,7 @@ def measure(
     import torch
     import torch.distributed as dist
 
-    from foldfeed.trainer import nccl
+    from foldfeed.trainer.groups import nccl
 
     rank, world = place["rank"], place["world"]
     device = torch.device("cuda", place["local_rank"]) if backend == "nccl" else torch.device("cpu")
@@ -98,7 +98,7 @@ def sweep_one(preset: str, address: str, arguments: argparse.Namespace) -> dict[
       arguments: of the command line.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "foldfeed.trainer.nccl"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "foldfeed.trainer.groups.nccl"])
     receiver, sender = context.Pipe(duplex=False)
     sizes = [float(size) for size in arguments.mb.split(",")]
     processes = []
@@ -173,7 +173,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     from rows import emit
 
-    from foldfeed.trainer.nccl import PRESETS
+    from foldfeed.trainer.groups.nccl import PRESETS
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

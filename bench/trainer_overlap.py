@@ -96,14 +96,14 @@ def rank_main(found: str, layers: int, layer_mb: float, layer_ms: float) -> None
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 
-    from foldfeed.trainer.buckets import auto_bucket_bytes, plan_buckets
-    from foldfeed.trainer.dyadic import owned_shards
-    from foldfeed.trainer.exchange import TreeExchange, elements_sent
-    from foldfeed.trainer.flat import FlatParameters
-    from foldfeed.trainer.probe import measure as measure_link
-    from foldfeed.trainer.ranks import joined, world_from_environment
-    from foldfeed.trainer.reducer import TreeReducer
-    from foldfeed.trainer.transports import plan_for
+    from foldfeed.trainer.gradients.buckets import auto_bucket_bytes, plan_buckets
+    from foldfeed.trainer.gradients.dyadic import owned_shards
+    from foldfeed.trainer.gradients.exchange import TreeExchange, elements_sent
+    from foldfeed.trainer.gradients.flat import FlatParameters
+    from foldfeed.trainer.gradients.probe import measure as measure_link
+    from foldfeed.trainer.gradients.reducer import TreeReducer
+    from foldfeed.trainer.gradients.transports import plan_for
+    from foldfeed.trainer.groups.ranks import joined, world_from_environment
 
     torch.set_num_threads(1)
     pieces, numel = 16, int(layer_mb * 2**20 / 4 / 16)

@@ -38,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from elastic_ranks import Nursery
 
 from foldfeed.trainer.elastic import Launcher, Plan
+from foldfeed.trainer.groups.wire import Channel, raw
+from foldfeed.trainer.members.transfer import _move
 from foldfeed.trainer.network import Network
 from foldfeed.trainer.prove import SETTINGS, members_of
-from foldfeed.trainer.snapshot import BUFFERS
-from foldfeed.trainer.transfer import _move
-from foldfeed.trainer.wire import Channel, raw
+from foldfeed.trainer.state.snapshot import BUFFERS
 
 PHASES = ("detect_s", "stop_s", "agree_s", "form_s", "transfer_s")
 TRANSFER_PORT = 47_321

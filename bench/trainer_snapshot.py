@@ -19,10 +19,10 @@ import torch
 from rows import emit
 
 from foldfeed.trainer.config import SnapshotConfig
-from foldfeed.trainer.interval import Interval
-from foldfeed.trainer.ranks import Ranks
-from foldfeed.trainer.snapshot import BUFFERS, SnapshotFolder, read_generation
-from foldfeed.trainer.tiers import Capture, Saver, memory_folder
+from foldfeed.trainer.groups.ranks import Ranks
+from foldfeed.trainer.state.interval import Interval
+from foldfeed.trainer.state.snapshot import BUFFERS, SnapshotFolder, read_generation
+from foldfeed.trainer.state.tiers import Capture, Saver, memory_folder
 
 
 def measure(parameters: int, rounds: int, step_s: float, disk: Path, memory: str) -> dict[str, float]:

@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 from rows import emit
 
-from foldfeed.trainer.buckets import plan_buckets
-from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.launch import prepare_numerics
-from foldfeed.trainer.loop import Trainer
-from foldfeed.trainer.metrics import Metrics
-from foldfeed.trainer.ranks import Ranks
-from foldfeed.trainer.reducer import TreeReducer
-from foldfeed.trainer.task import load_task
+from foldfeed.trainer.gradients.buckets import plan_buckets
+from foldfeed.trainer.gradients.flat import FlatParameters
+from foldfeed.trainer.gradients.reducer import TreeReducer
+from foldfeed.trainer.groups.ranks import Ranks
+from foldfeed.trainer.models.task import load_task
+from foldfeed.trainer.training.launch import prepare_numerics
+from foldfeed.trainer.training.loop import Trainer
+from foldfeed.trainer.training.metrics import Metrics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from trainer_ranks import SyntheticSource, tiny_config

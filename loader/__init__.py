@@ -38,40 +38,40 @@ if TYPE_CHECKING:
         SampleError,
         StateMismatchError,
     )
-    from foldfeed.loader.feature_forms import expand_features
+    from foldfeed.loader.features.forms import expand_features
     from foldfeed.loader.loader import CropLoader
-    from foldfeed.loader.meter_reports import prometheus_text
-    from foldfeed.loader.metrics_server import MetricsServer
-    from foldfeed.loader.plan import SamplePlan
+    from foldfeed.loader.meters.reports import prometheus_text
+    from foldfeed.loader.meters.server import MetricsServer
+    from foldfeed.loader.order.sampling import AF2_FILTERS, Component, Sampling
+    from foldfeed.loader.reading.plan import SamplePlan
     from foldfeed.loader.recipe import Recipe
     from foldfeed.loader.samples import SampleSource
-    from foldfeed.loader.sampling import AF2_FILTERS, Component, Sampling
     from foldfeed.loader.unreadable import Substitution
 
 # Where each name lives. Found when it is asked for: a process that only reads samples needs no torch.
 _HOMES = {
-    "AF2_FILTERS": "sampling",
+    "AF2_FILTERS": "order.sampling",
     "CacheConfig": "cache.config",
-    "Component": "sampling",
+    "Component": "order.sampling",
     "CropLoader": "loader",
     "FeatureStore": ".feature_store",
     "LoaderConfigError": "errors",
     "LoaderError": "errors",
     "LoaderStateError": "errors",
     "LoaderUseError": "errors",
-    "MetricsServer": "metrics_server",
+    "MetricsServer": "meters.server",
     "ReadingProcessError": "errors",
     "Recipe": "recipe",
     "SampleError": "errors",
-    "SamplePlan": "plan",
+    "SamplePlan": "reading.plan",
     "SampleSource": "samples",
-    "Sampling": "sampling",
+    "Sampling": "order.sampling",
     "ShardBatch": "batch",
     "StateMismatchError": "errors",
     "StepBatch": "batch",
     "Substitution": "unreadable",
-    "expand_features": "feature_forms",
-    "prometheus_text": "meter_reports",
+    "expand_features": "features.forms",
+    "prometheus_text": "meters.reports",
 }
 
 __all__ = [

@@ -19,7 +19,7 @@ class ShardBatch:
     Attributes:
       v: its number, 0..virtual_shards-1.
       samples: global sample numbers, one per leading index of the features.
-      features: tensors with a leading sample axis, see `foldfeed.loader.featurise.featurise`.
+      features: tensors with a leading sample axis, see `features.featurise.featurise`.
       substitutions: those of its samples that are made from another record than the order says, because that
         one cannot be read; none unless the loader was told ``on_unreadable="substitute"``.
     """

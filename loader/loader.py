@@ -25,23 +25,23 @@ import torch
 from foldfeed.loader.batch import StepBatch
 from foldfeed.loader.cache.config import CacheConfig
 from foldfeed.loader.cache.tiers import COUNTERS, check_cache
-from foldfeed.loader.cached_reader import CachedReader
-from foldfeed.loader.device import ReadyStep, feature_maker, resolve_device
-from foldfeed.loader.draws import whole_sample
 from foldfeed.loader.errors import LoaderConfigError, LoaderUseError
-from foldfeed.loader.feature_forms import FORMS, FULL
-from foldfeed.loader.meters import ASSEMBLE, PREPARE, TRAIN, WAIT, Meters
-from foldfeed.loader.order import rank_shards
-from foldfeed.loader.placement import ORDER, PLACEMENTS, STORAGE, StoragePlacement
-from foldfeed.loader.plan import SamplePlan, draw_num_recycles
+from foldfeed.loader.features.device import ReadyStep, feature_maker, resolve_device
+from foldfeed.loader.features.draws import whole_sample
+from foldfeed.loader.features.forms import FORMS, FULL
+from foldfeed.loader.meters.meters import ASSEMBLE, PREPARE, TRAIN, WAIT, Meters
+from foldfeed.loader.meters.stall import DeviceStall
+from foldfeed.loader.order.order import rank_shards
+from foldfeed.loader.order.placement import ORDER, PLACEMENTS, STORAGE, StoragePlacement
+from foldfeed.loader.order.sampling import Sampling
+from foldfeed.loader.order.selection import Store
+from foldfeed.loader.order.state import LoaderState
 from foldfeed.loader.prefetch import StepPrefetcher
-from foldfeed.loader.reader import SampleReader
-from foldfeed.loader.reading import OwnThreads, ReadingProcesses, SampleSupply
+from foldfeed.loader.reading.cached_reader import CachedReader
+from foldfeed.loader.reading.plan import SamplePlan, draw_num_recycles
+from foldfeed.loader.reading.reader import SampleReader
+from foldfeed.loader.reading.reading import OwnThreads, ReadingProcesses, SampleSupply
 from foldfeed.loader.recipe import Recipe
-from foldfeed.loader.sampling import Sampling
-from foldfeed.loader.selection import Store
-from foldfeed.loader.stall import DeviceStall
-from foldfeed.loader.state import LoaderState
 from foldfeed.loader.step_work import StepWork
 from foldfeed.loader.unreadable import STOP
 
@@ -107,7 +107,7 @@ class CropLoader:
           world: processes that share a step, at most virtual_shards.
           device: ``cpu`` or ``cuda[:N]``.
           features: ``full`` as models take them, or ``compact``: codes instead of one-hot channels and
-            bfloat16, a quarter of the bytes, see `foldfeed.loader.feature_forms`.
+            bfloat16, a quarter of the bytes, see `features.forms`.
           num_threads: threads that read and prepare samples; no effect on the numbers.
           prefetch_steps: steps kept ready ahead of the consumer; bounds memory.
           num_processes: processes that read samples into shared memory, with ``num_threads`` threads each, so
@@ -120,7 +120,7 @@ class CropLoader:
             another record, a function of (seed, sample, attempt), says so in the batch and warns. Part of the
             stream's identity.
           placement: ``order``, or ``storage`` to give each machine mostly records that are stored together,
-            see `foldfeed.loader.placement`. A step's samples are the same; part of the stream's identity.
+            see `order.placement`. A step's samples are the same; part of the stream's identity.
           trace: a file to write what every thread did when, see `tracing`, until `close`.
         Raises:
           LoaderConfigError: a value that cannot work; a cache's folder or server that cannot be used.
@@ -343,10 +343,10 @@ class CropLoader:
     def meters(self) -> dict[str, Any]:
         """Returns what was counted since the loader was made, as plain data (JSON-able).
 
-        What `foldfeed.loader.meters.Meters.report` says, and: ``bytes`` of raw samples; ``substituted``, how
+        What `meters.meters.Meters.report` says, and: ``bytes`` of raw samples; ``substituted``, how
         many samples received are made from another record; ``wait_s`` inside of ``next()`` and ``stall_s``
-        that the consumer's work stood still (`foldfeed.loader.stall`); ``queues`` now; ``cache``, the
-        counters of tiers. `foldfeed.loader.meter_reports` makes tables and text of it.
+        that the consumer's work stood still (`meters.stall`); ``queues`` now; ``cache``, the
+        counters of tiers. `meters.reports` makes tables and text of it.
         """
         steps, supply, stats, report = self._steps, self._supply, self.stats, self._meters.report()
         queues = {"steps_ready": steps.num_ready(), "steps_ahead": self._prefetch_steps} if steps else {}

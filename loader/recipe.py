@@ -12,7 +12,7 @@ channels 25..48 (cluster profile and cluster deletion mean) and in nothing else:
                   and (2) clusters are formed from at most ``num_extra`` rows instead of all survivors.
 
 From a store of row order ``permuted``, ``crop_first`` takes as many rows as otherwise, but a uniform sample
-of the hits instead of what block deletion leaves (see `foldfeed.loader.plan.draw_slab`): they lie side by
+of the hits instead of what block deletion leaves (see `reading.plan.draw_slab`): they lie side by
 side in the store, so a sample reads little more than it uses. Block deletion prefers early ranks and differs
 much between samples; a uniform sample does neither, so its rows are farther from the query (27 % identity
 instead of 33 % over real MSAs, bench/README.md). ``af2`` is the same from either kind of store; from a
@@ -34,7 +34,7 @@ two stages with labels. ``af2_initial_recycled`` and ``af2_finetune_recycled`` a
 besides: recycling with an alignment of its own for every iteration, and (empty) slots for templates.
 
 With ``max_recycles`` every step has a number of recycling iterations, uniform in 0..max_recycles, which is
-known before any work is done for it (`foldfeed.loader.plan.draw_num_recycles`) and equal on all ranks.
+known before any work is done for it (`reading.plan.draw_num_recycles`) and equal on all ranks.
 AlphaFold 2 samples a new alignment for every iteration of the model, the first one included. With
 ``resample_msa_in_recycling`` the features of the alignment (`RESAMPLED`) have an axis in front of their own,
 one entry an iteration, and only the iterations that were drawn are read and made. Crop, labels and what
@@ -90,16 +90,16 @@ class Recipe:
       num_blocks: blocks deleted; they may overlap.
       block_fraction: rows of a block, as a share of the depth.
       unclamped_fraction: share of samples whose crop starts by the rule that AlphaFold 2 uses where its
-        structure loss is not clamped (biased to the N-terminus), see `foldfeed.loader.plan.draw_crop`. It
+        structure loss is not clamped (biased to the N-terminus), see `reading.plan.draw_crop`. It
         uses 0.1 there; without that loss there is no reason for it, so the default is 0.
       labels: add the features of the record's structure, see
-        `foldfeed.loader.structure_labels.label_features`.
+        `features.structure_labels.label_features`.
       subsample_rows: draw the number of rows uniformly from 1 to all, before C of them are taken at most
         (AlphaFold 3's training); ``af3`` and ``masked_lm`` only.
       max_recycles: a step has a number of recycling iterations, uniform in 0..max_recycles and equal for all
         of its samples and ranks, see `foldfeed.loader.batch.StepBatch`; AlphaFold 2 has 3.
       resample_msa_in_recycling: draw rows and masked positions anew for every iteration that was drawn.
-      num_templates: empty slots for templates, T, see `foldfeed.loader.templates.template_slots`; AlphaFold 2
+      num_templates: empty slots for templates, T, see `features.templates.template_slots`; AlphaFold 2
         has 4; ``af2`` and ``crop_first`` only.
     """
 

@@ -1,6 +1,6 @@
 """Samples by number, without threads: `SampleSource`.
 
-It adds features to what `foldfeed.loader.reader.SampleReader` reads and looks like a sequence, which is all
+It adds features to what `reading.reader.SampleReader` reads and looks like a sequence, which is all
 that a random-access data source of Grain or a map-style dataset of PyTorch has to
 be: ``len(source)`` and ``source[i]``. It holds no thread and no position, so it may be pickled, forked and
 used from any thread; samplers and resume belong to whoever asks (``source[i]`` is already in the run's random
@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from foldfeed.loader.draws import whole_sample
 from foldfeed.loader.errors import LoaderConfigError
-from foldfeed.loader.plan import draw_num_recycles
-from foldfeed.loader.reader import SampleReader
+from foldfeed.loader.features.draws import whole_sample
+from foldfeed.loader.order.sampling import Sampling
+from foldfeed.loader.order.selection import Store
+from foldfeed.loader.reading.plan import draw_num_recycles
+from foldfeed.loader.reading.reader import SampleReader
 from foldfeed.loader.recipe import Recipe
-from foldfeed.loader.sampling import Sampling
-from foldfeed.loader.selection import Store
 
 
 class SampleSource:
@@ -71,7 +71,7 @@ class SampleSource:
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Returns the features of a sample on the CPU, see `foldfeed.loader.featurise.featurise`.
+        """Returns the features of a sample on the CPU, see `features.featurise.featurise`.
 
         Where the recipe draws an alignment for every recycling iteration, it holds those of all iterations
         that a step may have; `num_recycles` says how many a step takes.

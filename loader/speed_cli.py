@@ -75,7 +75,7 @@ def bench_loader(
     try:
         from foldfeed.loader import CropLoader, FeatureStore, LoaderConfigError, Recipe
         from foldfeed.loader.cache.config import cache_of_options
-        from foldfeed.loader.meter_reports import table
+        from foldfeed.loader.meters.reports import table
         from foldfeed.loader.speed import measure_speed
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train") from error

@@ -18,12 +18,12 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from foldfeed.loader.device import FeatureMaker, Layout, ReadyStep
-from foldfeed.loader.draws import draw_numbers
-from foldfeed.loader.meters import ASSEMBLE, FETCH, PREPARE, Meters
-from foldfeed.loader.plan import draw_num_recycles
-from foldfeed.loader.reader import SampleReader
-from foldfeed.loader.reading import SampleSupply
+from foldfeed.loader.features.device import FeatureMaker, Layout, ReadyStep
+from foldfeed.loader.features.draws import draw_numbers
+from foldfeed.loader.meters.meters import ASSEMBLE, FETCH, PREPARE, Meters
+from foldfeed.loader.reading.plan import draw_num_recycles
+from foldfeed.loader.reading.reader import SampleReader
+from foldfeed.loader.reading.reading import SampleSupply
 from foldfeed.loader.unreadable import SUBSTITUTE, Substitution
 
 READ_AHEAD_SAMPLES = 256

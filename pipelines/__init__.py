@@ -28,11 +28,11 @@ Importing this package does not import Beam; only a run does.
 """
 
 from foldfeed.pipelines.build_config import BuildConfig, BuildReport
-from foldfeed.pipelines.databases import DatabaseSpec
+from foldfeed.pipelines.building.job import run_build
+from foldfeed.pipelines.databases.spec import DatabaseSpec
 from foldfeed.pipelines.errors import PipelineError
-from foldfeed.pipelines.job import run_build
-from foldfeed.pipelines.search_tool import SearchResult, SearchTool, ToolIdentity
 from foldfeed.pipelines.sequences import DeadLetter, QuerySequence
+from foldfeed.pipelines.tools.search_tool import SearchResult, SearchTool, ToolIdentity
 
 __all__ = [
     "BuildConfig",

@@ -1,6 +1,6 @@
 """What a build is asked to do, and what it reports: two frozen records.
 
-Owns the checks of a configuration. Does not own any step of a build (`foldfeed.pipelines.job`). Nothing
+Owns the checks of a configuration. Does not own any step of a build (`building.job`). Nothing
 heavy is imported here, so that the command line can be asked for help quickly.
 """
 
@@ -15,10 +15,10 @@ from foldfeed.feature_store.format.record import MAX_RESIDUES
 from foldfeed.feature_store.format.templates import to_date
 from foldfeed.feature_store.index.transactions import ON_EXISTING
 from foldfeed.pipelines.costs import DatabaseCost
-from foldfeed.pipelines.databases import DatabaseSpec
+from foldfeed.pipelines.databases.spec import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError
 from foldfeed.pipelines.sequences import DeadLetter
-from foldfeed.pipelines.template_tool import DEFAULT_MAX_TEMPLATE_HITS
+from foldfeed.pipelines.tools.template_tool import DEFAULT_MAX_TEMPLATE_HITS
 
 # Longest query of a build unless told otherwise. JackHMMER's memory grows with query x target length: 7,096
 # residues took 1.2 GB, so this takes roughly 2 GB.

@@ -1,7 +1,7 @@
 """What searches cost, as numbers and as lines for a person.
 
 Owns the sums by database and their words. Does not own the rows that they are made of
-(`foldfeed.pipelines.ledger`). Nothing heavy is imported here.
+(`records.ledger`). Nothing heavy is imported here.
 """
 
 from __future__ import annotations

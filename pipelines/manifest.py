@@ -1,7 +1,7 @@
 """What is known of a search database: files, number of sequences and residues, release, licence.
 
-Owns the manifest and its JSON. Does not own where manifests are kept (`foldfeed.pipelines.registry`) or
-how files are read (`foldfeed.pipelines.database_files`). Invariant: the counts are those that the search
+Owns the manifest and its JSON. Does not own where manifests are kept (`databases.registry`) or
+how files are read (`databases.files`). Invariant: the counts are those that the search
 tool itself counts, so that the size of the search space (HMMER's Z) is never typed by a person.
 """
 
@@ -21,7 +21,7 @@ class DatabaseFile:
     Attributes:
       path: absolute.
       num_bytes: its size.
-      sha256: content hash (hex), see `foldfeed.pipelines.databases.file_sha256`.
+      sha256: content hash (hex), see `databases.spec.file_sha256`.
       state: what it looked like from outside when it was read, see `file_state`.
     """
 
@@ -44,7 +44,7 @@ class DatabaseManifest:
         an HH-suite database.
       num_residues: of all sequences; match columns of an HH-suite database.
       digest: sha256 (hex) by which results of it are kept, see
-        `foldfeed.pipelines.databases.database_digest`.
+        `databases.spec.database_digest`.
       added: when it was added, UTC, ISO 8601.
       version: of the release, "" when unknown.
       date: of the release, ISO 8601, "" when unknown.

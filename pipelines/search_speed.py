@@ -1,6 +1,6 @@
 """What a JackHMMER search costs on this machine, engine by engine, and would in databases of other sizes.
 
-Owns the measurement and the projection; `foldfeed.pipelines.search_speed_cli` owns their words. A search
+Owns the measurement and the projection; `cli.search_speed` owns their words. A search
 costs something for its query (a process, a calibrated profile), measured on a database of one target, and the
 rest grows with query residues times database residues (cells).
 """
@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from foldfeed.pipelines import scan
 from foldfeed.pipelines.errors import ConfigError
-from foldfeed.pipelines.fast_jackhmmer import F1, FastJackhmmer, forget_profiles
+from foldfeed.pipelines.fast_scan import scan
+from foldfeed.pipelines.fast_scan.choice import seconds_per_cell
+from foldfeed.pipelines.fast_scan.database import ScanDatabase, open_database
+from foldfeed.pipelines.fast_scan.kernels import Kernel
 from foldfeed.pipelines.fasta import read_fasta
-from foldfeed.pipelines.jackhmmer import Jackhmmer
-from foldfeed.pipelines.scan_choice import seconds_per_cell
-from foldfeed.pipelines.scan_database import ScanDatabase, open_database
-from foldfeed.pipelines.scan_kernels import Kernel
 from foldfeed.pipelines.sequences import QuerySequence
+from foldfeed.pipelines.tools.fast_jackhmmer import F1, FastJackhmmer, forget_profiles
+from foldfeed.pipelines.tools.jackhmmer import Jackhmmer
 
 # Sequences of the databases that AlphaFold 3's documentation of sharded searches names (docs/performance.md).
 KNOWN_SIZES = {"uniref90": 153_742_194, "mgnify": 623_796_864, "small_bfd": 65_984_053}
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceSpeed:
-    """The first filter on a device (`foldfeed.pipelines.scan_choice`), by the clock, all queries together.
+    """The first filter on a device (`fast_scan.choice`), by the clock, all queries together.
 
     Attributes:
       name: of kernel and device.

@@ -1,7 +1,7 @@
 """The launcher of the Dataflow flex template: parameters in, a job handed to Dataflow.
 
 Owns the template's parameters: their names, texts and patterns, of which ``deploy/dataflow/metadata.json`` is
-made, and the way from them to a `BuildConfig`. Does not own the submission (`foldfeed.pipelines.submit`).
+made, and the way from them to a `BuildConfig`. Does not own the submission (`building.submit`).
 Dataflow starts ``deploy/dataflow/launcher.py`` in the image with these parameters and its own options as
 flags; what is not a parameter here goes to Beam.
 
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from foldfeed.feature_store.errors import FoldfeedError
+from foldfeed.pipelines.beam.runners import DATAFLOW
 from foldfeed.pipelines.build_config import (
     DEFAULT_MAX_RESIDUES,
     DEFAULT_TIMEOUT_S,
@@ -26,10 +27,9 @@ from foldfeed.pipelines.build_config import (
     BuildConfig,
     default_results,
 )
-from foldfeed.pipelines.databases import DatabaseSpec
+from foldfeed.pipelines.building.submit import lines_of, submit_build
+from foldfeed.pipelines.databases.spec import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError
-from foldfeed.pipelines.runners import DATAFLOW
-from foldfeed.pipelines.submit import lines_of, submit_build
 
 # Where deploy/images.md puts databases.
 DATABASES_FOLDER = "/databases"

@@ -254,13 +254,13 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
     from trainer_ranks import tiny_config
 
     from foldfeed.trainer.elastic import Plan
-    from foldfeed.trainer.elastic_rank import ElasticRank
     from foldfeed.trainer.errors import TrainerError
     from foldfeed.trainer.goodput import Ledger
-    from foldfeed.trainer.launch import prepare_numerics
-    from foldfeed.trainer.ranks import Ranks
-    from foldfeed.trainer.source import Source
-    from foldfeed.trainer.task import load_task
+    from foldfeed.trainer.groups.ranks import Ranks
+    from foldfeed.trainer.members.rank import ElasticRank
+    from foldfeed.trainer.models.task import load_task
+    from foldfeed.trainer.training.launch import prepare_numerics
+    from foldfeed.trainer.training.source import Source
 
     host = "127.0.0.1"
     if places := scenario.get("places"):
@@ -316,7 +316,7 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
 def divisible_source(config: Any, pause_s: float) -> Any:
     from trainer_ranks import SyntheticSource
 
-    from foldfeed.trainer.ranks import Ranks
+    from foldfeed.trainer.groups.ranks import Ranks
 
     class Source(SyntheticSource):
         def redivide(self, step: int, rank: int, world: int, first: Any = None) -> None:
@@ -380,7 +380,7 @@ def main(arguments: Sequence[str]) -> None:
     import torch
     import trainer_ranks
 
-    import foldfeed.trainer.elastic_rank  # noqa: F401 - for the children
+    import foldfeed.trainer.members.rank  # noqa: F401 - for the children
 
     assert trainer_ranks.HERE.exists()
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cuda.pathfinder import load_nvidia_dynamic_lib
 
-from foldfeed.pipelines.scan_gpu import Layout
+from foldfeed.pipelines.fast_scan.gpu import Layout
 
 TESTS = Path(__file__).parent
 KERNEL = TESTS.parent / "pipelines" / "scan_gpu.cu"

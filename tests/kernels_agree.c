@@ -3,7 +3,7 @@
    some so high and low that every saturation occurs. Prints one line and exits with 1 where a score differs. */
 
 #define FOLDFEED_WITHOUT_PYTHON
-#include "../pipelines/scan.c"
+#include "../pipelines/fast_scan/scan.c"
 
 #include <stdio.h>
 

@@ -11,7 +11,7 @@ import pytest
 
 from foldfeed.pipelines import BuildConfig, DatabaseSpec
 from foldfeed.pipelines.errors import ToolNotFoundError
-from foldfeed.pipelines.search_tool import find_binary
+from foldfeed.pipelines.tools.search_tool import find_binary
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = Path(os.environ.get("FOLDFEED_EXAMPLES", "/usr/share/doc/hmmer/examples"))

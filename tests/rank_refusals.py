@@ -9,15 +9,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from trainer_ranks import SyntheticSource, tiny_config, toy_model, toy_shard
 
-from foldfeed.trainer.buckets import plan_buckets
 from foldfeed.trainer.errors import GradientError, ReplicaMismatchError, TrainerConfigError
-from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.loop import Trainer
-from foldfeed.trainer.metrics import Metrics
-from foldfeed.trainer.reducer import TreeReducer
-from foldfeed.trainer.snapshot import SnapshotFolder
-from foldfeed.trainer.task import Task, load_task
-from foldfeed.trainer.tiers import Saver
+from foldfeed.trainer.gradients.buckets import plan_buckets
+from foldfeed.trainer.gradients.flat import FlatParameters
+from foldfeed.trainer.gradients.reducer import TreeReducer
+from foldfeed.trainer.models.task import Task, load_task
+from foldfeed.trainer.state.snapshot import SnapshotFolder
+from foldfeed.trainer.state.tiers import Saver
+from foldfeed.trainer.training.loop import Trainer
+from foldfeed.trainer.training.metrics import Metrics
 
 
 def replaced_gradient(ranks: Any) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipelines_data import GLOBINS, ROOT, globins, tree_bytes, write_fasta
 
-from foldfeed.pipelines.search_tool import find_binary
+from foldfeed.pipelines.tools.search_tool import find_binary
 
 SPARK = os.environ.get("FOLDFEED_SPARK", "")
 NUM_QUERIES = 3

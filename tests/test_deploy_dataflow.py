@@ -144,7 +144,7 @@ def config_of_many(folder, count: int) -> BuildConfig:
 def test_the_job_has_two_environments_stable_names_and_the_size_of_any_other(tmp_path, staged):
     from apache_beam.portability.api import beam_runner_api_pb2 as api
 
-    from foldfeed.pipelines.submit import submit_build
+    from foldfeed.pipelines.building.submit import submit_build
 
     write_fasta(tmp_path / "v.fasta", {"more": "MKTAYIAKQRQISFVK"})
     jobs = []
@@ -198,7 +198,7 @@ def test_the_job_has_two_environments_stable_names_and_the_size_of_any_other(tmp
 @pytest.mark.external_tool
 @needs_hmmer
 def test_a_launch_that_cannot_work_submits_nothing(tmp_path, staged):
-    from foldfeed.pipelines.submit import submit_build
+    from foldfeed.pipelines.building.submit import submit_build
 
     write_fasta(tmp_path / "v.fasta", {"more": "MKTAYIAKQRQISFVK"})
     config = config_of_many(tmp_path, 3)

@@ -115,7 +115,7 @@ def test_ingest_makes_a_store_of_the_order_asked_for(alignments, tmp_path):
 
 
 def test_build_knows_the_row_order():
-    pytest.importorskip("foldfeed.pipelines.cli")
+    pytest.importorskip("foldfeed.pipelines.cli.build")
     text = run("build", "--help").output
     assert "--row-order" in text
     assert "--row-order-seed" in text

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldfeed.loader import LoaderConfigError
-from foldfeed.loader.alias_table import AliasTable
-from foldfeed.loader.counter_rng import Purpose, words_at
-from foldfeed.loader.order import SampleOrder
+from foldfeed.loader.order.alias_table import AliasTable
+from foldfeed.loader.order.counter_rng import Purpose, words_at
+from foldfeed.loader.order.order import SampleOrder
 
 WEIGHTS = st.lists(
     st.one_of(st.just(0.0), st.floats(1e-9, 1e9), st.sampled_from([1.0, 2.0])), min_size=1, max_size=70

@@ -22,19 +22,12 @@ from test_loader_stream import RECIPE, assert_equal, build_store, by_sample, mak
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 from foldfeed.feature_store.care.copy import copy_store
 from foldfeed.feature_store.cli.main import main
-from foldfeed.loader import (
-    CacheConfig,
-    Component,
-    CropLoader,
-    LoaderConfigError,
-    Recipe,
-    Sampling,
-    cached_reader,
-)
+from foldfeed.loader import CacheConfig, Component, CropLoader, LoaderConfigError, Recipe, Sampling
 from foldfeed.loader.cache import redis_server as tier
 from foldfeed.loader.cache.config import cache_of_options
 from foldfeed.loader.cache.eviction import unknown_uses
-from foldfeed.loader.reader import SampleReader
+from foldfeed.loader.reading import cached_reader
+from foldfeed.loader.reading.reader import SampleReader
 from foldfeed.trainer.config import DataConfig, RunConfig
 
 pytestmark = pytest.mark.timeout(200)

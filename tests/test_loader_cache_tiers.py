@@ -32,8 +32,8 @@ from foldfeed.loader.cache.future import RecordUse
 from foldfeed.loader.cache.memory import MemoryTier
 from foldfeed.loader.cache.requests import EXTRA_SHARE, Answer
 from foldfeed.loader.cache.tiers import Tiers
-from foldfeed.loader.order import SampleOrder
-from foldfeed.loader.sampling import JOIN
+from foldfeed.loader.order.order import SampleOrder
+from foldfeed.loader.order.sampling import JOIN
 
 pytestmark = pytest.mark.timeout(120)
 SIZE = 1000

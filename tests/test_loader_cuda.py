@@ -11,11 +11,11 @@ from test_loader_host_features import RECIPES
 
 from foldfeed.feature_store import FeatureStore, write_part
 from foldfeed.loader import CropLoader, Recipe
-from foldfeed.loader.device import StepFeatures
-from foldfeed.loader.feature_forms import FORMS, FULL
-from foldfeed.loader.host_features import host_features
-from foldfeed.loader.raw import RawSample
-from foldfeed.loader.reader import SampleReader
+from foldfeed.loader.features.device import StepFeatures
+from foldfeed.loader.features.forms import FORMS, FULL
+from foldfeed.loader.features.host_features import host_features
+from foldfeed.loader.features.raw import RawSample
+from foldfeed.loader.reading.reader import SampleReader
 from foldfeed.loader.recipe import RESAMPLED
 
 pytestmark = [

@@ -12,9 +12,9 @@ from records import make_record
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 from foldfeed.loader import Component, CropLoader, LoaderConfigError, Recipe, Sampling
-from foldfeed.loader.counter_rng import Purpose, stream
-from foldfeed.loader.order import SampleAddress
-from foldfeed.loader.plan import delete_blocks, draw_crop, draw_rows, make_plan
+from foldfeed.loader.order.counter_rng import Purpose, stream
+from foldfeed.loader.order.order import SampleAddress
+from foldfeed.loader.reading.plan import delete_blocks, draw_crop, draw_rows, make_plan
 
 SIZES = {"crop_residues": 16, "num_clusters": 5, "num_extra": 7}
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foldfeed.loader import Recipe, draw_kernel
-from foldfeed.loader.counter_rng import Purpose, Stream, _order_by_numpy, stream, words_by_numpy
-from foldfeed.loader.order import SampleAddress
-from foldfeed.loader.plan import draw_masking, make_plan
+from foldfeed.loader import Recipe
+from foldfeed.loader.order import draw_kernel
+from foldfeed.loader.order.counter_rng import Purpose, Stream, _order_by_numpy, stream, words_by_numpy
+from foldfeed.loader.order.order import SampleAddress
+from foldfeed.loader.reading.plan import draw_masking, make_plan
 
 compiled = pytest.mark.skipif(not draw_kernel.is_usable(), reason="installed without it (no C compiler)")
 KEYS = st.integers(0, 2**128 - 1)

@@ -14,8 +14,8 @@ from records import make_record
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 from foldfeed.loader import Component, CropLoader, LoaderConfigError, Recipe, SampleSource, Sampling
-from foldfeed.loader.alias_table import AliasTable
-from foldfeed.loader.order import SampleOrder, rank_shards
+from foldfeed.loader.order.alias_table import AliasTable
+from foldfeed.loader.order.order import SampleOrder, rank_shards
 
 NUM_RECORDS = 23
 RECIPE = Recipe.named("crop_first", crop_residues=6, num_clusters=2, num_extra=3)

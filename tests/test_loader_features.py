@@ -9,9 +9,11 @@ from loader_reference import assert_same_features, nearest, reference_sample
 from records import make_record
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
-from foldfeed.loader import CropLoader, Recipe, bit_counters, clusters, plan
-from foldfeed.loader.clusters import _count_in_place
-from foldfeed.loader.featurise import deletion_value, replace_masked
+from foldfeed.loader import CropLoader, Recipe
+from foldfeed.loader.features import bit_counters, clusters
+from foldfeed.loader.features.clusters import _count_in_place
+from foldfeed.loader.features.featurise import deletion_value, replace_masked
+from foldfeed.loader.reading import plan
 
 # (depth, length): one row, one residue, fewer rows than clusters, shorter and longer than the crop.
 SHAPES = [(1, 1), (1, 23), (2, 5), (5, 40), (23, 17), (61, 37), (97, 12)]

@@ -8,8 +8,8 @@ from records import make_record
 from slow_blobs import slowed
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
-from foldfeed.loader.cached_reader import _ranges_of
-from foldfeed.loader.reader import SampleReader
+from foldfeed.loader.reading.cached_reader import _ranges_of
+from foldfeed.loader.reading.reader import SampleReader
 from foldfeed.loader.recipe import Recipe
 
 ROWS = {"crop_residues": 20, "num_clusters": 6}

@@ -9,11 +9,12 @@ from loader_reference import assert_same_features
 from records import make_record
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
-from foldfeed.loader import Recipe, host_features
-from foldfeed.loader.feature_forms import COMPACT, FULL, compact_features, expand_features
-from foldfeed.loader.featurise import featurise
-from foldfeed.loader.raw import RawSample
-from foldfeed.loader.reader import SampleReader
+from foldfeed.loader import Recipe
+from foldfeed.loader.features import host_features
+from foldfeed.loader.features.featurise import featurise
+from foldfeed.loader.features.forms import COMPACT, FULL, compact_features, expand_features
+from foldfeed.loader.features.raw import RawSample
+from foldfeed.loader.reading.reader import SampleReader
 
 # One row, one residue, fewer rows than clusters, shorter and longer than the crop, more than a word of rows.
 SHAPES = [(1, 1), (1, 23), (2, 5), (5, 40), (23, 17), (61, 37), (97, 12), (300, 31)]

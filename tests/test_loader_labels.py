@@ -15,7 +15,7 @@ from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.format.structure import ATOM_NAMES, NO_NUMBER
 from foldfeed.feature_store.parsers.mmcif.entry import load_mmcif
 from foldfeed.loader import CropLoader, Recipe, SampleSource
-from foldfeed.loader.structure_labels import label_features
+from foldfeed.loader.features.structure_labels import label_features
 
 # The textbook's side chains, written otherwise than the code has them: four atoms a torsion.
 CHI = {

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from test_loader_stream import build_store, make_loader, take
 
 from foldfeed.loader import LoaderConfigError, LoaderUseError, Recipe
-from foldfeed.loader.histogram import RELATIVE_ERROR, SMALLEST_S, LatencyHistogram
-from foldfeed.loader.meter_reports import CONTENT_TYPE, prometheus_text, scalars, table
-from foldfeed.loader.meters import Meters
-from foldfeed.loader.metrics_server import MetricsServer
-from foldfeed.loader.reader import SampleReader
-from foldfeed.loader.trace import Tracer
+from foldfeed.loader.meters.histogram import RELATIVE_ERROR, SMALLEST_S, LatencyHistogram
+from foldfeed.loader.meters.meters import Meters
+from foldfeed.loader.meters.reports import CONTENT_TYPE, prometheus_text, scalars, table
+from foldfeed.loader.meters.server import MetricsServer
+from foldfeed.loader.meters.trace import Tracer
+from foldfeed.loader.reading.reader import SampleReader
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldfeed.loader import LoaderConfigError
-from foldfeed.loader.counter_rng import Purpose, Stream, stream
-from foldfeed.loader.order import SampleOrder, rank_shards
+from foldfeed.loader.order.counter_rng import Purpose, Stream, stream
+from foldfeed.loader.order.order import SampleOrder, rank_shards
 
 
 @settings(max_examples=40, deadline=None)

@@ -6,8 +6,8 @@ import pytest
 from test_loader_stream import assert_equal, build_store, by_sample, make_loader, take
 
 from foldfeed.loader import LoaderConfigError, Sampling, StateMismatchError
-from foldfeed.loader.order import SampleOrder, rank_shards
-from foldfeed.loader.placement import StoragePlacement
+from foldfeed.loader.order.order import SampleOrder, rank_shards
+from foldfeed.loader.order.placement import StoragePlacement
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldfeed.loader import LoaderConfigError, Recipe
-from foldfeed.loader.counter_rng import Purpose, stream
-from foldfeed.loader.order import SampleAddress
-from foldfeed.loader.plan import (
+from foldfeed.loader.order.counter_rng import Purpose, stream
+from foldfeed.loader.order.order import SampleAddress
+from foldfeed.loader.reading.plan import (
     FROM_PROFILE,
     NOT_MASKED,
     SAME,

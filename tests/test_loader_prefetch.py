@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldfeed.loader import LoaderConfigError, LoaderUseError
-from foldfeed.loader.early_start import SlowFirst
 from foldfeed.loader.prefetch import StepPrefetcher
+from foldfeed.loader.reading.early_start import SlowFirst
 
 
 def loader_threads() -> list[str]:

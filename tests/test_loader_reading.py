@@ -19,17 +19,11 @@ from hypothesis import strategies as st
 from test_loader_stream import RECIPE, assert_equal, build_store, by_sample, make_loader, take
 
 from foldfeed.feature_store import CorruptDataError
-from foldfeed.loader import (
-    LoaderConfigError,
-    LoaderUseError,
-    ReadingProcessError,
-    Recipe,
-    SampleError,
-    reading,
-)
-from foldfeed.loader.fetch import ARRAYS, DTYPES, fetch, shapes_of
-from foldfeed.loader.ring import ALIGNMENT, RingClosedError, RingSpace
-from foldfeed.loader.slots import note_of, open_note, place, slot_bytes
+from foldfeed.loader import LoaderConfigError, LoaderUseError, ReadingProcessError, Recipe, SampleError
+from foldfeed.loader.reading import reading
+from foldfeed.loader.reading.fetch import ARRAYS, DTYPES, fetch, shapes_of
+from foldfeed.loader.reading.ring import ALIGNMENT, RingClosedError, RingSpace
+from foldfeed.loader.reading.slots import note_of, open_note, place, slot_bytes
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -254,9 +248,9 @@ def test_a_process_that_reads_loads_little(store):
     """Before its first sample: each of these takes a quarter of a second or more, torch two."""
     check = """
 import sys
-import foldfeed.loader.reading_process
+import foldfeed.loader.reading.process
 from foldfeed.feature_store import FeatureStore
-from foldfeed.loader.reader import SampleReader
+from foldfeed.loader.reading.reader import SampleReader
 from foldfeed.loader.recipe import Recipe
 reader = SampleReader(
     FeatureStore.open(sys.argv[1]), Recipe.named("crop_first"), None, seed=1, global_batch=1, virtual_shards=1

@@ -19,8 +19,8 @@ from foldfeed.loader import (
     SampleSource,
     Sampling,
 )
-from foldfeed.loader.plan import draw_num_recycles
-from foldfeed.loader.reader import SampleReader
+from foldfeed.loader.reading.plan import draw_num_recycles
+from foldfeed.loader.reading.reader import SampleReader
 from foldfeed.loader.recipe import RESAMPLED
 
 SIZES = {"crop_residues": 12, "num_clusters": 4, "num_extra": 6, "masked_fraction": 0.3}

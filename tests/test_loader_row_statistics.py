@@ -12,8 +12,8 @@ from foldfeed.feature_store import FeatureStore, MsaRecord, RowProvenance, Store
 from foldfeed.feature_store.format import alphabet
 from foldfeed.feature_store.format.effective_rows import effective_rows
 from foldfeed.loader import Recipe
-from foldfeed.loader.counter_rng import Purpose, stream
-from foldfeed.loader.plan import delete_blocks, draw_rows, draw_slab
+from foldfeed.loader.order.counter_rng import Purpose, stream
+from foldfeed.loader.reading.plan import delete_blocks, draw_rows, draw_slab
 
 DEPTH, LENGTH, NUM_ROWS = 400, 40, 24
 RECIPE = Recipe(name="crop_first", num_clusters=NUM_ROWS, num_extra=0)

@@ -9,7 +9,7 @@ from records import make_record
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 from foldfeed.loader import CropLoader, LoaderConfigError, Recipe
-from foldfeed.loader.plan import NOT_MASKED, draw_num_hits
+from foldfeed.loader.reading.plan import NOT_MASKED, draw_num_hits
 
 AF3 = Recipe.named("af3", crop_residues=12, num_clusters=20)
 MASKED_LM = Recipe.named("masked_lm", crop_residues=12, num_clusters=20)

@@ -22,7 +22,7 @@ from foldfeed.loader import (
     Sampling,
     StateMismatchError,
 )
-from foldfeed.loader.selection import Selection
+from foldfeed.loader.order.selection import Selection
 
 RECIPE = Recipe.named("crop_first", crop_residues=8, num_clusters=2, num_extra=2)
 LENGTHS = (100, 255, 256, 257, 400, 512, 513, 600, 40, 40, 41, 43)

@@ -13,8 +13,8 @@ from records import make_record
 
 from foldfeed.feature_store import FeatureStore, StoredRun, StoreSettings, write_part
 from foldfeed.loader import CropLoader, Recipe
-from foldfeed.loader.order import SampleAddress
-from foldfeed.loader.plan import draw_rows, draw_slab, make_plan
+from foldfeed.loader.order.order import SampleAddress
+from foldfeed.loader.reading.plan import draw_rows, draw_slab, make_plan
 
 SHAPES = [(1, 1), (1, 23), (2, 5), (3, 9), (5, 40), (23, 17), (61, 37), (97, 12), (200, 30)]
 PERMUTED = StoreSettings(tile_rows=16, tile_cols=8, row_order="permuted", row_order_seed=1)

@@ -12,15 +12,16 @@ from test_loader_host_features import RECIPES, SHAPES, build_store
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foldfeed.loader import CropLoader, LoaderConfigError, Recipe, step_block, step_features, structure_labels
-from foldfeed.loader.block_ring import BlockRing
-from foldfeed.loader.device import ALIGNMENT_BYTES, StepFeatures, split
-from foldfeed.loader.feature_forms import COMPACT, FULL, compact_features, expand_features
-from foldfeed.loader.featurise import featurise
-from foldfeed.loader.host_features import host_features
-from foldfeed.loader.raw import RawSample
-from foldfeed.loader.reader import SampleReader
-from foldfeed.loader.step_block import StepBlock
+from foldfeed.loader import CropLoader, LoaderConfigError, Recipe
+from foldfeed.loader.features import step_block, step_features, structure_labels
+from foldfeed.loader.features.block_ring import BlockRing
+from foldfeed.loader.features.device import ALIGNMENT_BYTES, StepFeatures, split
+from foldfeed.loader.features.featurise import featurise
+from foldfeed.loader.features.forms import COMPACT, FULL, compact_features, expand_features
+from foldfeed.loader.features.host_features import host_features
+from foldfeed.loader.features.raw import RawSample
+from foldfeed.loader.features.step_block import StepBlock
+from foldfeed.loader.reading.reader import SampleReader
 
 CPU = torch.device("cpu")
 # What makes the host wait for a GPU, or gives tensors whose shape depends on data.

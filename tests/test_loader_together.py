@@ -11,13 +11,13 @@ from records import make_record
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 from foldfeed.loader import CacheConfig, CropLoader, Recipe, SampleError, loader
-from foldfeed.loader.device import HostFeatures, StepFeatures
-from foldfeed.loader.draws import draw_numbers, stacked_draws
-from foldfeed.loader.feature_forms import COMPACT, FULL
-from foldfeed.loader.host_features import host_features
-from foldfeed.loader.meter_reports import prometheus_text, table
-from foldfeed.loader.raw import RawSample
-from foldfeed.loader.reader import SampleReader
+from foldfeed.loader.features.device import HostFeatures, StepFeatures
+from foldfeed.loader.features.draws import draw_numbers, stacked_draws
+from foldfeed.loader.features.forms import COMPACT, FULL
+from foldfeed.loader.features.host_features import host_features
+from foldfeed.loader.features.raw import RawSample
+from foldfeed.loader.meters.reports import prometheus_text, table
+from foldfeed.loader.reading.reader import SampleReader
 from foldfeed.loader.recipe import RESAMPLED
 
 pytestmark = pytest.mark.timeout(200)

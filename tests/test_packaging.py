@@ -153,7 +153,7 @@ class Block:
         if name.split(".")[0] in ("apache_beam", "torch", "tensorboard"):
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
-import foldfeed.feature_store, foldfeed.feature_store.cli.main, foldfeed.pipelines, foldfeed.pipelines.cli
+import foldfeed.feature_store, foldfeed.feature_store.cli.main, foldfeed.pipelines, foldfeed.pipelines.cli.build
 from click.testing import CliRunner
 result = CliRunner().invoke(foldfeed.feature_store.cli.main.main, ["--help"])
 assert result.exit_code == 0 and "build" in result.output, result.output

@@ -15,13 +15,13 @@ from pipelines_data import ROOT, config_of, globins, needs_hmmer, tree_bytes, wr
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.pipelines import run_build
-from foldfeed.pipelines.array_task import search_share
-from foldfeed.pipelines.forecast import lines_of
-from foldfeed.pipelines.job import forecast_build
-from foldfeed.pipelines.packing import RESIDUES_OF_A_SCAN
-from foldfeed.pipelines.search_tool import find_binary
-from foldfeed.pipelines.share import Share, deal, items_of
-from foldfeed.pipelines.tools import prepare_databases
+from foldfeed.pipelines.building.array_task import search_share
+from foldfeed.pipelines.building.job import forecast_build
+from foldfeed.pipelines.building.tools import prepare_databases
+from foldfeed.pipelines.planning.forecast import lines_of
+from foldfeed.pipelines.planning.packing import RESIDUES_OF_A_SCAN
+from foldfeed.pipelines.planning.share import Share, deal, items_of
+from foldfeed.pipelines.tools.search_tool import find_binary
 
 pytestmark = [pytest.mark.external_tool, needs_hmmer, pytest.mark.timeout(120)]
 SCRIPT = ROOT / "deploy" / "slurm" / "build.sbatch"
@@ -217,7 +217,7 @@ def test_a_search_that_fails_is_told_costs_no_other_and_is_tried_again_by_the_bu
 def test_what_cannot_work_is_refused_and_said(place, more, words):
     from click.testing import CliRunner
 
-    from foldfeed.pipelines.cli import build
+    from foldfeed.pipelines.cli.build import build
 
     line = ["--queries", str(place / "q.fasta"), "--database", f"u={place / 'u.fasta'}", "--store", "store"]
     done = CliRunner().invoke(build, [*line, *more])

@@ -26,7 +26,7 @@ from pipelines_data import (
 
 from foldfeed.feature_store import FeatureStore, NotAStoreError
 from foldfeed.feature_store.cli.main import main
-from foldfeed.pipelines import run_build, search_tool
+from foldfeed.pipelines import run_build
 from foldfeed.pipelines.errors import (
     ConfigError,
     DatabaseError,
@@ -35,8 +35,9 @@ from foldfeed.pipelines.errors import (
     QueryFileError,
     ToolNotFoundError,
 )
-from foldfeed.pipelines.search_tool import find_binary
-from foldfeed.pipelines.subprocess_runner import cancel_all
+from foldfeed.pipelines.programs.subprocess_runner import cancel_all
+from foldfeed.pipelines.tools import search_tool
+from foldfeed.pipelines.tools.search_tool import find_binary
 
 pytestmark = [pytest.mark.external_tool, needs_hmmer]
 
@@ -325,7 +326,7 @@ def test_a_bug_in_a_step_is_a_failed_run_with_its_step(tmp_path, monkeypatch, qu
     def broken(*_):
         raise ZeroDivisionError("seven")
 
-    monkeypatch.setattr("foldfeed.pipelines.graph.search_unit", broken)
+    monkeypatch.setattr("foldfeed.pipelines.beam.graph.search_unit", broken)
     with pytest.raises(PipelineFailedError, match="seven") as caught:
         run_build(config_of(tmp_path, queries, [UNIREF]))
     assert "Search" in caught.value.stage

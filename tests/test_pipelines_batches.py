@@ -8,12 +8,15 @@ pytest.importorskip("pyhmmer", reason="pip install 'foldfeed[fast]'")
 
 from pipelines_data import GLOBINS, config_of, globins, needs_hmmer, tree_bytes, write_fasta
 
-from foldfeed.pipelines import run_build, scan_kernels, scan_memory, search
+from foldfeed.pipelines import run_build
+from foldfeed.pipelines.building.tools import find_sharded
 from foldfeed.pipelines.errors import DatabaseChangedError, ToolTimeoutError
-from foldfeed.pipelines.scan_database import ScanDatabase
-from foldfeed.pipelines.search_tool import Shard
-from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
-from foldfeed.pipelines.tools import find_sharded
+from foldfeed.pipelines.fast_scan import kernels as scan_kernels
+from foldfeed.pipelines.fast_scan import memory as scan_memory
+from foldfeed.pipelines.fast_scan.database import ScanDatabase
+from foldfeed.pipelines.searches import search
+from foldfeed.pipelines.tools.search_tool import Shard
+from foldfeed.pipelines.tools.sharded_jackhmmer import ShardedJackhmmer
 
 pytestmark = [
     pytest.mark.external_tool,

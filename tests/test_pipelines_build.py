@@ -25,8 +25,8 @@ from pipelines_data import (
 from foldfeed.feature_store import CommitConflictError, FeatureStore
 from foldfeed.feature_store.format import alphabet
 from foldfeed.pipelines import run_build
-from foldfeed.pipelines.plan import make_plan
-from foldfeed.pipelines.search_tool import find_binary
+from foldfeed.pipelines.planning.plan import make_plan
+from foldfeed.pipelines.tools.search_tool import find_binary
 
 pytestmark = [pytest.mark.external_tool, needs_hmmer]
 
@@ -346,8 +346,8 @@ def test_caps_can_be_set_and_leave_the_search_alone(tmp_path):
 
 def test_relative_paths_are_those_of_the_folder_where_the_build_was_started(tmp_path, monkeypatch):
     """Workers of Spark or a cluster run in folders of their own."""
-    from foldfeed.pipelines.graph import ReadFile
-    from foldfeed.pipelines.run import context_of
+    from foldfeed.pipelines.beam.graph import ReadFile
+    from foldfeed.pipelines.building.run import context_of
 
     (tmp_path / "here").mkdir()
     (tmp_path / "worker").mkdir()

@@ -23,9 +23,13 @@ from pipelines_data import (
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.cli.main import main
 from foldfeed.feature_store.storage import open_blobs
-from foldfeed.pipelines import BuildConfig, DatabaseSpec, run_build, together
-from foldfeed.pipelines.array_task import search_share
-from foldfeed.pipelines.database_files import make_manifest
+from foldfeed.pipelines import BuildConfig, DatabaseSpec, run_build
+from foldfeed.pipelines.building.array_task import search_share
+from foldfeed.pipelines.building.job import forecast_build
+from foldfeed.pipelines.building.tools import prepare_databases
+from foldfeed.pipelines.databases.files import make_manifest
+from foldfeed.pipelines.databases.registry import Registry, database_of
+from foldfeed.pipelines.databases.staging import staged_database
 from foldfeed.pipelines.errors import (
     ConfigError,
     DatabaseError,
@@ -33,15 +37,12 @@ from foldfeed.pipelines.errors import (
     ToolNotFoundError,
     ToolOutputError,
 )
-from foldfeed.pipelines.job import forecast_build
-from foldfeed.pipelines.mmseqs import Mmseqs
-from foldfeed.pipelines.mmseqs_commands import MmseqsOptions
-from foldfeed.pipelines.registry import Registry, database_of
-from foldfeed.pipelines.results import ResultStore
-from foldfeed.pipelines.search_tool import find_binary
-from foldfeed.pipelines.share import Share
-from foldfeed.pipelines.staging import staged_database
-from foldfeed.pipelines.tools import prepare_databases
+from foldfeed.pipelines.planning.share import Share
+from foldfeed.pipelines.searches import together
+from foldfeed.pipelines.searches.results import ResultStore
+from foldfeed.pipelines.tools.mmseqs import Mmseqs
+from foldfeed.pipelines.tools.mmseqs_commands import MmseqsOptions
+from foldfeed.pipelines.tools.search_tool import find_binary
 
 HERE = is_there("mmseqs") and GLOBINS.exists()
 REASON = "mmseqs or HMMER's tutorial not found; apt-get install mmseqs2 hmmer-examples"

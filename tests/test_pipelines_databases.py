@@ -5,8 +5,9 @@ import os
 import pytest
 
 from foldfeed.feature_store.storage import open_blobs
-from foldfeed.pipelines import DatabaseSpec, databases
-from foldfeed.pipelines.databases import database_digest, file_sha256, in_merge_order, shard_digests
+from foldfeed.pipelines import DatabaseSpec
+from foldfeed.pipelines.databases import spec as databases
+from foldfeed.pipelines.databases.spec import database_digest, file_sha256, in_merge_order, shard_digests
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
 
 

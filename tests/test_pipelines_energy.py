@@ -16,12 +16,13 @@ from click.testing import CliRunner
 from pipelines_data import globins
 
 from foldfeed.feature_store.cli.main import main
-from foldfeed.pipelines import energy, ledger
 from foldfeed.pipelines.costs import lines_of
-from foldfeed.pipelines.energy import EnergyMeter, joules_between, read_packages, total_joules
-from foldfeed.pipelines.results import ResultStore, SearchFacts
-from foldfeed.pipelines.search_tool import SearchResult, ToolIdentity
-from foldfeed.pipelines.subprocess_runner import Usage, run_program
+from foldfeed.pipelines.programs import energy
+from foldfeed.pipelines.programs.energy import EnergyMeter, joules_between, read_packages, total_joules
+from foldfeed.pipelines.programs.subprocess_runner import Usage, run_program
+from foldfeed.pipelines.records import ledger
+from foldfeed.pipelines.searches.results import ResultStore, SearchFacts
+from foldfeed.pipelines.tools.search_tool import SearchResult, ToolIdentity
 
 RANGE_UJ = 262_143_328_850
 TICKS = os.sysconf("SC_CLK_TCK")

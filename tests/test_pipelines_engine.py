@@ -15,11 +15,15 @@ from apache_beam.options.pipeline_options import (
 )
 from pipelines_data import ROOT
 
-from foldfeed.pipelines.engine import make_options, quiet_beam, run_pipeline
-from foldfeed.pipelines.engine_errors import failure_of
+from foldfeed.pipelines.beam.engine import make_options, quiet_beam, run_pipeline
+from foldfeed.pipelines.beam.errors import failure_of
+from foldfeed.pipelines.beam.runners import choose_runner
 from foldfeed.pipelines.errors import EngineError, PipelineFailedError
-from foldfeed.pipelines.interrupt import StoppedBySignal, hold_back_interrupts, stop_searches_on_interrupt
-from foldfeed.pipelines.runners import choose_runner
+from foldfeed.pipelines.programs.interrupt import (
+    StoppedBySignal,
+    hold_back_interrupts,
+    stop_searches_on_interrupt,
+)
 
 
 @pytest.mark.parametrize(

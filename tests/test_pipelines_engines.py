@@ -13,10 +13,10 @@ from apache_beam.options.pipeline_options import (
 )
 
 from foldfeed.pipelines import BuildConfig, DatabaseSpec
-from foldfeed.pipelines.cli import build
-from foldfeed.pipelines.engine import options_of, search_hints
+from foldfeed.pipelines.beam.engine import options_of, search_hints
+from foldfeed.pipelines.beam.runners import choose_runner
+from foldfeed.pipelines.cli.build import build
 from foldfeed.pipelines.errors import EngineError
-from foldfeed.pipelines.runners import choose_runner
 
 LOCAL = BuildConfig(
     queries=("q.fasta",),

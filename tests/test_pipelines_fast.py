@@ -17,7 +17,7 @@ from pipelines_data import GLOBINS, config_of, globins, make_databases, needs_hm
 from scan_data import RESIDUES, drawn
 
 from foldfeed.feature_store.errors import MissingExtraError
-from foldfeed.pipelines import fast_jackhmmer, run_build, scan, scan_choice, scan_kernels, scan_memory
+from foldfeed.pipelines import run_build
 from foldfeed.pipelines.errors import (
     CancelledError,
     ConfigError,
@@ -28,10 +28,15 @@ from foldfeed.pipelines.errors import (
     ToolTimeoutError,
     UnreadableDatabaseError,
 )
-from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, passing_extents
-from foldfeed.pipelines.jackhmmer import Jackhmmer, run_jackhmmer
-from foldfeed.pipelines.scan_database import open_database
-from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all
+from foldfeed.pipelines.fast_scan import choice as scan_choice
+from foldfeed.pipelines.fast_scan import kernels as scan_kernels
+from foldfeed.pipelines.fast_scan import memory as scan_memory
+from foldfeed.pipelines.fast_scan import scan
+from foldfeed.pipelines.fast_scan.database import open_database
+from foldfeed.pipelines.programs.subprocess_runner import allow_all, cancel_all
+from foldfeed.pipelines.tools import fast_jackhmmer
+from foldfeed.pipelines.tools.fast_jackhmmer import FastJackhmmer, passing_extents
+from foldfeed.pipelines.tools.jackhmmer import Jackhmmer, run_jackhmmer
 
 pytestmark = [
     pytest.mark.external_tool,

@@ -180,7 +180,9 @@ def test_every_entry_comes_back_however_lines_are_wrapped(tmp_path_factory, entr
 
 
 def test_the_package_imports_without_beam():
-    code = "import sys, foldfeed.pipelines, foldfeed.pipelines.cli; sys.exit('apache_beam' in sys.modules)"
+    code = (
+        "import sys, foldfeed.pipelines, foldfeed.pipelines.cli.build; sys.exit('apache_beam' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

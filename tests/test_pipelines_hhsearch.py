@@ -12,13 +12,13 @@ import pytest
 from pipelines_data import needs_hhsuite, stand_in
 
 from foldfeed.feature_store.parsers.a3m import a3m_rows
-from foldfeed.pipelines.database_files import make_manifest
-from foldfeed.pipelines.databases import DatabaseSpec
+from foldfeed.pipelines.databases.files import make_manifest
+from foldfeed.pipelines.databases.spec import DatabaseSpec
+from foldfeed.pipelines.databases.template_database import count_dated
 from foldfeed.pipelines.errors import ToolOutputError
-from foldfeed.pipelines.hhsearch import Hhsearch
-from foldfeed.pipelines.search_tool import find_binary
-from foldfeed.pipelines.template_database import count_dated
-from foldfeed.pipelines.template_tool import read_template_hits
+from foldfeed.pipelines.tools.hhsearch import Hhsearch
+from foldfeed.pipelines.tools.search_tool import find_binary
+from foldfeed.pipelines.tools.template_tool import read_template_hits
 
 pytestmark = [pytest.mark.external_tool, needs_hhsuite]
 

@@ -12,13 +12,13 @@ from records import make_record
 from foldfeed.feature_store import FeatureStore, write_part
 from foldfeed.feature_store.cli.main import main
 from foldfeed.feature_store.parsers.a3m import parse_a3m
-from foldfeed.pipelines import hhsuite_build
-from foldfeed.pipelines.database_files import make_manifest
-from foldfeed.pipelines.databases import DatabaseSpec
+from foldfeed.pipelines.databases import hhsuite_build
+from foldfeed.pipelines.databases.files import make_manifest
+from foldfeed.pipelines.databases.hhsuite_build import NamedAlignment, alignments_of_folder, build_hhsuite
+from foldfeed.pipelines.databases.spec import DatabaseSpec
 from foldfeed.pipelines.errors import DatabaseError, SearchError, ToolNotFoundError, ToolOutputError
-from foldfeed.pipelines.hhblits import Hhblits
-from foldfeed.pipelines.hhsuite_build import NamedAlignment, alignments_of_folder, build_hhsuite
-from foldfeed.pipelines.search_tool import find_binary
+from foldfeed.pipelines.tools.hhblits import Hhblits
+from foldfeed.pipelines.tools.search_tool import find_binary
 
 pytestmark = [pytest.mark.external_tool, needs_hhsuite]
 

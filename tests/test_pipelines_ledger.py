@@ -23,11 +23,11 @@ from pipelines_data import (
 
 from foldfeed.feature_store.cli.main import main
 from foldfeed.pipelines import run_build
+from foldfeed.pipelines.building.job import forecast_build
 from foldfeed.pipelines.costs import readable_bytes
-from foldfeed.pipelines.job import forecast_build
-from foldfeed.pipelines.ledger import SCHEMA, costs, read_all
-from foldfeed.pipelines.results import ResultStore
-from foldfeed.pipelines.subprocess_runner import run_program
+from foldfeed.pipelines.programs.subprocess_runner import run_program
+from foldfeed.pipelines.records.ledger import SCHEMA, costs, read_all
+from foldfeed.pipelines.searches.results import ResultStore
 
 
 def test_bytes_that_a_child_and_its_children_read_are_counted(tmp_path):

@@ -22,9 +22,10 @@ from pipelines_data import (
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.cli.main import main
 from foldfeed.feature_store.format import alphabet
-from foldfeed.pipelines import DatabaseSpec, run_build, search_tool
-from foldfeed.pipelines.database_files import make_manifest
-from foldfeed.pipelines.databases import in_merge_order
+from foldfeed.pipelines import DatabaseSpec, run_build
+from foldfeed.pipelines.building.tools import find_tool
+from foldfeed.pipelines.databases.files import make_manifest
+from foldfeed.pipelines.databases.spec import in_merge_order
 from foldfeed.pipelines.errors import (
     ConfigError,
     DatabaseError,
@@ -35,8 +36,8 @@ from foldfeed.pipelines.errors import (
     ToolOutputError,
     ToolTimeoutError,
 )
-from foldfeed.pipelines.search_tool import SearchTool, find_binary
-from foldfeed.pipelines.tools import find_tool
+from foldfeed.pipelines.tools import search_tool
+from foldfeed.pipelines.tools.search_tool import SearchTool, find_binary
 
 HERE = is_there("mmseqs") and GLOBINS.exists()
 REASON = "mmseqs or HMMER's tutorial not found; apt-get install mmseqs2 hmmer-examples"

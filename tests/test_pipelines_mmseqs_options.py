@@ -2,9 +2,10 @@
 
 import pytest
 
-from foldfeed.pipelines import DatabaseSpec, together
+from foldfeed.pipelines import DatabaseSpec
 from foldfeed.pipelines.errors import ConfigError
-from foldfeed.pipelines.mmseqs_commands import MmseqsOptions, commands_of
+from foldfeed.pipelines.searches import together
+from foldfeed.pipelines.tools.mmseqs_commands import MmseqsOptions, commands_of
 
 
 def test_as_few_runs_as_workers_allow():

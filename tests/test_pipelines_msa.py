@@ -16,10 +16,10 @@ from foldfeed.feature_store.parsers.a3m import parse_a3m
 from foldfeed.feature_store.parsers.hit_names import species_of
 from foldfeed.pipelines import SearchResult, ToolIdentity
 from foldfeed.pipelines.errors import ToolOutputError
-from foldfeed.pipelines.hits import DatabaseHits, read_hits
-from foldfeed.pipelines.jackhmmer import Jackhmmer
-from foldfeed.pipelines.msa import merge
-from foldfeed.pipelines.subprocess_runner import Usage
+from foldfeed.pipelines.programs.subprocess_runner import Usage
+from foldfeed.pipelines.records.msa import merge
+from foldfeed.pipelines.searches.hits import DatabaseHits, read_hits
+from foldfeed.pipelines.tools.jackhmmer import Jackhmmer
 
 TOOL = ToolIdentity(name="tool", version="1", binary_sha256="0" * 64, argv_template=())
 USAGE = Usage(wall_s=0, cpu_s=0, max_rss_bytes=0)

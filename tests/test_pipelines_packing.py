@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pipelines_data import GLOBINS, config_of, first_on_path, globins, needs_hmmer, stand_in, write_fasta
 
 from foldfeed.pipelines import run_build
-from foldfeed.pipelines.packing import CommonWork, predicted_cost
-from foldfeed.pipelines.search_tool import find_binary
+from foldfeed.pipelines.planning.packing import CommonWork, predicted_cost
+from foldfeed.pipelines.tools.search_tool import find_binary
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -10,14 +10,14 @@ from foldfeed.feature_store import FeatureStore, StoreSettings
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.pipelines import DeadLetter, QuerySequence, SearchResult, ToolIdentity
 from foldfeed.pipelines.errors import AuditError
-from foldfeed.pipelines.id_set import IdSet
-from foldfeed.pipelines.parts import PartReceipt, audit, completed, write_one_part
-from foldfeed.pipelines.plan import Plan, make_plan, part_of, read_queries, resolve_duplicates
-from foldfeed.pipelines.results import ResultStore
-from foldfeed.pipelines.search import JobContext, Receipt, units_of
-from foldfeed.pipelines.search_tool import SearchedDatabase
+from foldfeed.pipelines.planning.plan import Plan, make_plan, part_of, read_queries, resolve_duplicates
+from foldfeed.pipelines.programs.subprocess_runner import Usage
+from foldfeed.pipelines.records.parts import PartReceipt, audit, completed, write_one_part
+from foldfeed.pipelines.searches.id_set import IdSet
+from foldfeed.pipelines.searches.results import ResultStore
+from foldfeed.pipelines.searches.search import JobContext, Receipt, units_of
 from foldfeed.pipelines.sequences import Coverage, coverage_of, dead_letter
-from foldfeed.pipelines.subprocess_runner import Usage
+from foldfeed.pipelines.tools.search_tool import SearchedDatabase
 
 TOOL = ToolIdentity(name="hhblits", version="3", binary_sha256="0" * 64, argv_template=())
 

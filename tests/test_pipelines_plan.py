@@ -8,14 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldfeed.feature_store.storage import open_blobs
-from foldfeed.pipelines import fasta, id_set, kept_plan
-from foldfeed.pipelines.id_set import IdSet, Sorter
-from foldfeed.pipelines.kept_plan import plan_of
-from foldfeed.pipelines.plan import make_plan, read_queries
-from foldfeed.pipelines.results import ResultStore, unit_id_of
-from foldfeed.pipelines.search import units_of
-from foldfeed.pipelines.search_tool import SearchedDatabase, ToolIdentity
+from foldfeed.pipelines import fasta
+from foldfeed.pipelines.planning import kept_plan
+from foldfeed.pipelines.planning.kept_plan import plan_of
+from foldfeed.pipelines.planning.plan import make_plan, read_queries
+from foldfeed.pipelines.searches import id_set
+from foldfeed.pipelines.searches.id_set import IdSet, Sorter
+from foldfeed.pipelines.searches.results import ResultStore, unit_id_of
+from foldfeed.pipelines.searches.search import units_of
 from foldfeed.pipelines.sequences import QuerySequence
+from foldfeed.pipelines.tools.search_tool import SearchedDatabase, ToolIdentity
 
 
 class Tool:

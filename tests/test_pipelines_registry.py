@@ -16,12 +16,13 @@ from pipelines_data import GLOBINS, globins, make_databases, needs_hhsuite, need
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.cli.main import main
-from foldfeed.pipelines import DatabaseSpec, database_files
-from foldfeed.pipelines.database_files import count_fasta, make_manifest
-from foldfeed.pipelines.databases import database_digest
+from foldfeed.pipelines import DatabaseSpec
+from foldfeed.pipelines.databases import files as database_files
+from foldfeed.pipelines.databases.files import count_fasta, make_manifest
+from foldfeed.pipelines.databases.registry import Registry, database_of, default_path
+from foldfeed.pipelines.databases.spec import database_digest
 from foldfeed.pipelines.errors import ConfigError, DatabaseError, RegistryError
 from foldfeed.pipelines.manifest import DatabaseManifest
-from foldfeed.pipelines.registry import Registry, database_of, default_path
 
 
 def counted_by_hmmer(path: Path) -> tuple[int, int]:
@@ -179,7 +180,7 @@ def test_a_known_database_is_not_read_again_until_it_changes(tmp_path, monkeypat
     reads = []
     real = database_files.file_sha256
     monkeypatch.setattr(
-        "foldfeed.pipelines.databases.file_sha256", lambda file: reads.append(file) or real(file)
+        "foldfeed.pipelines.databases.spec.file_sha256", lambda file: reads.append(file) or real(file)
     )
     database_digest(spec)
     assert reads == []

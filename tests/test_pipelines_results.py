@@ -7,8 +7,8 @@ import pytest
 
 from foldfeed.pipelines import SearchResult, ToolIdentity
 from foldfeed.pipelines.errors import CorruptResultError
-from foldfeed.pipelines.results import ResultStore, unit_id_of
-from foldfeed.pipelines.subprocess_runner import Usage
+from foldfeed.pipelines.programs.subprocess_runner import Usage
+from foldfeed.pipelines.searches.results import ResultStore, unit_id_of
 
 TOOL = ToolIdentity(name="jackhmmer", version="3.4", binary_sha256="0" * 64, argv_template=("-N", "1"))
 

@@ -17,11 +17,14 @@ from hypothesis import strategies as st
 from pyhmmer import easel
 from scan_data import digital, drawn, drawn_query, drawn_targets, hmmer_profile, write_targets
 
-from foldfeed.pipelines import scan, scan_choice, scan_kernels, scan_memory
 from foldfeed.pipelines.errors import KernelError, ToolNotFoundError, UnreadableDatabaseError
-from foldfeed.pipelines.scan_choice import best_kernel, check_kernel, seconds_per_cell
-from foldfeed.pipelines.scan_database import SYMBOLS, ScanDatabase, codes_of_bytes
-from foldfeed.pipelines.scan_kernels import PAD, digitise, kernels
+from foldfeed.pipelines.fast_scan import choice as scan_choice
+from foldfeed.pipelines.fast_scan import kernels as scan_kernels
+from foldfeed.pipelines.fast_scan import memory as scan_memory
+from foldfeed.pipelines.fast_scan import scan
+from foldfeed.pipelines.fast_scan.choice import best_kernel, check_kernel, seconds_per_cell
+from foldfeed.pipelines.fast_scan.database import SYMBOLS, ScanDatabase, codes_of_bytes
+from foldfeed.pipelines.fast_scan.kernels import PAD, digitise, kernels
 
 if scan_kernels.library_path() is None:
     pytest.skip("installed without the scan's kernels (no C compiler)", allow_module_level=True)

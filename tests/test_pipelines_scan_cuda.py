@@ -19,17 +19,20 @@ from pipelines_data import config_of, globins, needs_hmmer, write_fasta
 from scan_data import RESIDUES, digital, drawn, drawn_targets, hmmer_profile, write_targets
 
 from foldfeed.feature_store.errors import MissingExtraError
-from foldfeed.pipelines import run_build, scan, scan_choice, scan_kernels
-from foldfeed.pipelines.cuda_device import num_devices
+from foldfeed.pipelines import run_build
+from foldfeed.pipelines.cli.search_speed import lines_of
 from foldfeed.pipelines.errors import DeviceError, KernelError
-from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer
-from foldfeed.pipelines.jackhmmer import Jackhmmer
-from foldfeed.pipelines.scan_choice import best_kernel, scan_kernel
-from foldfeed.pipelines.scan_database import ScanDatabase
-from foldfeed.pipelines.scan_gpu import GpuKernel, Layout, layout_of, open_gpu_kernel
-from foldfeed.pipelines.scan_kernels import MAX_LETTERS, NUM_CODES, PAD, kernels
+from foldfeed.pipelines.fast_scan import choice as scan_choice
+from foldfeed.pipelines.fast_scan import kernels as scan_kernels
+from foldfeed.pipelines.fast_scan import scan
+from foldfeed.pipelines.fast_scan.choice import best_kernel, scan_kernel
+from foldfeed.pipelines.fast_scan.cuda_device import num_devices
+from foldfeed.pipelines.fast_scan.database import ScanDatabase
+from foldfeed.pipelines.fast_scan.gpu import GpuKernel, Layout, layout_of, open_gpu_kernel
+from foldfeed.pipelines.fast_scan.kernels import MAX_LETTERS, NUM_CODES, PAD, kernels
 from foldfeed.pipelines.search_speed import measure_search
-from foldfeed.pipelines.search_speed_cli import lines_of
+from foldfeed.pipelines.tools.fast_jackhmmer import FastJackhmmer
+from foldfeed.pipelines.tools.jackhmmer import Jackhmmer
 
 
 def why_no_device() -> str:

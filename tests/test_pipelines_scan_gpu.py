@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from foldfeed.feature_store.errors import MissingExtraError
-from foldfeed.pipelines import cuda_device, scan_choice, scan_kernels
-from foldfeed.pipelines.cuda_device import compile_source
 from foldfeed.pipelines.errors import ConfigError, DeviceError
-from foldfeed.pipelines.scan_choice import VARIABLE, best_kernel, describe_kernel, scan_kernel
-from foldfeed.pipelines.scan_gpu import Layout, layout_of, source
+from foldfeed.pipelines.fast_scan import choice as scan_choice
+from foldfeed.pipelines.fast_scan import cuda_device
+from foldfeed.pipelines.fast_scan import kernels as scan_kernels
+from foldfeed.pipelines.fast_scan.choice import VARIABLE, best_kernel, describe_kernel, scan_kernel
+from foldfeed.pipelines.fast_scan.cuda_device import compile_source
+from foldfeed.pipelines.fast_scan.gpu import Layout, layout_of, source
 
 if scan_kernels.library_path() is None:
     pytest.skip("installed without the scan's kernels (no C compiler)", allow_module_level=True)

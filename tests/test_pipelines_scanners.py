@@ -27,14 +27,8 @@ from pipelines_data import (
 from pyhmmer import easel, plan7
 from scan_data import ALPHABET, digital, drawn
 
-from foldfeed.pipelines import (
-    DatabaseSpec,
-    hmmpgmd,
-    hmmpgmd_scanner,
-    pyhmmer_scanner,
-    run_build,
-    scan_kernels,
-)
+from foldfeed.pipelines import DatabaseSpec, run_build
+from foldfeed.pipelines.building.tools import find_sharded, find_tool
 from foldfeed.pipelines.errors import (
     CancelledError,
     DatabaseChangedError,
@@ -44,13 +38,14 @@ from foldfeed.pipelines.errors import (
     ToolTimeoutError,
     UnreadableDatabaseError,
 )
-from foldfeed.pipelines.hmmpgmd import DaemonProgram, read_hits
-from foldfeed.pipelines.jackhmmer import Jackhmmer, run_jackhmmer
-from foldfeed.pipelines.scan_database import ScanDatabase
-from foldfeed.pipelines.search_tool import SearchResult, Shard
-from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
-from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all
-from foldfeed.pipelines.tools import find_sharded, find_tool
+from foldfeed.pipelines.fast_scan import kernels as scan_kernels
+from foldfeed.pipelines.fast_scan.database import ScanDatabase
+from foldfeed.pipelines.programs.subprocess_runner import allow_all, cancel_all
+from foldfeed.pipelines.tools import hmmpgmd, hmmpgmd_scanner, pyhmmer_scanner
+from foldfeed.pipelines.tools.hmmpgmd import DaemonProgram, read_hits
+from foldfeed.pipelines.tools.jackhmmer import Jackhmmer, run_jackhmmer
+from foldfeed.pipelines.tools.search_tool import SearchResult, Shard
+from foldfeed.pipelines.tools.sharded_jackhmmer import ShardedJackhmmer
 
 pytestmark = [
     pytest.mark.external_tool,
@@ -346,7 +341,7 @@ def test_daemons_that_cannot_be_talked_to_are_refused_by_name(tmp_path, monkeypa
     old = stand_in(tmp_path / "bin", "", name="hmmpgmd")
     (old / "hmmpgmd").write_text("#!/bin/sh\necho '# HMMER 3.3.2 (Nov 2020)'\n")
     monkeypatch.setenv("PATH", str(old))
-    monkeypatch.setattr("foldfeed.pipelines.search_tool._packaged", lambda name: None)
+    monkeypatch.setattr("foldfeed.pipelines.tools.search_tool._packaged", lambda name: None)
     with pytest.raises(ToolNotFoundError, match=r"hmmpgmd is 3\.3\.2; before 3\.4 .*use '--engine pyhmmer'"):
         DaemonProgram.find()
 

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from pipelines_data import GLOBINS, globins, needs_hmmer, write_fasta
 
 from foldfeed.feature_store.cli.main import main
-from foldfeed.pipelines import scan_kernels
 from foldfeed.pipelines.errors import ConfigError
+from foldfeed.pipelines.fast_scan import kernels as scan_kernels
 from foldfeed.pipelines.search_speed import EngineSpeed, SearchSpeed, measure_search, read_queries
 
 pytestmark = [pytest.mark.external_tool, needs_hmmer]

@@ -15,16 +15,18 @@ from hypothesis import strategies as st
 from pipelines_data import GLOBINS, config_of, globins, needs_hmmer, write_fasta
 
 from foldfeed.feature_store import FeatureStore
-from foldfeed.pipelines import DatabaseSpec, jackhmmer_scanner, run_build, scan_kernels, sharded_jackhmmer
+from foldfeed.pipelines import DatabaseSpec, run_build
+from foldfeed.pipelines.building.tools import find_sharded, find_tool
 from foldfeed.pipelines.errors import ConfigError, ToolOutputError
-from foldfeed.pipelines.hits import read_hits
-from foldfeed.pipelines.jackhmmer import Jackhmmer, run_jackhmmer
-from foldfeed.pipelines.jackhmmer_scanner import num_targets_of
-from foldfeed.pipelines.results import ResultStore
-from foldfeed.pipelines.scan_names import copy_named
-from foldfeed.pipelines.search_tool import Shard
-from foldfeed.pipelines.sharded_jackhmmer import ShardedJackhmmer
-from foldfeed.pipelines.tools import find_sharded, find_tool
+from foldfeed.pipelines.fast_scan import kernels as scan_kernels
+from foldfeed.pipelines.fast_scan.names import copy_named
+from foldfeed.pipelines.searches.hits import read_hits
+from foldfeed.pipelines.searches.results import ResultStore
+from foldfeed.pipelines.tools import jackhmmer_scanner, sharded_jackhmmer
+from foldfeed.pipelines.tools.jackhmmer import Jackhmmer, run_jackhmmer
+from foldfeed.pipelines.tools.jackhmmer_scanner import num_targets_of
+from foldfeed.pipelines.tools.search_tool import Shard
+from foldfeed.pipelines.tools.sharded_jackhmmer import ShardedJackhmmer
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 TIMEOUT_S = 250.0

@@ -24,17 +24,18 @@ from rich.console import Console
 from foldfeed.feature_store import FeatureStore, StorageError
 from foldfeed.feature_store.cli.main import main
 from foldfeed.feature_store.storage import open_blobs
-from foldfeed.pipelines.database_files import make_manifest
-from foldfeed.pipelines.databases import DatabaseSpec, database_digest
+from foldfeed.pipelines.building.progress import byte_bars
+from foldfeed.pipelines.databases.files import make_manifest
+from foldfeed.pipelines.databases.registry import Registry
+from foldfeed.pipelines.databases.spec import DatabaseSpec, database_digest
+from foldfeed.pipelines.databases.staging import RECORD, StagedDatabase, stage
 from foldfeed.pipelines.errors import ConfigError, StagingError, StagingFullError
-from foldfeed.pipelines.progress import byte_bars
-from foldfeed.pipelines.registry import Registry
-from foldfeed.pipelines.staging import RECORD, StagedDatabase, stage
 
 # Pieces of 64 KiB and a note after each, so that files of a test have many of both.
 SCRIPT = """
 import sys
-from foldfeed.pipelines import staging, staging_copy
+from foldfeed.pipelines.databases import staging
+from foldfeed.pipelines.databases import staging_copy
 staging_copy.PIECE_BYTES, staging_copy.NOTE_S, staging_copy.NUM_AHEAD = 1 << 16, 0.0, 1
 def tell(stage, done, total):
     print(stage, done, total, flush=True)
@@ -70,9 +71,9 @@ def wait_for(process: subprocess.Popen, wanted) -> str:
 
 @pytest.fixture
 def quick_notes(monkeypatch):
-    monkeypatch.setattr("foldfeed.pipelines.staging_copy.PIECE_BYTES", 1 << 16)
-    monkeypatch.setattr("foldfeed.pipelines.staging_copy.NOTE_S", 0.0)
-    monkeypatch.setattr("foldfeed.pipelines.staging_copy.NUM_AHEAD", 1)
+    monkeypatch.setattr("foldfeed.pipelines.databases.staging_copy.PIECE_BYTES", 1 << 16)
+    monkeypatch.setattr("foldfeed.pipelines.databases.staging_copy.NOTE_S", 0.0)
+    monkeypatch.setattr("foldfeed.pipelines.databases.staging_copy.NUM_AHEAD", 1)
 
 
 def staged_and_told(url: str, folder: Path) -> tuple[StagedDatabase, list[int]]:
@@ -197,7 +198,7 @@ def test_a_server_that_stops_answering_costs_a_piece_and_not_the_copy(
     source.mkdir()
     (source / "u.fasta").write_bytes(data)
     monkeypatch.setenv("FOLDFEED_STORAGE_ATTEMPTS", "1")
-    monkeypatch.setattr("foldfeed.pipelines.staging_copy.NOTE_S", note_s)
+    monkeypatch.setattr("foldfeed.pipelines.databases.staging_copy.NOTE_S", note_s)
     with range_server(source, tags=True, absent=503) as (url, _):
 
         def stop(stage_name, done, total):
@@ -283,8 +284,8 @@ def test_a_server_that_tells_no_version_is_refused_unless_the_digest_is_known(tm
         requests.clear()
         with monkeypatch.context() as patched:
             # Neither the source nor the copy is read again.
-            patched.setattr("foldfeed.pipelines.databases.file_sha256", None)
-            patched.setattr("foldfeed.pipelines.staging.file_sha256", None)
+            patched.setattr("foldfeed.pipelines.databases.spec.file_sha256", None)
+            patched.setattr("foldfeed.pipelines.databases.staging.file_sha256", None)
             again = stage("", tmp_path / "to", name="u", manifest=manifest)
             assert (again.was_there, database_digest(again.spec)) == (True, manifest.digest)
         assert requests == []
@@ -380,7 +381,7 @@ def test_a_full_disk_is_said_and_what_was_copied_is_kept(tmp_path, small_disk, q
             (small_disk / "filler").write_bytes(bytes(300_000))
 
     # No note but that of the last moment.
-    monkeypatch.setattr("foldfeed.pipelines.staging_copy.NOTE_S", 1000.0)
+    monkeypatch.setattr("foldfeed.pipelines.databases.staging_copy.NOTE_S", 1000.0)
     with pytest.raises(StagingFullError, match="what was copied is kept") as caught:
         stage(str(source), small_disk, name="u", tell=fill)
     assert 0 < caught.value.num_missing < len(data) - 100_000

@@ -10,9 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from foldfeed.pipelines import subprocess_runner
 from foldfeed.pipelines.errors import CancelledError, ToolFailedError, ToolTimeoutError
-from foldfeed.pipelines.subprocess_runner import allow_all, cancel_all, launcher, run_program, running
+from foldfeed.pipelines.programs import subprocess_runner
+from foldfeed.pipelines.programs.subprocess_runner import (
+    allow_all,
+    cancel_all,
+    launcher,
+    run_program,
+    running,
+)
 
 SH = "/bin/sh"
 
@@ -93,7 +99,7 @@ def test_a_killed_worker_leaves_no_orphan(tmp_path, has_setpriv):
     code = f"""
 import sys, threading
 from pathlib import Path
-from foldfeed.pipelines import subprocess_runner as runner
+from foldfeed.pipelines.programs import subprocess_runner as runner
 if not {has_setpriv}:
     runner.shutil.which = lambda name: None
 script = "echo $$ > {tmp_path}/pids; exec sleep 100"
@@ -124,7 +130,7 @@ wait"""
     code = f"""
 import sys, time
 from pathlib import Path
-from foldfeed.pipelines.subprocess_runner import run_program, running
+from foldfeed.pipelines.programs.subprocess_runner import run_program, running
 words = ["/bin/bash", "-c", {script!r}]
 if sys.argv[1] == "waited for":
     run_program(words, folder=Path({str(tmp_path)!r}), timeout_s=100)
@@ -204,7 +210,7 @@ def test_a_killed_warden_is_replaced(tmp_path):
 def test_the_warden_ends_with_its_worker(tmp_path):
     code = f"""
 from pathlib import Path
-from foldfeed.pipelines import subprocess_runner as runner
+from foldfeed.pipelines.programs import subprocess_runner as runner
 runner.run_program(["/bin/true"], folder=Path({str(tmp_path)!r}), timeout_s=10)
 print(runner._warden._pid)
 """
@@ -217,7 +223,7 @@ def test_a_worker_whose_engine_is_gone_kills_its_tools_and_ends(tmp_path, how):
     worker_code = f"""
 import os, sys, threading
 from pathlib import Path
-from foldfeed.pipelines import subprocess_runner as runner
+from foldfeed.pipelines.programs import subprocess_runner as runner
 runner.follow_parent()
 script = "echo $$ > {tmp_path}/pids; exec sleep 100"
 thread = threading.Thread(target=runner.run_program, args=(["/bin/sh", "-c", script],),

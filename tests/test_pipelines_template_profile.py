@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 
-from foldfeed.pipelines.hmmsearch import sequences_in
-from foldfeed.pipelines.template_profile import to_stockholm
+from foldfeed.pipelines.tools.hmmsearch import sequences_in
+from foldfeed.pipelines.tools.template_profile import to_stockholm
 
 
 def test_an_alignment_as_stockholm_keeps_every_letter_in_its_place():

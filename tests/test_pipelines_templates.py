@@ -24,27 +24,27 @@ from foldfeed.feature_store.cli.main import main
 from foldfeed.feature_store.parsers.release_dates import parse_release_dates
 from foldfeed.feature_store.parsers.stockholm import stockholm_as_a3m
 from foldfeed.pipelines import run_build
-from foldfeed.pipelines.array_task import search_share
-from foldfeed.pipelines.database_files import make_manifest
-from foldfeed.pipelines.databases import DatabaseSpec
+from foldfeed.pipelines.building.array_task import search_share
+from foldfeed.pipelines.building.job import forecast_build, planned
+from foldfeed.pipelines.building.run import context_of
+from foldfeed.pipelines.databases.files import make_manifest
+from foldfeed.pipelines.databases.registry import Registry
+from foldfeed.pipelines.databases.registry import templates_of as templates_named
+from foldfeed.pipelines.databases.spec import DatabaseSpec
+from foldfeed.pipelines.databases.template_database import make_template_files
 from foldfeed.pipelines.errors import ConfigError, DatabaseError
 from foldfeed.pipelines.fasta import read_fasta
-from foldfeed.pipelines.forecast import lines_of
-from foldfeed.pipelines.job import forecast_build, planned
-from foldfeed.pipelines.registry import Registry
-from foldfeed.pipelines.registry import templates_of as templates_named
-from foldfeed.pipelines.results import ResultStore
-from foldfeed.pipelines.run import context_of
-from foldfeed.pipelines.search_tool import find_binary
-from foldfeed.pipelines.share import Share
-from foldfeed.pipelines.template_database import make_template_files
-from foldfeed.pipelines.template_profile import to_stockholm
-from foldfeed.pipelines.template_search import (
+from foldfeed.pipelines.planning.forecast import lines_of
+from foldfeed.pipelines.planning.share import Share
+from foldfeed.pipelines.searches.results import ResultStore
+from foldfeed.pipelines.searches.template_search import (
     search_template_unit,
     template_unit,
     template_unit_id,
     templates_of,
 )
+from foldfeed.pipelines.tools.search_tool import find_binary
+from foldfeed.pipelines.tools.template_profile import to_stockholm
 
 pytestmark = [pytest.mark.external_tool, needs_hmmer]
 
@@ -373,7 +373,7 @@ def test_a_database_is_made_of_mmcif_files(tmp_path, monkeypatch):
     (folder / "ab" / "1abc.cif").write_bytes(sample("1ABC", {"A": "A", "B": "B"}, date="2001-02-03"))
     (folder / "2abc.cif").write_bytes(sample("2ABC", {"C": "X"}, date="2020-02-01"))
     (folder / "bad.cif").write_text("data_x\n")
-    monkeypatch.setattr("foldfeed.pipelines.template_database._BATCH", 1)
+    monkeypatch.setattr("foldfeed.pipelines.databases.template_database._BATCH", 1)
     for processes in (1, 2):
         made = make_template_files("pdb", folder, tmp_path / f"db{processes}", num_processes=processes)
         assert (made.num_chains, made.num_entries, len(made.rejects)) == (3, 2, 1)

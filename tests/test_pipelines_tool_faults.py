@@ -18,9 +18,9 @@ from pipelines_data import (
 from foldfeed.feature_store import FeatureStore
 from foldfeed.pipelines import DatabaseSpec, run_build
 from foldfeed.pipelines.build_config import BuildReport
+from foldfeed.pipelines.building.tools import find_tool
 from foldfeed.pipelines.errors import NothingCommittedError, ToolNotFoundError
-from foldfeed.pipelines.search_tool import find_binary, require_same_binary
-from foldfeed.pipelines.tools import find_tool
+from foldfeed.pipelines.tools.search_tool import find_binary, require_same_binary
 
 pytestmark = [pytest.mark.external_tool, needs_hmmer]
 

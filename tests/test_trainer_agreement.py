@@ -18,7 +18,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from foldfeed.trainer.agreement import (
+from foldfeed.trainer.errors import TrainerError
+from foldfeed.trainer.members.agreement import (
     FolderRegister,
     Member,
     Report,
@@ -26,7 +27,6 @@ from foldfeed.trainer.agreement import (
     may_propose,
     propose,
 )
-from foldfeed.trainer.errors import TrainerError
 
 TIMEOUT_S = 100.0
 PATIENCE_S = 10.0

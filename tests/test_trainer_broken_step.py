@@ -11,14 +11,14 @@ import torch
 from thread_ranks import on_threads
 from trainer_ranks import toy_model, toy_shard
 
-from foldfeed.trainer.buckets import Bucket, plan_buckets
-from foldfeed.trainer.dyadic import Block, Division, repaired, usual_division
 from foldfeed.trainer.errors import CommunicationError
-from foldfeed.trainer.exchange import TreeExchange
-from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.ranks import Ranks
-from foldfeed.trainer.reducer import TreeReducer
-from foldfeed.trainer.transfer import divide_step
+from foldfeed.trainer.gradients.buckets import Bucket, plan_buckets
+from foldfeed.trainer.gradients.dyadic import Block, Division, repaired, usual_division
+from foldfeed.trainer.gradients.exchange import TreeExchange
+from foldfeed.trainer.gradients.flat import FlatParameters
+from foldfeed.trainer.gradients.reducer import TreeReducer
+from foldfeed.trainer.groups.ranks import Ranks
+from foldfeed.trainer.members.transfer import divide_step
 
 
 class Breaking(TreeExchange):

@@ -16,11 +16,11 @@ from trainer_ranks import train_synthetic
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer import prove
-from foldfeed.trainer.buckets import plan_buckets
 from foldfeed.trainer.elastic import Launcher, Plan
-from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.ranks import Ranks
-from foldfeed.trainer.reducer import TreeReducer
+from foldfeed.trainer.gradients.buckets import plan_buckets
+from foldfeed.trainer.gradients.flat import FlatParameters
+from foldfeed.trainer.gradients.reducer import TreeReducer
+from foldfeed.trainer.groups.ranks import Ranks
 
 pytestmark = [
     pytest.mark.cuda,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foldfeed.trainer.buckets import TAIL_SHARE, auto_bucket_bytes, plan_buckets
-from foldfeed.trainer.dyadic import (
+from foldfeed.trainer.gradients.buckets import TAIL_SHARE, auto_bucket_bytes, plan_buckets
+from foldfeed.trainer.gradients.dyadic import (
     Block,
     aligned_blocks,
     blocks_of_ranks,

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from foldfeed.trainer.buckets import plan_buckets
 from foldfeed.trainer.config import OptimizerConfig
 from foldfeed.trainer.errors import GradientError, TrainerConfigError
-from foldfeed.trainer.flat import ALIGN_ELEMENTS, FlatParameters
-from foldfeed.trainer.optimizer import FlatAdamW
+from foldfeed.trainer.gradients.buckets import plan_buckets
+from foldfeed.trainer.gradients.flat import ALIGN_ELEMENTS, FlatParameters
+from foldfeed.trainer.gradients.optimizer import FlatAdamW
 
 
 class Tied(nn.Module):

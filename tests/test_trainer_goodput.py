@@ -20,7 +20,7 @@ from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer import goodput
 from foldfeed.trainer.errors import TrainerError
 from foldfeed.trainer.goodput import GOODPUT_FILE, MEANINGS, PRODUCTIVE, RECOVERY, WASTED, Ledger, account
-from foldfeed.trainer.metrics import Metrics
+from foldfeed.trainer.training.metrics import Metrics
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -16,12 +16,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from trainer_ranks import toy_shard
 
-from foldfeed.trainer.buckets import plan_buckets
-from foldfeed.trainer.dyadic import owned_shards
 from foldfeed.trainer.errors import GradientError, TrainerConfigError
-from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.ranks import Ranks
-from foldfeed.trainer.reducer import TreeReducer
+from foldfeed.trainer.gradients.buckets import plan_buckets
+from foldfeed.trainer.gradients.dyadic import owned_shards
+from foldfeed.trainer.gradients.flat import FlatParameters
+from foldfeed.trainer.gradients.reducer import TreeReducer
+from foldfeed.trainer.groups.ranks import Ranks
 
 
 def test_a_model_that_keeps_state_in_buffers_is_refused(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from warm_python import run_module
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer.errors import LeaseHeldError, LeaseLostError
-from foldfeed.trainer.lease import LEASE_FILE, Lease, identity
-from foldfeed.trainer.snapshot import BUFFERS, SnapshotFolder, checksum
+from foldfeed.trainer.state.lease import LEASE_FILE, Lease, identity
+from foldfeed.trainer.state.snapshot import BUFFERS, SnapshotFolder, checksum
 
 
 def run(folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,8 +14,8 @@ from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.storage import open_blobs
 from foldfeed.trainer.cli import main
 from foldfeed.trainer.errors import NoValidSnapshotError
-from foldfeed.trainer.mirror import Mirror, fetch
-from foldfeed.trainer.snapshot import read_generation
+from foldfeed.trainer.state.mirror import Mirror, fetch
+from foldfeed.trainer.state.snapshot import read_generation
 
 SIZES = [*SMALL_CROPS, "--global-batch", "3", *SMALL_MODEL]
 FLAGS = ["--device", "cpu", "--no-tensorboard", "--memory-snapshots", "none", "--snapshot-every", "2"]

@@ -9,9 +9,9 @@ import torch
 from trainer_ranks import synthetic_sample
 
 from foldfeed.trainer.config import DataConfig, ModelConfig
-from foldfeed.trainer.losses import Loss, distance_bins, distogram_loss, masked_msa_loss
-from foldfeed.trainer.model import CompactEvoformer
-from foldfeed.trainer.task import EvoformerTask
+from foldfeed.trainer.models.losses import Loss, distance_bins, distogram_loss, masked_msa_loss
+from foldfeed.trainer.models.model import CompactEvoformer
+from foldfeed.trainer.models.task import EvoformerTask
 
 DATA = DataConfig(store="none", crop_residues=13, num_clusters=5, num_extra=9)
 CONFIG = ModelConfig(c_m=12, c_z=8, c_e=8, num_blocks=2, num_heads=2, c_opm=3, c_tri=5, max_relative=4)

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from foldfeed.trainer import nccl
 from foldfeed.trainer.config import DataConfig, RunConfig
 from foldfeed.trainer.errors import TrainerConfigError
-from foldfeed.trainer.nccl import PRESETS
-from foldfeed.trainer.ranks import pick_device
-from foldfeed.trainer.resume import network_warning
+from foldfeed.trainer.groups import nccl
+from foldfeed.trainer.groups.nccl import PRESETS
+from foldfeed.trainer.groups.ranks import pick_device
+from foldfeed.trainer.state.resume import network_warning
 
 BENCH = Path(__file__).parents[1] / "bench" / "trainer_nccl.py"
 

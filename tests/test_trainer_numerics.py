@@ -17,22 +17,22 @@ from thread_ranks import on_threads
 from torch import nn
 from trainer_ranks import SyntheticSource, tiny_config, toy_model, toy_shard, train_synthetic
 
-from foldfeed.trainer.buckets import plan_buckets
-from foldfeed.trainer.compiling import settle, why_not
 from foldfeed.trainer.config import DataConfig, HeldOutConfig, ModelConfig, OptimizerConfig, RunConfig
-from foldfeed.trainer.dyadic import Block, owned_shards, tree_sum
 from foldfeed.trainer.errors import SnapshotMismatchError, TrainerConfigError
 from foldfeed.trainer.export import named_weights
-from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.launch import prepare_numerics, train
-from foldfeed.trainer.losses import Loss
-from foldfeed.trainer.optimizer import FlatAdamW, learning_rate
-from foldfeed.trainer.ranks import Ranks
-from foldfeed.trainer.reducer import TreeReducer
-from foldfeed.trainer.resume import environment
+from foldfeed.trainer.gradients.buckets import plan_buckets
+from foldfeed.trainer.gradients.dyadic import Block, owned_shards, tree_sum
+from foldfeed.trainer.gradients.flat import FlatParameters
+from foldfeed.trainer.gradients.optimizer import FlatAdamW, learning_rate
+from foldfeed.trainer.gradients.reducer import TreeReducer
+from foldfeed.trainer.groups.ranks import Ranks
+from foldfeed.trainer.models.losses import Loss
+from foldfeed.trainer.models.task import EvoformerTask, Task
 from foldfeed.trainer.rng import seed_shard
-from foldfeed.trainer.snapshot import read_generation
-from foldfeed.trainer.task import EvoformerTask, Task
+from foldfeed.trainer.state.resume import environment
+from foldfeed.trainer.state.snapshot import read_generation
+from foldfeed.trainer.training.compiling import settle, why_not
+from foldfeed.trainer.training.launch import prepare_numerics, train
 
 ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"))
 

@@ -18,9 +18,9 @@ from foldfeed.trainer.errors import (
     SnapshotError,
     SnapshotMismatchError,
 )
-from foldfeed.trainer.ranks import Ranks
-from foldfeed.trainer.resume import check_belongs, newest_valid
-from foldfeed.trainer.snapshot import BUFFERS, SnapshotFolder, checksum, read_generation
+from foldfeed.trainer.groups.ranks import Ranks
+from foldfeed.trainer.state.resume import check_belongs, newest_valid
+from foldfeed.trainer.state.snapshot import BUFFERS, SnapshotFolder, checksum, read_generation
 
 ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"))
 IDENTITY = {"seed": 1, "model": {"c_m": 32}}
@@ -166,7 +166,7 @@ def test_a_sound_snapshot_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_in_the_trainer_unpickles() -> None:
-    folder = Path(sys.modules["foldfeed.trainer.snapshot"].__file__ or "").parent
+    folder = Path(sys.modules["foldfeed.trainer.state.snapshot"].__file__ or "").parent
     for source in folder.glob("*.py"):
         text = source.read_text()
         for word in ("import pickle", "torch.load", "torch.save", "_object(", "eval("):

@@ -19,7 +19,7 @@ from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 from foldfeed.trainer import Loss, Task, TrainerConfigError, curve, export
 from foldfeed.trainer.cli import main
 from foldfeed.trainer.config import DataConfig, HeldOutConfig, ModelConfig, RunConfig
-from foldfeed.trainer.task import EvoformerTask, identity, load_task
+from foldfeed.trainer.models.task import EvoformerTask, identity, load_task
 
 SIZES = [*SMALL_CROPS, "--device", "cpu", "--no-tensorboard"]
 EVERY_STEP = {"trained": ("a", "b", "c", "d"), "held": ("e", "f", "g")}
@@ -112,7 +112,7 @@ def test_a_look_counts_each_held_out_record_once(store: FeatureStore, tmp_path: 
     )
     for wanted, samples in ((0, 3), (2, 2), (5, 5)):
         output = tmp_path / f"{wanted}"
-        from foldfeed.trainer.launch import run
+        from foldfeed.trainer.training.launch import run
 
         run(
             RunConfig(

@@ -21,12 +21,12 @@ from trainer_ranks import launch, tiny_config, train_synthetic
 
 from foldfeed.trainer.config import SnapshotConfig
 from foldfeed.trainer.errors import NoValidSnapshotError, SnapshotError, TrainerConfigError
-from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.interval import Interval, young_daly_s
-from foldfeed.trainer.model import CompactEvoformer
-from foldfeed.trainer.resume import newest_valid
-from foldfeed.trainer.snapshot import BUFFERS, SnapshotFolder, checksum, read_generation
-from foldfeed.trainer.tiers import Capture, Saver, memory_folder
+from foldfeed.trainer.gradients.flat import FlatParameters
+from foldfeed.trainer.models.model import CompactEvoformer
+from foldfeed.trainer.state.interval import Interval, young_daly_s
+from foldfeed.trainer.state.resume import newest_valid
+from foldfeed.trainer.state.snapshot import BUFFERS, SnapshotFolder, checksum, read_generation
+from foldfeed.trainer.state.tiers import Capture, Saver, memory_folder
 
 RUN = "aa"
 
@@ -87,7 +87,7 @@ def test_a_write_that_ends_early_leaves_the_other_generation(tmp_path: Path) -> 
 
 
 def other_run(path: Path) -> None:
-    from foldfeed.trainer.snapshot import _seal
+    from foldfeed.trainer.state.snapshot import _seal
 
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_bytes(_seal({**manifest, "run_id": "bb"}))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foldfeed.trainer.errors import TrainerConfigError
-from foldfeed.trainer.topology import by_place, nodes_of, own_place, pair_up, told_place
+from foldfeed.trainer.groups.topology import by_place, nodes_of, own_place, pair_up, told_place
 
 
 def test_a_place_comes_from_the_environment_a_file_or_the_host(tmp_path: Path) -> None:

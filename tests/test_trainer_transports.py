@@ -23,10 +23,11 @@ from trainer_ranks import free_port, launch, rank_environment
 from warm_python import Program, run_programs
 
 from foldfeed.feature_store import FeatureStore
-from foldfeed.trainer.buckets import RAMP, Bucket, plan_buckets, plan_ramp
 from foldfeed.trainer.cli import main
 from foldfeed.trainer.config import DataConfig, RunConfig
-from foldfeed.trainer.dyadic import (
+from foldfeed.trainer.errors import TrainerConfigError
+from foldfeed.trainer.gradients.buckets import RAMP, Bucket, plan_buckets, plan_ramp
+from foldfeed.trainer.gradients.dyadic import (
     Block,
     aligned_blocks,
     blocks_of_ranks,
@@ -34,15 +35,14 @@ from foldfeed.trainer.dyadic import (
     subtree_sum,
     tree_sum,
 )
-from foldfeed.trainer.errors import TrainerConfigError
-from foldfeed.trainer.exchange import TreeExchange, add_in_place, elements_sent, sum_rows
-from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.probe import Link
-from foldfeed.trainer.ranks import Ranks, TorchGroup
-from foldfeed.trainer.reducer import TreeReducer
-from foldfeed.trainer.topology import nodes_of
-from foldfeed.trainer.transports import _candidates, find_nodes, plan_for
-from foldfeed.trainer.two_level import TwoLevelExchange, node_groups
+from foldfeed.trainer.gradients.exchange import TreeExchange, add_in_place, elements_sent, sum_rows
+from foldfeed.trainer.gradients.flat import FlatParameters
+from foldfeed.trainer.gradients.probe import Link
+from foldfeed.trainer.gradients.reducer import TreeReducer
+from foldfeed.trainer.gradients.transports import _candidates, find_nodes, plan_for
+from foldfeed.trainer.gradients.two_level import TwoLevelExchange, node_groups
+from foldfeed.trainer.groups.ranks import Ranks, TorchGroup
+from foldfeed.trainer.groups.topology import nodes_of
 
 # The world 6 has nodes of 2, of 3, or of 3, 2 and 1 ranks by no order; 7 and 11 shards divide by none.
 WORLD, NODES, SHARDS = 6, ["aabbcc", "aaabbb", "abbcab"], [6, 7, 8, 11]

@@ -13,10 +13,10 @@ import torch
 from test_trainer_snapshot import ALONE
 from trainer_ranks import launch, toy_model, toy_shard
 
-from foldfeed.trainer.buckets import plan_buckets
-from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.reducer import TreeReducer
-from foldfeed.trainer.watch import STACKS_FILE, StackWatch, Stragglers
+from foldfeed.trainer.gradients.buckets import plan_buckets
+from foldfeed.trainer.gradients.flat import FlatParameters
+from foldfeed.trainer.gradients.reducer import TreeReducer
+from foldfeed.trainer.training.watch import STACKS_FILE, StackWatch, Stragglers
 
 
 def test_a_straggler_is_named_once_with_its_phase() -> None:

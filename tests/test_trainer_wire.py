@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldfeed.trainer.errors import WireError
-from foldfeed.trainer.ranks import Ranks
-from foldfeed.trainer.wire import Channel, Frames, MeshGroup, dial, frame, greet
+from foldfeed.trainer.groups.ranks import Ranks
+from foldfeed.trainer.groups.wire import Channel, Frames, MeshGroup, dial, frame, greet
 
 KEY = b"k" * 32
 pytestmark = pytest.mark.timeout(60)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from foldfeed.trainer.ranks import Ranks
+from foldfeed.trainer.groups.ranks import Ranks
 
 Result = TypeVar("Result")
 

@@ -113,7 +113,7 @@ class SyntheticSource:
         self.odd: tuple[int, Any] = (-1, None)
 
     def __iter__(self) -> Iterator[FakeStep]:
-        from foldfeed.trainer.dyadic import owned_shards
+        from foldfeed.trainer.gradients.dyadic import owned_shards
 
         shards = self.data.num_shards
         per_shard = self.data.global_batch // shards
@@ -234,7 +234,7 @@ QUIRKS = ("nan_at", "pause_s", "slow", "fill_memory", *SIGNALS)
 
 def train_synthetic(ranks: Any, folder: Path, **changes: Any) -> Any:
     """Runs `train` over the synthetic source."""
-    from foldfeed.trainer.launch import prepare_numerics, train
+    from foldfeed.trainer.training.launch import prepare_numerics, train
 
     quirks = {name: changes.pop(name) for name in QUIRKS if name in changes}
     if "NODE" in (memory := changes.get("snapshots", {}).get("memory", "")):
@@ -345,11 +345,11 @@ def case_gradients(ranks: Any, folder: Path, options: dict[str, Any]) -> Any:
     import torch
     from rank_refusals import model_in_ddp, other_layout, replaced_gradient, replica_mismatch
 
-    from foldfeed.trainer.buckets import plan_buckets
-    from foldfeed.trainer.ddp import DdpReducer
-    from foldfeed.trainer.dyadic import owned_shards
-    from foldfeed.trainer.flat import FlatParameters
-    from foldfeed.trainer.reducer import TreeReducer
+    from foldfeed.trainer.gradients.buckets import plan_buckets
+    from foldfeed.trainer.gradients.ddp import DdpReducer
+    from foldfeed.trainer.gradients.dyadic import owned_shards
+    from foldfeed.trainer.gradients.flat import FlatParameters
+    from foldfeed.trainer.gradients.reducer import TreeReducer
 
     results: dict[str, Any] = {}
     cases = (("tree8", 8, -1), ("tree6", 6, -1), ("late8", 8, 1), ("bf16", 6, -1), ("late16", 6, 1))
@@ -390,9 +390,9 @@ def overlap_events(ranks: Any) -> list[list[Any]]:
     import torch
     from torch import nn
 
-    from foldfeed.trainer.buckets import plan_buckets
-    from foldfeed.trainer.flat import FlatParameters
-    from foldfeed.trainer.reducer import TreeReducer
+    from foldfeed.trainer.gradients.buckets import plan_buckets
+    from foldfeed.trainer.gradients.flat import FlatParameters
+    from foldfeed.trainer.gradients.reducer import TreeReducer
 
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(192, 192) for _ in range(16)])
@@ -428,7 +428,7 @@ def main() -> int:
     case, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     import torch
 
-    from foldfeed.trainer.ranks import joined, world_from_environment
+    from foldfeed.trainer.groups.ranks import joined, world_from_environment
 
     torch.set_num_threads(1)
     rank, world, _ = world_from_environment()

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from foldfeed.trainer.buckets import Bucket
-from foldfeed.trainer.dyadic import blocks_of_ranks, owned_shards, subtree_sum
-from foldfeed.trainer.exchange import TreeExchange, add_in_place
-from foldfeed.trainer.probe import measure
-from foldfeed.trainer.ring import RingExchange
-from foldfeed.trainer.topology import nodes_of
-from foldfeed.trainer.two_level import TwoLevelExchange, node_groups
+from foldfeed.trainer.gradients.buckets import Bucket
+from foldfeed.trainer.gradients.dyadic import blocks_of_ranks, owned_shards, subtree_sum
+from foldfeed.trainer.gradients.exchange import TreeExchange, add_in_place
+from foldfeed.trainer.gradients.probe import measure
+from foldfeed.trainer.gradients.ring import RingExchange
+from foldfeed.trainer.gradients.two_level import TwoLevelExchange, node_groups
+from foldfeed.trainer.groups.topology import nodes_of
 
 
 def sums_by_transport(ranks: Any, nodes: Sequence[str], shard_counts: Sequence[int]) -> Any:

@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve()
 # torch imports its compiler, nine hundred modules, where the first optimizer is made.
 IMPORTED = (
     *("torch", "torch._dynamo", "torch._inductor.config", "torch.utils.tensorboard", "deltalake", "zarr"),
-    *("foldfeed.trainer.cli", "foldfeed.trainer.ddp", "foldfeed.trainer.launch"),
+    *("foldfeed.trainer.cli", "foldfeed.trainer.gradients.ddp", "foldfeed.trainer.training.launch"),
 )
 
 

@@ -46,50 +46,50 @@ if TYPE_CHECKING:
         TrainerError,
         WireError,
     )
-    from foldfeed.trainer.flat import FlatParameters
-    from foldfeed.trainer.launch import run
-    from foldfeed.trainer.loop import Outcome, Trainer
-    from foldfeed.trainer.losses import Loss, PerSample, distogram_loss, masked_msa_loss
-    from foldfeed.trainer.model import CompactEvoformer
-    from foldfeed.trainer.reducer import TreeReducer
-    from foldfeed.trainer.task import EvoformerTask, Task
+    from foldfeed.trainer.gradients.flat import FlatParameters
+    from foldfeed.trainer.gradients.reducer import TreeReducer
+    from foldfeed.trainer.models.losses import Loss, PerSample, distogram_loss, masked_msa_loss
+    from foldfeed.trainer.models.model import CompactEvoformer
+    from foldfeed.trainer.models.task import EvoformerTask, Task
+    from foldfeed.trainer.training.launch import run
+    from foldfeed.trainer.training.loop import Outcome, Trainer
 
 _HOMES = {
     "CommunicationError": "errors",
-    "CompactEvoformer": "model",
+    "CompactEvoformer": "models.model",
     "DataConfig": "config",
     "DependencyError": "errors",
     "DivergedError": "errors",
-    "EvoformerTask": "task",
+    "EvoformerTask": "models.task",
     "ExcludedError": "errors",
-    "FlatParameters": "flat",
+    "FlatParameters": "gradients.flat",
     "GradientError": "errors",
     "HeldOutConfig": "config",
     "InvalidSnapshotError": "errors",
     "LeaseHeldError": "errors",
     "LeaseLostError": "errors",
-    "Loss": "losses",
+    "Loss": "models.losses",
     "MeetingPointError": "errors",
     "ModelConfig": "config",
     "NoValidSnapshotError": "errors",
     "OptimizerConfig": "config",
-    "Outcome": "loop",
+    "Outcome": "training.loop",
     "PeerError": "errors",
-    "PerSample": "losses",
+    "PerSample": "models.losses",
     "ReplicaMismatchError": "errors",
     "RunConfig": "config",
     "SnapshotConfig": "config",
     "SnapshotError": "errors",
     "SnapshotMismatchError": "errors",
-    "Trainer": "loop",
+    "Trainer": "training.loop",
     "TrainerConfigError": "errors",
     "TrainerError": "errors",
-    "TreeReducer": "reducer",
-    "Task": "task",
+    "TreeReducer": "gradients.reducer",
+    "Task": "models.task",
     "WireError": "errors",
-    "distogram_loss": "losses",
-    "masked_msa_loss": "losses",
-    "run": "launch",
+    "distogram_loss": "models.losses",
+    "masked_msa_loss": "models.losses",
+    "run": "training.launch",
 }
 
 __all__ = [

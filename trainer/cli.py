@@ -219,8 +219,8 @@ def _runner() -> Callable[[RunConfig], object]:
     """Returns what trains; imported late, so that help and usage errors do not wait for torch."""
     plan = Plan.from_environment()
     try:
-        from foldfeed.trainer import elastic_rank
-        from foldfeed.trainer.launch import run
+        from foldfeed.trainer.members import rank as elastic_rank
+        from foldfeed.trainer.training.launch import run
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

@@ -15,8 +15,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from foldfeed.trainer import nccl
 from foldfeed.trainer.errors import TrainerConfigError
+from foldfeed.trainer.groups import nccl
 
 # The task that is built in.
 EVOFORMER = "evoformer"
@@ -348,7 +348,7 @@ class RunConfig:
       steps: total steps of the run, resumed ones included.
       seed: of weights, data order, crops and dropout.
       data: samples.
-      task: what is trained: ``evoformer``, FILE.py:NAME or MODULE:NAME, see `foldfeed.trainer.task`.
+      task: what is trained: ``evoformer``, FILE.py:NAME or MODULE:NAME, see `models.task`.
       model: sizes of the compact Evoformer.
       optimizer: AdamW.
       snapshots: where and when the state is written.

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from foldfeed.trainer.errors import TrainerConfigError, TrainerError
 from foldfeed.trainer.exit_code import exit_code
-from foldfeed.trainer.metrics import METRICS_FILE
+from foldfeed.trainer.training.metrics import METRICS_FILE
 
 TRAINED, HELD_OUT = "loss_metrics/global_avg_loss", "eval/loss"
 CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG}

@@ -19,9 +19,16 @@ from foldfeed.feature_store.errors import FoldfeedError, MissingExtraError
 from foldfeed.trainer.config import EVOFORMER, DataConfig, ModelConfig, RunConfig
 from foldfeed.trainer.errors import NoValidSnapshotError, SnapshotMismatchError, TrainerConfigError
 from foldfeed.trainer.exit_code import exit_code
-from foldfeed.trainer.flat import FlatParameters
-from foldfeed.trainer.snapshot import EMA, MANIFEST, SNAPSHOTS, Generation, SnapshotFolder, read_generation
-from foldfeed.trainer.task import EvoformerTask, Task, load_task
+from foldfeed.trainer.gradients.flat import FlatParameters
+from foldfeed.trainer.models.task import EvoformerTask, Task, load_task
+from foldfeed.trainer.state.snapshot import (
+    EMA,
+    MANIFEST,
+    SNAPSHOTS,
+    Generation,
+    SnapshotFolder,
+    read_generation,
+)
 
 
 def task_of(generation: Generation, task: str) -> Task:

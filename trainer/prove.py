@@ -31,11 +31,11 @@ from pathlib import Path
 
 import click
 
-from foldfeed.trainer.agreement import FolderRegister, Member
 from foldfeed.trainer.elastic import Launcher, Plan
 from foldfeed.trainer.errors import TrainerConfigError, TrainerError
 from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.goodput import GOODPUT_FILE, account
+from foldfeed.trainer.members.agreement import FolderRegister, Member
 from foldfeed.trainer.network import Network
 
 KINDS = ("kill", "stop", "cut", "join")

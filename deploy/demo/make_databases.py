@@ -29,7 +29,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from foldfeed.pipelines.search_tool import find_binary
+from foldfeed.pipelines.tools.search_tool import find_binary
 
 DEFAULT_EXAMPLES = "/usr/share/doc/hmmer/examples"
 NUM_DECOYS = {"uniref90.fasta": 3000, "mgnify.fasta": 1000}

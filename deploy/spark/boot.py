@@ -59,7 +59,7 @@ FETCH_S = 600
 LOOK_S = 0.5
 # An executor that is told to end gets so long for its own tidying.
 TIDY_S = 10
-# Exit codes that `foldfeed.pipelines.engine_errors` knows, too.
+# Exit codes that `foldfeed.pipelines.beam.errors` knows, too.
 NO_FOLDFEED = 81
 OTHER_FOLDFEED = 82
 PR_SET_PDEATHSIG = 1

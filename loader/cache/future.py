@@ -25,7 +25,7 @@ from foldfeed.feature_store.format.structure import ARRAYS as STRUCTURE_ARRAYS
 from foldfeed.feature_store.parts.reader import TILED, PartReader
 from foldfeed.loader.cache.blocks import Block
 from foldfeed.loader.cache.eviction import UNKNOWN
-from foldfeed.loader.order import SampleOrder
+from foldfeed.loader.order.order import SampleOrder
 
 # Samples of a weighted order that are looked ahead at; one look takes some milliseconds.
 HORIZON = 1 << 16

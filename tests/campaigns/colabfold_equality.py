@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cluster_databases import make_clusters, mmseqs
 
 from foldfeed.pipelines import DatabaseSpec
-from foldfeed.pipelines.search_tool import SearchResult
-from foldfeed.pipelines.tools import prepare_databases
+from foldfeed.pipelines.building.tools import prepare_databases
+from foldfeed.pipelines.tools.search_tool import SearchResult
 
 UNIREF, ENV = "uniref30_2302_db", "colabfold_envdb_202108_db"
 # Words of colabfold_search, and our options.

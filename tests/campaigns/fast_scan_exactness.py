@@ -30,15 +30,15 @@ from pathlib import Path
 import numpy as np
 import pyhmmer
 
-from foldfeed.pipelines.fast_jackhmmer import FastJackhmmer, passing_extents
-from foldfeed.pipelines.jackhmmer import FLAGS, Jackhmmer, read_table
-from foldfeed.pipelines.scan import profile_of
-from foldfeed.pipelines.scan_choice import best_kernel
-from foldfeed.pipelines.scan_database import open_database
+from foldfeed.pipelines.building.tools import find_sharded
+from foldfeed.pipelines.fast_scan.choice import best_kernel
+from foldfeed.pipelines.fast_scan.database import open_database
+from foldfeed.pipelines.fast_scan.scan import profile_of
+from foldfeed.pipelines.programs.subprocess_runner import require_success, run_program
 from foldfeed.pipelines.search_speed import timed
-from foldfeed.pipelines.search_tool import Shard
-from foldfeed.pipelines.subprocess_runner import require_success, run_program
-from foldfeed.pipelines.tools import find_sharded
+from foldfeed.pipelines.tools.fast_jackhmmer import FastJackhmmer, passing_extents
+from foldfeed.pipelines.tools.jackhmmer import FLAGS, Jackhmmer, read_table
+from foldfeed.pipelines.tools.search_tool import Shard
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 TIMEOUT_S = 7200.0

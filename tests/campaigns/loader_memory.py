@@ -27,7 +27,7 @@ from records import make_record  # noqa: E402
 
 from foldfeed.feature_store import FeatureStore, write_part  # noqa: E402
 from foldfeed.loader import CropLoader, Recipe  # noqa: E402
-from foldfeed.loader.reading import ReadingProcesses  # noqa: E402
+from foldfeed.loader.reading.reading import ReadingProcesses  # noqa: E402
 
 LIMIT_MB = 8.0
 # Half of what a list takes that gets one small object for every sample: 16 MB of a million samples.

@@ -39,10 +39,10 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from foldfeed.trainer.config import ModelConfig  # noqa: E402
-from foldfeed.trainer.losses import Loss  # noqa: E402
+from foldfeed.trainer.models.losses import Loss  # noqa: E402
+from foldfeed.trainer.models.task import EvoformerTask  # noqa: E402
 from foldfeed.trainer.network import Network  # noqa: E402
 from foldfeed.trainer.prove import _last_step, members_of, weights_digest  # noqa: E402
-from foldfeed.trainer.task import EvoformerTask  # noqa: E402
 
 STEPS = 240
 RANKS_PER_NODE = 2

@@ -1,0 +1,159 @@
+"""Chooses how gradients travel: the transport, by name or by measurement, and the bucket plan for it.
+
+    tree           one fixed tree over the virtual shards, equal bits on any number of ranks (exchange.py)
+    hierarchical   the same tree, inside nodes first (two_level.py): equal bits, fewer messages between nodes
+    auto           measures both where nodes have several ranks, and takes the quicker one
+    ring           the backend's all-reduce (ring.py): bits depend on the number of ranks
+
+Owns the choice. It is made once a run starts and costs a few exchanges; an elastic run makes it anew, without
+measuring, for each generation of ranks. A snapshot only names it, because the first three give the same bits
+under any plan.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from foldfeed.trainer.config import RunConfig
+from foldfeed.trainer.errors import TrainerConfigError
+from foldfeed.trainer.gradients.buckets import Bucket, auto_bucket_bytes, plan_buckets, plan_ramp
+from foldfeed.trainer.gradients.dyadic import blocks_of_ranks
+from foldfeed.trainer.gradients.exchange import Exchange, TreeExchange
+from foldfeed.trainer.gradients.flat import Segment
+from foldfeed.trainer.gradients.probe import Link, measure
+from foldfeed.trainer.gradients.ring import RingExchange
+from foldfeed.trainer.gradients.two_level import TwoLevelExchange, node_groups
+from foldfeed.trainer.groups.ranks import Ranks
+from foldfeed.trainer.groups.topology import nodes_of, own_place, told_place
+
+# From (output, elements of the largest bucket).
+MakeExchange = Callable[[torch.Tensor, int], Exchange]
+
+
+class Transport(NamedTuple):
+    """How gradients travel.
+
+    Attributes:
+      name: of the transport.
+      buckets: the plan.
+      make: makes its exchange.
+      why: one line for people.
+    """
+
+    name: str
+    buckets: Sequence[Bucket]
+    make: MakeExchange
+    why: str
+
+
+def choose(config: RunConfig, ranks: Ranks, segments: Sequence[Segment]) -> Transport:
+    """Returns the transport of a run. A collective.
+
+    Args:
+      config: which transport, and the limit of a bucket if one is given.
+      ranks: the run.
+      segments: the flat buffer's.
+    Raises:
+      TrainerConfigError: a hierarchical exchange of one node, or of nodes that have one rank each; or only
+        some ranks know their place.
+      CommunicationError: a peer died or stalled.
+    """
+    num_shards = config.data.num_shards
+    sizes = [segment.padded for segment in segments]
+    total_bytes = 4 * sum(sizes)
+
+    given = int(config.bucket_mb * 2**20)
+    if config.reducer == "ring" or ranks.world == 1 or ranks.generation:
+        # The ring's bits depend on the plan, so it must not depend on a measurement. And the ranks of an
+        # elastic run meet anew in less time than one takes.
+        name = "ring" if config.reducer == "ring" else "tree"
+        usual = plan_buckets(sizes, bucket_bytes=given or auto_bucket_bytes(total_bytes))
+        if name == "ring":
+            return Transport(name, usual, lambda output, numel: RingExchange(ranks, output), "")
+        if config.reducer == "hierarchical" and ranks.generation and fits(nodes := find_nodes(ranks)):
+            why = f"{len(nodes)} nodes have {'+'.join(str(len(node)) for node in nodes)} ranks"
+            return Transport("hierarchical", usual, _hierarchical(config, ranks, nodes), why)
+        return Transport(name, usual, _tree(config, ranks), "")
+    makers = _candidates(config, ranks, [] if config.reducer == "tree" else find_nodes(ranks))
+    num_blocks = len(blocks_of_ranks(num_shards, ranks.world)[ranks.rank])
+    links = {name: measure(ranks, make, num_blocks) for name, make in makers.items()}
+    plans = {name: plan_for(link, sizes, given) for name, link in links.items()}
+    costs = {name: sum(links[name].seconds(4 * bucket.numel) for bucket in plans[name]) for name in makers}
+    name = min(costs, key=lambda candidate: costs[candidate])
+    return Transport(name, plans[name], makers[name], _explain(name, links, costs))
+
+
+def plan_for(link: Link, sizes: Sequence[int], bucket_bytes: int = 0) -> list[Bucket]:
+    """Returns the bucket plan for a measured link.
+
+    Args:
+      link: as measured.
+      sizes: elements of each segment in flat-buffer order.
+      bucket_bytes: limit of a bucket that the user gave; 0 for none.
+    """
+    if bucket_bytes:
+        return plan_buckets(sizes, bucket_bytes=bucket_bytes)
+    limit = link.bucket_bytes(4 * sum(sizes))
+    return plan_ramp(sizes, bucket_bytes=limit, least_bytes=link.least_bytes)
+
+
+def wire_dtype(config: RunConfig) -> torch.dtype:
+    """Returns what a run's gradients are rounded to before they are added."""
+    return torch.float32 if config.wire == "fp32" else torch.bfloat16
+
+
+def _tree(config: RunConfig, ranks: Ranks) -> MakeExchange:
+    wire = wire_dtype(config)
+    return lambda output, numel: TreeExchange(ranks, config.data.num_shards, numel, output, wire)
+
+
+def _hierarchical(config: RunConfig, ranks: Ranks, nodes: Sequence[Sequence[int]]) -> MakeExchange:
+    groups, wire = node_groups(ranks, nodes), wire_dtype(config)
+    inside = torch.float32 if config.wire == "bf16-between" else wire
+    return lambda output, numel: TwoLevelExchange(
+        ranks, config.data.num_shards, numel, output, groups, wire, inside
+    )
+
+
+def find_nodes(ranks: Ranks) -> list[list[int]]:
+    """Returns the ranks of each node, see `topology.nodes_of`; an elastic run's by host if nothing is told.
+
+    A collective: all ranks say what they know.
+    """
+    place = own_place() if ranks.generation else told_place()
+    rows = ranks.gather_json([place, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))], "the ranks of each node")
+    return nodes_of([row[0] for row in rows], [row[1] for row in rows])
+
+
+def fits(nodes: Sequence[Sequence[int]]) -> bool:
+    """Returns whether there is something to sum inside nodes, and something between them."""
+    return len(nodes) > 1 and max(len(node) for node in nodes) > 1
+
+
+def _candidates(config: RunConfig, ranks: Ranks, nodes: Sequence[Sequence[int]]) -> dict[str, MakeExchange]:
+    """Returns the transports to measure, by name."""
+    makers: dict[str, MakeExchange] = {}
+    if config.reducer != "hierarchical":
+        makers["tree"] = _tree(config, ranks)
+    elif not fits(nodes):
+        sizes = sorted({len(node) for node in nodes})
+        raise TrainerConfigError(
+            f"--reducer hierarchical: nodes have {sizes} ranks of {ranks.world}; it needs several nodes, one "
+            "of them with several ranks. Say where ranks stand (FOLDFEED_PLACE), or use --reducer tree."
+        )
+    if fits(nodes):
+        makers["hierarchical"] = _hierarchical(config, ranks, nodes)
+    return makers
+
+
+def _explain(name: str, links: dict[str, Link], costs: dict[str, float]) -> str:
+    others = [
+        f"{other} would take {1e3 * costs[other]:.1f} ms ({links[other]})" for other in costs if other != name
+    ]
+    return f"measured {links[name]}: {1e3 * costs[name]:.1f} ms a step" + "".join(
+        f"; {text}" for text in others
+    )

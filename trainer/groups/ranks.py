@@ -1,0 +1,381 @@
+"""The process groups of a run and the small collectives on them.
+
+A run has up to three groups: ``scatter`` and ``gather`` carry gradients (one communicator per phase of the
+reducer, so that neither phase's messages can be mistaken for the other's), ``control`` carries a few bytes
+over gloo on the CPU even when gradients use NCCL. A single process has none and every collective is local.
+
+Does not own: when ranks are started or restarted; torchrun does.
+Invariant: every rank calls the collectives of one group in the same order. Nothing here pickles: ranks
+exchange bytes, JSON and float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from foldfeed.trainer.errors import (
+    CommunicationError,
+    MeetingPointError,
+    PeerError,
+    ReplicaMismatchError,
+    TrainerConfigError,
+    WireError,
+)
+from foldfeed.trainer.groups import nccl
+from foldfeed.trainer.groups.topology import by_place, told_place
+
+
+class Group(Protocol):
+    """The collectives that gradients and scalars need; gloo, NCCL or own sockets stand behind them."""
+
+    def all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
+    ) -> None:
+        """Sends each rank its run of ``sent``; ``received`` gets the runs of all, in rank order."""
+        ...
+
+    def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> Callable[[], None]:
+        """Starts to gather every rank's equally long tensor; returns what waits for it."""
+        ...
+
+    def part(self, members: Sequence[int]) -> Group:
+        """Returns a group of some ranks, this one among them; each of them calls it, with equal members.
+
+        It ends with this group.
+        """
+        ...
+
+    def abort(self, reason: str) -> None:
+        """Makes whatever waits for a peer end with an error, soon; from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Gives everything back."""
+        ...
+
+
+class TorchGroup:
+    """torch's process groups. NCCL can be aborted; gloo cannot (wire.py), and is not asked to."""
+
+    def __init__(self, group: Any, make_part: Callable[[list[int]], Any] | None = None) -> None:
+        """Takes a group.
+
+        Args:
+          group: a ``ProcessGroup``, or a backend such as ``ProcessGroupNCCL``.
+          make_part: makes one of some ranks; torch's ``new_group`` when None.
+        """
+        self._group = group
+        self._make_part = make_part or functools.partial(dist.new_group, use_local_synchronization=True)
+        self._parts: list[TorchGroup] = []
+
+    def all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
+    ) -> None:
+        """See `Group`."""
+        self._group.alltoall_base(received, sent, received_sizes, sent_sizes).wait()
+
+    def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> Callable[[], None]:
+        """See `Group`."""
+        work = self._group._allgather_base(gathered, mine)
+        return lambda: work.wait() and None
+
+    def all_reduce(self, tensor: torch.Tensor) -> Callable[[], None]:
+        """Starts to sum a tensor over the ranks, in place and in the backend's order; returns what waits."""
+        work: Any = dist.all_reduce(tensor, group=self._group, async_op=True)
+        return lambda: work.wait() and None
+
+    def part(self, members: Sequence[int]) -> TorchGroup:
+        """See `Group`."""
+        self._parts.append(TorchGroup(self._make_part(list(members))))
+        return self._parts[-1]
+
+    def abort(self, reason: str) -> None:
+        """See `Group`."""
+        for group in (self, *self._parts):
+            group._group.abort()
+
+    def close(self) -> None:
+        """See `Group`."""
+        for group in (self, *self._parts):
+            group._group.shutdown()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """This process among its peers.
+
+    Attributes:
+      rank: 0 .. world-1.
+      world: number of processes.
+      device: where this rank's tensors live.
+      scatter: group of the reducer's first phase; None in a single process.
+      gather: group of the reducer's second phase.
+      control: group for scalars and digests, on the CPU.
+      generation: how often the ranks of an elastic run have changed; 0 otherwise.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    scatter: Group | None = None
+    gather: Group | None = None
+    control: Group | None = None
+    generation: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """True on the rank that prints and writes."""
+        return self.rank == 0
+
+    def gather_bytes(self, payload: bytes, phase: str) -> list[bytes]:
+        """Returns every rank's payload (any sizes), in rank order, on every rank.
+
+        Raises:
+          CommunicationError: a peer died or the group's timeout passed.
+        """
+        if self.world == 1:
+            return [payload]
+        assert self.control is not None, "ranks of a world have groups"
+        with self.guard(phase):
+            size = torch.tensor([len(payload)], dtype=torch.int64)
+            sizes = torch.empty(self.world, dtype=torch.int64)
+            self.control.all_gather(sizes, size)()
+            width = max(1, int(sizes.max()))
+            mine = torch.frombuffer(bytearray(payload.ljust(width, b"\0")), dtype=torch.uint8)
+            everyone = torch.empty(self.world * width, dtype=torch.uint8)
+            self.control.all_gather(everyone, mine)()
+        rows = everyone.view(self.world, width)
+        return [rows[rank, : int(sizes[rank])].numpy().tobytes() for rank in range(self.world)]
+
+    def gather_json(self, value: Any, phase: str) -> list[Any]:
+        """Returns every rank's JSON-able value, in rank order, on every rank."""
+        return [json.loads(raw) for raw in self.gather_bytes(json.dumps(value).encode(), phase)]
+
+    def gather_floats(self, values: Sequence[float], phase: str) -> list[list[float]]:
+        """Returns every rank's values (equal lengths) as float64, exactly, in rank order."""
+        if self.world == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64)
+        everyone = torch.empty(self.world * len(values), dtype=torch.float64)
+        assert self.control is not None, "ranks of a world have groups"
+        with self.guard(phase):
+            self.control.all_gather(everyone, mine)()
+        rows: list[list[float]] = everyone.view(self.world, len(values)).tolist()
+        return rows
+
+    def first_does(self, work: Callable[[], Any], phase: str) -> Any:
+        """Runs ``work`` on the first rank only and returns its JSON-able result on every rank.
+
+        Raises:
+          PeerError: on the other ranks, when it failed on the first; that one raises the error itself.
+        """
+        failure: BaseException | None = None
+        answer: dict[str, Any] = {}
+        if self.is_first:
+            try:
+                answer = {"result": work()}
+            except Exception as error:  # noqa: BLE001 - re-raised below, once the others know
+                failure, answer = error, {"error": _first_line(error)}
+        answer = self.gather_json(answer, phase)[0]
+        if failure is not None:
+            raise failure
+        if "error" in answer:
+            raise PeerError(0, phase, answer["error"])
+        return answer["result"]
+
+    def require_equal(self, digest: bytes, what: str) -> None:
+        """Compares a short digest across ranks.
+
+        Raises:
+          ReplicaMismatchError: on every rank, naming the odd ones, when the digests are not all equal.
+        """
+        digests = self.gather_bytes(digest, f"the comparison of {what}")
+        if len(set(digests)) > 1:
+            raise ReplicaMismatchError(what, [d.hex() for d in digests], odd_ranks(digests))
+
+    @contextlib.contextmanager
+    def guard(self, phase: str) -> Iterator[None]:
+        """Turns a backend's failure into a `CommunicationError` that names the phase."""
+        try:
+            yield
+        except (RuntimeError, WireError) as error:
+            # torch raises DistBackendError, DistNetworkError and plain RuntimeError, all RuntimeErrors.
+            raise CommunicationError(self.rank, phase, _first_line(error)) from error
+
+
+def odd_ranks(digests: Sequence[bytes]) -> list[int]:
+    """Returns the ranks outside the strict majority, or all ranks when no digest has one."""
+    majority = max(set(digests), key=digests.count)
+    if 2 * digests.count(majority) <= len(digests):
+        return list(range(len(digests)))
+    return [rank for rank, digest in enumerate(digests) if digest != majority]
+
+
+# gloo wraps its reason in the source line before it and advice after it.
+_GLOO_NOISE = re.compile(r"^\[[^\]]*\.(cc|cpp|h):\d+\]\s*| This is typically caused by.*$")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return _GLOO_NOISE.sub("", text[0]) if text else type(error).__name__
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """Returns (rank, world, local rank) as torchrun sets them; (0, 1, 0) without it.
+
+    Raises:
+      TrainerConfigError: only some of torchrun's variables are set.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if not found:
+        return 0, 1, 0
+    if len(found) < len(names):
+        missing = ", ".join(name for name in names if name not in found)
+        raise TrainerConfigError(
+            f"{', '.join(found)} set but not {missing}: start ranks with torchrun, or unset them."
+        )
+    return int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"])
+
+
+def pick_device(name: str, local_rank: int, preset: str = "none") -> torch.device:
+    """Returns the device of this rank.
+
+    Args:
+      name: ``auto``, ``cpu`` or ``cuda``.
+      local_rank: of this process on its node.
+      preset: of NCCL, as the run wishes it.
+    Raises:
+      TrainerConfigError: ``cuda`` was asked for and this rank has no device; or the preset has no effect.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and available == 0):
+        nccl.require_effect(preset, "cpu")
+        return torch.device("cpu")
+    if local_rank >= available:
+        raise TrainerConfigError(
+            f"--device {name}: local rank {local_rank} has no CUDA device ({available} visible). "
+            "Start fewer ranks per node, or use --device cpu."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _meeting_point(rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:
+    """Returns the store in which ranks find each other, empty for this attempt.
+
+    torchrun's agent keeps one store over all restarts, and torch 2.15 no longer separates them: a restarted
+    rank would find the addresses of the killed attempt and fail with "Connection refused" (seen with gloo;
+    pytorch#167288 shows it with NCCL). So each attempt gets its own prefix. The count is the agent's own: in
+    a run over several nodes, where agents may count differently, start torchrun with
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which makes a new store for each attempt instead.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"foldfeed/attempt{attempt}", store)
+
+
+def _new_group(backend: str, timeout: datetime.timedelta) -> Group:
+    make = functools.partial(dist.new_group, backend=backend, timeout=timeout)
+    return TorchGroup(make(), functools.partial(make, use_local_synchronization=True))
+
+
+def speaker(speaks: bool) -> Callable[[str], None]:
+    """Returns what prints a line at once, or on ranks for which another one speaks, nothing."""
+    return functools.partial(print, flush=True) if speaks else lambda line: None
+
+
+def _take_place(store: dist.Store, rank: int, world: int) -> tuple[int, bool, bool]:
+    """Returns this process's number among the ranks, whether they have several nodes, and InfiniBand.
+
+    Ranks of a node, switch or region are neighbours in number where a topology is told; whoever started them
+    may have dealt their numbers out in turn. The first one stays the first. A collective.
+    """
+    mine = [told_place(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), nccl.has_infiniband()]
+    store.set(f"foldfeed/place/{rank}", json.dumps(mine))
+    if rank == 0:
+        # One of them reads what all say: 4,096 answers, not 4,096 times as many.
+        rows = [json.loads(store.get(f"foldfeed/place/{other}")) for other in range(world)]
+        places = [row[0] for row in rows]
+        several = len({tuple(place) for place in places}) > 1 or (not places[0] and rows[0][1] < world)
+        infiniband = all(row[2] for row in rows)
+        store.set("foldfeed/places", json.dumps([by_place(places), several, infiniband]))
+    order, several, infiniband = json.loads(store.get("foldfeed/places"))
+    if (place := order.index(rank)) != rank:
+        print(f"rank {place} by its place is what {rank} was by RANK", flush=True)
+    return place, several, infiniband
+
+
+@contextlib.contextmanager
+def joined(
+    *,
+    rank: int,
+    world: int,
+    device: torch.device,
+    timeout_s: float,
+    always: bool = False,
+    preset: str = "none",
+    pins: bool = False,
+) -> Iterator[Ranks]:
+    """Joins the run's process groups and leaves them at the end of a run that went well.
+
+    After an exception the groups are left alone: destroying a group whose peers are gone can wait for the
+    whole timeout, and the process is about to exit, which closes its sockets and tells the others.
+
+    Args:
+      rank: this process.
+      world: number of processes; the addresses come from torchrun's environment.
+      device: gloo carries gradients on the CPU, NCCL on CUDA.
+      timeout_s: after which a collective that waits for a stalled peer fails.
+      always: make a group for a single process too (torch's DDP wants one).
+      preset: of NCCL (nccl.py), by name, ``auto`` or ``none``.
+      pins: fix NCCL's order of sums, whatever the preset.
+    Raises:
+      CommunicationError: not all ranks came.
+      TrainerConfigError: a topology cannot be read.
+      MeetingPointError: the port where they meet is taken.
+    """
+    if world == 1 and not always:
+        yield Ranks(rank=0, world=1, device=device)
+        return
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        if world == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            store = _meeting_point(rank, world, timeout)
+            rank, several, infiniband = _take_place(store, rank, world)
+            if device.type == "cuda":
+                name = nccl.choose(preset, several_nodes=several, infiniband=infiniband)
+                nccl.apply(name, speaker(rank == 0), pins=pins or preset != "auto")
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        ranks = Ranks(
+            rank=rank,
+            world=world,
+            device=device,
+            scatter=_new_group(backend, timeout),
+            gather=_new_group(backend, timeout),
+            control=_new_group("gloo", timeout),
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise MeetingPointError(address, port, _first_line(error)) from error
+        raise CommunicationError(rank, "the start", _first_line(error)) from error
+    yield ranks
+    dist.destroy_process_group()

@@ -1,0 +1,506 @@
+"""One rank of an elastic run: ranks may die, stop, be cut off and come while the others keep what they have.
+
+A rank that loses a peer drops its wires, not its process: memory, model, loader and device stay. The ranks
+that are left agree on a generation (membership.py), connect, bring those that are behind or new to the
+furthest one's step (raw bytes and crc32c, from live peers), and finish the broken step: sums of virtual
+shards that somebody has stay where they are, only the others are computed. Equal bits follow from the
+reducer, for whom it makes no difference which rank has what.
+
+Where nobody has the state in memory, at a start above all, all of them choose a snapshot (resume.py). So they
+do when the digests that they compare before each snapshot differ: what the odd rank computed is in all sums
+since the last comparison, so all go back to that one. A rank that is odd for the second time leaves the run.
+
+The first rank writes: metrics, ledger, snapshots. A new first rank takes all three over; a former one that
+wakes up finds a later generation before it publishes anything (`Membership.require_current`), joins again as
+a new rank and gets the state from the others.
+
+Does not own: starting processes (elastic.py), who is a member, the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foldfeed.trainer.config import RunConfig, digest_of
+from foldfeed.trainer.elastic import Plan
+from foldfeed.trainer.errors import (
+    CommunicationError,
+    ExcludedError,
+    LeaseHeldError,
+    RanksChangeError,
+    ReplicaMismatchError,
+    TrainerConfigError,
+    TrainerError,
+)
+from foldfeed.trainer.goodput import (
+    DETECTION,
+    INITIALIZATION,
+    OTHER,
+    PREPARATION,
+    REFORM,
+    RESTORE,
+    STARTUP,
+    TRANSFER,
+    WASTED,
+    Ledger,
+    process_start,
+)
+from foldfeed.trainer.groups.ranks import Group, Ranks, pick_device, speaker
+from foldfeed.trainer.groups.topology import own_place
+from foldfeed.trainer.groups.wire import Channel, MeshGroup
+from foldfeed.trainer.members.agreement import View
+from foldfeed.trainer.members.membership import Limits, Membership
+from foldfeed.trainer.members.session import Session, new_session, publish, read_session
+from foldfeed.trainer.members.transfer import (
+    divide_step,
+    nccl_groups,
+    require_equal_settings,
+    settings_of,
+    transfer,
+)
+from foldfeed.trainer.models.task import Task, load_task
+from foldfeed.trainer.models.task import identity as run_identity
+from foldfeed.trainer.state.lease import Lease
+from foldfeed.trainer.state.resume import environment
+from foldfeed.trainer.state.snapshot import SNAPSHOTS, SnapshotFolder
+from foldfeed.trainer.state.tiers import Saver, memory_folder
+from foldfeed.trainer.training import launch
+from foldfeed.trainer.training.compiling import settle
+from foldfeed.trainer.training.data import LoaderMeters, open_held_out, open_loader, serving
+from foldfeed.trainer.training.held_out import HeldOut
+from foldfeed.trainer.training.loop import Outcome, Trainer
+from foldfeed.trainer.training.metrics import Metrics
+from foldfeed.trainer.training.source import Source
+from foldfeed.trainer.training.watch import StackWatch
+
+CHANNELS = ("scatter", "gather", "scalars", "state")
+# Changes of ranks in a row without a completed step, after which something must be wrong for good.
+MAX_FRUITLESS = 20
+# For others to come where all were lost: they may as well join later.
+REFOUND_WAIT_S = 5.0
+
+
+def run(config: RunConfig, plan: Plan) -> Outcome | None:
+    """Trains as one rank of an elastic run; returns None when the run ended without needing this one.
+
+    Raises:
+      TrainerConfigError: the settings do not fit.
+      TrainerError: this rank failed; the others go on without it if they can.
+    """
+    config.check_elastic(plan.ranks)
+    task = load_task(config)
+    recipe = task.recipe(config.data)
+    ledger = Ledger(Path(config.output), active=plan.founds, began=process_start())
+    ledger.mark(STARTUP)
+    launch.prepare_numerics(config)
+    device = pick_device(config.device, plan.local_rank, config.nccl_preset)
+    alone = Ranks(rank=0, world=1, device=device)
+    if plan.standby and alone.device.type != "cpu":
+        raise TrainerConfigError(
+            "--spares works on the CPU only: a spare cannot know whose GPU will be free."
+        )
+    ledger.mark(INITIALIZATION)
+    config = settle(config, task, alone, launch.identity_before, speaker(plan.founds))
+    # A rank's number may change, a process's not.
+    trace = f"{config.loader_trace}.process{os.getpid()}" if config.loader_trace else ""
+    with (
+        open_loader(config.data, recipe, config.seed, alone, trace=trace) as (loader, fingerprint),
+        open_held_out(config, task, recipe, alone) as held_out,
+        serving(loader, config.metrics_port, alone, plan.local_rank),
+    ):
+        source = Source(loader, fingerprint, LoaderMeters(loader))
+        return ElasticRank(config, plan, alone, source, task, held_out, ledger).train()
+
+
+class ElasticRank:
+    """State of one rank over all generations; see the module docstring."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        alone: Ranks,
+        source: Source,
+        task: Task,
+        held_out: HeldOut | None,
+        ledger: Ledger,
+    ) -> None:
+        """Builds model and buffers; meets nobody yet.
+
+        Args:
+          config: settings.
+          plan: how to begin.
+          alone: this process without others.
+          source: of batches.
+          task: what is trained.
+          held_out: whose loss is looked at now and then.
+          ledger: that has counted the time since the process started.
+        """
+        self.output = Path(config.output)
+        self.config, self.plan, self.alone, self.ledger = config, plan, alone, ledger
+        self.metrics = Metrics(
+            self.output,
+            active=plan.founds,
+            tensorboard=config.tensorboard,
+            log_every=config.log_every,
+            may_lead=True,
+        )
+        self.meters = source.meters
+        self.trainer = Trainer(config, alone, source.batches, self.metrics, task, held_out, source.meters)
+        self.trainer.check_peers = self._check_peers
+        self.trainer.leaves_alone = plan.torchrun
+        self.trainer.invites = lambda: self.membership is not None and self.membership.invites()
+        self.lease = Lease(self.output, config.lease_s, self.metrics.say)
+        settings = run_identity(config, task)
+        self.header: dict[str, Any] = {
+            "run_id": "",
+            "config_digest": digest_of(settings),
+            "identity": settings,
+            "layout_hash": self.trainer.flat.layout_hash,
+            "store_fingerprint": source.fingerprint,
+            "environment": environment(
+                alone.device, torch.get_num_threads(), config.deterministic, config.compile
+            ),
+            "network": launch.network_of(self.trainer),
+        }
+        self.mirror = launch.mirror_of(config, self.metrics.say)
+        self.membership: Membership | None = None
+        self.saver: Saver | None = None
+        self._groups: list[Group] = []
+        self._has_state = False
+        # The states since the last snapshot are not to be trusted.
+        self._doubt = self._was_odd = self._begins = False
+        self._place = own_place()
+        self._reason = "finished"
+        self._fruitless = 0
+        self._phases: dict[str, float] = {}
+
+    def train(self) -> Outcome | None:
+        """Runs until the last step, a stop that was asked for, or an error of this rank's own."""
+        if self.plan.standby:
+            # All is built; the launcher wakes it when a rank is needed.
+            os.kill(os.getpid(), signal.SIGSTOP)
+        try:
+            view = self._found() if self.plan.founds else self._join(refounds=self.plan.may_found)
+            if view is None:
+                return None
+            with launch.stop_on_sigterm(self.trainer):
+                return self._train(view)
+        except BaseException as error:
+            self._reason = f"failed: {type(error).__name__}"
+            if self.saver is not None:
+                self.saver.close()
+            # A full disk must not hide the error that ends this rank.
+            with contextlib.suppress(OSError):
+                launch.report_goodput(self.metrics, self.ledger, "failed")
+            raise
+        finally:
+            if self.membership is not None:
+                if self._reason != "finished" and len(self.membership.view.members) > 1:
+                    # It is the others' as much, and they may go on at once.
+                    self.lease.let_go()
+                self.membership.leave(self._reason)
+            self._part()
+            self.lease.release()
+            self.metrics.close()
+
+    def _train(self, view: View | None) -> Outcome | None:
+        while view is not None:
+            step = self.trainer.step
+            try:
+                ranks, saver = self._meet(view)
+                watch = StackWatch(
+                    self.output, ranks.rank, ranks.world, self.config.timeout_s, self.metrics.say
+                )
+                with launch.watching(watch):
+                    outcome = self.trainer.run(saver, self.header, self.ledger, watch)
+                self._conclude(ranks, outcome)
+                return outcome
+            except (CommunicationError, RanksChangeError, ReplicaMismatchError) as error:
+                if isinstance(error, ReplicaMismatchError):
+                    self._distrust(error)
+                self._fruitless = 0 if self.trainer.step > step else self._fruitless + 1
+                if self._fruitless > MAX_FRUITLESS:
+                    raise CommunicationError(
+                        self.trainer.ranks.rank, f"{MAX_FRUITLESS} meetings in a row", str(error)
+                    ) from error
+                if self.plan.torchrun and self.trainer.stop_requested:
+                    self._leave()
+                    return None
+                view = self._regroup(error)
+        return None
+
+    def _leave(self) -> None:
+        """Leaves the run to the ranks of other machines; those of this one are to stop."""
+        self._reason = "asked to leave"
+        print(f"leaving after step {self.trainer.step}, as asked; ranks of others may go on", flush=True)
+        if self.saver is not None:
+            self.saver.close()
+
+    def _check_peers(self) -> None:
+        """Ends a step that cannot be completed before its next shard is computed."""
+        if self.membership is not None and (reason := self.membership.ending.reason):
+            raise CommunicationError(self.trainer.ranks.rank, "a step", reason)
+
+    def _distrust(self, error: ReplicaMismatchError) -> None:
+        """Gives the states since the last snapshot up, after a vote on them that was not unanimous."""
+        odd = self.trainer.ranks.rank in error.odd_ranks
+        if odd and self._was_odd:
+            raise error
+        self._was_odd, self._doubt, self._has_state = self._was_odd or odd, True, False
+        self.metrics.say(f"warning: {error}")
+
+    def _conclude(self, ranks: Ranks, outcome: Outcome) -> None:
+        ranks.first_does(lambda: launch.conclude(self.output, self.header, outcome), "writing the result")
+        launch.report(self.metrics, outcome, self.ledger, self.meters)
+
+    def _regroup(self, error: Exception) -> View | None:
+        """Leaves the generation that is over; returns the next one of this rank, None if the run ended."""
+        assert self.membership is not None, "only a member can lose the others"
+        stopped = time.monotonic()
+        self.ledger.mark(OTHER if isinstance(error, RanksChangeError) else WASTED)
+        self._part()
+        ending = self.membership.ending
+        noticed = min(ending.noticed, stopped) if ending.reason else stopped
+        # What the lost one was silent for before it was noticed, and what this rank did until it stopped.
+        self._phases = {"detect_s": ending.silent_s, "stop_s": stopped - noticed}
+        self.ledger.move(WASTED, DETECTION, ending.silent_s)
+        print(f"generation {self.membership.view.generation} is over: {ending.reason or error}", flush=True)
+        try:
+            view: View | None = self.membership.regroup(self.trainer.step if self._has_state else -1)
+        except ExcludedError as excluded:
+            print(f"{excluded}; joining again", flush=True)
+            view = self._come_back()
+        self._phases["agree_s"] = time.monotonic() - stopped
+        return view
+
+    def _come_back(self) -> View | None:
+        """Joins again after the others went on; what this rank holds may be behind and is not used."""
+        assert self.membership is not None
+        self.membership.leave("excluded")
+        self._has_state = False
+        # Writes under way end by themselves and publish nothing: this rank is not first any more.
+        self.saver = None
+        self._follow()
+        return self._join(refounds=True)
+
+    def _part(self) -> None:
+        """Gives the wires of a generation back: first they are cut, so that no thread is left in them."""
+        for group in self._groups:
+            group.abort("the ranks part")
+        self.trainer.reducer.close()
+        for group in self._groups:
+            group.close()
+        self._groups = []
+
+    def _found(self) -> View:
+        """Opens the run's folder and waits for the others."""
+        self.metrics.active = True
+        self.header["run_id"] = self._claim()
+        self.ledger.active = self._begins = True
+        session = new_session(self.output)
+        (membership := self._membership(session)).found()
+        publish(self.output, session)
+        ranks, wait_s = self.plan.ranks, self.plan.wait_s if self.plan.is_start else REFOUND_WAIT_S
+        if (came := membership.gather(ranks, wait_s)) < ranks:
+            self.metrics.say(f"{came} of {ranks} ranks came within {wait_s:g} s; the others may join later")
+        self.ledger.mark(INITIALIZATION)
+        return membership.regroup(-1)
+
+    def _claim(self) -> str:
+        return launch.claim(self.output, self.config, self.header, self.lease, self.metrics.say)
+
+    def _restore(self, ranks: Ranks) -> None:
+        """Goes to the newest valid snapshot, where nobody has the state in memory. A collective."""
+        self.ledger.mark(PREPARATION)
+        self.metrics.active = ranks.is_first
+        if ranks.is_first and not self.header["run_id"]:
+            self.header["run_id"] = self._claim()
+        self.header["run_id"] = ranks.gather_json(self.header["run_id"], "opening the run's folder")[0]
+        folder, memory = self._folders()
+        if self.saver is not None:
+            self.saver.settle_memory()
+        self.trainer.begin_again(ranks)
+        self.header["network"] = launch.network_of(self.trainer)
+        begun = ranks.gather_json(self.plan.refounds or ranks.generation > 1, "the choice of a snapshot")[0]
+        launch.continue_run(self.trainer, folder, memory, self.header, begun=begun)
+        self.ledger.mark(RESTORE)
+        self._has_state = True
+        if self._begins:
+            self.ledger.start(self.trainer.step, ranks.world)
+        self._begins = False
+
+    def _join(self, *, refounds: bool) -> View | None:
+        """Joins the session that lives in the folder; None when it finished without this rank.
+
+        Args:
+          refounds: to begin the run again when all its ranks are gone.
+        """
+        deadline = time.monotonic() + self.plan.wait_s
+        tried = ""
+        while True:
+            session = read_session(self.output)
+            if session.name not in ("", tried):
+                tried = session.name
+                membership = self._membership(session)
+                try:
+                    return membership.join(self.plan.wait_s, functools.partial(self._superseded, tried))
+                except ExcludedError:
+                    membership.leave("nobody is there")
+                    self.membership = None
+                if launch.has_finished(self.output, self.config) and read_session(self.output).name == tried:
+                    print(f"the run in {self.output} has finished without this rank", flush=True)
+                    return None
+            if refounds:
+                # Of several that do, the lease lets one begin; the others find its session.
+                with contextlib.suppress(LeaseHeldError):
+                    return self._found()
+            if time.monotonic() > deadline:
+                raise TrainerError(
+                    f"no run lives in {self.output}: none of its ranks could be reached for "
+                    f"{self.plan.wait_s:g} s. Start it without --join, and look whether --host is right"
+                )
+            time.sleep(0.1)
+
+    def _superseded(self, session: str) -> bool:
+        return read_session(self.output).name != session
+
+    def _membership(self, session: Session) -> Membership:
+        shards = self.config.data.num_shards
+        limits = Limits(
+            silent_s=self.plan.silent_s,
+            timeout_s=self.config.timeout_s,
+            max_members=min(self.plan.max_ranks or shards, shards),
+        )
+        self.membership = Membership.of_session(self.output, session, self.plan.host, self._place, limits)
+        return self.membership
+
+    def _meet(self, view: View) -> tuple[Ranks, Saver]:
+        """Connects the members, brings them to one step, and hands out what the first rank does."""
+        assert self.membership is not None
+        started = time.monotonic()
+        ranks, state = self._connect(view)
+        self._phases["form_s"] = time.monotonic() - started
+        self.ledger.mark(REFORM)
+        rows = self._compare(ranks)
+        if any(row["doubt"] for row in rows) or max(row["small"]["step"] for row in rows) < 0:
+            # A start; or those who had the state are gone, and those who came for it are left.
+            self._restore(ranks)
+            rows = self._compare(ranks)
+        smalls, places = ([row[name] for row in rows] for name in ("small", "place"))
+        row = transfer(state, self.trainer, smalls, places, ranks)
+        donor = rows[row]
+        self._has_state, self._doubt = True, False
+        self.header["run_id"] = donor["run_id"]
+        division, shards = divide_step(rows, self.config.data.num_shards)
+        self.trainer.meet(ranks, donor["small"], division)
+        self.header["network"] = launch.network_of(self.trainer)
+        # What a first rank that is gone was about to write may be missing: all write once more at the end.
+        self.trainer.saved = donor["small"]["saved"] if view.generation == 1 else -1
+        self._phases["transfer_s"] = time.monotonic() - started - self._phases["form_s"]
+        self.ledger.mark(TRANSFER)
+        self.lease.share(donor["lease"])
+        if ranks.is_first:
+            self.lease.hold()
+            self.metrics.lead(self.trainer.step, (donor["last"][0], donor["last"][1]))
+        else:
+            self._follow()
+        self._note(view, ranks, shards)
+        folder, memory = self._folders()
+        self.saver = Saver(
+            folder,
+            memory,
+            ranks,
+            self.config.snapshots,
+            self.metrics.say,
+            before=self.saver,
+            mirror=self.mirror,
+        )
+        if view.generation == 1:
+            launch.describe(self.trainer, self.header)
+        return ranks, self.saver
+
+    def _follow(self) -> None:
+        self.metrics.follow()
+        self.lease.let_go()
+
+    def _folders(self) -> tuple[SnapshotFolder, SnapshotFolder | None]:
+        folder = SnapshotFolder(
+            self.output / SNAPSHOTS, self.config.snapshots.keep, before_write=self._may_write
+        )
+        memory = memory_folder(self.config.snapshots.memory, str(self.header["run_id"]))
+        if memory is not None:
+            # Each machine has a writer of its own.
+            memory.before_write = functools.partial(self._may_write, first=False)
+        return folder, memory
+
+    def _may_write(self, *, first: bool = True) -> None:
+        assert self.membership is not None
+        self.lease.require()
+        self.membership.require_current(first=first)
+
+    def _connect(self, view: View) -> tuple[Ranks, Channel]:
+        """Makes the groups of a generation; returns them, and the channel for states."""
+        assert self.membership is not None
+        self._phases.setdefault("agree_s", 0.0)
+        channels = dict(zip(CHANNELS, self.membership.connect(CHANNELS), strict=True))
+        groups: list[Group] = [MeshGroup(channels[name]) for name in CHANNELS[:3]]
+        self._groups = groups
+        ranks = Ranks(
+            rank=view.uids.index(self.membership.me.uid),
+            world=len(view.members),
+            device=self.alone.device,
+            scatter=groups[0],
+            gather=groups[1],
+            control=groups[2],
+            generation=view.generation,
+        )
+        if ranks.device.type == "cuda" and ranks.world > 1:
+            pair = nccl_groups(ranks, self.plan.host, self.config.timeout_s, self.config.nccl_preset)
+            for group in pair:
+                self.membership.attach(group)
+            self._groups += pair
+            ranks = dataclasses.replace(ranks, scatter=pair[0], gather=pair[1])
+        return ranks, channels["state"]
+
+    def _compare(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """Returns what every rank says of itself.
+
+        Raises:
+          TrainerConfigError: on a rank whose settings are not those of the first one with a state.
+          CommunicationError: on the others; they meet again without it.
+        """
+        small = self.trainer.small_state()
+        mine = {
+            "settings": settings_of(self.header, self.config.deterministic),
+            "small": small if self._has_state else {**small, "step": -1},
+            "kept": self.trainer.kept() if self._has_state else None,
+            "run_id": self.header["run_id"],
+            "lease": self.lease.token,
+            "last": self.metrics.last,
+            "doubt": self._doubt,
+            "place": self._place,
+        }
+        rows = ranks.gather_json(mine, "the meeting of the ranks")
+        require_equal_settings(rows, ranks.rank)
+        return list(rows)
+
+    def _note(self, view: View, ranks: Ranks, shards: dict[str, int]) -> None:
+        """Tells ledger and person who trains now, and what the change cost."""
+        budget = {name: round(seconds, 4) for name, seconds in self._phases.items()}
+        self.ledger.mark(REFORM)
+        now = {"step": self.trainer.step, "world": ranks.world, "generation": view.generation}
+        self.ledger.regroup(ranks.is_first, **now, **budget, **shards)
+        costs = "  ".join(f"{name.removesuffix('_s')} {seconds:.3f} s" for name, seconds in budget.items())
+        kept = f" ({shards['shards_kept']} of its virtual shards are there)" if shards else ""
+        told = f"{ranks.world} ranks go on from step {self.trainer.step}{kept}"
+        self.metrics.say(f"generation {view.generation}: {told}  {costs}")

@@ -1,0 +1,118 @@
+"""The loss on records that are never trained on: equal samples at every look, equal bits on any ranks.
+
+Each look reads the first samples of the held-out set's own stream (each record once by default, each with the
+crop and the masks that belong to its number), without gradients and without dropout. Losses are gathered per
+virtual shard and added in shard order, so the result does not depend on the number of ranks. Nothing of the
+training moves: not its weights, not its position, not its random numbers.
+
+Owns: the look. Does not own: when it happens (loop.py), the model and its loss (task.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from foldfeed.loader import CropLoader
+from foldfeed.trainer.groups.ranks import Ranks
+from foldfeed.trainer.models.losses import Loss, PerSample
+from foldfeed.trainer.models.task import Task
+
+TOTAL = "loss"
+
+
+class Entry(NamedTuple):
+    """What one virtual shard of a look says of one loss; crosses the ranks as JSON."""
+
+    step: int
+    shard: int
+    name: str
+    total: float
+    num_samples: int
+
+
+class HeldOut:
+    """The held-out records of a run, seen by one rank."""
+
+    def __init__(self, loader: CropLoader, num_samples: int, task: Task, ranks: Ranks) -> None:
+        """Keeps a loader that is at the start of its stream.
+
+        Args:
+          loader: of the held-out records; its threads run during a look only.
+          num_samples: of a look.
+          task: gives the loss.
+          ranks: the groups.
+        """
+        self._loader = loader
+        self._start = loader.state_dict()
+        self._num_samples = num_samples
+        self._task = task
+        self._ranks = ranks
+
+    def redivide(self, ranks: Ranks) -> None:
+        """Takes another part of each look, among other ranks."""
+        self._ranks = ranks
+        self._loader.redivide(0, ranks.rank, ranks.world)
+
+    def look(self, model: nn.Module) -> dict[str, float]:
+        """Returns the mean loss and the mean of each of its parts. A collective.
+
+        Args:
+          model: the plain model; it is back in training mode afterwards.
+        Returns: by name, ``loss`` first; without a name of which no sample was counted.
+        Raises:
+          SampleError: a sample could not be read.
+          CommunicationError: a peer died or stalled.
+        """
+        was_training = model.training
+        # Not by its other name: a test looks for that word, which evaluates text elsewhere.
+        model.train(False)
+        try:
+            with torch.no_grad():
+                sums = [entry for shard in self._shards() for entry in self._sums(model, *shard)]
+        finally:
+            model.train(was_training)
+            # Also ends the threads that would read ahead of what is wanted.
+            self._loader.load_state_dict(self._start)
+        rows = self._ranks.gather_json(sums, "the look at held-out records")
+        return _means([Entry(*entry) for row in rows for entry in row])
+
+    def _shards(self) -> Iterator[tuple[int, int, Sequence[int], Mapping[str, torch.Tensor]]]:
+        batch_size = self._loader.order.global_batch
+        for _ in range(-(-self._num_samples // batch_size)):
+            batch = next(self._loader)
+            for shard in batch.shards:
+                yield batch.step, shard.v, shard.samples, shard.features
+
+    def _sums(
+        self,
+        model: nn.Module,
+        step: int,
+        v: int,
+        samples: Sequence[int],
+        features: Mapping[str, torch.Tensor],
+    ) -> list[Entry]:
+        loss = self._task.loss(model, features)
+        wanted = torch.tensor([sample < self._num_samples for sample in samples], device=loss.counted.device)
+        return [
+            Entry(step, v, name, float(part.values[kept].sum()), int(kept.sum()))
+            for name, part in _named(loss)
+            for kept in [part.counted & wanted]
+        ]
+
+
+def _named(loss: Loss) -> list[tuple[str, PerSample]]:
+    return [(TOTAL, PerSample(loss.per_sample, loss.counted)), *loss.parts.items()]
+
+
+def _means(entries: Sequence[Entry]) -> dict[str, float]:
+    """Adds up in the order of steps and shards, whichever rank an entry came from."""
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for entry in sorted(entries, key=lambda entry: (entry.step, entry.shard)):
+        sums[entry.name] = sums.get(entry.name, 0.0) + entry.total
+        counts[entry.name] = counts.get(entry.name, 0) + entry.num_samples
+    return {name: sums[name] / counts[name] for name in sums if counts[name]}
