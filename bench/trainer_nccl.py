@@ -1,4 +1,4 @@
-"""Presets of NCCL (trainer/groups/nccl.py) measured: all-reduces of given sizes under each, in fresh processes.
+"""Presets of NCCL (trainer/groups/nccl.py) measured: all-reduces of given sizes, in fresh processes each.
 
 NCCL reads its environment once in a process, so every preset gets processes of its own: they are forked from
 one that has imported torch and touched no device. A table goes to the terminal and one row to the results:

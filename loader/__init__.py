@@ -1,20 +1,20 @@
 """The loader: random crops from a feature store as training batches, the same on any number of ranks.
 
-The data's way, one file each: sampling (which records, how often, as data) -> selection (in these stores)
--> order (which record is sample g, by a permutation or an alias_table; placement: in which shard) -> plan
-(its rows, window and draws, before any read) -> fetch (the tiles of the plan; reader does these for a number,
-cached_reader through the room cache/, and unreadable says what becomes of damage) -> reading (in threads
-here, or in a reading_process, over wire, into slots of a ring of shared memory; early_start: slow ones first)
--> featurise (AlphaFold 2's features from a raw sample, with clusters, structure_labels and slots for
-templates) -> draws (the alignments of a sample's recycling iterations, put together) -> prefetch (ahead of
-the consumer, in order) -> device (to the accelerator). step_work is what a rank does of this for its steps.
-samples gives single ones by number, loader a stream of steps, state says where that stands.
-What all of them do with their time is counted in meters (durations in histogram, the wait of a GPU by stall),
-told by meter_reports and metrics_server, and written event by event by trace.
+The data's way: order.sampling (which records, how often, as data) -> order.selection (in these stores)
+-> order.order (which record is sample g, by a permutation or an alias table; order.placement: in which shard)
+-> reading.plan (its rows, window and draws, before any read) -> reading.fetch (the tiles of the plan;
+reading.reader does these for a number, reading.cached_reader through cache/, and unreadable says what becomes
+of damage) -> reading.reading (in threads here, or in processes of reading.process, over reading.wire, into
+slots of a ring of shared memory; reading.early_start: slow ones first) -> features.featurise (AlphaFold 2's
+features from a raw sample, with clusters, labels and slots for templates) -> features.draws (the alignments
+of a sample's recycling iterations, put together) -> prefetch (ahead of the consumer, in order)
+-> features.device (to the accelerator). step_work is what a rank does of this for its steps. samples gives
+single ones by number, loader a stream of steps, order.state says where that stands. What all of them do with
+their time is counted in meters.
 
-featurise is the general path. On the CPU host_features gives the same (with bit_counters), on an accelerator
-step_features does for a whole step, out of one step_block of a block_ring. feature_forms says what a compact
-form leaves out.
+features.featurise is the general path. On the CPU features.host_features gives the same, on an accelerator
+features.step_features does for a whole step, out of one features.step_block. features.forms says what a
+compact form leaves out.
 
 Imports `foldfeed.feature_store` and torch; knows nothing of search tools or training.
 """

@@ -1,28 +1,23 @@
 """Search pipelines: protein sequences in, records of the feature store out.
 
-The data's way, by what a file is about:
+The data's way, a room or file each; what a room holds is said by its files' first lines:
 
-    queries      fasta -> sequences
-    databases    databases (what a build is given) <- registry, manifest, database_files (known by name);
-                 staging_source -> staging_copy -> staging (on a local disk)
-    tools        search_tool (the contract) <- jackhmmer, hhblits, mmseqs (mmseqs_commands, mmseqs_files;
-                 many queries in a run: together), hhsuite_build (makes databases), sharded_jackhmmer
-                 (several files, or many queries); subprocess_runner and warden run programs, energy estimates
-                 what they draw; tools chooses
-    engines      scanner (the contract: jackhmmer's candidates in a file) <- jackhmmer_scanner (scan_names),
-                 fast_jackhmmer (scan, scan_memory, scan_choice, scan_kernels; on a CUDA device scan_gpu,
-                 cuda_device), pyhmmer_scanner, hmmpgmd_scanner (hmmpgmd); all read by scan_database
-    search       plan (units; id_set, kept_plan) -> search (one of them) -> results (kept by content); hits
-                 (what one found); unchanged (the database is still the planned one)
-    templates    template_tool (the contract) <- hmmsearch, hhsearch; template_profile (what is searched
-                 with) -> template_search (one of them); template_database (made of mmCIF files)
-    records      msa (merge) -> features (a record) -> parts (into the store)
-    a build      build_config -> job -> run -> outcome; forecast, costs, ledger, progress, interrupt
-    an array     share (who searches what) -> array_task (one task of an array of jobs)
-    on Beam      graph (search_step, template_graph), packing (the costliest first), runners, engine
-                 (dataflow, flink: what one engine needs; engine_words), engine_errors; submit (without
-                 waiting) <- template (the launcher of Dataflow's flex template)
-    commands     cli, database_cli, ledger_cli, search_speed_cli (what a search costs here: search_speed)
+    queries      fasta -> sequences (a query, or a dead letter)
+    databases    databases.spec (what a build is given) <- databases.registry, manifest (known by name), from
+                 databases.files; databases.staging (on a local disk)
+    planning     planning.plan (units of search) -> planning.packing (the costliest first), planning.share
+                 (who searches what in an array), planning.forecast (what it will cost)
+    searching    searches.search (a unit), searches.together (many in one run), searches.template_search
+                 -> searches.results (kept by content) -> searches.hits (what one found)
+    with         tools.search_tool (the contract) <- tools.jackhmmer, tools.hhblits, tools.mmseqs; of
+                 templates tools.template_tool <- tools.hmmsearch, tools.hhsearch; programs runs programs
+    engines      tools.scanner (the contract: jackhmmer's candidates in a file) <- tools.jackhmmer_scanner,
+                 tools.fast_jackhmmer (fast_scan), tools.pyhmmer_scanner, tools.hmmpgmd_scanner
+    records      records.msa (merge) -> records.features (a record) -> records.parts (into the store)
+    a build      build_config -> building.job -> building.run -> building.outcome; building.array_task (a
+                 task of an array), building.submit (without waiting) <- template (of Dataflow)
+    on Beam      beam.graph, beam.runners, beam.engine (beam.dataflow, beam.flink: what one engine needs)
+    commands     cli
 
 Importing this package does not import Beam; only a run does.
 """

@@ -80,45 +80,95 @@ def test_no_cycles_inside_a_package(root, room):
         visit(module, ())
 
 
-# The rooms of feature_store, lowest floor first, as in CONTRIBUTING; one floor does not know itself.
-FLOORS = (
-    ("",),
-    ("format", "storage"),
-    ("parsers",),
-    ("parsers.mmcif",),
-    ("parts",),
-    ("index",),
-    ("store",),
-    ("importers", "exporters", "care", "looking"),
-    ("cli",),
-)
+# The rooms of each package, and files beside them, lowest floor first, as in CONTRIBUTING; one floor does not
+# know itself. "": files that are not named here, which stand on the ground and may know each other.
+FLOORS = {
+    "feature_store": (
+        ("",),
+        ("format", "storage"),
+        ("parsers",),
+        ("parsers.mmcif",),
+        ("parts",),
+        ("index",),
+        ("store",),
+        ("importers", "exporters", "care", "looking"),
+        ("cli",),
+    ),
+    "pipelines": (
+        ("",),
+        ("programs",),
+        ("fast_scan",),
+        ("tools",),
+        ("databases", "search_speed"),
+        ("build_config", "searches"),
+        ("planning",),
+        ("records",),
+        ("beam",),
+        ("building",),
+        ("cli", "template"),
+    ),
+    "loader": (
+        ("",),
+        ("meters", "order"),
+        ("cache",),
+        ("reading",),
+        ("features",),
+        ("samples", "step_work"),
+        ("loader",),
+        ("speed",),
+        ("speed_cli",),
+    ),
+    "trainer": (
+        ("",),
+        ("groups", "network"),
+        ("config", "elastic", "goodput"),
+        ("models",),
+        ("gradients", "state"),
+        ("export", "training"),
+        ("members", "curve"),
+        ("cli", "prove"),
+        ("__main__",),
+    ),
+}
 
 
-def test_rooms_of_the_store_import_downwards_only(root):
-    floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+@pytest.mark.parametrize("package", FLOORS)
+def test_rooms_import_downwards_only(root, package):
+    floor_of = {name: floor for floor, names in enumerate(FLOORS[package]) for name in names}
+    graph = module_graph(root, package)
     folders = {
-        ".".join(path.parent.relative_to(root / "feature_store").parts)
-        for path in (root / "feature_store").rglob("__init__.py")
+        ".".join(path.parent.relative_to(root / package).parts)
+        for path in (root / package).rglob("__init__.py")
     }
-    assert folders == set(floor_of)
+    assert folders <= set(floor_of)
+    assert set(floor_of) - folders <= set(graph)
 
-    def room_of(module: str) -> str:
+    def place_of(module: str) -> str:
         return module if module in floor_of else module.rpartition(".")[0]
 
     upwards = [
         f"{module} -> {other}"
-        for module, others in module_graph(root, "feature_store").items()
+        for module, others in graph.items()
         for other in others
-        if room_of(module) != room_of(other) and floor_of[room_of(module)] <= floor_of[room_of(other)]
+        if place_of(module) != place_of(other) and floor_of[place_of(module)] <= floor_of[place_of(other)]
     ]
     assert sorted(upwards) == []
 
 
-def test_contributing_draws_every_room(root):
+@pytest.mark.parametrize("package", FLOORS)
+def test_contributing_draws_every_room(root, package):
     guide = (root / "CONTRIBUTING.md").read_text()
-    drawn = re.findall(r"^    ([a-z.]+)/ {2,}\S", guide, re.MULTILINE)
-    rooms = [name.replace(".", "/") for floor in FLOORS for name in floor if name]
-    assert [name.replace(".", "/") for name in drawn if name.replace(".", "/") in rooms] == rooms
+    (drawing,) = re.findall(rf"^`{package}`:\n\n((?:    .*\n)+)", guide, re.MULTILINE)
+    drawn = re.findall(r"^    ([a-z_.]+)/ {2,}\S", drawing, re.MULTILINE)
+    rooms = [
+        name
+        for floor in FLOORS[package]
+        for name in floor
+        if (root / package / name.replace(".", "/")).is_dir()
+    ]
+    assert [set(drawn), len(drawn)] == [set(rooms) - {""}, len(rooms) - 1]
+    floor_of = {name: floor for floor, names in enumerate(FLOORS[package]) for name in names}
+    assert sorted(drawn, key=floor_of.__getitem__) == drawn
 
 
 def test_every_room_is_in_the_wheel(root):
@@ -153,7 +203,8 @@ class Block:
         if name.split(".")[0] in ("apache_beam", "torch", "tensorboard"):
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
-import foldfeed.feature_store, foldfeed.feature_store.cli.main, foldfeed.pipelines, foldfeed.pipelines.cli.build
+import foldfeed.feature_store, foldfeed.feature_store.cli.main
+import foldfeed.pipelines, foldfeed.pipelines.cli.build
 from click.testing import CliRunner
 result = CliRunner().invoke(foldfeed.feature_store.cli.main.main, ["--help"])
 assert result.exit_code == 0 and "build" in result.output, result.output

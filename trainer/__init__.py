@@ -3,12 +3,11 @@
     torchrun --nproc-per-node 4 -m foldfeed.trainer --store URL --output runs/a
     python -m foldfeed.trainer.elastic --ranks 4 -- --store URL --output runs/a      ranks may die and join
 
-Read in this order: loop.py (the step; source.py: of batches), commit.py (what ranks agree on), reducer.py and
-dyadic.py (how gradients are summed), exchange.py, two_level.py, ring.py, probe.py, topology.py, transports.py
-and nccl.py (how they travel), compiling.py (what is compiled), snapshot.py, tiers.py, mirror.py and resume.py
-(how a run survives), elastic_rank.py, session.py, agreement.py, membership.py and wire.py (how its ranks
-survive each other), goodput.py and watch.py (how it is watched), task.py, model.py and losses.py (what is
-trained), held_out.py (how well); elastic.py, prove.py, export.py and curve.py are commands of their own.
+Read in this order: training.loop (the step; training.source: of batches), training.commit (what ranks agree
+on), gradients.reducer and gradients.dyadic (how gradients are summed), the rest of gradients (how they
+travel), groups (between whom), state (how a run survives), members (how its ranks survive each other),
+goodput and training.watch (how it is watched), models (what is trained), training.held_out (how well).
+elastic, prove, goodput, export and curve are commands of their own.
 Names are imported on first use, so that the command line can print its help without waiting for torch.
 """
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What threads and processes did with their time: counted, traced, reported."""

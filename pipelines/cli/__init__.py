@@ -1,1 +1,1 @@
-"""TODO."""
+"""The commands `foldfeed build`, `database`, `ledger` and `bench search`: options in, tables out."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Search databases: as a user names them, known by digest, registered, staged, made from others' files."""

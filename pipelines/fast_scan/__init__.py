@@ -1,1 +1,1 @@
-"""TODO."""
+"""Which targets pass HMMER's first filter, exactly: C for processors, CUDA C for devices."""

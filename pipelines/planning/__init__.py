@@ -1,1 +1,1 @@
-"""TODO."""
+"""Which searches a build needs, who does them in which order, and what they will cost."""

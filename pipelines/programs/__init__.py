@@ -1,1 +1,1 @@
-"""TODO."""
+"""Other programs, started and owned until nothing of them is left: limits, accounting, energy, interrupts."""

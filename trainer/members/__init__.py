@@ -1,1 +1,1 @@
-"""TODO."""
+"""Ranks that come and go: who lives, the next generation, own sockets, state for a newcomer."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What is trained: the Protocol of a task, the compact Evoformer, its losses."""
