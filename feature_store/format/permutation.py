@@ -131,7 +131,7 @@ class KeyedPermutation:
         return self.size
 
     def __getitem__(self, position: int) -> int:
-        """Returns ``forward`` of one position, without an array: a fifth of the time of an array of one.
+        """Returns ``forward`` of one position, without an array.
 
         Raises:
           IndexError: outside ``range(size)``; negative positions do not count from the end.

@@ -75,7 +75,7 @@ class Stream:
         return words_by_numpy(self.key, first, count) if words is None else words
 
     def few_words(self, count: int) -> list[int]:
-        """Returns the next ``count`` words as integers: of few, in a tenth of the time of an array."""
+        """Returns the next ``count`` words as integers: of few, in half the time of an array."""
         if count > draw_kernel.MOST_FEW:
             return self.words(count).tolist()
         first = self.skip(count)
