@@ -1,8 +1,8 @@
 /* Random words of a stream and the masking drawn from them: the same numbers as counter_rng.py and plan.py, fast.
 
    Those own the arithmetic, explain it and are the general path; tests compare both. Functions of a Python module:
-   a plan calls six of them; three words through ctypes took 3.5 us, as integers from here they take 0.4. Whatever takes long gives up the
-   interpreter's lock. Arrays come back as bytearrays. */
+   a plan calls six of them; three words through ctypes took 3.5 us, as integers from here they take 0.4. Whatever
+   takes long gives up the interpreter's lock. Arrays come back as bytearrays. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
