@@ -76,7 +76,7 @@ def test_the_compiled_form_equals_numpy(size, seed, count):
 def test_without_the_compiled_form_orders_are_the_same(monkeypatch):
     permutation = KeyedPermutation(99_991, (7, 3))
     order = permutation.forward(np.arange(99_991))
-    monkeypatch.setattr(permute_kernel, "_function", lambda: None)
+    monkeypatch.setattr(permute_kernel, "_functions", lambda: None)
     assert np.array_equal(permutation.forward(np.arange(99_991)), order)
     assert np.array_equal(permutation.inverse(order), np.arange(99_991))
 
@@ -85,7 +85,8 @@ def test_one_position_at_a_time_equals_all_at_once():
     permutation = KeyedPermutation(1237, (5, 9))
     together = permutation.forward(np.arange(1237).reshape(1, -1))
     assert together.shape == (1, 1237)
-    assert [permutation[i] for i in range(0, 1237, 11)] == together[0, ::11].tolist()
+    for one in (permutation.__getitem__, permutation._walk_one):
+        assert [one(i) for i in range(0, 1237, 11)] == together[0, ::11].tolist()
     assert len(permutation) == 1237
 
 
@@ -96,12 +97,13 @@ def test_one_position_at_a_time_equals_all_at_once():
     count=st.integers(1, 70_000),
 )
 def test_arrays_of_any_length_equal_plain_integers(size, seed, count):
-    """Long arrays look hashes up and run in blocks, short ones compute them, one position is plain Python."""
+    """Long arrays look hashes up and run in blocks, short ones compute them, `_walk_one` is plain Python."""
     permutation = KeyedPermutation(size, (seed, 1))
     positions = np.random.default_rng(seed % 97).integers(0, size, count)
     together = permutation.forward(positions)
     some = slice(None, None, max(1, count // 30))
-    assert [permutation[position] for position in positions[some].tolist()] == together[some].tolist()
+    for one in (permutation.__getitem__, permutation._walk_one):
+        assert [one(position) for position in positions[some].tolist()] == together[some].tolist()
     assert np.array_equal(permutation.forward(positions[some]), together[some])
     assert np.array_equal(permutation.inverse(together), positions)
 

@@ -71,6 +71,32 @@ def test_what_is_read_together_is_what_is_read_alone(urls, order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_arrays_are_read_into_room_of_any_strides(urls, order):
+    store = FeatureStore.open(urls[order])
+    rng = np.random.default_rng(4)
+    for number in range(40):
+        record = store.at(number % len(SHAPES))
+        wanted = {name: drawn(rng, record)[0] for name in (*PER_RESIDUE, *ARRAYS)}
+        expected = record.read(slice(0, 1), slice(0, 1), list(wanted.items())).arrays
+        room = {}
+        for name, (start, stop) in wanted.items():
+            spec = record.part.specs[name]
+            whole = np.full((2 * (stop - start), *spec.chunk[1:]), 7, dtype=spec.dtype)
+            if rng.random() < 0.7:
+                room[name] = whole[::2]
+        read = record.read(slice(0, 1), slice(0, 1), list(wanted.items()), into=room)
+        for name, values in expected.items():
+            if values is None:
+                assert read.arrays[name] is None
+                assert name not in room or (room[name] == 7).all()
+            else:
+                np.testing.assert_array_equal(read.arrays[name], values)
+            if name in room:
+                assert values is None or read.arrays[name] is room[name]
+                assert (room[name].base[1::2] == 7).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_a_far_record_comes_in_one_round_once_the_indices_are_known(urls, order, monkeypatch):
     store, blobs = slowed(urls[order], 0.0)
     record = store["r2"]
@@ -108,3 +134,8 @@ def test_what_cannot_be_read_together_is_refused(urls):
         record.read(per_residue=[("profile", (3, 10))])
     with pytest.raises(ValueError, match="this crop needs"):
         record.read(out=(np.empty((1, 1), np.uint8), np.empty((1, 1), np.int32)))
+    with pytest.raises(ValueError, match=r"'entropy' is not among the arrays that are read, \['profile'\]"):
+        record.read(per_residue=[("profile", (0, 1))], into={"entropy": np.empty(1, np.float32)})
+    for shape, dtype in (((2, 22), np.float32), ((3, 22), np.float64)):
+        with pytest.raises(ValueError, match=r"into: profile is float.* its window needs <f4 \(3, 22\)"):
+            record.read(per_residue=[("profile", (0, 3))], into={"profile": np.empty(shape, dtype)})

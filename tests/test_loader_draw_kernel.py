@@ -12,7 +12,7 @@ from foldfeed.loader import Recipe
 from foldfeed.loader.order import draw_kernel
 from foldfeed.loader.order.counter_rng import Purpose, Stream, _order_by_numpy, stream, words_by_numpy
 from foldfeed.loader.order.order import SampleAddress
-from foldfeed.loader.reading.plan import draw_masking, make_plan
+from foldfeed.loader.reading.plan import count_kept, delete_blocks, draw_masking, make_plan
 
 compiled = pytest.mark.skipif(not draw_kernel.is_usable(), reason="installed without it (no C compiler)")
 KEYS = st.integers(0, 2**128 - 1)
@@ -31,7 +31,14 @@ def without(monkeypatch):
 )
 def test_compiled_words_are_numpys(key, first, count):
     halves = Stream(key).key
-    assert np.array_equal(draw_kernel.words(halves, first, count), words_by_numpy(halves, first, count))
+    expected = words_by_numpy(halves, first, count)
+    assert np.array_equal(draw_kernel.words(halves, first, count), expected)
+    few = Stream(key)
+    few.skip(first)
+    assert few.few_words(count) == expected.tolist()
+    few = Stream(key)
+    few.skip(first)
+    assert few.few_integers(1000, count) == ((expected >> 32) * 1000 >> 32).tolist()
 
 
 @compiled
@@ -46,6 +53,35 @@ def test_compiled_orders_are_those_of_a_stable_sort(key, count, bits, data):
     for found in (draw_kernel.order(words), _order_by_numpy(words)):
         assert found.dtype == np.int64
         assert np.array_equal(found, expected)
+    limit = data.draw(st.integers(0, count + 1))
+    found = draw_kernel.order(words, limit, 7)
+    assert found.dtype == np.int64
+    assert np.array_equal(found, 7 + expected[:limit])
+
+
+@settings(max_examples=60, deadline=None)
+@given(key=KEYS, count=st.integers(0, 600), first_item=st.integers(0, 3), data=st.data())
+def test_the_head_of_an_order_is_the_whole_ones(key, count, first_item, data):
+    limit = data.draw(st.integers(0, count))
+    expected = first_item + Stream(key).order(count)[:limit]
+    assert np.array_equal(Stream(key).order(count, limit, first_item), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw_kernel, "_functions", lambda: None)
+        assert np.array_equal(Stream(key).order(count, limit, first_item), expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sample=st.integers(0, 2**40),
+    depth=st.integers(1, 3000),
+    blocks=st.integers(0, 400),
+    fraction=st.floats(0, 1),
+)
+def test_survivors_of_block_deletion_are_counted_without_making_them(sample, depth, blocks, fraction):
+    recipe = Recipe.named("af2", num_blocks=blocks, block_fraction=fraction)
+    made, counted = (stream(5, sample, Purpose.BLOCK_DELETE) for _ in range(2))
+    assert count_kept(recipe, counted, depth) == len(delete_blocks(recipe, made, depth))
+    assert counted.few_words(2) == made.few_words(2)
 
 
 @compiled

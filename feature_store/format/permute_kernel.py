@@ -1,29 +1,28 @@
-"""The compiled form of the keyed permutation, where it was built: `permute`.
+"""The compiled form of the keyed permutation, where it was built: `permute`, `permute_one`.
 
 Owns the binding to ``permute.c``. Does not own the arithmetic: `foldfeed.feature_store.format.permutation`
-explains it and computes it with NumPy where there is no compiled form; both give the same numbers (a test).
-It is an optional part of an installation: it is there where a C compiler was.
+explains it and computes it in Python where there is no compiled form; both give the same numbers (a test).
+It is an optional part of an installation, see `foldfeed.feature_store.compiled`.
 
-Safe from any thread; the call releases the interpreter's lock.
+Safe from any thread; where there are many values, the interpreter's lock is released.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import importlib.util
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Its name counts versions, so that one that was compiled from another C is not found.
-_FUNCTION = "foldfeed_permute_1"
+from foldfeed.feature_store.compiled import Functions, functions_of
+
+_MODULE = "foldfeed.feature_store.format._permute"
+_NAMES = ("permute_2", "permute_one_2")
 
 
 def is_usable() -> bool:
     """Returns whether there is a compiled form, of this version."""
-    return _function() is not None
+    return _functions() is not None
 
 
 def permute(
@@ -39,25 +38,29 @@ def permute(
       inverse: whether to undo it instead.
     Returns: False where there is no compiled form; then nothing has happened.
     """
-    function = _function()
-    if function is None:
+    functions = _functions()
+    if functions is None:
         return False
-    assert values.flags.c_contiguous, values.strides
-    assert keys.shape == (2, 12), keys.shape
-    assert keys.flags.c_contiguous, keys.strides
-    function(values.ctypes.data, values.size, size, bits, keys.ctypes.data, inverse)
+    functions[0](values, size, bits, keys, inverse)
     return True
 
 
-@functools.cache
-def _function() -> Any:
-    spec = importlib.util.find_spec("foldfeed.feature_store.format._permute")
-    if spec is None or spec.origin is None:
+def permute_one(value: int, size: int, bits: int, keys: NDArray[np.uint64]) -> int | None:
+    """Returns what the permutation makes of a value, walk included; None where there is no compiled form.
+
+    Args:
+      value: 0 to ``size - 1``.
+      size: as for `permute`.
+      bits: as for `permute`.
+      keys: as for `permute`.
+    """
+    functions = _functions()
+    if functions is None:
         return None
-    function = getattr(ctypes.CDLL(spec.origin), _FUNCTION, None)
-    if function is not None:
-        function.argtypes = [
-            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
-        ]
-        function.restype = None
-    return function
+    found: int = functions[1](value, size, bits, keys)
+    return found
+
+
+@functools.cache
+def _functions() -> Functions | None:
+    return functions_of(_MODULE, _NAMES)

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ from foldfeed.feature_store.storage.read_pool import (
 # Arrays whose entries are tiles.
 TILED = ("msa", "deletion")
 # What a row says that was written before a column came.
+_NOWHERE: Mapping[str, np.ndarray] = {}
 _LATER_COLUMNS = {field.name: None for field in INDEX_SCHEMA if field.nullable}
 
 
@@ -181,6 +182,7 @@ class PartReader:
         rows: Rows,
         per_residue: Sequence[tuple[str, tuple[int, int]]],
         out: CropArrays | None = None,
+        into: Mapping[str, np.ndarray] = _NOWHERE,
     ) -> RecordRead:
         """Returns a crop and other arrays of a record: `crop`, `per_residue` and `structure` in one round.
 
@@ -190,15 +192,16 @@ class PartReader:
           rows: of it, as for `crop`.
           per_residue: name and residues ``[start, stop)`` of other arrays; no name twice.
           out: of the crop, as for `crop`.
+          into: arrays to read some of the others into, by name; fresh ones for those that are not among them.
         """
         job = self.tiles.job(self.tiled(at), window, rows, out)
         found: dict[str, np.ndarray | None] = {}
 
         def read(name: str, residues: tuple[int, int]) -> None:
             if name not in structure.ARRAYS:
-                found[name] = self.per_residue(name, at, residues)
+                found[name] = self.per_residue(name, at, residues, into.get(name))
             else:
-                arrays = self.structure(at, residues, (name,))
+                arrays = self.structure(at, residues, (name,), into)
                 found[name] = None if arrays is None else arrays[name]
 
         in_flight = 1 if self.is_local else DEFAULT_IN_FLIGHT
@@ -217,25 +220,41 @@ class PartReader:
         self.tiles.finish(job)
         return RecordRead(self.tiles.result(job), found, *sizes_of(reads, job.record.grid))
 
-    def per_residue(self, name: str, at: RecordLocation, window: tuple[int, int] | None = None) -> np.ndarray:
+    def per_residue(
+        self,
+        name: str,
+        at: RecordLocation,
+        window: tuple[int, int] | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Returns a per-residue array (``aatype``, ``profile``, ...) of a record, or of a window of it.
 
-        All fill value (NaN) when the part was written before that array came.
+        All fill value (NaN) when the part was written before that array came. Read into ``out`` if given.
         """
         start, stop = window or (0, at.length)
         if name not in self.arrays:
             spec = array_specs(self.settings)[name]
-            return np.full((stop - start, *spec.chunk[1:]), spec.fill_value, dtype=spec.dtype)
-        return self.arrays[name].read(at.first_residue + start, at.first_residue + stop)
+            if out is None:
+                out = np.empty((stop - start, *spec.chunk[1:]), dtype=spec.dtype)
+            out[...] = spec.fill_value
+            return out
+        return self.arrays[name].read(at.first_residue + start, at.first_residue + stop, out)
 
     def structure(
-        self, at: RecordLocation, window: tuple[int, int], names: Iterable[str] = structure.ARRAYS
+        self,
+        at: RecordLocation,
+        window: tuple[int, int],
+        names: Iterable[str] = structure.ARRAYS,
+        into: Mapping[str, np.ndarray] = _NOWHERE,
     ) -> dict[str, np.ndarray] | None:
-        """Returns some arrays of `structure.ARRAYS` for a window of residues; None when there are none."""
+        """Returns some arrays of `structure.ARRAYS` for a window of residues; None when there are none.
+
+        Those that have a place in ``into`` are read into it.
+        """
         if at.first_structure_residue is None:
             return None
         start, stop = (at.first_structure_residue + edge for edge in window)
-        return {name: self.arrays[name].read(start, stop) for name in names}
+        return {name: self.arrays[name].read(start, stop, into.get(name)) for name in names}
 
     def entries_of(self, name: str, at: RecordLocation) -> tuple[int, int]:
         """Returns the entries ``[start, stop)`` of an array that are a record's; none where it has none."""

@@ -210,6 +210,7 @@ class Record:
         per_residue: Sequence[tuple[str, tuple[int, int]]] = (),
         *,
         out: CropArrays | None = None,
+        into: Mapping[str, NDArray[Any]] | None = None,
     ) -> RecordRead:
         """Returns a crop and other arrays of the record, all of them read at the same time.
 
@@ -222,9 +223,11 @@ class Record:
           per_residue: names of other arrays (`PER_RESIDUE`, or of a `Structure`) with the residues ``[start,
             stop)`` wanted of each.
           out: as for `crop`.
+          into: arrays to read some of the others into, by name, of their shape and dtype and any strides;
+            those of a structure that the record does not have stay as they are.
         Raises:
           IndexError: outside the record.
-          ValueError: an unknown name, or one twice; ``out`` has another shape or dtype.
+          ValueError: an unknown name, or one twice; an array to read into has another shape or dtype.
           CorruptDataError: a tile or chunk does not match its checksum.
         """
         shape = self.resolve(residues, rows)
@@ -236,7 +239,22 @@ class Record:
                 raise ValueError(f"per_residue: {name!r} must be one of {', '.join(_WINDOWED)}, once")
             if not 0 <= start <= stop <= self.length:
                 raise IndexError(f"{name} [{start}, {stop}) is outside of 0..{self.length}")
-        return self._part.read(self._at, shape.window, shape.rows, per_residue, out)
+        if into is None:
+            return self._part.read(self._at, shape.window, shape.rows, per_residue, out)
+        self._check_into(into, dict(per_residue))
+        return self._part.read(self._at, shape.window, shape.rows, per_residue, out, into)
+
+    def _check_into(self, into: Mapping[str, NDArray[Any]], asked: Mapping[str, tuple[int, int]]) -> None:
+        for name, array in into.items():
+            if name not in asked:
+                raise ValueError(f"into: {name!r} is not among the arrays that are read, {sorted(asked)}")
+            spec = self._part.specs[name]
+            start, stop = asked[name]
+            shape = (stop - start, *spec.chunk[1:])
+            if array.shape != shape or array.dtype != spec.dtype:
+                raise ValueError(
+                    f"into: {name} is {array.dtype} {array.shape}; its window needs {spec.dtype} {shape}"
+                )
 
     def plan(self, residues: Window | None = None, rows: Window | Rows | None = None) -> CropPlan:
         """Returns which tiles such a crop reads, how many cells that is and how many bytes.

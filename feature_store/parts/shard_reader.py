@@ -101,22 +101,46 @@ class ShardReader:
         self.path = f"{part_path}/{spec.shard_path}"
         self._num_bytes = num_bytes
         self._chunk_bytes = spec.chunk_bytes
+        self._dtype = np.dtype(spec.dtype)
+        self._entry_shape = spec.chunk[1:]
+        self._entry_bytes = spec.chunk_bytes // spec.chunk[0]
         self._opened: tuple[RangeReader, NDArray[np.uint64]] | None = None
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Returns entries ``[start, stop)`` of the first axis, a fresh array."""
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Returns entries ``[start, stop)`` of the first axis.
+
+        Args:
+          start: the first.
+          stop: behind the last.
+          out: an array of that shape and dtype to read into; a fresh one when None.
+        Raises:
+          CorruptDataError: a checksum, a size or the index does not agree.
+        """
         assert 0 <= start <= stop <= self.length, (self.path, start, stop, self.length)
-        out = np.empty((stop - start, *self.spec.chunk[1:]), dtype=self.spec.dtype)
-        size = self.spec.chunk[0]
+        if out is None:
+            out = np.empty((stop - start, *self._entry_shape), dtype=self._dtype)
         if start == stop:
             return out
-        chunks = range(start // size, -(-stop // size))
-        for number, values in self.chunks(chunks):
-            top = number * size
-            low, high = max(start, top), min(stop, top + size)
-            out[low - start : high - start] = (
-                self.spec.fill_value if values is None else values[low - top : high - top]
-            )
+        size = self.spec.chunk[0]
+        first, behind = start // size, -(-stop // size)
+        if self._num_bytes is None:
+            out[...] = self.spec.fill_value
+            return out
+        numbers, found = range(first, behind), self._open()[1][first:behind].tolist()
+        runs, missing = _runs_of(numbers, found, MAX_READ_BYTES)
+        for place in missing:
+            low = max(numbers[place] * size - start, 0)
+            out[low : (numbers[place] + 1) * size - start] = self.spec.fill_value
+        for run in runs:
+            data = self.fetch(run)
+            for _, number, at, num_bytes in run.entries:
+                raw, top = self.decode(number, data, at, num_bytes), number * size
+                low, high = max(start, top), min(stop, top + size)
+                shape = (high - low, *self._entry_shape)
+                # One view of what is wanted of the chunk.
+                out[low - start : high - start] = np.ndarray(
+                    shape, self._dtype, raw, (low - top) * self._entry_bytes
+                )
         return out
 
     def chunks(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray | None]]:
@@ -163,28 +187,7 @@ class ShardReader:
         if self._num_bytes is None:
             return [], list(range(len(numbers)))
         index = self._open()[1]
-        found = index[np.asarray(numbers, dtype=np.int64)].tolist()
-        runs: list[ReadRun] = []
-        missing: list[int] = []
-        entries: list[tuple[int, int, int, int]] = []
-        start = end = last = 0
-        for place, (offset, size) in enumerate(found):
-            if offset == MISSING:
-                missing.append(place)
-                continue
-            stop = offset + size
-            if entries and not (
-                (0 <= offset - end <= MAX_GAP_BYTES and stop - start <= max_read_bytes) or offset == last
-            ):
-                runs.append(ReadRun(start, end, entries))
-                entries = []
-            if not entries:
-                start = offset
-            entries.append((place, numbers[place], offset - start, size))
-            last, end = offset, stop
-        if entries:
-            runs.append(ReadRun(start, end, entries))
-        return runs, missing
+        return _runs_of(numbers, index[np.asarray(numbers, dtype=np.int64)].tolist(), max_read_bytes)
 
     def fetch(self, run: ReadRun) -> bytes:
         """Returns the bytes of a run.
@@ -318,3 +321,36 @@ class ShardReader:
 
     def _damaged(self, number: int, reason: str) -> CorruptDataError:
         return CorruptDataError(f"{self.path}, chunk {number}", reason)
+
+
+def _runs_of(
+    numbers: Sequence[int], found: list[tuple[int, int]], max_read_bytes: int
+) -> tuple[list[ReadRun], list[int]]:
+    """Returns what `ShardReader.runs` does.
+
+    Args:
+      numbers: of the chunks.
+      found: what the index says of each: first byte and bytes.
+      max_read_bytes: of one read.
+    """
+    runs: list[ReadRun] = []
+    missing: list[int] = []
+    entries: list[tuple[int, int, int, int]] = []
+    start = end = last = 0
+    for place, (offset, size) in enumerate(found):
+        if offset == MISSING:
+            missing.append(place)
+            continue
+        stop = offset + size
+        if entries and not (
+            (0 <= offset - end <= MAX_GAP_BYTES and stop - start <= max_read_bytes) or offset == last
+        ):
+            runs.append(ReadRun(start, end, entries))
+            entries = []
+        if not entries:
+            start = offset
+        entries.append((place, numbers[place], offset - start, size))
+        last, end = offset, stop
+    if entries:
+        runs.append(ReadRun(start, end, entries))
+    return runs, missing

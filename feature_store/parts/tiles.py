@@ -195,14 +195,11 @@ def sizes_of(reads: Sequence[ArrayReads], grid: RecordGrid) -> tuple[int, int]:
     num_bytes = num_tiles = 0
     for _, targets, runs, missing in reads:
         # Both ends of a run that wraps around may lie in one tile, one behind the other.
-        last = -1
-        for run in runs:
-            for _, number, _, size in run.entries:
-                if number != last:
-                    num_bytes += size
-                    num_tiles += 1
-                    last = number
-        num_tiles += len({targets[place][0].tile for place in missing})
+        sizes = {number: size for run in runs for _, number, _, size in run.entries}
+        num_bytes += sum(sizes.values())
+        num_tiles += len(sizes)
+        if missing:
+            num_tiles += len({targets[place][0].tile for place in missing})
     return num_bytes, num_tiles * grid.tile_rows * grid.tile_cols
 
 

@@ -74,6 +74,14 @@ class Stream:
         words = draw_kernel.words(self.key, first, count)
         return words_by_numpy(self.key, first, count) if words is None else words
 
+    def few_words(self, count: int) -> list[int]:
+        """Returns the next ``count`` words as integers: of few, in half the time of an array."""
+        if count > draw_kernel.MOST_FEW:
+            return self.words(count).tolist()
+        first = self.skip(count)
+        words = draw_kernel.few_words(self.key, first, count)
+        return words_by_numpy(self.key, first, count).tolist() if words is None else words
+
     def skip(self, count: int) -> int:
         """Takes the next ``count`` words without making them; returns the number of the first."""
         first = self._num_taken
@@ -94,15 +102,25 @@ class Stream:
         assert 1 <= bound <= 2**31, bound
         return (((self.words(count) >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
 
-    def order(self, count: int) -> NDArray[np.int64]:
+    def few_integers(self, bound: int, count: int) -> list[int]:
+        """Returns what `integers` does, as a list of few, see `few_words`."""
+        assert 1 <= bound <= 2**31, bound
+        return [((word >> 32) * bound) >> 32 for word in self.few_words(count)]
+
+    def order(self, count: int, limit: int | None = None, first_item: int = 0) -> NDArray[np.int64]:
         """Returns a uniformly random order of ``range(count)``, int64 (count,).
 
         Items are sorted by a random word each; a tie (2**-64 a pair) keeps the lower item first, so even then
         the result is defined.
+
+        Args:
+          count: of the items.
+          limit: only so many of them, the first of the order; all when None.
+          first_item: what is added to each.
         """
         words = self.words(count)
-        order = draw_kernel.order(words)
-        return _order_by_numpy(words) if order is None else order
+        order = draw_kernel.order(words, limit, first_item)
+        return _order_by_numpy(words)[:limit] + first_item if order is None else order
 
 
 class _Generator(threading.local):
@@ -164,7 +182,7 @@ def stream(seed: int, sample: int, purpose: Purpose, draw: int = 0) -> Stream:
     """
     again = f", {operator.index(draw)}" if draw else ""
     # What `json.dumps` makes of the tuple, in a fifth of the time: a sample has four streams and more.
-    text = f'["{SCHEME}", {operator.index(seed)}, {operator.index(sample)}, "{purpose.value}"{again}]'
+    text = f'["{SCHEME}", {operator.index(seed)}, {operator.index(sample)}, "{purpose._value_}"{again}]'
     return Stream(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little"))
 
 

@@ -43,6 +43,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "clamped": np.dtype(np.float32),
 }
 ARRAYS = tuple(DTYPES)
+_ITEM_BYTES = tuple((name, dtype.itemsize) for name, dtype in DTYPES.items())
 Room = Mapping[str, NDArray[Any]]
 
 
@@ -136,8 +137,10 @@ def shapes_of(plan: SamplePlan) -> dict[str, tuple[int, ...]]:
 
 def num_bytes_of(shapes: Mapping[str, tuple[int, ...]], alignment: int = 1) -> int:
     """Returns the bytes of arrays of such shapes, each begun at a multiple of ``alignment``."""
-    sizes = (math.prod(shapes[name]) * DTYPES[name].itemsize for name in ARRAYS)
-    return sum(-(-size // alignment) * alignment for size in sizes)
+    total = 0
+    for name, item_bytes in _ITEM_BYTES:
+        total += -(-math.prod(shapes[name]) * item_bytes // alignment) * alignment
+    return total
 
 
 def arrays_of(plan: SamplePlan) -> list[tuple[str, tuple[int, int]]]:
@@ -174,30 +177,21 @@ def fetch(record: Record, plan: SamplePlan, room: Room | None = None) -> Fetched
     is_whole = (start, stop) == (0, plan.columns[1] - plan.columns[0])
     # Deletions of columns outside of the crop are read with their tiles and left behind.
     deletions = room["deletions"] if is_whole else np.empty(room["msa"].shape, dtype=np.int32)
-    read = record.read(slice(*plan.columns), plan.selection, arrays_of(plan), out=(room["msa"], deletions))
+    out = room["msa"], deletions
+    into = {"profile": room["profile"]}
+    if plan.full_deletion_mean:
+        into["deletion_mean"] = room["deletion_mean"]
+    read = record.read(slice(*plan.columns), plan.selection, arrays_of(plan), out=out, into=into)
     if not is_whole:
         room["deletions"][:] = deletions[:, start:stop]
     rows = plan.rows
     # Row 0 is the query, which is what the store's aatype is made of.
     assert rows[0] == 0, rows
     room["aatype"][:] = room["msa"][0, start:stop]
-    room["profile"][:] = read.arrays["profile"]
-    if rows[-1] == len(rows) - 1:
-        # Every row is at its own place: a slab, or all rows.
-        room["centre_at"][:], room["extra_at"][:] = plan.centres, plan.extras
-    else:
-        # A look-up costs a fifth of a search; entries between the rows are not read.
-        place_of = np.empty(rows[-1] + 1, dtype=np.int64)
-        place_of[rows] = np.arange(len(rows))
-        room["centre_at"][:], room["extra_at"][:] = place_of[plan.centres], place_of[plan.extras]
-    is_member = np.ones(len(rows), dtype=bool)
-    is_member[room["centre_at"]] = False
-    room["member_at"][:] = np.flatnonzero(is_member)
+    _put_places(plan, room)
     room["action"][:] = plan.masking.action
     room["profile_at"][:] = plan.masking.profile_at
     room["profile_u"][:] = plan.masking.profile_u
-    if plan.full_deletion_mean:
-        room["deletion_mean"][:] = read.arrays["deletion_mean"]
     if plan.labels:
         _put_atoms(record.structure_source, read.arrays, plan, room)
     arrays = SampleArrays(**room, crop_in_columns=(start, stop), first_residue=plan.crop[0])
@@ -207,6 +201,27 @@ def fetch(record: Record, plan: SamplePlan, room: Room | None = None) -> Fetched
         "used_bytes": len(rows) * (room["msa"].shape[1] + stop - start),
     }
     return Fetched(arrays, sizes)
+
+
+def _put_places(plan: SamplePlan, room: Room) -> None:
+    rows = plan.rows
+    centre_at, extra_at, member_at = room["centre_at"], room["extra_at"], room["member_at"]
+    if rows[-1] == len(rows) - 1:
+        # Every row is at its own place: a slab, or all rows.
+        centre_at[:], extra_at[:] = plan.centres, plan.extras
+    else:
+        # A look-up costs a fifth of a search; entries between the rows are not read.
+        place_of = np.empty(rows[-1] + 1, dtype=np.int64)
+        place_of[rows] = np.arange(len(rows))
+        centre_at[:], extra_at[:] = place_of[plan.centres], place_of[plan.extras]
+    if len(extra_at) == len(member_at):
+        # Nothing is read but centres and extra rows, which have no row in common.
+        member_at[:] = extra_at
+        member_at.sort()
+    else:
+        is_member = np.ones(len(rows), dtype=bool)
+        is_member[centre_at] = False
+        member_at[:] = np.flatnonzero(is_member)
 
 
 def _put_atoms(

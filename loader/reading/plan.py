@@ -22,6 +22,7 @@ the record, W residues read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,7 +194,7 @@ def draw_num_recycles(recipe: Recipe, seed: int, step: int) -> int:
     """
     if not recipe.max_recycles:
         return 0
-    return int(stream(seed, step, Purpose.RECYCLES).integers(recipe.max_recycles + 1, 1)[0])
+    return stream(seed, step, Purpose.RECYCLES).few_integers(recipe.max_recycles + 1, 1)[0]
 
 
 def draw_slab(
@@ -210,16 +211,15 @@ def draw_slab(
     """
     num_hits = depth - 1
     if recipe.block_delete:
-        kept = keep_blocks(recipe, stream(seed, sample, Purpose.BLOCK_DELETE, draw), depth)
-        num_hits = int(np.count_nonzero(kept)) - 1
+        num_hits = count_kept(recipe, stream(seed, sample, Purpose.BLOCK_DELETE, draw), depth) - 1
     if max_msa_rows:
         # A uniform sample of a uniform sample is one, so only its size is to be kept.
         num_hits = min(num_hits, max_msa_rows - 1)
     num_hits = draw_num_hits(recipe, seed, sample, num_hits, draw)
-    start = int(stream(seed, sample, Purpose.SLAB, draw).integers(max(depth - 1, 1), 1)[0])
-    hits = 1 + stream(seed, sample, Purpose.ROWS, draw).order(num_hits)
-    centres = np.concatenate([np.zeros(1, dtype=np.int64), hits[: recipe.num_clusters - 1]])
-    return StoredRun(start, 1 + num_hits), centres, hits[recipe.num_clusters - 1 :]
+    (start,) = stream(seed, sample, Purpose.SLAB, draw).few_integers(max(depth - 1, 1), 1)
+    rows = np.zeros(1 + num_hits, dtype=np.int64)
+    rows[1:] = stream(seed, sample, Purpose.ROWS, draw).order(num_hits, first_item=1)
+    return StoredRun(start, 1 + num_hits), rows[: recipe.num_clusters], rows[recipe.num_clusters :]
 
 
 def draw_rows(
@@ -240,13 +240,14 @@ def draw_rows(
     if recipe.block_delete:
         survivors = delete_blocks(recipe, stream(seed, sample, Purpose.BLOCK_DELETE, draw), depth)
     if 0 < max_msa_rows < len(survivors):
-        order = stream(seed, sample, Purpose.DISTILLATION, draw).order(len(survivors) - 1)
-        survivors = np.concatenate([survivors[:1], survivors[1:][np.sort(order[: max_msa_rows - 1])]])
-    hits = survivors[1:]
-    hits = hits[stream(seed, sample, Purpose.ROWS, draw).order(len(hits))]
-    hits = hits[: draw_num_hits(recipe, seed, sample, len(hits), draw)]
-    centres = np.concatenate([survivors[:1], hits[: recipe.num_clusters - 1]])
-    return survivors, centres, hits[recipe.num_clusters - 1 :]
+        order = stream(seed, sample, Purpose.DISTILLATION, draw).order(len(survivors) - 1, max_msa_rows - 1)
+        survivors = np.concatenate([survivors[:1], survivors[1:][np.sort(order)]])
+    num_hits = draw_num_hits(recipe, seed, sample, len(survivors) - 1, draw)
+    taken = np.zeros(1 + num_hits, dtype=np.int64)
+    taken[1:] = stream(seed, sample, Purpose.ROWS, draw).order(len(survivors) - 1, num_hits, first_item=1)
+    # The query is survivor 0.
+    rows = survivors[taken]
+    return survivors, rows[: recipe.num_clusters], rows[recipe.num_clusters :]
 
 
 def draw_num_hits(recipe: Recipe, seed: int, sample: int, available: int, draw: int = 0) -> int:
@@ -256,7 +257,7 @@ def draw_num_hits(recipe: Recipe, seed: int, sample: int, available: int, draw: 
     the recipe's own limit cuts it (AlphaFold 3, supplementary section 2.2).
     """
     if recipe.subsample_rows:
-        available = int(stream(seed, sample, Purpose.DEPTH, draw).integers(available + 1, 1)[0])
+        (available,) = stream(seed, sample, Purpose.DEPTH, draw).few_integers(available + 1, 1)
     return min(available, recipe.num_clusters - 1 + recipe.num_extra)
 
 
@@ -274,19 +275,31 @@ def delete_blocks(recipe: Recipe, random: Stream, depth: int) -> NDArray[np.int6
     Returns: int64 (S,), ascending, 0 first.
     Source: Jumper et al. 2021, supplementary algorithm 1; AlphaFold 2 ``block_delete_msa``.
     """
-    return np.flatnonzero(keep_blocks(recipe, random, depth))
+    kept = np.ones(depth, dtype=bool)
+    for start, stop in _blocks(recipe, random, depth):
+        kept[start:stop] = False
+    kept[0] = True
+    return np.flatnonzero(kept)
 
 
-def keep_blocks(recipe: Recipe, random: Stream, depth: int) -> NDArray[np.bool_]:
-    """Returns of each row whether it survives block deletion, bool (N,), see `delete_blocks`."""
+def count_kept(recipe: Recipe, random: Stream, depth: int) -> int:
+    """Returns how many rows survive block deletion, without making them, see `delete_blocks`."""
+    # Row 0 stays.
+    deleted, behind = 0, 1
+    for start, stop in sorted(_blocks(recipe, random, depth)):
+        if stop > behind:
+            deleted += stop - max(start, behind)
+            behind = stop
+    return depth - deleted
+
+
+def _blocks(recipe: Recipe, random: Stream, depth: int) -> list[tuple[int, int]]:
+    """Returns the rows ``[start, stop)`` of each block that is deleted, in the order drawn."""
     # In float32, as AlphaFold 2 computes it: floor(0.3 * 10) is 3 either way, other fractions may round
     # apart.
-    block_rows = int(np.floor(np.float32(depth) * np.float32(recipe.block_fraction)))
-    kept = np.ones(depth, dtype=bool)
-    for start in random.integers(depth, recipe.num_blocks).tolist():
-        kept[start : start + block_rows] = False
-    kept[0] = True
-    return kept
+    block_rows = int(np.float32(depth) * np.float32(recipe.block_fraction))
+    starts = random.few_integers(depth, recipe.num_blocks)
+    return [(start, min(start + block_rows, depth)) for start in starts]
 
 
 def draw_crop(recipe: Recipe, random: Stream, length: int) -> tuple[tuple[int, int], bool]:
@@ -303,8 +316,8 @@ def draw_crop(recipe: Recipe, random: Stream, length: int) -> tuple[tuple[int, i
     """
     size = min(length, recipe.crop_residues)
     last_start = length - size
-    chance, shift, start = random.words(3)
-    clamped = int(chance >> np.uint64(32)) >= round(recipe.unclamped_fraction * 2**32)
+    chance, shift, start = random.few_words(3)
+    clamped = chance >> 32 >= round(recipe.unclamped_fraction * 2**32)
     if not clamped:
         last_start -= _scale(shift, last_start + 1)
     first = _scale(start, last_start + 1)
@@ -335,18 +348,23 @@ def draw_masking(
             profile_at=np.empty(0, dtype=np.int64),
             profile_u=np.empty(0),
         )
-    # Of the high halves; 2**32 of them are all there are.
-    high = round(recipe.masked_fraction * 2**32)
-    to_profile = recipe.uniform_prob + recipe.profile_prob
-    bounds = (
-        *(recipe.uniform_prob, to_profile, to_profile + recipe.same_prob),
-        NUM_AMINO_ACIDS / recipe.uniform_prob if recipe.uniform_prob else 0.0,
-        max(recipe.profile_prob, 2.0**-32),
-    )
+    high, bounds = _ways(recipe.masked_fraction, recipe.uniform_prob, recipe.profile_prob, recipe.same_prob)
     first = random.skip(num_centres * length)
     where = random.key, first, (num_centres, length), columns, high, bounds
     drawn = draw_kernel.mask(*where) or _mask_by_numpy(*where)
     return MaskDraw(action=drawn[0], profile_at=drawn[1], profile_u=drawn[2])
+
+
+@functools.lru_cache(maxsize=64)
+def _ways(
+    masked: float, uniform: float, profile: float, same: float
+) -> tuple[int, tuple[float, float, float, float, float]]:
+    """Returns ``high`` and ``bounds`` of `draw_kernel.mask` for a recipe's fractions."""
+    to_profile = uniform + profile
+    scale = NUM_AMINO_ACIDS / uniform if uniform else 0.0
+    # Of the high halves; 2**32 of them are all there are.
+    high = round(masked * 2**32)
+    return high, (uniform, to_profile, to_profile + same, scale, max(profile, 2.0**-32))
 
 
 def _mask_by_numpy(
@@ -376,6 +394,6 @@ def _mask_by_numpy(
     return action, masked[from_profile], rest.clip(0.0, 1.0 - 2.0**-53)
 
 
-def _scale(word: np.uint64, bound: int) -> int:
+def _scale(word: int, bound: int) -> int:
     """Returns a word scaled to ``range(bound)``."""
-    return ((int(word) >> 32) * bound) >> 32
+    return ((word >> 32) * bound) >> 32

@@ -5,6 +5,7 @@ The note travels beside the memory (`wire`); there are no pointers and no pickle
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import mmap
@@ -18,6 +19,7 @@ from foldfeed.loader.reading.fetch import ARRAYS, DTYPES, SampleArrays, num_byte
 from foldfeed.loader.reading.ring import ALIGNMENT
 
 Shapes = Mapping[str, tuple[int, ...]]
+_KINDS = tuple((name, dtype, dtype.itemsize) for name, dtype in DTYPES.items())
 # Memory that a sample lies in.
 Memory = mmap.mmap | NDArray[np.uint8]
 
@@ -32,13 +34,21 @@ def place(memory: Memory, start: int, shapes: Shapes) -> dict[str, NDArray[Any]]
     # Views of this one: it keeps the memory from being closed under them, and is quickly cut.
     whole = np.frombuffer(memory, dtype=np.uint8)
     arrays: dict[str, NDArray[Any]] = {}
-    for name, dtype in DTYPES.items():
+    for name, dtype, item_bytes in _KINDS:
         shape = shapes[name]
-        size = math.prod(shape) * dtype.itemsize
-        # One of no size may lie behind the end of the memory.
-        arrays[name] = np.ndarray(shape, dtype, whole, start if size else 0)
-        start += -(-size // ALIGNMENT) * ALIGNMENT
+        size = math.prod(shape) * item_bytes
+        if size:
+            arrays[name] = np.ndarray(shape, dtype, whole, start)
+            start += -(-size // ALIGNMENT) * ALIGNMENT
+        else:
+            # It may lie behind the end of the memory; there are few such shapes, and nothing to write.
+            arrays[name] = _empty(name, shape)
     return arrays
+
+
+@functools.lru_cache(maxsize=256)
+def _empty(name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    return np.empty(shape, dtype=DTYPES[name])
 
 
 def note_of(sample: SampleArrays, start: int, **facts: Any) -> bytes:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from foldfeed.feature_store.compiled import path_of
 from foldfeed.pipelines.errors import ToolNotFoundError
 
 # Codes below it are residues; the kernels' tables have as many columns.
@@ -140,8 +140,7 @@ class Chunk:
 
 def library_path() -> str | None:
     """Returns the path of the compiled kernels; None where they were not built."""
-    spec = importlib.util.find_spec("foldfeed.pipelines.fast_scan._scan")
-    return spec.origin if spec is not None else None
+    return path_of("foldfeed.pipelines.fast_scan._scan")
 
 
 def is_current(library: ctypes.CDLL) -> bool:
