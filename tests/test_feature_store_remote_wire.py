@@ -196,3 +196,38 @@ def test_keys_come_from_wherever_the_general_client_takes_them(s3, tmp_path, mon
     monkeypatch.setattr(type(blobs._files), "_fetch", None)
     assert open_blobs(s3).read_range("x", 3, 4) == b"3456"
     assert hashlib.sha256(open_blobs(s3).read("x")).digest() == hashlib.sha256(b"0123456789").digest()
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "path", "is_signed"),
+    [
+        ({"ENDPOINT_URL": "https://[::1]:9000"}, "[::1]:9000", "/bucket", True),
+        ({"ENDPOINT_URL": "http://minio.example"}, "minio.example", "/bucket", True),
+        ({"REGION": "eu-west-1"}, "bucket.s3.eu-west-1.amazonaws.com", "", True),
+        ({"SKIP_SIGNATURE": "true", "ENDPOINT_URL": "http://h:1"}, "h:1", "/bucket", False),
+    ],
+)
+def test_the_way_to_a_bucket_is_the_general_clients(monkeypatch, settings, host, path, is_signed):
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    given = {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "REGION": "us-east-1"} | settings
+    for name, value in given.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    found = s3_reads.S3Reads("s3://bucket/x", "bucket")._find_way()
+    assert found is not None
+    assert (found.host, found.path, found.is_signed) == (host, path, is_signed)
+    assert found.region == given["REGION"]
+    assert (found.address.ca_bundle is not None) == (not settings.get("ENDPOINT_URL", "").startswith("http:"))
+
+
+def test_a_bucket_that_is_elsewhere_is_left_to_the_general_client(s3, monkeypatch):
+    """It knows how to follow; and from then on no request is wasted on the short way."""
+    blobs = open_blobs(s3)
+    blobs.write_atomic("x", b"0123456789")
+    asked = []
+    moved = http_wire.Answer(307, {}, b"")
+    monkeypatch.setattr(http_wire, "get", lambda *_: asked.append(1) or moved)
+    assert [blobs.read("x") for _ in range(3)] == [b"0123456789"] * 3
+    assert len(asked) == 1

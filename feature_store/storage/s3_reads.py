@@ -38,13 +38,14 @@ from foldfeed.feature_store.storage.options import S3_VARIABLES
 from foldfeed.feature_store.storage.retries import retry_policy
 
 _OK, _PARTIAL = 200, 206
-# Another region, or another place: the general client knows how to find it.
+# Another region, or another place: the general client knows how to find it, and is asked from then on.
 _ELSEWHERE = (301, 302, 307, 308, 400)
 # Clients get new credentials ten minutes before the old ones end.
 _CREDENTIALS_S = 60.0
 # Names of S3 for which other rules hold (access points by ARN, directory buckets).
 _PLAIN_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _DIRECTORY_BUCKET = "--x-s3"
+_GLOBAL_HOST = "s3.amazonaws.com"
 _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 _PORTS = {"http": 80, "https": 443}
 
@@ -121,6 +122,7 @@ class S3Reads:
         if answer.status == _OK:
             return Fetched(answer.body, None)
         if answer.status in _ELSEWHERE:
+            self._ways[where] = None
             return None
         raise _error_of(answer)
 
@@ -147,9 +149,16 @@ class S3Reads:
             bundle = files.session.get_config_variable("ca_bundle")
             bundle = bundle or importlib.import_module("botocore.httpsession").where()
         region = client.meta.region_name or ""
+        host = parts.netloc
+        regional = urllib.parse.urlsplit(client.meta.endpoint_url).netloc
+        if host.endswith(_GLOBAL_HOST) and regional.endswith(".amazonaws.com"):
+            # URLs are made for the host of all regions, requests go to that of the bucket's.
+            host = host.removesuffix(_GLOBAL_HOST) + regional
+        at = urllib.parse.urlsplit(f"//{host}")
+        assert at.hostname is not None, host
         return _Way(
-            http_wire.Address(parts.hostname, parts.port or _PORTS[parts.scheme], bundle),
-            parts.netloc,
+            http_wire.Address(at.hostname, at.port or _PORTS[parts.scheme], bundle),
+            host,
             parts.path.removesuffix("/k"),
             "us-east-1" if region in ("", "aws-global") else region,
             not files.anon,
