@@ -70,7 +70,7 @@ s3-server:
 	@bash deploy/s3_server.sh "$(BIN)"
 
 bench: setup
-	@for script in bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || [ $$? = 2 ] || exit 1; done
+	@for script in bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || [ $$? = 69 ] || exit 1; done
 
 clean:
 	rm -rf "$(VENV)" "$(DEMO)" build dist foldfeed.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

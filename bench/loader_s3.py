@@ -1,25 +1,29 @@
 """Samples from a real S3 server on loopback: requests of a sample, rounds, and the rate against raw requests.
 
-    python bench/loader_s3.py [--copies N] [--samples N] [--latency-ms 20]
+    python bench/loader_s3.py [--copies N] [--samples N] [--latency-ms 20,200] [--mbit 20,100,1000]
 
 The server is versitygw (`make s3-server`). *Requests*: every read of a store's file is counted, first when no
 index of a part is known, then warm; a round is what is in flight together, so with every read delayed by the
 latency a sample takes as many latencies as it has rounds. *Rate*: the samples' own ranges, 64 in flight, read
 raw and thrown away; then whole samples, planned, read, checked and decoded, by as many threads as keep 64
-requests in flight, and by a reading process. Both in turns, medians of the rounds. Server, reading and
-decoding share this machine's cores. A row is written to results/.
+requests in flight, and by a reading process. All in turns, medians of the rounds; with CPU milliseconds of a
+sample, here and at the server, because server, reading and decoding share this machine's cores: first with no
+other limit than these, then behind a link of some width (`s3_network`, as root), then behind a latency. A row
+is written to results/.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,10 +31,11 @@ from typing import Any
 import loader_store
 import numpy as np
 import pytest
-from rows import emit
+from rows import NOTHING_TO_MEASURE, emit
+from s3_network import cpu_s, network
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from s3_server import BUCKET, client_environment, running_server, server_binary
+from s3_server import BUCKET, client_environment, server_binary
 from slow_blobs import SlowBlobs
 
 from foldfeed.feature_store import FeatureStore
@@ -87,50 +92,92 @@ def requests(url: str, recipe: str, num_samples: int, latency_s: float) -> dict[
     }
 
 
-def rates(url: str, recipe: str, num_samples: int, rounds: int) -> dict[str, float]:
-    """Returns samples a second, raw and whole, and their ratio."""
+class Cpu:
+    """CPU seconds of this process, of a server (and what lies before it), and of reading processes."""
+
+    def __init__(self, there: Sequence[int]) -> None:
+        self._there = there
+        self._began = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        return time.process_time(), sum(map(cpu_s, self._there))
+
+    def ms_per(self, number: int) -> tuple[float, float]:
+        """Returns milliseconds since the beginning, here and there, of each of so many."""
+        here, there = (now - then for now, then in zip(self._now(), self._began, strict=True))
+        return here / number * 1e3, there / number * 1e3
+
+
+def rates(url: str, recipe: str, num_samples: int, rounds: int, there: Sequence[int]) -> dict[str, float]:
+    """Returns samples a second, raw and whole, their ratios, and CPU milliseconds of a sample.
+
+    Args:
+      url: of the store.
+      recipe: by name.
+      num_samples: of a round.
+      rounds: of all ways in turns.
+      there: ids of the processes at the other end.
+    """
     store = FeatureStore.open(url)
     reader = reader_of(store, recipe)
     planned = [reader.planned(sample) for sample in range(num_samples)]
     ranges = [found for one in planned for found in _ranges_of(one)]
-    blobs, opened, lock = store._blobs, {}, threading.Lock()
-
-    def raw(found: Any) -> None:
-        with lock:
-            source = opened.setdefault(found.path, None) or blobs.open_range(found.path)
-            opened[found.path] = source
-        source(found.start, found.size)
-
+    blobs = store._blobs
+    opened = {path: blobs.open_range(path) for path in {found.path for found in ranges}}
     per_sample = len(ranges) / num_samples
     threads = max(1, round(IN_FLIGHT / per_sample))
-    found: dict[str, list[float]] = {"raw": [], "threads": [], "process": []}
+    found: dict[str, list[float]] = {}
+
+    def add(**values: float) -> None:
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+
+    cpu = Cpu(())
+    for sample in range(num_samples):
+        reader.planned(sample)
+    plan_ms = cpu.ms_per(num_samples)[0]
     for _ in range(rounds):
         with ThreadPoolExecutor(IN_FLIGHT) as pool:
-            started = time.perf_counter()
-            list(pool.map(raw, ranges))
-            found["raw"].append(num_samples / (time.perf_counter() - started))
+            cpu, started = Cpu(there), time.perf_counter()
+            for _ in pool.map(lambda one: len(opened[one.path](one.start, one.size)), ranges):
+                pass
+            add(raw_samples_per_s=num_samples / (time.perf_counter() - started))
+            here_ms, there_ms = cpu.ms_per(num_samples)
+            add(raw_client_cpu_ms=here_ms, raw_server_cpu_ms=there_ms)
         with ThreadPoolExecutor(threads) as pool:
-            started = time.perf_counter()
-            list(pool.map(lambda number: reader.fetch(reader.planned(number)), range(num_samples)))
-            found["threads"].append(num_samples / (time.perf_counter() - started))
+            cpu, started = Cpu(there), time.perf_counter()
+            for _ in pool.map(lambda number: len(reader.fetch(reader.planned(number))), range(num_samples)):
+                pass
+            add(threads_samples_per_s=num_samples / (time.perf_counter() - started))
+            here_ms, there_ms = cpu.ms_per(num_samples)
+            add(threads_client_cpu_ms=here_ms, threads_server_cpu_ms=there_ms)
         supply = ReadingProcesses(reader, 1, threads, 256 << 20, Meters())
         try:
             # The start of the process and the first reading of indices do not count.
-            supply.ask([num_samples])
-            supply.get(num_samples).release()
-            started = time.perf_counter()
+            warm = range(num_samples, num_samples + threads)
+            supply.ask(warm)
+            for sample in warm:
+                supply.get(sample).release()
+            cpu, started = Cpu((*there, *supply.pids)), time.perf_counter()
             supply.ask(range(num_samples))
             for sample in range(num_samples):
                 supply.get(sample).release()
-            found["process"].append(num_samples / (time.perf_counter() - started))
+            add(process_samples_per_s=num_samples / (time.perf_counter() - started))
+            add(process_cpu_ms=sum(cpu.ms_per(num_samples)))
         finally:
             supply.close()
-    medians = {f"{name}_samples_per_s": statistics.median(values) for name, values in found.items()}
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    raw = medians["raw_samples_per_s"]
+    ours_ms = medians["raw_client_cpu_ms"] + medians["raw_server_cpu_ms"]
+    all_ms = medians["threads_client_cpu_ms"] + medians["threads_server_cpu_ms"]
     return medians | {
         "requests_per_sample": per_sample,
-        "raw_mb_per_s": sum(one.size for one in ranges) / num_samples * medians["raw_samples_per_s"] / 1e6,
-        "threads_over_raw": medians["threads_samples_per_s"] / medians["raw_samples_per_s"],
-        "process_over_raw": medians["process_samples_per_s"] / medians["raw_samples_per_s"],
+        "raw_mb_per_s": sum(one.size for one in ranges) / num_samples * raw / 1e6,
+        "plan_cpu_ms": plan_ms,
+        "threads_over_raw": medians["threads_samples_per_s"] / raw,
+        "process_over_raw": medians["process_samples_per_s"] / raw,
+        # Where nothing but CPU limits both, ours cannot be faster.
+        "cpu_bound_of_ratio": ours_ms / all_ms,
     }
 
 
@@ -141,27 +188,47 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=2, help="of every alignment, a part each")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--latency-ms", type=float, default=20.0)
+    parser.add_argument("--latency-ms", default="20,200", help="added to each request, one after the other")
+    parser.add_argument("--mbit", default="20,100,1000", help="widths of the link to the server")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{NAME}.jsonl")
     arguments = parser.parse_args()
+    # So that a run that is ended takes its network along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         server_binary()
     except pytest.skip.Exception as missing:
         print(f"{NAME}: not measured: {missing}")
-        return
+        raise SystemExit(NOTHING_TO_MEASURE) from None
+    latencies_ms = [float(text) for text in arguments.latency_ms.split(",")]
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder)) as endpoint:
-        os.environ |= client_environment(endpoint)
-        for row_order in ("rank", "permuted"):
-            url = f"s3://{BUCKET}/{row_order}"
-            _, about = loader_store.build(url, 200, row_order, arguments.copies)
-            for recipe in RECIPES:
-                key = f"{row_order}, {recipe}"
-                results[key] = requests(url, recipe, arguments.samples, arguments.latency_ms / 1e3)
-                results[key] |= rates(url, recipe, arguments.samples, arguments.rounds)
-                print(key, {name: round(value, 2) for name, value in results[key].items()}, flush=True)
+    about: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, network(Path(folder)) as way:
+        os.environ |= client_environment(way.endpoint)
+        urls = {order: f"s3://{BUCKET}/{order}" for order in ("rank", "permuted")}
+        for row_order, url in urls.items():
+            about |= loader_store.build(url, 200, row_order, arguments.copies)[1]
+
+        def measure(name: str, there: Sequence[int]) -> None:
+            for (row_order, url), recipe in itertools.product(urls.items(), RECIPES):
+                key = f"{name}, {row_order}, {recipe}"
+                results[key] = rates(url, recipe, arguments.samples, arguments.rounds, there)
+                print(key, {what: round(value, 2) for what, value in results[key].items()}, flush=True)
+
+        for (row_order, url), recipe in itertools.product(urls.items(), RECIPES):
+            key = f"requests, {row_order}, {recipe}"
+            results[key] = requests(url, recipe, arguments.samples, latencies_ms[0] / 1e3)
+            print(key, {what: round(value, 2) for what, value in results[key].items()}, flush=True)
+        measure("no limit", [way.server_pid])
+        if way.can_shape:
+            for mbit in map(int, arguments.mbit.split(",")):
+                with way.narrow(mbit):
+                    measure(f"{mbit} Mbit/s", [way.server_pid])
+        for latency_ms in latencies_ms:
+            with way.far(latency_ms) as (endpoint, relay_pid):
+                os.environ |= client_environment(endpoint)
+                measure(f"{latency_ms:g} ms", [way.server_pid, relay_pid])
     config = {"samples": arguments.samples, "rounds": arguments.rounds, "in_flight": IN_FLIGHT}
-    emit(NAME, config | {"latency_ms": arguments.latency_ms} | about, results, arguments.output)
+    emit(NAME, config | {"latencies_ms": latencies_ms} | about, results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Exit status of a benchmark that finds nothing here that it could measure (no GPU, no server). Not 1, an
+# error, nor 2, which is argparse's; BSD's name for it is EX_UNAVAILABLE.
+NOTHING_TO_MEASURE = 69
+
 PACKAGES = (
     *("foldfeed", "numpy", "zarr", "zstandard", "pyarrow", "torch", "apache-beam"),
     *("tensorstore", "zarrs", "lmdb", "h5py", "pylance", "array_record", "mosaicml-streaming", "litdata"),

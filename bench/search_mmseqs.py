@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from rows import emit
+from rows import NOTHING_TO_MEASURE, emit
 
 from foldfeed.pipelines.tools.jackhmmer import Jackhmmer
 from foldfeed.pipelines.tools.mmseqs import Mmseqs
@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     if not os.environ.get("FOLDFEED_TEST_DATA"):
         print("search_mmseqs: nothing is measured, FOLDFEED_TEST_DATA names no folder of real sequences")
-        return
+        raise SystemExit(NOTHING_TO_MEASURE)
     data = Path(os.environ["FOLDFEED_TEST_DATA"])
     text = gzip.decompress((data / "queries" / "mmseqs_500.fasta.gz").read_bytes()).decode()
     queries = ["".join(entry.split("\n")[1:]) for entry in text.split(">")[1:]][: max(options.sizes)]

@@ -4,7 +4,7 @@ NCCL reads its environment once in a process, so every preset gets processes of 
 one that has imported torch and touched no device. A table goes to the terminal and one row to the results:
 the time of an all-reduce (median over repeats, of the slowest rank), its bus bandwidth 2 (W - 1) / W bytes/s,
 and whether the sums have the bits of the first preset's. What is set in the environment stays, as in a run. A
-preset that fails is told and makes the exit code 1; where nothing can be measured it is 2.
+preset that fails is told and makes the exit code 1; where nothing can be measured it is 69.
 
 One node:       python bench/trainer_nccl.py [--ranks 8] [--mb 1,16,64] [--presets none,nvlink]
 Several nodes:  the same on each, with --nodes 2 --node 0 (1, ...) --master HOST [--port 29600]
@@ -171,7 +171,7 @@ def refusal(arguments: argparse.Namespace) -> str:
 def main() -> None:
     """Sweeps, prints a table, writes one row."""
     sys.path.insert(0, str(Path(__file__).parent))
-    from rows import emit
+    from rows import NOTHING_TO_MEASURE, emit
 
     from foldfeed.trainer.groups.nccl import PRESETS
 
@@ -195,7 +195,7 @@ def main() -> None:
         parser.error(f"no preset {', '.join(unknown)}; choose of none, {', '.join(PRESETS)}")
     if reason := refusal(arguments):
         print(f"nothing measured: {reason}", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(NOTHING_TO_MEASURE)
     os.environ.pop("FOLDFEED_NCCL_PRESET", None)
     with tempfile.TemporaryDirectory() as folder:
         # On one node by a file, which asks for no free port; on several by a port for each preset, because

@@ -244,7 +244,7 @@ def main() -> None:
         rank_main(found, int(layers), float(layer_mb), float(layer_ms))
         return
     sys.path.insert(0, str(Path(__file__).parent))
-    from rows import emit
+    from rows import NOTHING_TO_MEASURE, emit
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", default="2,4")
@@ -257,7 +257,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if os.geteuid() != 0:
-        raise SystemExit("network namespaces need root")
+        print("trainer_overlap: nothing measured: network namespaces need root", file=sys.stderr)
+        raise SystemExit(NOTHING_TO_MEASURE)
     rows = []
     for number in map(int, arguments.nodes.split(",")):
         for mbit in map(int, arguments.mbit.split(",")):

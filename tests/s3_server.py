@@ -37,8 +37,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_server(folder: Path) -> Iterator[str]:
-    """Yields the endpoint of a server with one empty bucket; files under ``folder``."""
+def running_server(folder: Path, host: str = "127.0.0.1", within: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yields the endpoint of a server with one empty bucket; files under ``folder``.
+
+    ``within`` is the beginning of a command that becomes it elsewhere, where ``host`` is its address. Its
+    process id is in the file ``pid``.
+    """
     binary = server_binary()
     for name in ("data", "metadata", "accounts"):
         (folder / name).mkdir()
@@ -46,10 +50,11 @@ def running_server(folder: Path) -> Iterator[str]:
     for _ in range(5):
         # Another program may take the port before the server does.
         port = free_port()
-        process = _start(binary, folder, port)
+        process = _start([*within, str(binary), "--port", f"{host}:{port}"], folder)
+        (folder / "pid").write_text(str(process.pid))
         try:
-            if _answers(process, port):
-                yield f"http://127.0.0.1:{port}"
+            if _answers(process, host, port):
+                yield f"http://{host}:{port}"
                 return
         finally:
             process.terminate()
@@ -57,9 +62,8 @@ def running_server(folder: Path) -> Iterator[str]:
     raise AssertionError(f"{binary} does not start: {(folder / 'log').read_text()[-2000:]}")
 
 
-def _start(binary: Path, folder: Path, port: int) -> subprocess.Popen:
-    command = [str(binary), "--port", f"127.0.0.1:{port}", "--quiet", "--keep-alive"]
-    command += ["--iam-dir", str(folder / "accounts")]
+def _start(command: list[str], folder: Path) -> subprocess.Popen:
+    command += ["--quiet", "--keep-alive", "--iam-dir", str(folder / "accounts")]
     # Metadata in files of their own, because not every file system has extended attributes.
     command += ["posix", "--sidecar", str(folder / "metadata"), str(folder / "data")]
     environment = {"ROOT_ACCESS_KEY": ACCESS, "ROOT_SECRET_KEY": SECRET, "PATH": os.environ["PATH"]}
@@ -67,11 +71,11 @@ def _start(binary: Path, folder: Path, port: int) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
 
-def _answers(process: subprocess.Popen, port: int) -> bool:
+def _answers(process: subprocess.Popen, host: str, port: int) -> bool:
     for _ in range(200):
         if process.poll() is not None:
             return False
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
             return True
         time.sleep(0.05)
     return False

@@ -24,6 +24,11 @@ _NO_USER = (*S3_PROTOCOLS, *GCS_PROTOCOLS, *HTTP_PROTOCOLS)
 # What must be installed for a kind of URL: package and extra of foldfeed.
 EXTRAS = dict.fromkeys(S3_PROTOCOLS, ("s3fs", "s3")) | dict.fromkeys(GCS_PROTOCOLS, ("gcsfs", "gcs"))
 CONNECT_TIMEOUT_S = 10.0
+# All of the environment that `_s3_settings` looks at.
+S3_VARIABLES = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"),
+    *("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_SKIP_SIGNATURE"),
+)
 # More reads in flight than a loader's threads; botocore's default is 10.
 MAX_CONNECTIONS = 64
 

@@ -17,9 +17,9 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 
-# Reads in flight for storage behind a network unless a caller says otherwise. At 30 ms and 32 in flight that
+# Reads in flight for storage behind a network unless a caller says otherwise. At 60 ms and 64 in flight that
 # is a thousand reads per second.
-DEFAULT_IN_FLIGHT = 32
+DEFAULT_IN_FLIGHT = 64
 MAX_IN_FLIGHT = 1024
 # Largest read behind a network: a deep alignment then comes in several, side by side.
 REMOTE_READ_BYTES = 4 << 20

@@ -20,6 +20,7 @@ from foldfeed.feature_store.storage.contract import FileInfo
 from foldfeed.feature_store.storage.fsspec_requests import Fetched, file_system, info_of
 from foldfeed.feature_store.storage.options import fsspec_options
 from foldfeed.feature_store.storage.retries import is_not_implemented
+from foldfeed.feature_store.storage.s3_reads import S3Reads
 
 # Larger files are uploaded in pieces of this size, so that a cut costs a piece and not the file.
 UPLOAD_PIECE_BYTES = 32 << 20
@@ -48,12 +49,17 @@ class S3Files:
             raise StoreUrlError(url, "it names no bucket")
         endpoint = fsspec_options(url)["endpoint_url"] or "s3"
         self.identity = f"{endpoint}/{self._bucket}"
+        self._reads = S3Reads(url, self._bucket)
 
     def get(self, path: str, start: int, size: int | None) -> Fetched:
         # An open range, because its answer says how large the object is and a plain one does not.
+        key = self._key(path)
         last = "" if size is None else start + size - 1
         try:
-            answer, data = self._run(self._fetch, Key=self._key(path), Range=f"bytes={start}-{last}")
+            found = self._reads.get(key, start, size)
+            if found is not None:
+                return found
+            answer, data = self._run(self._fetch, Key=key, Range=f"bytes={start}-{last}")
         except OSError as error:
             if _status_of(error) != _RANGE_NOT_SATISFIABLE:
                 raise
