@@ -63,7 +63,7 @@ PY
 }
 export -f modules; export python
 
-step machine 20 bash -c '
+step machine 40 bash -c '
     nvidia-smi -L; nvidia-smi --query-gpu=driver_version,clocks.sm,clocks.mem,power.draw --format=csv,noheader
     nproc; "$python" -c "import sys, numpy, pyarrow, torch; print(sys.version); print(torch.__version__, torch.version.cuda, torch.cuda.is_available(), numpy.__version__, pyarrow.__version__)"'
 step modules 60 bash -c modules
@@ -96,7 +96,7 @@ else
     bench scan 200 search_scan --targets 500 --queries 1 --streamed 0
     bench slots 200 loader_slots --samples 8 --passes 1 --rounds 1 --seconds 0.1
     bench meters 200 loader_meters --samples 5
-    bench nccl 60 trainer_nccl
+    bench nccl 120 trainer_nccl
 fi
 echo; cat "$out/summary"
 exit "$failures"
