@@ -1,11 +1,12 @@
 """What a loader's meters cost: their work for one sample against the time of a sample.
 
-    python bench/loader_meters.py [--samples N] [--min-depth D]
+    python bench/loader_meters.py [--samples N] [--min-depth D] [--device cuda]
 
 For each recipe the same samples are planned, read and made into features, one at a time on one thread; then
 only what the meters do for them is done: the clocks of three activities, two histograms, the counters and the
 sizes of what is read; with reading processes also the note that travels beside a sample and its way into the
-meters here; and a trace's three events. Medians over samples. A row is written to results/.
+meters here; and a trace's three events. Medians over samples. With a CUDA device also what its stall costs a
+step: the two events on the consumer's stream (`stall_us`). A row is written to results/.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from foldfeed.feature_store.parts.tiles import sizes_of
 from foldfeed.loader.features.host_features import host_features
 from foldfeed.loader.features.raw import RawSample
 from foldfeed.loader.meters.meters import FETCH, PLAN, PREPARE, Meters
+from foldfeed.loader.meters.stall import DeviceStall
 from foldfeed.loader.reading.reader import PlannedSample, SampleReader
 from foldfeed.loader.recipe import Recipe
 
@@ -98,6 +100,19 @@ def measure(reader: SampleReader, num_samples: int, trace: Path) -> dict[str, fl
     }
 
 
+def stall_us(device: torch.device, steps: int) -> float:
+    """Returns microseconds of the host for the events of a step."""
+    stall, times = DeviceStall(device), []
+    for _ in range(steps + 10):
+        started = time.perf_counter()
+        stall.asked()
+        stall.arrived()
+        times.append(time.perf_counter() - started)
+    torch.cuda.synchronize(device)
+    assert stall.seconds >= 0
+    return 1e6 * statistics.median(times[10:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -105,9 +120,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / f"{NAME}.jsonl")
     parser.add_argument("--samples", type=int, default=60)
     parser.add_argument("--min-depth", type=int, default=200)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         store, about = loader_store.build(f"{folder}/store", arguments.min_depth)
         for name in RECIPES:
@@ -115,7 +131,11 @@ def main() -> None:
             reader = SampleReader(store, recipe, None, seed=0, global_batch=8, virtual_shards=8)
             results[name] = measure(reader, arguments.samples, Path(folder) / "trace.json")
             print(name, {key: round(value, 4) for key, value in results[name].items()}, flush=True)
-    emit(NAME, {"samples": arguments.samples} | about, results, arguments.output)
+    if arguments.device != "cpu":
+        results["step"] = {"stall_us": stall_us(torch.device(arguments.device), 10 * arguments.samples)}
+        print("step", results["step"], flush=True)
+    config = {"samples": arguments.samples, "device": arguments.device}
+    emit(NAME, config | about, results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Samples in slots, no features: what they cost beside the store's own reader, and what a second core adds.
 
-    python bench/loader_slots.py [--samples N] [--passes P] [--seconds S]
+    python bench/loader_slots.py [--samples N] [--passes P] [--seconds S] [--device cuda]
 
 The same windows for every way. *Per core*: thread CPU microseconds a sample of `Record.crop` into given
 arrays, of planning, and of reading into a slot of shared memory; each sample's least of some passes, the
 three ways in turns. *Processes*: samples/s that one and two threads here, and one and two reading processes,
 bring into slots when nobody waits, in turns, the best of some rounds, with CPU microseconds of all processes
-a sample. On a quiet machine the whole takes under three minutes. One JSON row.
+a sample. With a CUDA device also what its bus gives (*bus*): GB/s of one copy of eight samples, from
+page-locked memory and from memory that is not, by events. On a quiet machine the whole takes under three
+minutes. One JSON row.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import loader_store
 import numpy as np
+import torch
 from loader_reading import READ_AHEAD_BYTES, Stream
 from rows import emit
 
@@ -134,6 +137,25 @@ def in_turns(reader: SampleReader, seconds: float, rounds: int) -> dict[str, Any
     return found
 
 
+def bus(reader: SampleReader, device: torch.device) -> dict[str, float]:
+    """Returns GB/s of copies of eight samples to a device, the best of some."""
+    size = sum(slot_bytes(shapes_of(reader.planned(number).plan)) for number in range(8))
+    found = {"mb": size / 1e6}
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    for name, locked in (("page_locked", True), ("pageable", False)):
+        memory = torch.ones(size, dtype=torch.uint8, pin_memory=locked)
+        best = float("inf")
+        for _ in range(20):
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            target.copy_(memory, non_blocking=True)
+            events[1].record()
+            torch.cuda.synchronize(device)
+            best = min(best, events[0].elapsed_time(events[1]))
+        found[f"{name}_gb_per_s"] = size / best / 1e6
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -144,6 +166,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.2, help="of each way; 0 leaves processes out")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--min-depth", type=int, default=200)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -155,9 +178,17 @@ def main() -> None:
                 if arguments.seconds:
                     found |= in_turns(reader_of(store, recipe), arguments.seconds, arguments.rounds)
                     print({key: value for key, value in found.items() if "two_over" in key}, flush=True)
+                if arguments.device != "cpu":
+                    found["bus"] = bus(reader_of(store, recipe), torch.device(arguments.device))
+                    print(row_order, recipe, found["bus"], flush=True)
                 results[f"{row_order}, {recipe}"] = found
-    config = {"samples": arguments.samples, "passes": arguments.passes, "seconds": arguments.seconds}
-    emit(NAME, config | {"rounds": arguments.rounds} | about, results, arguments.output)
+    config: dict[str, Any] = {
+        "samples": arguments.samples,
+        "passes": arguments.passes,
+        "seconds": arguments.seconds,
+    }
+    config |= {"rounds": arguments.rounds, "device": arguments.device}
+    emit(NAME, config | about, results, arguments.output)
 
 
 if __name__ == "__main__":

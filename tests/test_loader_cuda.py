@@ -111,6 +111,25 @@ def test_batches_arrive_whole_while_the_consumer_keeps_the_device_busy(store):
             assert float(total) == float(shard.features["msa_feat"].sum(dtype=torch.float64))
 
 
+def test_memory_of_a_batch_stays_while_the_stream_that_took_it_reads(store):
+    """Batches are dropped at once, before a stream that is not the usual one has come to read them."""
+    own, sums = torch.cuda.Stream(), []
+    with CropLoader(store, RECIPE, seed=1, global_batch=4, device="cuda", prefetch_steps=3) as loader:
+        for _ in range(10):
+            with torch.cuda.stream(own):
+                batch = next(loader)
+                torch.cuda._sleep(20_000_000)
+                totals = [shard.features["msa_feat"].sum(dtype=torch.float64) for shard in batch.shards]
+            sums.append(([shard.samples for shard in batch.shards], totals))
+            del batch
+    torch.cuda.synchronize()
+    cpu = CropLoader(store, RECIPE, seed=1, global_batch=4)
+    for samples, totals in sums:
+        for numbers, total in zip(samples, totals, strict=True):
+            want = sum(float(cpu.sample(g)["msa_feat"].sum(dtype=torch.float64)) for g in numbers)
+            assert float(total) == pytest.approx(want, rel=1e-6)
+
+
 class Steps:
     """Steps of two shards, put through the maker of features by hand, one after another."""
 
@@ -217,6 +236,7 @@ def test_memory_of_a_step_is_written_again_only_after_its_copy(store):
         kept.append(steps.maker.hand_over(steps.started(step)))
         pieces = steps.maker._blocks._free
         assert len(pieces) <= 2
+        assert all(memory.is_pinned() for memory, _ in pieces)
         late += not pieces[-1][1].query()
     assert late > 0, "no copy was late: this test has tested nothing"
     for batch in kept:

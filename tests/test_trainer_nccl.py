@@ -7,17 +7,22 @@ import re
 import runpy
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from foldfeed.trainer.config import DataConfig, RunConfig
-from foldfeed.trainer.errors import TrainerConfigError
+from foldfeed.trainer.errors import CommunicationError, TrainerConfigError
+from foldfeed.trainer.gradients.buckets import plan_buckets
+from foldfeed.trainer.gradients.flat import FlatParameters
+from foldfeed.trainer.gradients.reducer import TreeReducer
 from foldfeed.trainer.groups import nccl
 from foldfeed.trainer.groups.nccl import PRESETS
-from foldfeed.trainer.groups.ranks import pick_device
+from foldfeed.trainer.groups.ranks import Ranks, TorchGroup, pick_device
 from foldfeed.trainer.state.resume import network_warning
 
 BENCH = Path(__file__).parents[1] / "bench" / "trainer_nccl.py"
@@ -161,3 +166,66 @@ def test_without_gpus_nothing_is_measured_and_it_is_said_why(
 def test_the_sweep_measures_nccl(tmp_path: Path) -> None:
     row = check_sweep(tmp_path, "nccl")
     assert all(found["variables"]["nccl"] for found in row["results"]["presets"])
+
+
+def test_ranks_may_share_gpus_only_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert [pick_device("cuda-shared", rank).index for rank in range(5)] == [0, 1, 0, 1, 0]
+    with pytest.raises(TrainerConfigError, match=r"local rank 2 has no CUDA device .2 visible.*cuda-shared"):
+        pick_device("cuda", 2)
+    with pytest.raises(TrainerConfigError, match="no effect on device cuda-shared"):
+        pick_device("cuda-shared", 0, "nvlink")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(TrainerConfigError, match="no CUDA device"):
+        pick_device("cuda-shared", 0)
+
+
+def test_a_step_whose_groups_were_given_up_is_not_committed() -> None:
+    """As with NCCL: the calls have returned, and a peer was lost before their work was done."""
+    group = TorchGroup(dist.ProcessGroupGloo(dist.HashStore(), 0, 1))  # type: ignore[attr-defined]
+    ranks = Ranks(rank=0, world=1, device=torch.device("cpu"), scatter=group, gather=group)
+    model = torch.nn.Linear(3, 2)
+    flat = FlatParameters(model)
+    reducer = TreeReducer(flat, plan_buckets([s.padded for s in flat.segments], bucket_bytes=64), ranks, 2)
+    for lost in (False, True):
+        reducer.begin()
+        for v in range(2):
+            with reducer.shard(v):
+                model(torch.ones(3)).sum().backward()
+        if not lost:
+            assert reducer.finish([1.0]) == [[1.0]]
+            continue
+        group.abort("rank 1: closed by the other side")
+        with pytest.raises(CommunicationError, match=r"exchange of gradients.*rank 1: closed"):
+            reducer.finish([1.0])
+    reducer.close()
+    group.close()
+
+
+class Communicator:
+    """Ends only when its peer is aborted, too, as a kernel that waits for another communicator's."""
+
+    def __init__(self, mine: threading.Event, theirs: threading.Event) -> None:
+        self._mine, self._theirs, self.ended = mine, theirs, False
+
+    def abort(self) -> None:
+        self._mine.set()
+        self.ended = self._theirs.wait(20)
+
+    def shutdown(self) -> None:
+        assert self.ended
+
+
+def test_groups_are_aborted_beside_one_another() -> None:
+    events = [threading.Event() for _ in range(3)]
+    scatter, part, gather = (Communicator(events[n], events[(n + 1) % 3]) for n in range(3))
+    groups = [TorchGroup(scatter, lambda members: part), TorchGroup(gather)]
+    groups[0].part([0])
+    for group in groups:
+        group.abort("the ranks part")
+        group.abort("")
+    for group in groups:
+        assert group.aborted == "the ranks part"
+        group.close()

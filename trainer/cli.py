@@ -146,9 +146,10 @@ def _version() -> str:
 @click.option(
     "--device",
     default="auto",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=click.Choice(["auto", "cpu", "cuda", "cuda-shared"]),
     show_default=True,
-    help="Where to train; auto takes CUDA when there is one.",
+    help="Where to train; auto takes CUDA when there is one. With cuda-shared ranks may share a GPU and "
+    "gradients go over the host: to try out on one card what several do.",
 )
 @_options_of(RunConfig, RUN)
 @click.option(

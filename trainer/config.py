@@ -364,7 +364,7 @@ class RunConfig:
       wire: numbers of messages: ``fp32``; ``bf16`` rounds the gradient of each virtual shard and every sum of
         two (added in fp32) to bfloat16, on any number of ranks: half the bytes; ``bf16-between`` is that with
         fp32 messages inside nodes.
-      device: ``auto``, ``cpu`` or ``cuda``.
+      device: ``auto``, ``cpu``, ``cuda`` or ``cuda-shared``.
       nccl_preset: settings of NCCL for the links between GPUs: ``none``, a name, or ``auto``: by the topology
         (one node: nvlink, several: infiniband or ethernet). What is set in the environment stays.
       threads: torch's threads per rank; more than one may change the order of sums inside a kernel.
@@ -395,7 +395,7 @@ class RunConfig:
     precision: str = "fp32"
     compile: bool | None = None
     wire: str = "fp32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "cuda-shared"] = "auto"
     nccl_preset: str = "auto"
     threads: int = 1
     deterministic: bool = True
@@ -430,7 +430,7 @@ class RunConfig:
             f"metrics_port is {self.metrics_port}; it must be a port, 1 to 65535, or 0 for none.",
         )
         _require_one_of(self, "reducer", REDUCERS)
-        _require_one_of(self, "device", ("auto", "cpu", "cuda"))
+        _require_one_of(self, "device", ("auto", "cpu", "cuda", "cuda-shared"))
         _require_one_of(self, "precision", PRECISIONS)
         _require_one_of(self, "wire", WIRES)
         _require_one_of(self, "nccl_preset", nccl.CHOICES)

@@ -121,7 +121,9 @@ class StepFeatures:
         self._recipe = recipe
         self._device = device
         self._form = form
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Before the consumer's kernels: of some hundred small ones each would wait for a large one to be
+        # given out.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._blocks = BlockRing(self._new_memory, num_blocks)
 
     def prepare(self, step: int, index: int, num_samples: int, arrays: SampleArrays) -> None:

@@ -20,6 +20,8 @@ block.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn import functional
 
@@ -39,6 +41,8 @@ from foldfeed.loader.recipe import AF3, MASKED_LM, Recipe
 ONE_HOT_BLOCK_BYTES = 512 << 20
 # Half precision holds every whole number up to here.
 HALF_EXACT = 2048
+# Lengths of the tables of whole numbers: the next power of two of what a step needs, at least this.
+FEWEST_NUMBERS = 4096
 
 
 def step_features(block: torch.Tensor, sizes: StepSizes, recipe: Recipe, form: str = FULL) -> Features:
@@ -85,13 +89,12 @@ class _Step:
         self._sizes = sizes
         self._is_compact = form == COMPACT
         self._device = block.device
-        self._single_numbers: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         longest = max(
             *(recipe.crop_residues + 1, recipe.num_clusters, recipe.num_extra, 3 * NUM_ATOMS),
             *(sizes.columns, sizes.members, sizes.replaced),
         )
-        self._numbers = torch.arange(longest, device=self._device)
-        self._classes = torch.arange(NUM_CLASSES, dtype=torch.uint8, device=self._device)
+        self._numbers = _numbers(self._device, 1 << (max(longest, FEWEST_NUMBERS) - 1).bit_length())
+        self._classes = _numbers(self._device, NUM_CLASSES, torch.uint8)
         self._flat = {
             dtype: block.view(dtype)
             for dtype in (torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64)
@@ -107,6 +110,16 @@ class _Step:
         self._is_slot = self._slot < self._of("centres")
         self._is_cell = self._is_slot[:, :, None] & self._is_residue[:, None]
 
+    @functools.cached_property
+    def _centres(self) -> torch.Tensor:
+        """Which rows read are the centres, int64 (B, C)."""
+        return self._read("centre_at", torch.int64, self._slot, self._is_slot)
+
+    @functools.cached_property
+    def _centre_deletions(self) -> torch.Tensor:
+        """Their deletion counts, int32 (B, C, R)."""
+        return self._crop_deletions(self._centres, self._is_cell)
+
     def add_target(self) -> None:
         """Adds what describes the query."""
         aatype = self._read("aatype", torch.uint8, self._residue, self._is_residue)
@@ -120,10 +133,9 @@ class _Step:
 
     def add_rows(self) -> None:
         """Adds AlphaFold 3's features of the rows; it reads no columns but the crop's."""
-        rows, is_row = self._rows("centre_at", self._slot, "centres")
-        self._put("msa", self._crop_codes(rows, is_row), torch.int64)
+        self._put("msa", self._crop_codes(self._centres, self._is_cell), torch.int64)
         self._put("msa_mask", self._is_cell, torch.float32)
-        self._put_deletions("", self._crop_deletions(rows, is_row))
+        self._put_deletions("", self._centre_deletions)
         tokens = self._range(alphabet.NUM_TOKENS)
         at = self._crop[:, :, None] * alphabet.NUM_TOKENS + tokens
         is_residue = self._is_residue[:, :, None].expand_as(at)
@@ -141,7 +153,7 @@ class _Step:
         centres = self._in_cells(masked)
         profile, mean = self._summarised(masked, centres)
         mean_value = deletion_value(mean)
-        deletions = self._crop_deletions(*self._rows("centre_at", self._slot, "centres"))
+        deletions = self._centre_deletions
         if self._is_compact:
             self._put("msa", centres, torch.int64)
             self._put_deletions("", deletions)
@@ -160,9 +172,10 @@ class _Step:
     def add_extra(self) -> None:
         """Adds the extra MSA."""
         rows, is_row = self._rows("extra_at", self._range(self._recipe.num_extra), "extras")
-        self._put("extra_msa", self._crop_codes(rows, is_row), torch.int64)
-        self._put("extra_msa_mask", is_row[:, :, None] & self._is_residue[:, None], torch.float32)
-        self._put_deletions("extra_", self._crop_deletions(rows, is_row))
+        is_cell = is_row[:, :, None] & self._is_residue[:, None]
+        self._put("extra_msa", self._crop_codes(rows, is_cell), torch.int64)
+        self._put("extra_msa_mask", is_cell, torch.float32)
+        self._put_deletions("extra_", self._crop_deletions(rows, is_cell))
 
     def add_labels(self) -> None:
         """Adds what the structures teach; zeros for samples that were read without labels."""
@@ -186,37 +199,39 @@ class _Step:
 
     def _add_truth(self) -> torch.Tensor:
         """Adds what was masked, and returns the masked centres, uint8 (B, C, W)."""
-        rows, is_row = self._rows("centre_at", self._slot, "centres")
-        codes = self._codes(rows, is_row)
+        codes = self._codes(self._centres, self._is_slot)
         action = self._all_columns("action", self._slot, self._is_slot)
         is_target = self._cropped(action) != NOT_MASKED
         self._put("true_msa", self._in_cells(codes), torch.int64)
         self._put("bert_mask", is_target & self._is_cell, torch.float32)
         self._put("msa_mask", self._is_cell, torch.float32)
-        keeps = (action == NOT_MASKED) | (action == SAME) | (action == FROM_PROFILE)
-        return self._with_drawn_tokens(torch.where(keeps, codes, action))
+        # Smaller actions are the codes that take a residue's place.
+        replaced = torch.where(action >= SAME, codes, action)
+        is_drawn = action == FROM_PROFILE
+        return torch.where(is_drawn, self._drawn_tokens(is_drawn), replaced)
 
-    def _with_drawn_tokens(self, codes: torch.Tensor) -> torch.Tensor:
-        """Returns uint8 (B, C, W) in which the tokens drawn from profiles have their places."""
+    def _drawn_tokens(self, is_drawn: torch.Tensor) -> torch.Tensor:
+        """Returns uint8 (B, C, W), where ``is_drawn`` the token that was drawn from the column's profile.
+
+        They are drawn in the order of rows and columns, so the n-th such place has the n-th token. That is
+        looked up rather than scattered: of two ways to scatter, torch's deterministic one sorts.
+        """
         width, tokens = self._sizes.columns, self._range(alphabet.NUM_TOKENS)
         at = self._range(width)[:, None] * alphabet.NUM_TOKENS + tokens
         is_column = (self._range(width) < self._of("columns"))[..., None]
         profile = self._read("profile", torch.float32, at, is_column.expand(-1, *at.shape))
         # Shares of whole rows: their sums are exact in float64 (below 2**29 rows), in any order.
-        upper = torch.ones((len(tokens), len(tokens)), dtype=torch.float64, device=self._device).triu()
-        cumulative = profile.to(torch.float64) @ upper
+        cumulative = profile.to(torch.float64) @ _upper(self._device)
         drawn = self._range(self._sizes.replaced)
-        is_drawn = drawn < self._of("replaced")
-        place = self._read("profile_at", torch.int64, drawn, is_drawn)
-        u = self._read("profile_u", torch.float64, drawn, is_drawn)
-        row, column = place // self._of("columns"), place % self._of("columns")
+        exists = drawn < self._of("replaced")
+        place = self._read("profile_at", torch.int64, drawn, exists)
+        u = self._read("profile_u", torch.float64, drawn, exists)
+        column = place % self._of("columns")
         chosen = cumulative.gather(1, column[..., None].expand(-1, -1, len(tokens)))
         token = (chosen <= u[..., None] * chosen[..., -1:]).sum(dim=-1).to(torch.uint8)
-        # What was not drawn goes to a place of its own behind the last.
-        last = codes[0].numel()
-        room = functional.pad(codes.flatten(1), (0, 1))
-        room.scatter_(1, self._where(is_drawn, row * width + column, last), token)
-        return room[:, :last].view_as(codes)
+        # How many are drawn up to here: 1 for the first.
+        number = is_drawn.flatten(1).cumsum(dim=1)
+        return functional.pad(token, (1, 0)).gather(1, number).view_as(is_drawn)
 
     def _summarised(self, masked: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns float32 (B, C, R, 23) and (B, C, R): profile and mean deletion count of each cluster.
@@ -229,7 +244,7 @@ class _Step:
         dtype = product_dtype(self._device)
         # A centre counts with its masked residues.
         counts = self._one_hot(centres, NUM_CLASSES, self._is_cell).to(torch.float32)
-        sums = self._crop_deletions(*self._rows("centre_at", self._slot, "centres")).to(torch.float64)
+        sums = self._centre_deletions.to(torch.float64)
         num_members = torch.zeros(self._is_slot.shape, dtype=torch.float32, device=self._device)
         row_bytes = num_samples * width * NUM_COUNTED * dtype.itemsize
         size = max(1, min(HALF_EXACT, ONE_HOT_BLOCK_BYTES // row_bytes))
@@ -243,12 +258,12 @@ class _Step:
             residues = self._one_hot(crop, alphabet.NUM_TOKENS).to(dtype).flatten(2)
             added = (whose @ residues).to(torch.float32).unflatten(2, (-1, alphabet.NUM_TOKENS))
             counts = counts + functional.pad(added, (0, NUM_CLASSES - alphabet.NUM_TOKENS))
-            deletions = self._crop_deletions(rows, is_row)
+            is_cell = is_row[:, :, None] & self._is_residue[:, None]
+            deletions = self._crop_deletions(rows, is_cell)
             sums = sums + is_whose.to(torch.float64).mT @ deletions.to(torch.float64)
             num_members = num_members + is_whose.sum(dim=1).to(torch.float32)
         # Float32 in AlphaFold 2's order of additions: (1e-6 + 1) + members.
-        one = torch.full((), 1e-6, dtype=torch.float32, device=self._device) + 1.0
-        cluster_size = (one + num_members)[..., None]
+        cluster_size = (_one(self._device) + num_members)[..., None]
         return counts / cluster_size[..., None], sums.to(torch.float32) / cluster_size
 
     def _nearest(self, codes: torch.Tensor, masked: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -289,21 +304,18 @@ class _Step:
         """Returns uint8 (B, k, W), `NO_CODE` (which is `NOT_MASKED`) where a sample has nothing."""
         column = self._range(self._sizes.columns)
         is_cell = is_row[:, :, None] & (column < self._of("columns"))[:, None]
-        return self._read(
-            name, torch.uint8, (rows * self._of("columns"))[..., None] + column, is_cell, NO_CODE_AT
-        )
+        first = self._of(name) + rows * self._of("columns")
+        return self._taken(torch.uint8, first[..., None] + column, is_cell, NO_CODE_AT)
 
-    def _crop_codes(self, rows: torch.Tensor, is_row: torch.Tensor) -> torch.Tensor:
-        """Returns the crop of rows, uint8 (B, k, R)."""
-        is_cell = is_row[:, :, None] & self._is_residue[:, None]
-        at = (rows * self._of("columns"))[..., None] + self._crop[:, None]
-        return self._read("msa", torch.uint8, at, is_cell)
+    def _crop_codes(self, rows: torch.Tensor, is_cell: torch.Tensor) -> torch.Tensor:
+        """Returns the crop of rows (B, k), uint8 (B, k, R), 0 in what is no cell (B, k, R)."""
+        first = self._of("msa") + rows * self._of("columns")
+        return self._taken(torch.uint8, first[..., None] + self._crop[:, None], is_cell)
 
-    def _crop_deletions(self, rows: torch.Tensor, is_row: torch.Tensor) -> torch.Tensor:
-        """Returns deletion counts of rows, int32 (B, k, R)."""
-        is_cell = is_row[:, :, None] & self._is_residue[:, None]
-        at = (rows * self._of("residues"))[..., None] + self._residue
-        return self._read("deletions", torch.int32, at, is_cell)
+    def _crop_deletions(self, rows: torch.Tensor, is_cell: torch.Tensor) -> torch.Tensor:
+        """Returns deletion counts of rows (B, k), int32 (B, k, R), 0 in what is no cell (B, k, R)."""
+        first = self._of("deletions") + rows * self._of("residues")
+        return self._taken(torch.int32, first[..., None] + self._residue, is_cell)
 
     def _atoms(
         self, name: str, dtype: torch.dtype, residue: torch.Tensor, is_residue: torch.Tensor, width: int
@@ -324,30 +336,37 @@ class _Step:
         """Returns (B, C, R) of (B, C, W), zeros where a sample has no such centre or residue."""
         return self._where(self._is_cell, self._cropped(values))
 
-    def _read(
-        self, name: str, dtype: torch.dtype, at: torch.Tensor, exists: torch.Tensor, nothing: int = 0
-    ) -> torch.Tensor:
-        """Returns elements of an array of each sample.
+    def _read(self, name: str, dtype: torch.dtype, at: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+        """Returns elements of an array of each sample, 0 where there are none.
 
         Args:
           name: of the array.
           dtype: its dtype.
           at: int64 (...) or (B, ...), places in it.
           exists: bool (B, ...), where to read.
-          nothing: place in the block to read elsewhere, see `features.step_block`.
         """
         start = self._of(name).view(-1, *[1] * (exists.dim() - 1))
-        return self._flat[dtype][self._where(exists, start + at, nothing)]
+        return self._taken(dtype, start + at, exists)
+
+    def _taken(
+        self, dtype: torch.dtype, at: torch.Tensor, exists: torch.Tensor, nothing: int = 0
+    ) -> torch.Tensor:
+        """Returns elements of the block.
+
+        Args:
+          dtype: of them.
+          at: int64 (B, ...), counted in elements from the block's first byte.
+          exists: bool (B, ...), where to read.
+          nothing: place in the block to read elsewhere, see `features.step_block`.
+        """
+        return self._flat[dtype].take(self._where(exists, at, nothing))
 
     def _where(self, condition: torch.Tensor, values: torch.Tensor, other: int = 0) -> torch.Tensor:
         """Returns the values where a condition holds, and one number elsewhere.
 
-        The number is made on the device once; `torch.where` would make it each time.
+        The number lies on the device; `torch.where` would make it each time.
         """
-        key = (other, values.dtype)
-        if key not in self._single_numbers:
-            self._single_numbers[key] = torch.full((), other, dtype=values.dtype, device=self._device)
-        return torch.where(condition, values, self._single_numbers[key])
+        return torch.where(condition, values, _constant(self._device, other, values.dtype))
 
     def _one_hot(self, codes: torch.Tensor, size: int, exists: torch.Tensor | None = None) -> torch.Tensor:
         """Returns bool (..., size)."""
@@ -364,5 +383,32 @@ class _Step:
         return self._numbers[:size]
 
 
-# An action that does not exist masks nothing.
-assert NO_CODE == NOT_MASKED
+# What stays on a device comes from the host, once: such a copy has happened when it returns, so that all
+# streams may read it.
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(device: torch.device, size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.arange(size, dtype=dtype).to(device)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(device: torch.device, value: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((), value, dtype=dtype).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _one(device: torch.device) -> torch.Tensor:
+    """Returns float32 (), 1e-6 + 1 in that arithmetic."""
+    return (torch.full((), 1e-6, dtype=torch.float32) + 1.0).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _upper(device: torch.device) -> torch.Tensor:
+    """Returns float64 (22, 22), ones on and above the diagonal: a product with it sums up to each token."""
+    size = alphabet.NUM_TOKENS
+    return torch.ones((size, size), dtype=torch.float64).triu().to(device)
+
+
+# An action that does not exist masks nothing, and those that leave the code there are the largest.
+assert alphabet.MASK < SAME < FROM_PROFILE < NOT_MASKED == NO_CODE

@@ -127,8 +127,9 @@ def label_features(
     exists = mask[..., 1:, :] != 0
     here = positions[..., 1:, :, :]
     beta, has_beta = _pseudo_beta(aatype, here, exists)
-    frames, has_frame = _backbone_frames(here.to(torch.float64), exists)
-    torsions, alternative, has_torsion = _torsions(aatype.long(), positions.to(torch.float64), mask != 0)
+    frames, has_frame, torsions, alternative, has_torsion = _frames_and_torsions(
+        aatype.long(), positions.to(torch.float64), mask != 0
+    )
     return {
         "all_atom_positions": here,
         "all_atom_mask": exists.to(torch.float32),
@@ -151,23 +152,14 @@ def _pseudo_beta(
     return position, torch.where(is_glycine, exists[..., _CA], exists[..., _CB])
 
 
-def _backbone_frames(positions: torch.Tensor, exists: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns float32 (..., R, 4, 4) and bool (..., R)."""
-    origin = positions[..., _CA, :]
-    axes, valid = _axes(positions[..., _C, :] - origin, positions[..., _N, :] - origin)
-    valid = valid & exists[..., _N] & exists[..., _CA] & exists[..., _C]
-    frames = torch.eye(4, dtype=torch.float32, device=positions.device).repeat(*valid.shape, 1, 1)
-    frames[..., :3, :3] = torch.where(
-        valid[..., None, None], torch.stack(axes, dim=-1).to(torch.float32), frames[..., :3, :3]
-    )
-    frames[..., :3, 3] = torch.where(valid[..., None], origin.to(torch.float32), frames[..., :3, 3])
-    return frames, valid
-
-
-def _torsions(
+def _frames_and_torsions(
     aatype: torch.Tensor, positions: torch.Tensor, exists: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns float32 (..., R, 7, 2) twice, bool (..., R, 7). No phi where no residue comes before."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the backbone's frames, float32 (..., R, 4, 4), bool (..., R), and the torsions.
+
+    Those are float32 (..., R, 7, 2) twice, bool (..., R, 7). No phi where no residue comes before. A torsion
+    is measured in a frame of its own; all frames of a residue are made at once.
+    """
     tables = _tables(aatype.device)
     # Atoms of (residue before, residue) side by side.
     both = torch.cat([positions[..., :-1, :, :], positions[..., 1:, :, :]], dim=-2)
@@ -177,15 +169,31 @@ def _torsions(
     chosen = both.gather(-2, flat[..., None].expand(*flat.shape, 3)).unflatten(-2, slots.shape[-2:])
     all_exist = both_exist.gather(-1, flat).unflatten(-1, slots.shape[-2:]).all(dim=-1)
     first, second, third, fourth = chosen.unbind(dim=-2)
-    axes, valid = _axes(third - second, first - third)
+    here, here_exist = positions[..., 1:, :, :], exists[..., 1:, :]
+    origin = here[..., _CA, :]
+    axes, valid = _axes(
+        torch.cat([third - second, (here[..., _C, :] - origin)[..., None, :]], dim=-2),
+        torch.cat([first - third, (here[..., _N, :] - origin)[..., None, :]], dim=-2),
+    )
+    has_frame = valid[..., -1] & here_exist[..., _N] & here_exist[..., _CA] & here_exist[..., _C]
+    frames = _frames(torch.stack(axes, dim=-1)[..., -1, :, :], origin, has_frame)
     rest = fourth - third
-    cosine, sine = _dot(axes[1], rest), _dot(axes[2], rest)
+    cosine, sine = _dot(axes[1][..., :-1, :], rest), _dot(axes[2][..., :-1, :], rest)
     norm = torch.sqrt(cosine * cosine + sine * sine)
-    valid = valid & (norm > SHORTEST) & all_exist & tables.exists[aatype]
-    scale = tables.sign / norm.masked_fill(~valid, 1.0)
+    has_torsion = valid[..., :-1] & (norm > SHORTEST) & all_exist & tables.exists[aatype]
+    scale = tables.sign / norm.masked_fill(~has_torsion, 1.0)
     angles = torch.stack([sine * scale, cosine * scale], dim=-1)
-    angles = angles.masked_fill(~valid[..., None], 0.0).to(torch.float32)
-    return angles, torch.where(tables.periodic[aatype][..., None], 0.0 - angles, angles), valid
+    angles = angles.masked_fill(~has_torsion[..., None], 0.0).to(torch.float32)
+    alternative = torch.where(tables.periodic[aatype][..., None], 0.0 - angles, angles)
+    return frames, has_frame, angles, alternative, has_torsion
+
+
+def _frames(rotation: torch.Tensor, origin: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Returns float32 (..., R, 4, 4), the identity where there is no frame."""
+    frames = torch.eye(4, dtype=torch.float32, device=origin.device).repeat(*valid.shape, 1, 1)
+    rows = torch.cat([rotation, origin[..., None]], dim=-1).to(torch.float32)
+    frames[..., :3, :] = torch.where(valid[..., None, None], rows, frames[..., :3, :])
+    return frames
 
 
 def _axes(

@@ -124,7 +124,9 @@ class TreeReducer:
         self._pool: list[torch.Tensor] = []
         self._stack: list[tuple[Block, torch.Tensor]] = []
         self._lock = threading.Lock()
-        self._side = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
+        # Before the backward's kernels, which would otherwise be in front of its few small ones.
+        is_cuda = ranks.device.type == "cuda"
+        self._side = torch.cuda.Stream(ranks.device, priority=-1) if is_cuda else None
         # Per bucket, by the number that tells streams apart without making an object of each.
         self._streams: list[dict[int, Any]] = [{} for _ in buckets]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="foldfeed-reducer")
@@ -359,7 +361,11 @@ class TreeReducer:
         if self._error is not None:
             raise self._error
         if self._side is not None:
+            # NCCL's calls return before their work is done; a commit says that it is.
+            self._side.synchronize()
             torch.cuda.current_stream(self._ranks.device).wait_stream(self._side)
+        # Work that was given up ends like any other, with whatever values.
+        self._ranks.require_groups("the exchange of gradients")
         self.times["total"] = sum(seconds)
 
     def not_finite(self) -> list[str]:
@@ -391,3 +397,6 @@ class TreeReducer:
         for hook in self._hooks:
             hook.remove()
         self._thread.shutdown(wait=wait, cancel_futures=True)
+        if wait and self._side is not None:
+            # What is still on its way into buffers must not find them in other hands.
+            torch.cuda.current_stream(self._ranks.device).wait_stream(self._side)

@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -34,6 +35,9 @@ from foldfeed.trainer.errors import (
 )
 from foldfeed.trainer.groups import nccl
 from foldfeed.trainer.groups.topology import by_place, told_place
+
+# Of devices: several ranks on a GPU.
+SHARED = "cuda-shared"
 
 
 class Group(Protocol):
@@ -66,7 +70,11 @@ class Group(Protocol):
 
 
 class TorchGroup:
-    """torch's process groups. NCCL can be aborted; gloo cannot (wire.py), and is not asked to."""
+    """torch's process groups. NCCL can be aborted; gloo cannot (wire.py), and is not asked to.
+
+    Attributes:
+      aborted: why it was given up; empty before.
+    """
 
     def __init__(self, group: Any, make_part: Callable[[list[int]], Any] | None = None) -> None:
         """Takes a group.
@@ -78,6 +86,8 @@ class TorchGroup:
         self._group = group
         self._make_part = make_part or functools.partial(dist.new_group, use_local_synchronization=True)
         self._parts: list[TorchGroup] = []
+        self.aborted = ""
+        self._aborting: list[threading.Thread] = []
 
     def all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
@@ -102,11 +112,21 @@ class TorchGroup:
 
     def abort(self, reason: str) -> None:
         """See `Group`."""
+        if self.aborted:
+            return
+        # First: whoever finds a collective ended asks for it.
+        self.aborted = reason or "aborted"
+        # Not one after another: a communicator's may wait for work of one that would come later
+        # (pytorch#119797).
         for group in (self, *self._parts):
-            group._group.abort()
+            thread = threading.Thread(target=group._group.abort, name="foldfeed-abort", daemon=True)
+            self._aborting.append(thread)
+            thread.start()
 
     def close(self) -> None:
         """See `Group`."""
+        for thread in self._aborting:
+            thread.join()
         for group in (self, *self._parts):
             group._group.shutdown()
 
@@ -137,6 +157,18 @@ class Ranks:
     def is_first(self) -> bool:
         """True on the rank that prints and writes."""
         return self.rank == 0
+
+    def require_groups(self, phase: str) -> None:
+        """Checks that what gradients travelled by was not given up meanwhile.
+
+        NCCL's calls return before their work is done, and aborted work raises nothing where it is waited for.
+
+        Raises:
+          CommunicationError: a group was aborted.
+        """
+        for group in (self.scatter, self.gather):
+            if isinstance(group, TorchGroup) and group.aborted:
+                raise CommunicationError(self.rank, phase, group.aborted)
 
     def gather_bytes(self, payload: bytes, phase: str) -> list[bytes]:
         """Returns every rank's payload (any sizes), in rank order, on every rank.
@@ -253,7 +285,7 @@ def pick_device(name: str, local_rank: int, preset: str = "none") -> torch.devic
     """Returns the device of this rank.
 
     Args:
-      name: ``auto``, ``cpu`` or ``cuda``.
+      name: ``auto``, ``cpu``, ``cuda``, or ``cuda-shared``: ranks take turns on the node's GPUs.
       local_rank: of this process on its node.
       preset: of NCCL, as the run wishes it.
     Raises:
@@ -263,10 +295,13 @@ def pick_device(name: str, local_rank: int, preset: str = "none") -> torch.devic
     if name == "cpu" or (name == "auto" and available == 0):
         nccl.require_effect(preset, "cpu")
         return torch.device("cpu")
+    if name == SHARED and available:
+        nccl.require_effect(preset, SHARED)
+        local_rank %= available
     if local_rank >= available:
         raise TrainerConfigError(
             f"--device {name}: local rank {local_rank} has no CUDA device ({available} visible). "
-            "Start fewer ranks per node, or use --device cpu."
+            "Start fewer ranks per node, or use --device cpu (or cuda-shared, to try something out)."
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
@@ -327,6 +362,7 @@ def joined(
     world: int,
     device: torch.device,
     timeout_s: float,
+    shared: bool = False,
     always: bool = False,
     preset: str = "none",
     pins: bool = False,
@@ -340,6 +376,7 @@ def joined(
       rank: this process.
       world: number of processes; the addresses come from torchrun's environment.
       device: gloo carries gradients on the CPU, NCCL on CUDA.
+      shared: ranks share a GPU, which NCCL does not take: gloo carries them.
       timeout_s: after which a collective that waits for a stalled peer fails.
       always: make a group for a single process too (torch's DDP wants one).
       preset: of NCCL (nccl.py), by name, ``auto`` or ``none``.
@@ -353,14 +390,14 @@ def joined(
         yield Ranks(rank=0, world=1, device=device)
         return
     timeout = datetime.timedelta(seconds=timeout_s)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" and not shared else "gloo"
     try:
         if world == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             store = _meeting_point(rank, world, timeout)
             rank, several, infiniband = _take_place(store, rank, world)
-            if device.type == "cuda":
+            if backend == "nccl":
                 name = nccl.choose(preset, several_nodes=several, infiniband=infiniband)
                 nccl.apply(name, speaker(rank == 0), pins=pins or preset != "auto")
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)

@@ -54,7 +54,7 @@ from foldfeed.trainer.goodput import (
     Ledger,
     process_start,
 )
-from foldfeed.trainer.groups.ranks import Group, Ranks, pick_device, speaker
+from foldfeed.trainer.groups.ranks import SHARED, Group, Ranks, pick_device, speaker
 from foldfeed.trainer.groups.topology import own_place
 from foldfeed.trainer.groups.wire import Channel, MeshGroup
 from foldfeed.trainer.members.agreement import View
@@ -464,7 +464,7 @@ class ElasticRank:
             control=groups[2],
             generation=view.generation,
         )
-        if ranks.device.type == "cuda" and ranks.world > 1:
+        if ranks.device.type == "cuda" and self.config.device != SHARED and ranks.world > 1:
             pair = nccl_groups(ranks, self.plan.host, self.config.timeout_s, self.config.nccl_preset)
             for group in pair:
                 self.membership.attach(group)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import subprocess
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,8 +73,9 @@ def why_not(config: RunConfig, task: Task, device: torch.device) -> str:
         steps = _steps(config, task, features, device)
         with from_nothing():
             steps += _steps(config, task, features, device)
-    except (TrainerConfigError, TorchDynamoException) as error:
-        return str(error).strip().splitlines()[0]
+    except (TrainerConfigError, TorchDynamoException, OSError, subprocess.SubprocessError) as error:
+        # The last two: Triton also needs a C compiler and Python's headers, once its kernels run.
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return "" if len(set(steps)) == 1 else f"the same step gave {len(set(steps))} results"
 
 

@@ -39,7 +39,7 @@ from foldfeed.trainer.errors import (
 )
 from foldfeed.trainer.goodput import INITIALIZATION, PREPARATION, RESTORE, STARTUP, Ledger, process_start
 from foldfeed.trainer.groups import nccl
-from foldfeed.trainer.groups.ranks import Ranks, joined, pick_device, speaker, world_from_environment
+from foldfeed.trainer.groups.ranks import SHARED, Ranks, joined, pick_device, speaker, world_from_environment
 from foldfeed.trainer.models.task import Task, identity, load_task
 from foldfeed.trainer.state.lease import Lease
 from foldfeed.trainer.state.mirror import Mirror, fetch
@@ -94,6 +94,7 @@ def run(config: RunConfig, task: Task | None = None) -> Outcome:
             world=world,
             device=device,
             timeout_s=config.timeout_s,
+            shared=config.device == SHARED,
             always=config.reducer == "ddp",
             preset=config.nccl_preset,
             pins=config.reducer in nccl.ORDERED,
@@ -349,7 +350,9 @@ def continue_run(
 
 def network_of(trainer: Trainer) -> dict[str, str]:
     """Returns how a run's gradients travel, for its records: transport, preset, variables, NCCL's version."""
-    uses_nccl = trainer.ranks.device.type == "cuda" and trainer.ranks.world > 1
+    uses_nccl = (
+        trainer.ranks.device.type == "cuda" and trainer.config.device != SHARED and trainer.ranks.world > 1
+    )
     version = ".".join(map(str, torch.cuda.nccl.version())) if uses_nccl else ""
     return nccl.record(trainer.transport, version)
 
