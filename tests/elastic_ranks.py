@@ -35,8 +35,8 @@ AWAY_S = 3.2
 PHASES = {
     "forward": ("model", "CompactEvoformer.forward", "before"),
     "hook": ("reducer", "TreeReducer._complete", "before"),
-    "collective": ("exchange", "TreeExchange.reduce", "before"),
-    "mid-collective": ("wire", "_Flow.send", "after"),
+    "collective": ("stream", "StreamExchange.reduce", "before"),
+    "mid-collective": ("stream", "StreamExchange._send_to", "after"),
     "arrived": ("reducer", "TreeReducer._collect", "after"),
     "commit": ("loop", "combine", "before"),
     "optimizer": ("optimizer", "FlatAdamW.step", "before"),

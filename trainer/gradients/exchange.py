@@ -45,6 +45,13 @@ class Exchange(Protocol):
         """
         ...
 
+    def progress(self, wake: int) -> None:
+        """Goes on with what is under way until nothing is, or a descriptor is readable.
+
+        For a transport that moves bytes in its caller's thread; nothing where a backend moves them by itself.
+        """
+        ...
+
     def drain(self) -> None:
         """Finishes what is under way, if anything is."""
         ...
@@ -115,6 +122,9 @@ class TreeExchange:
             assert self._ranks.gather is not None, "ranks of a world have groups"
             wait = self._ranks.gather.all_gather(self._gathered[: world * chunk], self._chunk[:chunk])
         self._in_flight = (wait, bucket)
+
+    def progress(self, wake: int) -> None:
+        """Does nothing: the backend moves the bytes."""
 
     def drain(self) -> None:
         """Finishes the all-gather that is under way, if any."""
