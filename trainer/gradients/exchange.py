@@ -1,7 +1,8 @@
 """Moves one bucket between ranks and sums it in the fixed tree: the transport under the reducer.
 
-`Exchange` is what the reducer needs of a transport; `TreeExchange` is the usual one (others: two_level.py,
-for nodes with several ranks, and ring.py). Per bucket, two phases on two process groups:
+`Exchange` is what the reducer needs of a transport; `TreeExchange` is the usual one (others: stream.py, the
+same over own sockets on CPUs; two_level.py, for nodes with several ranks; and ring.py). Per bucket, two
+phases on two process groups:
   1. all-to-all: every rank sends chunk c of each block it finished (dyadic.py) to rank c, which then holds
      all blocks of its chunk and adds them in the tree's order;
   2. all-gather: the finished chunks go to everyone.
