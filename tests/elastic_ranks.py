@@ -35,7 +35,8 @@ AWAY_S = 3.2
 PHASES = {
     "forward": ("model", "CompactEvoformer.forward", "before"),
     "hook": ("reducer", "TreeReducer._complete", "before"),
-    "collective": ("exchange", "TreeExchange.reduce", "before"),
+    "collective": ("stream", "StreamExchange.reduce", "before"),
+    "mid-stream": ("stream", "StreamExchange._send_to", "after"),
     "mid-collective": ("wire", "_Flow.send", "after"),
     "arrived": ("reducer", "TreeReducer._collect", "after"),
     "commit": ("loop", "combine", "before"),

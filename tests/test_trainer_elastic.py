@@ -65,7 +65,7 @@ def check(
 
 def test_the_first_rank_dies_amid_a_collective_and_is_replaced(nursery: Nursery, undisturbed: str) -> None:
     found = nursery.run(
-        ranks=4, steps=STEPS, respawns=1, faults=[fault(0, 3, "mid-collective")], nodes=[0, 0, 1, 1, 1]
+        ranks=4, steps=STEPS, respawns=1, faults=[fault(0, 3, "mid-stream")], nodes=[0, 0, 1, 1, 1]
     )
     members = check(found, undisturbed, [-9, 0, 0, 0, 0])
     assert members[0] == [0]

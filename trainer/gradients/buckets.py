@@ -9,7 +9,8 @@ when backward has ended and nothing hides it.
 `plan_ramp` is for a link that was measured: full buckets first, then ever smaller ones, each `RAMP` of the
 one before. While one is sent, backward makes the next; with sizes that fall no faster than the link is
 quicker than backward, nothing piles up before the end, and what is left to wait for is the last bucket, as
-small as latency allows.
+small as latency allows. The first full one is split, so that the link need not wait for all of it: where it
+is slower than backward, every moment that it stands still at the beginning is one of the step's.
 
 Source: the mechanism of Megatron-core's static reversed buckets; DDP's first-step rebuild is what it avoids.
 """
@@ -25,6 +26,8 @@ MAX_AUTO_BYTES = 16 * 1024 * 1024
 AUTO_BUCKETS = 8
 # The exposed tail, as a share of a full bucket.
 TAIL_SHARE = 4
+# Of a first full bucket: this share leaves by itself, then twice as much.
+HEAD_SHARE = 8
 # A link may need up to this share of backward's time before the ramp leaves a backlog.
 RAMP = 0.75
 
@@ -115,7 +118,22 @@ def plan_ramp(
             numel += sizes[start]
         runs.append(range(start, stop))
         stop, allowed = start, min(limit, max(allowed, numel) / RAMP)
-    return _lay_out(sizes, runs[::-1])
+    return _lay_out(
+        sizes, [*_split(sizes, runs.pop(), least_bytes / element_bytes), *runs[::-1]] if runs else []
+    )
+
+
+def _split(sizes: Sequence[int], run: range, least: float) -> list[range]:
+    """Returns the first bucket in pieces that double, the first of ``least`` elements or more."""
+    piece = max(least, sum(sizes[position] for position in run) / HEAD_SHARE)
+    pieces: list[range] = []
+    first, numel = run.start, 0
+    for position in run:
+        numel += sizes[position]
+        if numel >= piece and position + 1 < run.stop:
+            pieces.append(range(first, position + 1))
+            first, numel, piece = position + 1, 0, 2 * piece
+    return [*pieces, range(first, run.stop)]
 
 
 def _lay_out(sizes: Sequence[int], runs: Sequence[range]) -> list[Bucket]:

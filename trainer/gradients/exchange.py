@@ -1,7 +1,8 @@
 """Moves one bucket between ranks and sums it in the fixed tree: the transport under the reducer.
 
-`Exchange` is what the reducer needs of a transport; `TreeExchange` is the usual one (others: two_level.py,
-for nodes with several ranks, and ring.py). Per bucket, two phases on two process groups:
+`Exchange` is what the reducer needs of a transport; `TreeExchange` is the usual one (others: stream.py, the
+same over own sockets on CPUs; two_level.py, for nodes with several ranks; and ring.py). Per bucket, two
+phases on two process groups:
   1. all-to-all: every rank sends chunk c of each block it finished (dyadic.py) to rank c, which then holds
      all blocks of its chunk and adds them in the tree's order;
   2. all-gather: the finished chunks go to everyone.
@@ -42,6 +43,13 @@ class Exchange(Protocol):
           blocks: (bucket.numel,) each, this rank's finished blocks in order.
         Raises:
           CommunicationError: a peer died or stalled.
+        """
+        ...
+
+    def progress(self, wake: int) -> None:
+        """Goes on with what is under way until nothing is, or a descriptor is readable.
+
+        For a transport that moves bytes in its caller's thread; nothing where a backend moves them by itself.
         """
         ...
 
@@ -115,6 +123,9 @@ class TreeExchange:
             assert self._ranks.gather is not None, "ranks of a world have groups"
             wait = self._ranks.gather.all_gather(self._gathered[: world * chunk], self._chunk[:chunk])
         self._in_flight = (wait, bucket)
+
+    def progress(self, wake: int) -> None:
+        """Does nothing: the backend moves the bytes."""
 
     def drain(self) -> None:
         """Finishes the all-gather that is under way, if any."""

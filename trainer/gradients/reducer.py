@@ -24,8 +24,10 @@ bits for every world size; buffers are only touched by the thread between launch
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -37,8 +39,9 @@ from torch.profiler import record_function
 from foldfeed.trainer.errors import TrainerError
 from foldfeed.trainer.gradients.buckets import Bucket
 from foldfeed.trainer.gradients.dyadic import Block, Division, merge_chain, usual_division
-from foldfeed.trainer.gradients.exchange import Exchange, TreeExchange, finish_blocks
+from foldfeed.trainer.gradients.exchange import Exchange, finish_blocks
 from foldfeed.trainer.gradients.flat import FlatParameters
+from foldfeed.trainer.gradients.stream import tree_exchange
 from foldfeed.trainer.groups.ranks import Ranks
 
 
@@ -116,7 +119,7 @@ class TreeReducer:
         self._exchange: Exchange = (
             make_exchange(self.gradient, largest)
             if make_exchange is not None
-            else TreeExchange(ranks, num_shards, largest, self.gradient, wire)
+            else tree_exchange(ranks, num_shards, largest, self.gradient, wire)
         )
         self._scratch = torch.zeros(largest, dtype=wire, device=flat.params.device)
         self._bucket_of = [bucket.index for bucket in buckets for _ in bucket.segments]
@@ -130,6 +133,10 @@ class TreeReducer:
         # Per bucket, by the number that tells streams apart without making an object of each.
         self._streams: list[dict[int, Any]] = [{} for _ in buckets]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="foldfeed-reducer")
+        # A byte for each task that was not begun: it ends `Exchange.progress`, which waits in that thread.
+        self._tasks, self._task_added = os.pipe()
+        for descriptor in (self._tasks, self._task_added):
+            weakref.finalize(self, os.close, descriptor)
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._hook(position))
             for position, param in enumerate(flat.parameters)
@@ -281,10 +288,15 @@ class TreeReducer:
             # Folded blocks and zeroed gradients come from the stream of the training loop.
             events.append(torch.cuda.current_stream(self._ranks.device).record_event())
         self._streams[index].clear()
-        self._futures.append(self._thread.submit(self._run, self._buckets[index], events))
+        self._submit(self._run, self._buckets[index], events)
+
+    def _submit(self, task: Callable[..., float], *arguments: Any) -> None:
+        self._futures.append(self._thread.submit(task, *arguments))
+        os.write(self._task_added, b"t")
 
     def _run(self, bucket: Bucket, events: Sequence[Any]) -> float:
         """Exchanges one bucket; runs in the communication thread. Returns the seconds it took."""
+        os.read(self._tasks, 1)
         if self._error is not None:
             return 0.0
         started = time.perf_counter()
@@ -296,12 +308,14 @@ class TreeReducer:
                 leaf = self._flat.grads[span] if self._shards else None
                 blocks = finish_blocks(stack, leaf, self._num_merged, self._scratch)
                 self._exchange.reduce(bucket, blocks)
+                self._exchange.progress(self._tasks)
         except BaseException as error:  # noqa: BLE001 - kept whole, re-raised by finish()
             self._error = self._error or error
         self._event("arrived", bucket.index)
         return time.perf_counter() - started
 
     def _drain(self) -> float:
+        os.read(self._tasks, 1)
         started = time.perf_counter()
         if self._error is None:
             try:
@@ -355,7 +369,7 @@ class TreeReducer:
             for index in indices:
                 self._launch(index)
             self._next = len(self._buckets)
-            self._futures.append(self._thread.submit(self._drain))
+            self._submit(self._drain)
         seconds = [future.result() for future in self._futures]
         self._futures = []
         if self._error is not None:

@@ -44,6 +44,9 @@ class RingExchange:
             wait = self._group.all_reduce(mine)
         self._in_flight.append((wait, bucket))
 
+    def progress(self, wake: int) -> None:
+        """Does nothing: the backend moves the bytes."""
+
     def divide(self, blocks: Sequence[Sequence[Block]]) -> None:
         """Does nothing: what ranks bring is summed, whatever it is; each must bring something."""
 

@@ -22,10 +22,11 @@ from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.gradients.buckets import Bucket, auto_bucket_bytes, plan_buckets, plan_ramp
 from foldfeed.trainer.gradients.dyadic import blocks_of_ranks
-from foldfeed.trainer.gradients.exchange import Exchange, TreeExchange
+from foldfeed.trainer.gradients.exchange import Exchange
 from foldfeed.trainer.gradients.flat import Segment
 from foldfeed.trainer.gradients.probe import Link, measure
 from foldfeed.trainer.gradients.ring import RingExchange
+from foldfeed.trainer.gradients.stream import tree_exchange
 from foldfeed.trainer.gradients.two_level import TwoLevelExchange, node_groups
 from foldfeed.trainer.groups.ranks import Ranks
 from foldfeed.trainer.groups.topology import nodes_of, own_place, told_place
@@ -108,7 +109,7 @@ def wire_dtype(config: RunConfig) -> torch.dtype:
 
 def _tree(config: RunConfig, ranks: Ranks) -> MakeExchange:
     wire = wire_dtype(config)
-    return lambda output, numel: TreeExchange(ranks, config.data.num_shards, numel, output, wire)
+    return lambda output, numel: tree_exchange(ranks, config.data.num_shards, numel, output, wire)
 
 
 def _hierarchical(config: RunConfig, ranks: Ranks, nodes: Sequence[Sequence[int]]) -> MakeExchange:

@@ -119,6 +119,9 @@ class TwoLevelExchange:
             everything = self._tell_node(whole, chunk)
         self._output[bucket.start : bucket.stop].copy_(everything[: bucket.numel])
 
+    def progress(self, wake: int) -> None:
+        """Does nothing: no exchange outlives its `reduce`."""
+
     def drain(self) -> None:
         """Does nothing: no exchange outlives its `reduce`."""
 

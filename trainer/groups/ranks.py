@@ -33,7 +33,7 @@ from foldfeed.trainer.errors import (
     TrainerConfigError,
     WireError,
 )
-from foldfeed.trainer.groups import nccl
+from foldfeed.trainer.groups import nccl, wire
 from foldfeed.trainer.groups.topology import by_place, told_place
 
 # Of devices: several ranks on a GPU.
@@ -392,6 +392,7 @@ def joined(
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" and not shared else "gloo"
     try:
+        mesh = None
         if world == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
@@ -401,18 +402,23 @@ def joined(
                 name = nccl.choose(preset, several_nodes=several, infiniband=infiniband)
                 nccl.apply(name, speaker(rank == 0), pins=pins or preset != "auto")
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+            if device.type == "cpu":
+                # The tree's exchange goes over own sockets (stream.py), all else over gloo.
+                mesh = wire.meet(store, rank, world, timeout_s)
         ranks = Ranks(
             rank=rank,
             world=world,
             device=device,
-            scatter=_new_group(backend, timeout),
+            scatter=_new_group(backend, timeout) if mesh is None else mesh,
             gather=_new_group(backend, timeout),
             control=_new_group("gloo", timeout),
         )
-    except RuntimeError as error:
+    except (RuntimeError, OSError, WireError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
             raise MeetingPointError(address, port, _first_line(error)) from error
         raise CommunicationError(rank, "the start", _first_line(error)) from error
     yield ranks
+    if mesh is not None:
+        mesh.close()
     dist.destroy_process_group()

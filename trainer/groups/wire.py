@@ -15,8 +15,10 @@ Invariant: a channel is used by one thread at a time; `abort` may be called from
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hmac
 import json
+import os
 import secrets
 import select
 import socket
@@ -27,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch.distributed import Store
 
 from foldfeed.trainer.errors import WireError
 
@@ -197,12 +200,21 @@ class Channel:
         self.rank = rank
         self.world = len(peers) + 1
         self._peers = dict(peers)
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._number = 0
         self._aborted = ""
         self._parts: list[Channel] = []
         for connection in self._peers.values():
             connection.setblocking(False)
+
+    @property
+    def aborted(self) -> str:
+        """Why nothing goes over it any more, or nothing."""
+        return self._aborted
+
+    def connection(self, peer: int) -> socket.socket:
+        """Returns the connection to a rank; it does not block."""
+        return self._peers[peer]
 
     def part(self, members: Sequence[int]) -> Channel:
         """Returns a channel of some ranks over the same connections, numbered as they are listed.
@@ -210,7 +222,7 @@ class Channel:
         No two ranks may talk over this one and a part, or over two parts, at the same time.
         """
         peers = {index: self._peers[rank] for index, rank in enumerate(members) if rank != self.rank}
-        self._parts.append(Channel(list(members).index(self.rank), peers, self._timeout_s))
+        self._parts.append(Channel(list(members).index(self.rank), peers, self.timeout_s))
         return self._parts[-1]
 
     def exchange(
@@ -229,7 +241,7 @@ class Channel:
         self._number += 1
         flows = {(peer, False): _Flow(self._number, views, incoming=False) for peer, views in sends.items()}
         flows.update({(p, True): _Flow(self._number, views, incoming=True) for p, views in receives.items()})
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self.timeout_s
         while True:
             if self._aborted:
                 raise WireError(self._aborted)
@@ -237,11 +249,11 @@ class Channel:
             if not flows:
                 return
             if moved:
-                deadline = time.monotonic() + self._timeout_s
+                deadline = time.monotonic() + self.timeout_s
                 continue
             if time.monotonic() > deadline:
                 silent = sorted({peer for peer, _ in flows})
-                raise WireError(f"ranks {silent} sent and took nothing for {self._timeout_s:g} s")
+                raise WireError(f"ranks {silent} sent and took nothing for {self.timeout_s:g} s")
             self._wait(flows, deadline)
 
     def _move(self, key: tuple[int, bool], flows: dict[tuple[int, bool], _Flow]) -> bool:
@@ -304,7 +316,7 @@ class MeshGroup:
 
     def __init__(self, channel: Channel) -> None:
         """Starts the thread that all-gathers go on in."""
-        self._channel = channel
+        self.channel = channel
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="foldfeed-gather")
         self._parts: list[MeshGroup] = []
 
@@ -315,9 +327,9 @@ class MeshGroup:
         target = received if received.device.type == "cpu" else torch.empty_like(received, device="cpu")
         ours = sent.cpu().split(sent_sizes)
         theirs = target.split(received_sizes)
-        mine = self._channel.rank
-        others = [rank for rank in range(self._channel.world) if rank != mine]
-        self._channel.exchange(
+        mine = self.channel.rank
+        others = [rank for rank in range(self.channel.world) if rank != mine]
+        self.channel.exchange(
             {rank: [raw(ours[rank])] for rank in others}, {rank: [raw(theirs[rank])] for rank in others}
         )
         theirs[mine].copy_(ours[mine])
@@ -329,10 +341,10 @@ class MeshGroup:
         target = gathered if gathered.device.type == "cpu" else torch.empty_like(gathered, device="cpu")
         own = mine.cpu()
         rows = target.split(mine.numel())
-        rank = self._channel.rank
-        others = [other for other in range(self._channel.world) if other != rank]
+        rank = self.channel.rank
+        others = [other for other in range(self.channel.world) if other != rank]
         future = self._thread.submit(
-            self._channel.exchange, {r: [raw(own)] for r in others}, {r: [raw(rows[r])] for r in others}
+            self.channel.exchange, {r: [raw(own)] for r in others}, {r: [raw(rows[r])] for r in others}
         )
 
         def wait() -> None:
@@ -345,16 +357,65 @@ class MeshGroup:
 
     def part(self, members: Sequence[int]) -> MeshGroup:
         """Returns a group of some ranks over the same connections, see `Channel.part`."""
-        self._parts.append(MeshGroup(self._channel.part(members)))
+        self._parts.append(MeshGroup(self.channel.part(members)))
         return self._parts[-1]
 
     def abort(self, reason: str) -> None:
         """Ends what is under way."""
-        self._channel.abort(reason)
+        self.channel.abort(reason)
 
     def close(self) -> None:
         """Ends the threads and closes the connections."""
-        self._channel.abort("closed")
+        self.channel.abort("closed")
         for group in (*self._parts, self):
             group._thread.shutdown(wait=True)
-        self._channel.close()
+        self.channel.close()
+
+
+def meet(store: Store, rank: int, world: int, timeout_s: float) -> MeshGroup:
+    """Connects the ranks of a run that share a store. A collective.
+
+    Args:
+      store: where they leave addresses, and the first one the key of their greetings.
+      rank: this process.
+      world: number of processes.
+      timeout_s: for a connection, and of collectives as in `Channel`.
+    Raises:
+      WireError: a rank cannot be reached.
+    """
+    if rank == 0:
+        store.set("foldfeed/mesh/key", secrets.token_hex(32))
+    peers: dict[int, socket.socket] = {}
+    family, host = _own_address()
+    with socket.create_server((host, 0), family=family, backlog=world) as listener:
+        listener.settimeout(timeout_s)
+        store.set(f"foldfeed/mesh/{rank}", json.dumps([host, listener.getsockname()[1]]))
+        key = bytes.fromhex(store.get("foldfeed/mesh/key").decode())
+        for other in range(rank):
+            there, port = json.loads(store.get(f"foldfeed/mesh/{other}"))
+            peers[other] = dial((there, port), key, {"rank": rank}, timeout_s)
+        while len(peers) < world - 1:
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError as error:
+                missing = sorted(set(range(world)) - {rank, *peers})
+                raise WireError(f"ranks {missing} did not connect within {timeout_s:g} s") from error
+            peers[int(greet(connection, key, timeout_s)["rank"])] = connection
+    return MeshGroup(Channel(rank, peers, timeout_s))
+
+
+def _own_address() -> tuple[socket.AddressFamily, str]:
+    """Returns this machine's address on the way to the first rank's, or of the interface given to gloo."""
+    if name := os.environ.get("GLOO_SOCKET_IFNAME"):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+            try:
+                # SIOCGIFADDR, see netdevice(7): an ifreq, whose name is followed by a sockaddr_in.
+                answer = fcntl.ioctl(asking, 0x8915, struct.pack("256s", name.encode()))
+            except OSError as error:
+                raise WireError(f"GLOO_SOCKET_IFNAME={name}: no IPv4 address ({error})") from error
+        return socket.AF_INET, socket.inet_ntoa(answer[20:24])
+    first, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, _, _, _, address = socket.getaddrinfo(first, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as asking:
+        asking.connect(address)
+        return family, str(asking.getsockname()[0])
