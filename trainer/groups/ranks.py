@@ -43,26 +43,21 @@ class Group(Protocol):
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
     ) -> None:
         """Sends each rank its run of ``sent``; ``received`` gets the runs of all, in rank order."""
-        ...
 
     def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> Callable[[], None]:
         """Starts to gather every rank's equally long tensor; returns what waits for it."""
-        ...
 
     def part(self, members: Sequence[int]) -> Group:
         """Returns a group of some ranks, this one among them; each of them calls it, with equal members.
 
         It ends with this group.
         """
-        ...
 
     def abort(self, reason: str) -> None:
         """Makes whatever waits for a peer end with an error, soon; from any thread."""
-        ...
 
     def close(self) -> None:
         """Gives everything back."""
-        ...
 
 
 class TorchGroup:
