@@ -62,16 +62,19 @@ class Capture:
     checksums: Mapping[str, int]
 
 
-def memory_folder(root: str, run_id: str) -> SnapshotFolder | None:
+def memory_folder(
+    root: str, run_id: str, before_write: Callable[[], None] = lambda: None
+) -> SnapshotFolder | None:
     """Returns the memory tier of a run, which need not exist; None when it is turned off.
 
     Args:
       root: a folder in memory, or ``none``.
       run_id: of the run.
+      before_write: see `SnapshotFolder`.
     """
     if root == NO_MEMORY:
         return None
-    return SnapshotFolder(Path(root) / f"foldfeed-{run_id}", MEMORY_GENERATIONS, recycle=True)
+    return SnapshotFolder(Path(root) / f"foldfeed-{run_id}", MEMORY_GENERATIONS, before_write, recycle=True)
 
 
 def prepare_memory(folder: SnapshotFolder | None, ranks: Ranks) -> bool:
