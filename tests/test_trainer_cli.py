@@ -19,9 +19,10 @@ from trainer_ranks import free_port, rank_environment
 from warm_python import Program, run_module, run_programs
 
 from foldfeed.feature_store import FeatureStore
-from foldfeed.trainer.cli import _attribute_texts, command, main
+from foldfeed.trainer.cli import command, main
 from foldfeed.trainer.config import DataConfig, HeldOutConfig, ModelConfig, OptimizerConfig, RunConfig
 from foldfeed.trainer.errors import TrainerConfigError
+from foldfeed.trainer.options import attribute_texts
 
 TINY = [
     *(*SMALL_CROPS, "--global-batch", "3", "--steps", "4", "--snapshot-every", "2"),
@@ -55,13 +56,13 @@ def inside(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[in
 
 def test_help_reads_docstrings_with_and_without_their_indentation(monkeypatch) -> None:
     """Python 3.13 takes the common indentation away when it compiles; older ones do not."""
-    written = _attribute_texts(ModelConfig)
+    written = attribute_texts(ModelConfig)
     assert set(written) == {field.name for field in dataclasses.fields(ModelConfig)}
     monkeypatch.setattr(ModelConfig, "__doc__", inspect.cleandoc(ModelConfig.__doc__ or ""))
-    assert _attribute_texts(ModelConfig) == written
+    assert attribute_texts(ModelConfig) == written
     first, *rest = (ModelConfig.__doc__ or "").splitlines()
     monkeypatch.setattr(ModelConfig, "__doc__", "\n".join([first, *("    " + line for line in rest)]))
-    assert _attribute_texts(ModelConfig) == written
+    assert attribute_texts(ModelConfig) == written
 
 
 def test_every_setting_has_an_option_with_a_text() -> None:

@@ -9,8 +9,9 @@ and nccl.py (how they travel), compiling.py (what is compiled), snapshot.py, tie
 (how a run survives), process.py (what a process holds), elastic_rank.py, session.py, agreement.py,
 membership.py and wire.py (how its ranks survive each other), goodput.py and watch.py (how it is watched),
 task.py, model.py and losses.py (what is trained), held_out.py (how well); elastic.py, prove.py, export.py and
-curve.py are commands of their own. Names of modules that need torch are imported on first use, so that the
-command line can print its help without waiting for it.
+curve.py are commands of their own.
+Names of modules that need torch are imported on first use, so that the command line can print its help
+without waiting for it.
 """
 
 from __future__ import annotations
