@@ -40,10 +40,10 @@ def options_of(config: type, names: Sequence[str], renamed: dict[str, str] | Non
             elif kind == bool | None:
                 kind = bool
             flag = f"--{option}/--no-{option}" if kind is bool else f"--{option}"
-            default = {} if required else {"default": fields[name].default, "show_default": True}
-            command = click.option(flag, name, type=kind, help=texts[name], required=required, **default)(
-                command
-            )
+            told: dict[str, Any] = {"type": kind, "help": texts[name], "required": required}
+            if not required:
+                told |= {"default": fields[name].default, "show_default": True}
+            command = click.option(flag, name, **told)(command)
         return command
 
     return decorate
