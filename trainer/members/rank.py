@@ -57,7 +57,7 @@ from foldfeed.trainer.members.transfer import (
 from foldfeed.trainer.models.task import Task, load_task
 from foldfeed.trainer.training import launch
 from foldfeed.trainer.training.compiling import settle
-from foldfeed.trainer.training.data import LoaderMeters, open_held_out, open_loader, serving
+from foldfeed.trainer.training.data import open_data
 from foldfeed.trainer.training.held_out import HeldOut
 from foldfeed.trainer.training.loop import Outcome
 from foldfeed.trainer.training.process import Process, has_finished, identity_before, network_of
@@ -93,12 +93,7 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
     config = settle(config, task, alone, identity_before, speaker(plan.founds))
     # A rank's number may change, a process's not.
     trace = f"{config.loader_trace}.process{os.getpid()}" if config.loader_trace else ""
-    with (
-        open_loader(config.data, recipe, config.seed, alone, trace=trace) as (loader, fingerprint),
-        open_held_out(config, task, recipe, alone) as held_out,
-        serving(loader, config.metrics_port, alone, plan.local_rank),
-    ):
-        source = Source(loader, fingerprint, LoaderMeters(loader))
+    with open_data(config, task, recipe, alone, plan.local_rank, trace) as (source, held_out):
         return ElasticRank(config, plan, alone, source, task, held_out, ledger).train()
 
 

@@ -30,7 +30,7 @@ from foldfeed.trainer.groups import nccl
 from foldfeed.trainer.groups.ranks import Ranks, joined, pick_device, speaker, world_from_environment
 from foldfeed.trainer.models.task import Task, load_task
 from foldfeed.trainer.training.compiling import settle
-from foldfeed.trainer.training.data import LoaderMeters, open_held_out, open_loader, serving
+from foldfeed.trainer.training.data import open_data
 from foldfeed.trainer.training.held_out import HeldOut
 from foldfeed.trainer.training.loop import Outcome, Trainer
 from foldfeed.trainer.training.process import Process, identity_before
@@ -55,33 +55,19 @@ def run(config: RunConfig, task: Task | None = None) -> Outcome:
     task = task or load_task(config)
     recipe = task.recipe(config.data)
     device = pick_device(config.device, local_rank, config.nccl_preset)
-    with (
-        joined(
-            rank=rank,
-            world=world,
-            device=device,
-            timeout_s=config.timeout_s,
-            always=config.reducer == "ddp",
-            preset=config.nccl_preset,
-            pins=config.reducer in nccl.ORDERED,
-        ) as ranks,
-        _marked(ledger, INITIALIZATION),
-        open_loader(config.data, recipe, config.seed, ranks, trace=config.loader_trace) as (
-            loader,
-            fingerprint,
-        ),
-        open_held_out(config, task, recipe, ranks) as held_out,
-        serving(loader, config.metrics_port, ranks, local_rank),
-    ):
-        meters = LoaderMeters(loader)
-        return train(config, ranks, loader, fingerprint, ledger, meters, task=task, held_out=held_out)
-
-
-@contextlib.contextmanager
-def _marked(ledger: Ledger, name: str) -> Iterator[None]:
-    """Marks on the way in: the time belongs to what was entered before."""
-    ledger.mark(name)
-    yield
+    with joined(
+        rank=rank,
+        world=world,
+        device=device,
+        timeout_s=config.timeout_s,
+        always=config.reducer == "ddp",
+        preset=config.nccl_preset,
+        pins=config.reducer in nccl.ORDERED,
+    ) as ranks:
+        ledger.mark(INITIALIZATION)
+        with open_data(config, task, recipe, ranks, local_rank, config.loader_trace) as (found, held_out):
+            batches, fingerprint, meters = found
+            return train(config, ranks, batches, fingerprint, ledger, meters, task=task, held_out=held_out)
 
 
 def prepare_numerics(config: RunConfig) -> None:

@@ -5,7 +5,7 @@ Shapes only: nothing here reads or trains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -69,14 +69,16 @@ class BatchSource(Protocol):
         """
 
 
-class SourceMeters(Protocol):
-    """What a source of batches says about itself."""
+class SourceMeters(NamedTuple):
+    """What a source of batches says about itself.
 
-    def scalars(self) -> dict[str, float]:
-        """Returns numbers for a step's metrics, by name."""
+    Attributes:
+      scalars: returns numbers for a step's metrics, by name.
+      lines: returns a table for the end of a run.
+    """
 
-    def lines(self) -> list[str]:
-        """Returns a table for the end of a run."""
+    scalars: Callable[[], dict[str, float]]
+    lines: Callable[[], list[str]]
 
 
 class Source(NamedTuple):
