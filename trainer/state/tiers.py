@@ -27,7 +27,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from foldfeed.trainer.errors import SnapshotError
 from foldfeed.trainer.groups.ranks import Ranks
 from foldfeed.trainer.state.interval import Interval
 from foldfeed.trainer.state.mirror import Mirror
-from foldfeed.trainer.state.snapshot import SnapshotFolder, sum_and_copy
+from foldfeed.trainer.state.snapshot import SnapshotFolder, replica_digest, sum_and_copy
 
 # A double buffer: one generation stays whole while the other is written over.
 MEMORY_GENERATIONS = 2
@@ -226,6 +226,9 @@ class Saver:
         self.disk = disk
         self._ranks = ranks
         self._memory_on = memory is not None
+        # A snapshot under way: its checksums, and what ends it.
+        self._staged: Future[Mapping[str, int]] | None = None
+        self._conclude: Callable[[Mapping[str, int], float], tuple[float, bool]]
         # Seconds that staging and writing took in the background.
         self._busy_s = 0.0
         if before is not None:
@@ -297,6 +300,58 @@ class Saver:
 
         threading.Thread(target=work, name="foldfeed-stage").start()
         return found
+
+    def begin_snapshot(
+        self,
+        manifest: Mapping[str, Any],
+        state: Callable[[], Mapping[str, torch.Tensor]],
+        step_s: float,
+        *,
+        memory: bool,
+        disk: bool,
+    ) -> None:
+        """Begins what `end_snapshot` ends, before the state changes.
+
+        Args:
+          manifest: JSON-able; has ``step``.
+          state: see `stage`.
+          step_s: of this rank's steps, to choose the next interval by; 0 not to.
+          memory: whether it is for memory.
+          disk: whether it is for the disk.
+        """
+        # No staging of an earlier one is left: it was ended, or dropped.
+        self._staged = self.stage(state, memory=memory, disk=disk)
+
+        def conclude(checksums: Mapping[str, int], started: float) -> tuple[float, bool]:
+            digest = replica_digest(checksums)
+            self._ranks.require_equal(digest, f"parameters and moments after step {manifest['step']}")
+            named = {**manifest, "replica_digest": digest.hex()}
+            self.save(Capture(manifest=named, buffers=None, checksums=checksums), memory=memory, disk=disk)
+            stall_s = time.perf_counter() - started
+            if step_s:
+                self.learn(stall_s, step_s, disk=disk)
+            return stall_s, disk
+
+        self._conclude = conclude
+
+    def end_snapshot(self) -> tuple[float, bool]:
+        """Compares the state of a snapshot under way on all ranks, and starts to write it. A collective.
+
+        Returns: seconds for which it held this rank up, and whether it goes to disk.
+        Raises:
+          ReplicaMismatchError: a rank's parameters or moments differ; nothing is written.
+        """
+        if self._staged is None:
+            return 0.0, False
+        started = time.perf_counter()
+        checksums, self._staged = self._staged.result(), None
+        return self._conclude(checksums, started)
+
+    def drop_snapshot(self) -> None:
+        """Waits until the state may change, and forgets the snapshot under way, if any."""
+        if self._staged is not None:
+            wait([self._staged])
+            self._staged = None
 
     def save(self, capture: Capture, *, memory: bool, disk: bool) -> None:
         """Starts to write a captured state.
