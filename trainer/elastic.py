@@ -274,11 +274,7 @@ def become_rank(plan: Plan, arguments: Sequence[str]) -> NoReturn:
     """
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     plan = dataclasses.replace(
-        plan,
-        founds=False,
-        refounds=restarted,
-        torchrun=True,
-        local_rank=int(os.environ["LOCAL_RANK"]),
+        plan, founds=False, refounds=restarted, torchrun=True, local_rank=int(os.environ["LOCAL_RANK"])
     )
     os.environ[VARIABLE] = json.dumps(dataclasses.asdict(plan))
     # The same process, so that torchrun's signals and exit codes are the rank's.

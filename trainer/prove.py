@@ -37,6 +37,7 @@ from foldfeed.trainer.errors import TrainerConfigError, TrainerError
 from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.goodput import GOODPUT_FILE, account
 from foldfeed.trainer.members.agreement import FolderRegister, Member
+from foldfeed.trainer.members.session import folder_of, read_session
 from foldfeed.trainer.network import Network
 from foldfeed.trainer.options import options_of
 
@@ -213,7 +214,11 @@ class Disturbance:
         if fault.kind == "join":
             self._launcher.add()
             there = {member.uid for member in members}
-            self._pending = "join", time.monotonic(), lambda: self._has_new(there)
+
+            def is_there() -> bool:
+                return any(member.uid not in there for member in members_of(self._output))
+
+            self._pending = "join", time.monotonic(), is_there
             click.echo(f"  join: after step {_last_step(self._output)}")
             return True
         slots = {process.pid: slot for slot, process in self._launcher.processes.items()}
@@ -236,18 +241,11 @@ class Disturbance:
         click.echo(f"  {fault.kind}: rank {pids.index(pid)} of {len(pids)} after step {step}")
         return True
 
-    def _has_new(self, there: set[str]) -> bool:
-        return bool({member.uid for member in members_of(self._output)} - there)
-
 
 def members_of(output: Path) -> tuple[Member, ...]:
     """Returns the ranks of the newest generation of an elastic run."""
-    folder = output / "elastic"
-    try:
-        session = json.loads((folder / "session.json").read_text(encoding="utf-8"))["session"]
-    except FileNotFoundError:
-        return ()
-    latest = FolderRegister(folder / session).latest()
+    session = read_session(output)
+    latest = FolderRegister(folder_of(output, session)).latest() if session.name else None
     return () if latest is None else latest.members
 
 

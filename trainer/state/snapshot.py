@@ -127,12 +127,7 @@ class SnapshotFolder:
     """
 
     def __init__(
-        self,
-        path: Path,
-        keep: int,
-        before_write: Callable[[], None] = lambda: None,
-        *,
-        recycle: bool = False,
+        self, path: Path, keep: int, before_write: Callable[[], None] = lambda: None, *, recycle: bool = False
     ) -> None:
         assert keep > 1 or not recycle, "one generation must stay whole while another is written over"
         self.path = path

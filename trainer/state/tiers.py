@@ -182,9 +182,7 @@ class Lane:
         Raises:
           StorageFullError, SnapshotError, LeaseLostError: the write failed.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.close()
         result, self._result = self._result, None
         return None if result is None else result.result()
 
@@ -374,14 +372,10 @@ class Saver:
         try:
             self._memory.submit(capture)
         except (StorageFullError, SnapshotError) as error:
-            self._leave_memory(error)
-
-    def _leave_memory(self, error: Exception) -> None:
-        assert self._memory is not None
-        folder, self._memory = self._memory.folder, None
-        shutil.rmtree(folder.path, ignore_errors=True)
-        reason = "no space left" if isinstance(error, StorageFullError) else str(error).rstrip(".")
-        _say_off(self._ranks, f"{folder.path}: {reason}")
+            folder, self._memory = self._memory.folder, None
+            shutil.rmtree(folder.path, ignore_errors=True)
+            reason = "no space left" if isinstance(error, StorageFullError) else str(error).rstrip(".")
+            _say_off(self._ranks, f"{folder.path}: {reason}")
 
     def learn(self, cost_s: float, step_s: float, *, disk: bool) -> None:
         """Chooses the next intervals from what the last snapshot cost. A collective where costs decide.
@@ -418,10 +412,8 @@ class Saver:
         Raises: as `check`.
         """
         self.check()
-        if self._mirror is not None:
-            self._mirror.close()
+        self.close()
         if self._memory is not None:
-            self._memory.close()
             shutil.rmtree(self._memory.folder.path, ignore_errors=True)
             self._memory = None
 

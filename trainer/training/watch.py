@@ -106,10 +106,7 @@ class Stragglers:
 
 
 def explain_skip(
-    commit: Commit,
-    results: Mapping[int, ShardResult],
-    ranks: Ranks,
-    not_finite: Callable[[], list[str]],
+    commit: Commit, results: Mapping[int, ShardResult], ranks: Ranks, not_finite: Callable[[], list[str]]
 ) -> str:
     """Returns why a step was skipped, and who brought what was not finite. A collective.
 
