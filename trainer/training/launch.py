@@ -343,7 +343,7 @@ def continue_run(
     network = generation.manifest.get("network", header["network"])
     if warning := network_warning(network, header["network"], config.reducer):
         say(warning)
-    trainer.restore(generation)
+    trainer.restore(generation, on_disk=generation.path.parent == folder.path)
     say(f"resumed: step {trainer.step}  {generation.path}  (made by {generation.manifest['world']} ranks)")
 
 
