@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import google_crc32c
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from foldfeed.trainer.errors import (
     InvalidSnapshotError,
@@ -100,6 +104,27 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "edited manifest": (edit_step, "manifest.json fails its own crc32c"),
 }
+
+
+@given(
+    keep=st.integers(1, 3),
+    newer=st.lists(st.integers(11, 30), min_size=1, max_size=4, unique=True),
+    then=st.lists(st.integers(11, 30), min_size=1, max_size=5, unique=True),
+)
+def test_what_was_refused_pushes_nothing_out(keep: int, newer: list[int], then: list[int]) -> None:
+    """Newer generations are damaged, the run goes on from step 10: its last snapshot is always there."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = SnapshotFolder(Path(place), keep=keep)
+        write(folder, 10, numel=8)
+        for step in newer:
+            damaged = folder.path / f"step-{step:08d}"
+            shutil.copytree(folder.path / "step-00000010", damaged)
+            flip("params.f32")(damaged)
+        for step in sorted(then):
+            write(folder, step, numel=8)
+            found = newest_valid(folder, ALONE, lambda line: None)
+            assert found is not None
+            assert found.step == step
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

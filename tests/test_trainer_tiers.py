@@ -161,6 +161,26 @@ def test_only_damaged_memory_means_a_start_from_nothing(tmp_path: Path) -> None:
     assert not memory.path.exists()
 
 
+@pytest.mark.parametrize("place", ["memory", "another run"])
+def test_a_last_step_that_came_from_elsewhere_is_written_to_the_runs_disk(tmp_path: Path, place: str) -> None:
+    """It needs no further step, and memory is given back at the end: the weights would be nowhere."""
+    output, shm = tmp_path / "run", tmp_path / "shm"
+    shm.mkdir()
+    whole = train_synthetic(ALONE, output, steps=6)
+    last = output / "snapshots" / "step-00000006"
+    if place == "memory":
+        run_id = json.loads((output / "run.json").read_text())["run_id"]
+        (shm / f"foldfeed-{run_id}").mkdir(mode=0o700)
+        last.rename(shm / f"foldfeed-{run_id}" / last.name)
+        snapshots = {"memory": str(shm)}
+    else:
+        output, snapshots = tmp_path / "second", {"resume": str(last)}
+    again = train_synthetic(ALONE, output, steps=6, snapshots=snapshots)
+    assert again.weights_digest == whole.weights_digest
+    assert list(shm.iterdir()) == []
+    assert read_generation(output / "snapshots" / last.name).step == 6
+
+
 def test_the_loop_may_change_the_state_while_it_is_written(tmp_path: Path) -> None:
     disk, memory = SnapshotFolder(tmp_path / "disk", keep=9), in_memory(tmp_path)
     saver = Saver(disk, memory, ALONE, SnapshotConfig(memory=str(tmp_path / "shm")))

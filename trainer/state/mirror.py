@@ -105,7 +105,10 @@ class Mirror:
                 blobs.write_atomic(f"{offer.name}/{name}", file.read())
         blobs.write_atomic(f"{offer.name}/{MANIFEST}", offer.files[MANIFEST].read())
         self._say(f"copied: {offer.name} to {self._url}")
-        for name in _generations(blobs)[: -self._keep]:
+        # Later ones were refused, or left by a run that a start elsewhere went back of: they must not push
+        # this one out.
+        names = [name for name in _generations(blobs) if _step_of(name) <= _step_of(offer.name)]
+        for name in names[: -self._keep]:
             # Without its manifest it is no generation, whatever becomes of the rest.
             blobs.delete(f"{name}/{MANIFEST}")
             blobs.delete(name)
@@ -114,10 +117,11 @@ class Mirror:
 def _generations(blobs: Blobs) -> list[str]:
     """Returns the names of complete generations, oldest first."""
     names = [name for name in blobs.list("") if GENERATION.fullmatch(name)]
-    return sorted(
-        (name for name in names if blobs.exists(f"{name}/{MANIFEST}")),
-        key=lambda name: int(name.split("-")[1]),
-    )
+    return sorted((name for name in names if blobs.exists(f"{name}/{MANIFEST}")), key=_step_of)
+
+
+def _step_of(name: str) -> int:
+    return int(name.split("-")[1])
 
 
 def fetch(url: str, output: Path, say: Callable[[str], None]) -> bool:

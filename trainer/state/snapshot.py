@@ -149,7 +149,7 @@ class SnapshotFolder:
     def write(
         self, manifest: Mapping[str, Any], buffers: Mapping[str, torch.Tensor], checksums: Mapping[str, int]
     ) -> Path:
-        """Writes and publishes one generation, then removes all but the newest `keep`.
+        """Writes and publishes one generation, then removes all but the newest `keep` up to this one.
 
         Args:
           manifest: JSON-able; must have ``step``. Format, sizes and checksums are added here.
@@ -180,7 +180,8 @@ class SnapshotFolder:
             self._retire(target)
             temporary.rename(target)
             _sync_folder(self.path)
-        for step in self.steps()[: -self.keep]:
+        # Later ones were refused, or a start from an older one left them: they must not push this one out.
+        for step in [found for found in self.steps() if found <= manifest["step"]][: -self.keep]:
             self._retire(self.generation_path(step))
         return target
 

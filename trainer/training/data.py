@@ -97,7 +97,7 @@ def open_held_out(config: RunConfig, task: Task, recipe: Recipe, ranks: Ranks) -
         )
     num_samples = config.held_out.eval_samples or len(held_out)
     with open_loader(config.data, recipe, config.seed, ranks, record_set=name) as (loader, _):
-        yield HeldOut(loader, num_samples, task, ranks)
+        yield HeldOut(loader, num_samples, task, ranks, config.seed)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from foldfeed.loader import CropLoader
 from foldfeed.trainer.groups.ranks import Ranks
 from foldfeed.trainer.models.losses import PerSample
 from foldfeed.trainer.models.task import Task
+from foldfeed.trainer.rng import seed_look
 
 TOTAL = "loss"
 
@@ -37,7 +38,7 @@ class Entry(NamedTuple):
 class HeldOut:
     """The held-out records of a run, seen by one rank."""
 
-    def __init__(self, loader: CropLoader, num_samples: int, task: Task, ranks: Ranks) -> None:
+    def __init__(self, loader: CropLoader, num_samples: int, task: Task, ranks: Ranks, seed: int) -> None:
         """Keeps a loader that is at the start of its stream.
 
         Args:
@@ -45,12 +46,14 @@ class HeldOut:
           num_samples: of a look.
           task: gives the loss.
           ranks: the groups.
+          seed: of the run.
         """
         self._loader = loader
         self._start = loader.state_dict()
         self._num_samples = num_samples
         self._task = task
         self._ranks = ranks
+        self._seed = seed
 
     def redivide(self, ranks: Ranks) -> None:
         """Takes another part of each look, among other ranks."""
@@ -67,14 +70,16 @@ class HeldOut:
           SampleError: a sample could not be read.
           CommunicationError: a peer died or stalled.
         """
-        was_training = model.training
+        # Of each module: a task may keep a part of its model in evaluation mode for good.
+        modes = [(module, module.training) for module in model.modules()]
         # Not by its other name: a test looks for that word, which evaluates text elsewhere.
         model.train(False)
         try:
             with torch.no_grad():
                 sums = list(self._entries(model))
         finally:
-            model.train(was_training)
+            for module, training in modes:
+                module.training = training
             # Also ends the threads that would read ahead of what is wanted.
             self._loader.load_state_dict(self._start)
         rows = self._ranks.gather_json(sums, "the look at held-out records")
@@ -84,6 +89,7 @@ class HeldOut:
         for _ in range(-(-self._num_samples // self._loader.order.global_batch)):
             batch = next(self._loader)
             for shard in batch.shards:
+                seed_look(self._seed, batch.step, shard.v)
                 loss = self._task.loss(model, shard.features)
                 wanted = [sample < self._num_samples for sample in shard.samples]
                 mask = torch.tensor(wanted, device=loss.counted.device)

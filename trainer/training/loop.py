@@ -451,11 +451,17 @@ class Trainer:
         self._stall_s, on_disk = self._saver.end_snapshot() if self._saver is not None else (0.0, False)
         self.saved = self.step if on_disk else self.saved
 
-    def restore(self, generation: Generation) -> None:
-        """Continues from a validated generation; the next step is its ``step``."""
+    def restore(self, generation: Generation, *, on_disk: bool = True) -> None:
+        """Continues from a validated generation; the next step is its ``step``.
+
+        Args:
+          generation: to go on from.
+          on_disk: it lies among the run's own on disk; one from memory or elsewhere must still be written.
+        """
         self.take_over(generation.buffers, generation.manifest)
         self.num_skipped = int(generation.manifest["num_skipped"])
-        self.saved = self._looked = self.step
+        self._looked = self.step
+        self.saved = self.step if on_disk else -1
         self.source.load_state_dict(generation.manifest["loader"])
 
     def take_over(self, buffers: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:

@@ -218,7 +218,7 @@ class Process:
         network = generation.manifest.get("network", header["network"])
         if warning := network_warning(network, header["network"], config.reducer):
             say(warning)
-        trainer.restore(generation)
+        trainer.restore(generation, on_disk=generation.path.parent == folder.path)
         made_by = f"made by {generation.manifest['world']} ranks"
         say(f"resumed: step {trainer.step}  {generation.path}  ({made_by})")
 
