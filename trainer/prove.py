@@ -273,11 +273,7 @@ def weights_digest(output: Path) -> str:
 @contextlib.contextmanager
 def _ended_by_signal() -> Iterator[None]:
     """Lets SIGTERM end this process like Ctrl-C, so that its ranks end with it."""
-
-    def on_signal(number: int, _: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, on_signal)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

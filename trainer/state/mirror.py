@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from foldfeed.feature_store.errors import StorageError
-from foldfeed.feature_store.storage import Blobs, open_blobs
+from foldfeed.feature_store.storage import Blobs, LocalBlobs, open_blobs
 from foldfeed.trainer.errors import InvalidSnapshotError, NoValidSnapshotError
 from foldfeed.trainer.state.snapshot import GENERATION, MANIFEST, RUN_FILE, SNAPSHOTS, read_generation
 
@@ -149,9 +149,7 @@ def fetch(url: str, output: Path, say: Callable[[str], None]) -> bool:
             reasons.append(f"{name}: {error}")
             say(f"warning: {name} at {url} is no valid generation ({error}); trying an older one")
             continue
-        temporary = output / f".{RUN_FILE}.fetching"
-        temporary.write_bytes(blobs.read(RUN_FILE))
-        temporary.replace(output / RUN_FILE)
+        LocalBlobs(output).write_atomic(RUN_FILE, blobs.read(RUN_FILE))
         say(f"fetched: {name} from {url}")
         return True
     raise NoValidSnapshotError(url, reasons)

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from foldfeed.feature_store.errors import StorageFullError
+from foldfeed.feature_store.storage import fsync_folder
 from foldfeed.trainer.errors import InvalidSnapshotError, SnapshotError
 
 FORMAT = 1
@@ -175,11 +176,11 @@ class SnapshotFolder:
             for name, buffer in buffers.items():
                 _write_durably(temporary / f"{name}.f32", _chunks(buffer))
             _write_durably(temporary / MANIFEST, [memoryview(_seal(whole))])
-            _sync_folder(temporary)
+            fsync_folder(temporary)
             self.before_write()
             self._retire(target)
             temporary.rename(target)
-            _sync_folder(self.path)
+            fsync_folder(self.path)
         # Later ones were refused, or a start from an older one left them: they must not push this one out.
         for step in [found for found in self.steps() if found <= manifest["step"]][: -self.keep]:
             self._retire(self.generation_path(step))
@@ -278,14 +279,6 @@ def _write_durably(path: Path, chunks: Any) -> None:
         stream.truncate()
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from foldfeed.feature_store.storage import LocalBlobs
 from foldfeed.trainer.config import RunConfig, digest_of
 from foldfeed.trainer.errors import (
     InvalidSnapshotError,
@@ -186,7 +187,7 @@ class Process:
             "config": dataclasses.asdict(self.config),
         }
         SnapshotFolder(self.output / SNAPSHOTS, self.config.snapshots.keep).sweep()
-        _write_json(path, record)
+        _write_json(self.output, RUN_FILE, record)
         return run_id
 
     def restore(self, *, begun: bool = False) -> None:
@@ -261,7 +262,7 @@ class Process:
             "num_skipped": outcome.num_skipped,
             "weights_digest": outcome.weights_digest,
         }
-        _write_json(self.output / RESULT_FILE, result)
+        _write_json(self.output, RESULT_FILE, result)
 
     def fail(self) -> None:
         """Ends what writes, after an error that is on its way already."""
@@ -341,8 +342,6 @@ def has_finished(output: Path, config: RunConfig) -> bool:
     return path.exists() and int(json.loads(path.read_text(encoding="utf-8"))["steps"]) >= config.steps
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
+def _write_json(folder: Path, name: str, value: Any) -> None:
+    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+    LocalBlobs(folder).write_atomic(name, text.encode())
