@@ -345,9 +345,9 @@ class ElasticRank:
         Args:
           refounds: to begin the run again when all its ranks are gone.
         """
-        deadline = time.monotonic() + self.plan.wait_s
-        tried = ""
+        deadline, tried = time.monotonic() + self.plan.wait_s, ""
         while True:
+            launch.run_there(self.output, self.header)
             session = read_session(self.output)
             if session.name not in ("", tried):
                 tried = session.name

@@ -62,6 +62,8 @@ from foldfeed.trainer.training.source import BatchSource, SourceMeters
 from foldfeed.trainer.training.watch import StackWatch
 
 RESULT_FILE = "result.json"
+# What a folder's run must have in common with a start in it.
+BOUND = ("config_digest", "layout_hash", "store_fingerprint")
 
 # The run id in run.json is also in the manifest of every snapshot, so a new run.json cannot take its place.
 _REPAIR = (
@@ -249,34 +251,43 @@ def claim(
     lease.take(wait=_is_restart())
     if config.snapshots.mirror:
         fetch(config.snapshots.mirror, output, say)
-    path = output / RUN_FILE
-    run_id = secrets.token_hex(8)
-    bound = ("config_digest", "layout_hash", "store_fingerprint")
-    if path.exists():
-        found = _read_claim(path, ("run_id", "identity", *bound))
-        run_id = found["run_id"]
-        differences = [
-            f"{name} {found[name]} there, {header[name]} now" for name in bound if found[name] != header[name]
-        ]
-        if differences:
-            raise SnapshotMismatchError(
-                str(output),
-                differences + changed_settings(found["identity"], header["identity"], "there"),
-                "Use the settings of the run that lives there, or another --output.",
-            )
-    elif (output / SNAPSHOTS).exists():
+    run_id = run_there(output, header)
+    if not run_id and (output / SNAPSHOTS).exists():
         raise TrainerError(
             f"{output} holds snapshots but no {RUN_FILE}: not a run's folder. Use another --output."
         )
+    run_id = run_id or secrets.token_hex(8)
     record = {
         "run_id": run_id,
-        **{name: header[name] for name in (*bound, "identity", "environment", "network")},
+        **{name: header[name] for name in (*BOUND, "identity", "environment", "network")},
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": dataclasses.asdict(config),
     }
     SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep).sweep()
-    _write_json(path, record)
+    _write_json(output / RUN_FILE, record)
     return run_id
+
+
+def run_there(output: Path, header: dict[str, Any]) -> str:
+    """Returns the id of the run whose folder it is, if this start goes on with it; "" where there is none.
+
+    Raises:
+      SnapshotMismatchError: it has other settings, another store or other parameters.
+      TrainerError: its file is damaged.
+    """
+    if not (output / RUN_FILE).exists():
+        return ""
+    found = _read_claim(output / RUN_FILE, ("run_id", "identity", *BOUND))
+    differences = [
+        f"{name} {found[name]} there, {header[name]} now" for name in BOUND if found[name] != header[name]
+    ]
+    if differences:
+        raise SnapshotMismatchError(
+            str(output),
+            differences + changed_settings(found["identity"], header["identity"], "there"),
+            "Use the settings of the run that lives there, or another --output.",
+        )
+    return str(found["run_id"])
 
 
 def identity_before(config: RunConfig) -> dict[str, Any] | None:
