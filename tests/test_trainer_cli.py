@@ -263,6 +263,24 @@ def test_a_damaged_run_file_is_one_line_and_its_snapshots_can_go_on_elsewhere(
         assert digest(new) == digest(tmp_path / "o"), content
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "goodput.jsonl"])
+@pytest.mark.parametrize("line", ["\0" * 40, "[]", "7", "{}"])
+def test_a_damaged_log_is_one_line_and_moved_away_it_holds_nothing_up(
+    tmp_path: Path, small_store: FeatureStore, inside: Callable[..., tuple[int, str]], name: str, line: str
+) -> None:
+    usual = ["--store", small_store.url, *TINY, "--no-tensorboard", "--output", tmp_path / "o"]
+    assert inside(*usual)[0] == 0
+    log = tmp_path / "o" / name
+    log.write_text(log.read_text() + line + "\n")
+    code, said = inside(*usual)
+    assert code == 1, said
+    assert said.count("\n") == 1, said
+    assert f"{name}" in said
+    assert "Move the file away: the run goes on" in said
+    log.unlink()
+    assert inside(*usual)[0] == 0
+
+
 def test_an_output_that_cannot_be_made_is_one_line(
     tmp_path: Path, small_store: FeatureStore, inside: Callable[..., tuple[int, str]]
 ) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -137,6 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _runner() -> Callable[[RunConfig], object]:
     """Returns what trains; imported late, so that help and usage errors do not wait for torch."""
     plan = Plan.from_environment()
+    if plan is not None and not plan.torchrun:
+        # Ctrl-C in a terminal reaches ranks and launcher, which then asks them to stop with a snapshot.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         from foldfeed.trainer.members import rank as elastic_rank
         from foldfeed.trainer.training.launch import run

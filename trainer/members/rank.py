@@ -278,9 +278,9 @@ class ElasticRank(Process):
         Args:
           refounds: to begin the run again when all its ranks are gone.
         """
-        deadline = time.monotonic() + self.plan.wait_s
-        tried = ""
+        deadline, tried = time.monotonic() + self.plan.wait_s, ""
         while True:
+            self.run_there()
             session = read_session(self.output)
             if session.name not in ("", tried):
                 tried = session.name

@@ -52,6 +52,8 @@ from foldfeed.trainer.training.source import Source
 from foldfeed.trainer.training.watch import StackWatch
 
 RESULT_FILE = "result.json"
+# What a folder's run must have in common with a start in it.
+BOUND = ("config_digest", "layout_hash", "store_fingerprint")
 
 # The run id in run.json is also in the manifest of every snapshot, so a new run.json cannot take its place.
 _REPAIR = (
@@ -159,36 +161,43 @@ class Process:
         self.lease.take(wait=_is_restart())
         if self.config.snapshots.mirror:
             fetch(self.config.snapshots.mirror, self.output, self.metrics.say)
-        path = self.output / RUN_FILE
-        run_id = secrets.token_hex(8)
-        bound = ("config_digest", "layout_hash", "store_fingerprint")
-        if path.exists():
-            found = _read_claim(path, ("run_id", "identity", *bound))
-            run_id = found["run_id"]
-            differences = [
-                f"{name} {found[name]} there, {self.header[name]} now"
-                for name in bound
-                if found[name] != self.header[name]
-            ]
-            if differences:
-                raise SnapshotMismatchError(
-                    str(self.output),
-                    differences + changed_settings(found["identity"], self.header["identity"], "there"),
-                    "Use the settings of the run that lives there, or another --output.",
-                )
-        elif (self.output / SNAPSHOTS).exists():
+        run_id = self.run_there()
+        if not run_id and (self.output / SNAPSHOTS).exists():
             raise TrainerError(
                 f"{self.output} holds snapshots but no {RUN_FILE}: not a run's folder. Use another --output."
             )
+        run_id = run_id or secrets.token_hex(8)
         record = {
             "run_id": run_id,
-            **{name: self.header[name] for name in (*bound, "identity", "environment", "network")},
+            **{name: self.header[name] for name in (*BOUND, "identity", "environment", "network")},
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "config": dataclasses.asdict(self.config),
         }
         SnapshotFolder(self.output / SNAPSHOTS, self.config.snapshots.keep).sweep()
         _write_json(self.output, RUN_FILE, record)
         return run_id
+
+    def run_there(self) -> str:
+        """Returns the id of the run whose folder it is, if this start goes on with it; "" where there is none.
+
+        Raises:
+          SnapshotMismatchError: it has other settings, another store or other parameters.
+          TrainerError: its file is damaged.
+        """
+        path, header = self.output / RUN_FILE, self.header
+        if not path.exists():
+            return ""
+        found = _read_claim(path, ("run_id", "identity", *BOUND))
+        differences = [
+            f"{name} {found[name]} there, {header[name]} now" for name in BOUND if found[name] != header[name]
+        ]
+        if differences:
+            raise SnapshotMismatchError(
+                str(self.output),
+                differences + changed_settings(found["identity"], header["identity"], "there"),
+                "Use the settings of the run that lives there, or another --output.",
+            )
+        return str(found["run_id"])
 
     def restore(self, *, begun: bool = False) -> None:
         """Restores the newest valid snapshot, or the named one, if there is any.
