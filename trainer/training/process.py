@@ -178,7 +178,7 @@ class Process:
         return run_id
 
     def run_there(self) -> str:
-        """Returns the id of the run whose folder it is, if this start goes on with it; "" where there is none.
+        """Returns the id of the run whose folder it is, if this start goes on with it; "" where none is.
 
         Raises:
           SnapshotMismatchError: it has other settings, another store or other parameters.
