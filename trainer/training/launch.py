@@ -1,4 +1,4 @@
-"""One training run on one rank: environment, folder, resume, loop, result.
+"""One training run on one rank of a fixed number: environment, process groups, the order of a run's parts.
 
     OUTPUT/run.json         run id, digests, settings of the last start, and how gradients travel
     OUTPUT/snapshots/       generations (snapshot.py); more of them in memory while the run lives (tiers.py)
