@@ -28,7 +28,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from foldfeed.trainer import goodput
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.elastic import Plan
 from foldfeed.trainer.errors import (
@@ -40,7 +39,7 @@ from foldfeed.trainer.errors import (
     TrainerConfigError,
     TrainerError,
 )
-from foldfeed.trainer.goodput import Ledger, process_start
+from foldfeed.trainer.goodput import Ledger, Part, process_start
 from foldfeed.trainer.groups.ranks import Group, Ranks, pick_device, speaker
 from foldfeed.trainer.groups.topology import own_place
 from foldfeed.trainer.groups.wire import Channel, MeshGroup
@@ -81,7 +80,7 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
     task = load_task(config)
     recipe = task.recipe(config.data)
     ledger = Ledger(Path(config.output), active=plan.founds, began=process_start())
-    ledger.mark(goodput.STARTUP)
+    ledger.mark(Part.STARTUP)
     launch.prepare_numerics(config)
     device = pick_device(config.device, plan.local_rank, config.nccl_preset)
     alone = Ranks(rank=0, world=1, device=device)
@@ -89,7 +88,7 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
         raise TrainerConfigError(
             "--spares works on the CPU only: a spare cannot know whose GPU will be free."
         )
-    ledger.mark(goodput.INITIALIZATION)
+    ledger.mark(Part.INITIALIZATION)
     config = settle(config, task, alone, identity_before, speaker(plan.founds))
     # A rank's number may change, a process's not.
     trace = f"{config.loader_trace}.process{os.getpid()}" if config.loader_trace else ""
@@ -204,13 +203,13 @@ class ElasticRank(Process):
         """Leaves the generation that is over; returns the next one of this rank, None if the run ended."""
         assert self.membership is not None, "only a member can lose the others"
         stopped = time.monotonic()
-        self.ledger.mark(goodput.OTHER if isinstance(error, RanksChangeError) else goodput.WASTED)
+        self.ledger.mark(Part.OTHER if isinstance(error, RanksChangeError) else Part.WASTED)
         self._part()
         ending = self.membership.ending
         noticed = min(ending.noticed, stopped) if ending.reason else stopped
         # What the lost one was silent for before it was noticed, and what this rank did until it stopped.
         self._phases = {"detect_s": ending.silent_s, "stop_s": stopped - noticed}
-        self.ledger.move(goodput.WASTED, goodput.DETECTION, ending.silent_s)
+        self.ledger.move(Part.WASTED, Part.DETECTION, ending.silent_s)
         print(f"generation {self.membership.view.generation} is over: {ending.reason or error}", flush=True)
         try:
             view: View | None = self.membership.regroup(self.trainer.step if self._has_state else -1)
@@ -250,12 +249,12 @@ class ElasticRank(Process):
         ranks, wait_s = self.plan.ranks, self.plan.wait_s if self.plan.is_start else REFOUND_WAIT_S
         if (came := membership.gather(ranks, wait_s)) < ranks:
             self.metrics.say(f"{came} of {ranks} ranks came within {wait_s:g} s; the others may join later")
-        self.ledger.mark(goodput.INITIALIZATION)
+        self.ledger.mark(Part.INITIALIZATION)
         return membership.regroup(-1)
 
     def _restore(self, ranks: Ranks) -> None:
         """Goes to the newest valid snapshot, where nobody has the state in memory. A collective."""
-        self.ledger.mark(goodput.PREPARATION)
+        self.ledger.mark(Part.PREPARATION)
         self.metrics.active = ranks.is_first
         if ranks.is_first and not self.header["run_id"]:
             self.header["run_id"] = self.claim()
@@ -266,7 +265,7 @@ class ElasticRank(Process):
         self.header["network"] = network_of(self.trainer)
         begun = ranks.gather_json(self.plan.refounds or ranks.generation > 1, "the choice of a snapshot")[0]
         self.restore(begun=begun)
-        self.ledger.mark(goodput.RESTORE)
+        self.ledger.mark(Part.RESTORE)
         self._has_state = True
         if self._begins:
             self.ledger.start(self.trainer.step, ranks.world)
@@ -323,7 +322,7 @@ class ElasticRank(Process):
         started = time.monotonic()
         ranks, state = self._connect(view)
         self._phases["form_s"] = time.monotonic() - started
-        self.ledger.mark(goodput.REFORM)
+        self.ledger.mark(Part.REFORM)
         rows = self._compare(ranks)
         if any(row["doubt"] for row in rows) or max(row["small"]["step"] for row in rows) < 0:
             # A start; or those who had the state are gone, and those who came for it are left.
@@ -340,7 +339,7 @@ class ElasticRank(Process):
         # What a first rank that is gone was about to write may be missing: all write once more at the end.
         self.trainer.saved = donor["small"]["saved"] if view.generation == 1 else -1
         self._phases["transfer_s"] = time.monotonic() - started - self._phases["form_s"]
-        self.ledger.mark(goodput.TRANSFER)
+        self.ledger.mark(Part.TRANSFER)
         self.lease.share(donor["lease"])
         if ranks.is_first:
             self.lease.hold()
@@ -412,7 +411,7 @@ class ElasticRank(Process):
     def _note(self, view: View, ranks: Ranks, shards: dict[str, int]) -> None:
         """Tells ledger and person who trains now, and what the change cost."""
         budget = {name: round(seconds, 4) for name, seconds in self._phases.items()}
-        self.ledger.mark(goodput.REFORM)
+        self.ledger.mark(Part.REFORM)
         now = {"step": self.trainer.step, "world": ranks.world, "generation": view.generation}
         self.ledger.regroup(ranks.is_first, **now, **budget, **shards)
         costs = "  ".join(f"{name.removesuffix('_s')} {seconds:.3f} s" for name, seconds in budget.items())

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from foldfeed.trainer.config import RunConfig
-from foldfeed.trainer.goodput import INITIALIZATION, PREPARATION, RESTORE, STARTUP, Ledger, process_start
+from foldfeed.trainer.goodput import Ledger, Part, process_start
 from foldfeed.trainer.groups import nccl
 from foldfeed.trainer.groups.ranks import Ranks, joined, pick_device, speaker, world_from_environment
 from foldfeed.trainer.models.task import Task, load_task
@@ -49,7 +49,7 @@ def run(config: RunConfig, task: Task | None = None) -> Outcome:
     """
     rank, world, local_rank = world_from_environment()
     ledger = Ledger(Path(config.output), active=rank == 0, began=process_start())
-    ledger.mark(STARTUP)
+    ledger.mark(Part.STARTUP)
     config.check_world(world)
     prepare_numerics(config)
     task = task or load_task(config)
@@ -64,7 +64,7 @@ def run(config: RunConfig, task: Task | None = None) -> Outcome:
         preset=config.nccl_preset,
         pins=config.reducer in nccl.ORDERED,
     ) as ranks:
-        ledger.mark(INITIALIZATION)
+        ledger.mark(Part.INITIALIZATION)
         with open_data(config, task, recipe, ranks, local_rank, config.loader_trace) as (found, held_out):
             batches, fingerprint, meters = found
             return train(config, ranks, batches, fingerprint, ledger, meters, task=task, held_out=held_out)
@@ -113,10 +113,10 @@ def train(
     try:
         process.header["run_id"] = ranks.first_does(process.claim, "opening the run's folder")
         process.renew_saver(ranks)
-        ledger.mark(PREPARATION)
+        ledger.mark(Part.PREPARATION)
         process.restore()
         process.metrics.start(trainer.step)
-        ledger.mark(RESTORE)
+        ledger.mark(Part.RESTORE)
         ranks.first_does(lambda: ledger.start(trainer.step, ranks.world), "opening the ledger")
         process.describe()
         with stop_on_sigterm(trainer):

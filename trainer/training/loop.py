@@ -27,7 +27,7 @@ from torch.profiler import record_function
 
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.errors import DivergedError, RanksChangeError
-from foldfeed.trainer.goodput import DATA, EVALUATION, OTHER, PRODUCTIVE, SAVE, SKIPPED, Ledger
+from foldfeed.trainer.goodput import Ledger, Part
 from foldfeed.trainer.gradients.buckets import auto_bucket_bytes, plan_buckets
 from foldfeed.trainer.gradients.ddp import DdpReducer
 from foldfeed.trainer.gradients.dyadic import Block, Division, usual_division
@@ -257,7 +257,7 @@ class Trainer:
         saver.begin(self.step)
         # A look that lost a rank is taken again.
         self._look()
-        ledger.mark(EVALUATION)
+        ledger.mark(Part.EVALUATION)
         stopped = False
         usual = usual_division(self.config.data.num_shards, self.ranks.world)
         stragglers = Stragglers([len(shards) for shards in usual.shards])
@@ -269,14 +269,14 @@ class Trainer:
             started = time.perf_counter()
             batch = next(steps)
             data_s = time.perf_counter() - started
-            ledger.mark(DATA)
+            ledger.mark(Part.DATA)
             commit, update = self.train_step(batch, data_s, saver.failed)
             seconds = time.perf_counter() - started
-            kind = SKIPPED if update.skipped else PRODUCTIVE
+            kind = Part.SKIPPED if update.skipped else Part.PRODUCTIVE
             ledger.mark(kind)
             # While another rank still waited for its batch, this one waited for that rank.
-            ledger.move(kind, DATA, min(max(commit.data_s) - data_s, self.reducer.times["exposed"]))
-            ledger.move(kind, SAVE, self._stall_s)
+            ledger.move(kind, Part.DATA, min(max(commit.data_s) - data_s, self.reducer.times["exposed"]))
+            ledger.move(kind, Part.SAVE, self._stall_s)
             self._log(commit, update, seconds)
             repaired, self._division = self._division.repairs, usual
             if not repaired and (line := stragglers.feed(commit.data_s, commit.compute_s, seconds)):
@@ -284,16 +284,16 @@ class Trainer:
             if commit.save_failed:
                 saver.check()
             stopped = commit.all_stop if self.leaves_alone else commit.stop
-            ledger.mark(OTHER)
+            ledger.mark(Part.OTHER)
             self._look()
-            ledger.mark(EVALUATION)
+            ledger.mark(Part.EVALUATION)
             self._watch_divergence(commit, update, saver)
             # While steps are skipped nothing changes, and the snapshots that are kept stay the ones before.
             memory, disk = (False, False) if self._not_finite_since else saver.due(self.step)
             disk = disk or stopped
             if memory or disk:
                 self._begin_snapshot(saver, header, seconds, memory=memory, disk=disk)
-            ledger.mark(SAVE)
+            ledger.mark(Part.SAVE)
             ledger.step(self.step)
             if (commit.regroup or commit.stop) and not stopped and self.step < self.config.steps:
                 self._end_snapshot()
@@ -305,7 +305,7 @@ class Trainer:
             self._begin_snapshot(saver, header, 0.0, memory=False, disk=True)
             self._end_snapshot()
         saver.finish()
-        ledger.mark(SAVE)
+        ledger.mark(Part.SAVE)
         self._traces.end(self.step, self.ranks.rank)
         digest = self.weights_digest()
         self.ranks.require_equal(bytes.fromhex(digest), f"the final weights of step {self.step}")
