@@ -281,6 +281,14 @@ def test_a_damaged_log_is_one_line_and_moved_away_it_holds_nothing_up(
     assert inside(*usual)[0] == 0
 
 
+def test_a_task_that_leaves_python_is_a_failed_rank() -> None:
+    """Its exit code 0 would be that of a run that is done: a launcher ends the other ranks then."""
+    code = "import sys; from foldfeed.trainer.cli import leave_with; leave_with(lambda: sys.exit(0))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "SystemExit: 0" in done.stderr
+
+
 def test_an_output_that_cannot_be_made_is_one_line(
     tmp_path: Path, small_store: FeatureStore, inside: Callable[..., tuple[int, str]]
 ) -> None:

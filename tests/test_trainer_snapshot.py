@@ -13,11 +13,12 @@ from pathlib import Path
 import google_crc32c
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldfeed.trainer.errors import (
     InvalidSnapshotError,
+    LeaseLostError,
     NoValidSnapshotError,
     SnapshotError,
     SnapshotMismatchError,
@@ -106,6 +107,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     keep=st.integers(1, 3),
     newer=st.lists(st.integers(11, 30), min_size=1, max_size=4, unique=True),
@@ -166,6 +168,25 @@ def test_a_full_disk_publishes_nothing(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_writer_that_may_not_publish_any_more_leaves_nothing(tmp_path: Path) -> None:
+    """A former first rank that was stopped while it wrote, and wakes up when the run has ended."""
+
+    def lost() -> None:
+        raise LeaseLostError("run.lease", "another")
+
+    for recycle in (False, True):
+        folder = SnapshotFolder(tmp_path / f"{recycle}", keep=2, recycle=recycle)
+        folder.path.mkdir()
+        folder.before_write = lost
+        with pytest.raises(LeaseLostError):
+            write(folder, 3)
+        assert list(folder.path.iterdir()) == []
+    folder.path.rmdir()
+    with pytest.raises(SnapshotError):
+        write(folder, 3)
+    assert not folder.path.exists()
 
 
 def test_a_sound_snapshot_of_something_else_is_refused(tmp_path: Path) -> None:

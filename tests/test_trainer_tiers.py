@@ -43,6 +43,8 @@ def in_memory(tmp_path: Path) -> SnapshotFolder:
     (tmp_path / "shm").mkdir(exist_ok=True)
     folder = memory_folder(str(tmp_path / "shm"), RUN)
     assert folder is not None
+    # As `prepare_memory` does.
+    folder.path.mkdir(exist_ok=True)
     return folder
 
 

@@ -161,7 +161,8 @@ def leave_with(work: Callable[[], int]) -> None:
     """
     try:
         code = work()
-    except Exception:  # noqa: BLE001 - reported in full; the exit below must happen in every case
+    except BaseException:  # noqa: BLE001 - reported in full; the exit below must happen in every case
+        # Also a `sys.exit` in somebody's task: with its 0 the run would count as finished.
         traceback.print_exc()
         code = 1
     sys.stdout.flush()

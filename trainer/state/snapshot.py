@@ -190,7 +190,8 @@ class SnapshotFolder:
         """Makes the folder to write in, out of the oldest generation where that is recycled."""
         steps = self.steps() if self.recycle else []
         if not steps or len(steps) < self.keep:
-            temporary.mkdir(parents=True)
+            # Memory was given back where its folder is gone: one that wakes up late makes no new one.
+            temporary.mkdir(parents=not self.recycle)
             return
         self.generation_path(steps[0]).rename(temporary)
         # Before its bytes change, it stops being a generation.
@@ -283,12 +284,14 @@ def _write_durably(path: Path, chunks: Any) -> None:
 
 @contextlib.contextmanager
 def _clean_on_failure(temporary: Path) -> Iterator[None]:
-    """Removes the unfinished folder and names a full disk."""
+    """Removes the unfinished folder, whatever ended the write, and names a full disk."""
     assert sys.byteorder == "little", "snapshots are written in native order, which must be little-endian"
     try:
         yield
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFullError(str(temporary.parent)) from error
         raise SnapshotError(
