@@ -181,7 +181,7 @@ def train(
             "network": network_of(trainer),
         }
         header["run_id"] = ranks.first_does(
-            lambda: claim(output, config, header, lease, metrics.say), "opening the run's folder"
+            lambda: claim(output, config, header, lease, metrics.say), "opening the run's folder", lasts=True
         )
         folder = SnapshotFolder(output / SNAPSHOTS, config.snapshots.keep, before_write=lease.require)
         memory = memory_folder(config.snapshots.memory, str(header["run_id"]))

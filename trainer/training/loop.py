@@ -467,17 +467,14 @@ class Trainer:
         self._stall_s = 0.0
         if self._staged is None:
             return
-        started = time.perf_counter()
-        checksums, self._staged = self._staged.result(), None
+        started, staged = time.perf_counter(), self._staged
+        # It waits for the write before on ranks that write.
+        self.ranks.wait_for_all(lambda wait_s: bool(wait([staged], wait_s).done), "the copy of a snapshot")
+        checksums, self._staged = staged.result(), None
         self._conclude(checksums, started)
 
     def restore(self, generation: Generation, *, on_disk: bool = True) -> None:
-        """Continues from a validated generation; the next step is its ``step``.
-
-        Args:
-          generation: to go on from.
-          on_disk: it lies among the run's own on disk; one from memory or elsewhere must still be written.
-        """
+        """Continues from a validated generation; one that is not on the run's disk is to be written there."""
         self.take_over(generation.buffers, generation.manifest)
         self.num_skipped = int(generation.manifest["num_skipped"])
         self._looked = self.step
