@@ -79,10 +79,15 @@ class Mirror:
 
     def close(self) -> None:
         """Waits until what was offered is copied, or has failed."""
+        self.is_idle(None)
+
+    def is_idle(self, wait_s: float | None) -> bool:
+        """Returns whether what was offered is copied, or has failed, after waiting so long for it at most."""
         with self._lock:
             thread = self._thread
         if thread is not None:
-            thread.join()
+            thread.join(wait_s)
+        return thread is None or not thread.is_alive()
 
     def _work(self) -> None:
         while True:

@@ -186,6 +186,13 @@ class Lane:
         result, self._result = self._result, None
         return None if result is None else result.result()
 
+    def is_idle(self, wait_s: float) -> bool:
+        """Returns whether nothing is being written, after waiting so long for it at most."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(wait_s)
+        return thread is None or not thread.is_alive()
+
     def close(self) -> None:
         """Waits for the write under way, whatever comes of it: another error is on its way already."""
         if self._thread is not None:
@@ -341,8 +348,10 @@ class Saver:
         """
         if self._staged is None:
             return 0.0, False
-        started = time.perf_counter()
-        checksums, self._staged = self._staged.result(), None
+        started, staged = time.perf_counter(), self._staged
+        # It waits for the write before on ranks that write.
+        self._ranks.wait_for_all(lambda wait_s: bool(wait([staged], wait_s).done), "the copy of a snapshot")
+        checksums, self._staged = staged.result(), None
         return self._conclude(checksums, started)
 
     def drop_snapshot(self) -> None:
@@ -364,6 +373,7 @@ class Saver:
             self._save_in_memory(capture)
         if disk:
             self._on_disk.taken(step)
+            self._await_disk()
             self._ranks.first_does(lambda: self._disk.submit(capture), "the snapshot")
 
     def _save_in_memory(self, capture: Capture) -> None:
@@ -404,7 +414,15 @@ class Saver:
           StorageFullError, SnapshotError, LeaseLostError: the write failed, on the first rank.
           PeerError: on the others.
         """
+        self._await_disk()
         self._ranks.first_does(lambda: str(self._disk.wait() or ""), "the snapshot")
+
+    def _await_disk(self) -> None:
+        """Waits for the write to disk that is under way; it may last longer than a collective waits."""
+        disk = self._disk
+        self._ranks.wait_for_all(
+            lambda wait_s: not self._ranks.is_first or disk.is_idle(wait_s), "the write of a snapshot"
+        )
 
     def finish(self) -> None:
         """Waits for the disk; then nothing in memory is newer, and the memory is given back. All ranks.
@@ -412,6 +430,10 @@ class Saver:
         Raises: as `check`.
         """
         self.check()
+        mirror = self._mirror
+        self._ranks.wait_for_all(
+            lambda wait_s: mirror is None or mirror.is_idle(wait_s), "the copies of snapshots"
+        )
         self.close()
         if self._memory is not None:
             shutil.rmtree(self._memory.folder.path, ignore_errors=True)

@@ -111,7 +111,8 @@ def train(
     process = Process(config, task, ranks, Source(source, fingerprint, meters), held_out, ledger)
     trainer = process.trainer
     try:
-        process.header["run_id"] = ranks.first_does(process.claim, "opening the run's folder")
+        opening = "opening the run's folder"
+        process.header["run_id"] = ranks.first_does(process.claim, opening, lasts=True)
         process.renew_saver(ranks)
         ledger.mark(Part.PREPARATION)
         process.restore()

@@ -452,12 +452,7 @@ class Trainer:
         self.saved = self.step if on_disk else self.saved
 
     def restore(self, generation: Generation, *, on_disk: bool = True) -> None:
-        """Continues from a validated generation; the next step is its ``step``.
-
-        Args:
-          generation: to go on from.
-          on_disk: it lies among the run's own on disk; one from memory or elsewhere must still be written.
-        """
+        """Continues from a validated generation; one that is not on the run's disk is to be written there."""
         self.take_over(generation.buffers, generation.manifest)
         self.num_skipped = int(generation.manifest["num_skipped"])
         self._looked = self.step
