@@ -356,6 +356,8 @@ def continue_run(
         say(warning)
     trainer.restore(generation, on_disk=generation.path.parent == folder.path)
     say(f"resumed: step {trainer.step}  {generation.path}  (made by {generation.manifest['world']} ranks)")
+    if trainer.step > config.steps:
+        say(f"warning: --steps {config.steps} is less than the {trainer.step} that are done; none is left")
 
 
 def network_of(trainer: Trainer) -> dict[str, str]:
