@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import json
 import shutil
@@ -19,6 +20,7 @@ from trainer_ranks import free_port, rank_environment
 from warm_python import Program, run_module, run_programs
 
 from foldfeed.feature_store import FeatureStore
+from foldfeed.trainer import cli
 from foldfeed.trainer.cli import command, main
 from foldfeed.trainer.config import DataConfig, HeldOutConfig, ModelConfig, OptimizerConfig, RunConfig
 from foldfeed.trainer.errors import TrainerConfigError
@@ -287,6 +289,20 @@ def test_a_task_that_leaves_python_is_a_failed_rank() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "SystemExit: 0" in done.stderr
+
+
+def test_a_full_disk_is_told_with_its_fix(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Logs have no room either; the system's own words name neither place nor fix."""
+
+    def train(config: RunConfig) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "_runner", lambda: train)
+    assert cli.main(["--store", "s", "--output", "runs/o"]) == 1
+    said = "No space left on device (for the run in runs/o); free some space and run the same command again"
+    assert said in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_made_is_one_line(

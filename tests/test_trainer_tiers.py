@@ -168,7 +168,9 @@ def test_only_damaged_memory_means_a_start_from_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["memory", "another run"])
-def test_a_last_step_that_came_from_elsewhere_is_written_to_the_runs_disk(tmp_path: Path, place: str) -> None:
+def test_a_last_step_that_came_from_elsewhere_is_written_to_the_runs_disk(
+    tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It needs no further step, and memory is given back at the end: the weights would be nowhere."""
     output, shm = tmp_path / "run", tmp_path / "shm"
     shm.mkdir()
@@ -183,6 +185,9 @@ def test_a_last_step_that_came_from_elsewhere_is_written_to_the_runs_disk(tmp_pa
         output, snapshots = tmp_path / "second", {"resume": str(last)}
     again = train_synthetic(ALONE, output, steps=6, snapshots=snapshots)
     assert again.weights_digest == whole.weights_digest
+    assert "warning" not in capsys.readouterr().out
+    assert train_synthetic(ALONE, output, steps=5, snapshots=snapshots).step == 6
+    assert "--steps 5 is less than the 6 that are done" in capsys.readouterr().out
     assert list(shm.iterdir()) == []
     assert read_generation(output / "snapshots" / last.name).step == 6
 

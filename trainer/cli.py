@@ -7,6 +7,7 @@ It fills one `RunConfig` and calls `run`. Exit codes: 0 done (or stopped by SIGT
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import importlib.metadata
 import os
@@ -119,6 +120,7 @@ def command(context: click.Context, **options: Any) -> RunConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    config: Any = None
     try:
         config = command.main(args=given, prog_name="python -m foldfeed.trainer", standalone_mode=False)
         if not isinstance(config, RunConfig):
@@ -130,7 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FoldfeedError, OSError, KeyboardInterrupt, click.Abort) as error:
         if "--debug" in given:
             traceback.print_exc()
-        _complain(str(error) or "interrupted")
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = f" (for the run in {config.output}); free some space and run the same command again"
+        _complain((str(error) or "interrupted") + fix * (full and not isinstance(error, FoldfeedError)))
         return 2 if isinstance(error, TrainerConfigError) else 1
     return 0
 

@@ -231,6 +231,10 @@ class Process:
         trainer.restore(generation, on_disk=generation.path.parent == folder.path)
         made_by = f"made by {generation.manifest['world']} ranks"
         say(f"resumed: step {trainer.step}  {generation.path}  ({made_by})")
+        if trainer.step > config.steps:
+            say(
+                f"warning: --steps {config.steps} is less than the {trainer.step} that are done; none is left"
+            )
 
     def work(self, ranks: Ranks) -> Outcome:
         """Trains to the end, and writes and prints the result; raises as `Trainer.run`."""
