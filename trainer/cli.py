@@ -132,9 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FoldfeedError, OSError, KeyboardInterrupt, click.Abort) as error:
         if "--debug" in given:
             traceback.print_exc()
+        told = str(error) or "interrupted"
+        # One that stops a snapshot says so itself; settings that are refused make no config.
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = f" (for the run in {config.output}); free some space and run the same command again"
-        _complain((str(error) or "interrupted") + fix * (full and not isinstance(error, FoldfeedError)))
+        if full and config is not None and not isinstance(error, FoldfeedError):
+            told += f" (for the run in {config.output}); free some space and run the same command again"
+        _complain(told)
         return 2 if isinstance(error, TrainerConfigError) else 1
     return 0
 
