@@ -179,7 +179,7 @@ def reaped(pid: int, stopped: dict[int, float], number: int) -> int | None:
 
 
 def results(folder: Path, numbers: dict[int, int]) -> dict[str, Any]:
-    """Returns what a run left; processes by number, as they were started."""
+    """Returns what a run left; processes by number, as they were started (None: before this start)."""
     result = folder / "result.json"
     generations = [json.loads(p.read_text()) for p in sorted(folder.glob("elastic/*/generation-*.json"))]
     metrics = folder / "metrics.jsonl"
@@ -187,7 +187,7 @@ def results(folder: Path, numbers: dict[int, int]) -> dict[str, Any]:
     return {
         "digest": final_digest(folder) if result.exists() else "",
         "generations": generations,
-        "members": [[numbers[m["identity"]["pid"]] for m in view["members"]] for view in generations],
+        "members": [[numbers.get(m["identity"]["pid"]) for m in view["members"]] for view in generations],
         "steps": [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
         if metrics.exists()
         else [],

@@ -32,6 +32,7 @@ from foldfeed.pipelines.building.tools import find_sharded, find_tool
 from foldfeed.pipelines.errors import (
     CancelledError,
     DatabaseChangedError,
+    NothingCommittedError,
     ToolFailedError,
     ToolNotFoundError,
     ToolOutputError,
@@ -41,6 +42,7 @@ from foldfeed.pipelines.errors import (
 from foldfeed.pipelines.fast_scan import kernels as scan_kernels
 from foldfeed.pipelines.fast_scan.database import ScanDatabase
 from foldfeed.pipelines.programs.subprocess_runner import allow_all, cancel_all
+from foldfeed.pipelines.searches import search
 from foldfeed.pipelines.tools import hmmpgmd, hmmpgmd_scanner, pyhmmer_scanner
 from foldfeed.pipelines.tools.hmmpgmd import DaemonProgram, read_hits
 from foldfeed.pipelines.tools.jackhmmer import Jackhmmer, run_jackhmmer
@@ -313,6 +315,38 @@ def test_a_daemon_that_dies_fails_its_searches_and_leaves_nothing(tmp_path, whic
         killer.join()
     assert killed[0]
     assert not daemons()
+
+
+@pytest.mark.parametrize("bad", [1, 2, 7])
+def test_a_query_that_breaks_a_batch_costs_no_other(tmp_path, monkeypatch, bad):
+    """One breaks whatever scans it, by a signal; where all break it, only the first ones are tried again."""
+    names = globins(7)
+    wrong = set(list(names.values())[:bad])
+    scanned: list[int] = []
+    candidates = pyhmmer_scanner.PyhmmerScanner.candidates
+
+    def breaks(self, sequences, path):
+        scanned.append(len(sequences))
+        if wrong & set(sequences):
+            raise ToolFailedError("a scan", -signal.SIGSEGV, "")
+        return candidates(self, sequences, path)
+
+    monkeypatch.setattr(pyhmmer_scanner.PyhmmerScanner, "candidates", breaks)
+    queries = write_fasta(tmp_path / "q.fasta", names)
+    config = config_of(tmp_path, queries, [f"uniref90={GLOBINS}"], engine="pyhmmer", workers=1)
+    if bad == len(names):
+        with pytest.raises(NothingCommittedError):
+            run_build(config)
+        # The batch, then each of three twice, as after any signal.
+        assert scanned == [7] + [1] * 2 * search.LONE_FAILURES
+        return
+    report = run_build(config)
+    assert report.num_records == len(names) - bad
+    assert sorted(scanned) == [1] * (len(names) + bad) + [7]
+    left = [letter for letter in report.dead_letters if letter.kind == "ToolFailedError"]
+    assert sorted(letter.record_id for letter in left) == sorted(
+        name for name, sequence in names.items() if sequence in wrong
+    )
 
 
 @needs_daemon

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import json
 import shutil
@@ -19,9 +20,11 @@ from trainer_ranks import free_port, rank_environment
 from warm_python import Program, run_module, run_programs
 
 from foldfeed.feature_store import FeatureStore
-from foldfeed.trainer.cli import _attribute_texts, command, main
+from foldfeed.trainer import cli
+from foldfeed.trainer.cli import command, main
 from foldfeed.trainer.config import DataConfig, HeldOutConfig, ModelConfig, OptimizerConfig, RunConfig
 from foldfeed.trainer.errors import TrainerConfigError
+from foldfeed.trainer.options import attribute_texts
 
 TINY = [
     *(*SMALL_CROPS, "--global-batch", "3", "--steps", "4", "--snapshot-every", "2"),
@@ -55,13 +58,13 @@ def inside(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[in
 
 def test_help_reads_docstrings_with_and_without_their_indentation(monkeypatch) -> None:
     """Python 3.13 takes the common indentation away when it compiles; older ones do not."""
-    written = _attribute_texts(ModelConfig)
+    written = attribute_texts(ModelConfig)
     assert set(written) == {field.name for field in dataclasses.fields(ModelConfig)}
     monkeypatch.setattr(ModelConfig, "__doc__", inspect.cleandoc(ModelConfig.__doc__ or ""))
-    assert _attribute_texts(ModelConfig) == written
+    assert attribute_texts(ModelConfig) == written
     first, *rest = (ModelConfig.__doc__ or "").splitlines()
     monkeypatch.setattr(ModelConfig, "__doc__", "\n".join([first, *("    " + line for line in rest)]))
-    assert _attribute_texts(ModelConfig) == written
+    assert attribute_texts(ModelConfig) == written
 
 
 def test_every_setting_has_an_option_with_a_text() -> None:
@@ -260,6 +263,46 @@ def test_a_damaged_run_file_is_one_line_and_its_snapshots_can_go_on_elsewhere(
         snapshot, new = tmp_path / "o" / "snapshots" / "step-00000002", tmp_path / f"new{number}"
         assert inside(*usual, "--output", new, "--resume", snapshot)[0] == 0, content
         assert digest(new) == digest(tmp_path / "o"), content
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "goodput.jsonl"])
+@pytest.mark.parametrize("line", ["\0" * 40, "[]", "7", "{}"])
+def test_a_damaged_log_is_one_line_and_moved_away_it_holds_nothing_up(
+    tmp_path: Path, small_store: FeatureStore, inside: Callable[..., tuple[int, str]], name: str, line: str
+) -> None:
+    usual = ["--store", small_store.url, *TINY, "--no-tensorboard", "--output", tmp_path / "o"]
+    assert inside(*usual)[0] == 0
+    log = tmp_path / "o" / name
+    log.write_text(log.read_text() + line + "\n")
+    code, said = inside(*usual)
+    assert code == 1, said
+    assert said.count("\n") == 1, said
+    assert f"{name}" in said
+    assert "Move the file away: the run goes on" in said
+    log.unlink()
+    assert inside(*usual)[0] == 0
+
+
+def test_a_task_that_leaves_python_is_a_failed_rank() -> None:
+    """Its exit code 0 would be that of a run that is done: a launcher ends the other ranks then."""
+    code = "import sys; from foldfeed.trainer.cli import leave_with; leave_with(lambda: sys.exit(0))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "SystemExit: 0" in done.stderr
+
+
+def test_a_full_disk_is_told_with_its_fix(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Logs have no room either; the system's own words name neither place nor fix."""
+
+    def train(config: RunConfig) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "_runner", lambda: train)
+    assert cli.main(["--store", "s", "--output", "runs/o"]) == 1
+    said = "No space left on device (for the run in runs/o); free some space and run the same command again"
+    assert said in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_made_is_one_line(

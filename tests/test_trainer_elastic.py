@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 from elastic_ranks import Nursery, ledger_error
 
-from foldfeed.trainer import elastic
+from foldfeed.trainer import cli, elastic
 from foldfeed.trainer.elastic import Plan
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.network import Network
@@ -37,8 +40,8 @@ def undisturbed(nursery: Nursery) -> str:
     return str(found["digest"])
 
 
-def fault(rank: int, step: int, phase: str, signal: str = "KILL", **further: int) -> dict[str, Any]:
-    return {"rank": rank, "step": step, "phase": phase, "signal": signal, **further}
+def fault(rank: int, step: int, phase: str, name: str = "KILL", **further: int) -> dict[str, Any]:
+    return {"rank": rank, "step": step, "phase": phase, "signal": name, **further}
 
 
 def shards(found: dict[str, Any]) -> list[tuple[int, int]]:
@@ -198,6 +201,19 @@ def test_after_the_loss_of_a_node_its_successor_gets_the_snapshot_from_a_peer(
     assert re.search("resumed: step [456] ", found["said"])
 
 
+def test_other_settings_in_a_runs_folder_end_every_rank_at_once(nursery: Nursery, undisturbed: str) -> None:
+    """Also where the run has finished, or those who wait for the first rank would take its end for theirs."""
+    first = nursery.run(ranks=1, steps=STEPS)
+    check(first, undisturbed, [0])
+    other = {"optimizer": {"lr": 0.5}}
+    began = time.monotonic()
+    found = nursery.run(ranks=2, steps=STEPS, config=other, folder=first["folder"])
+    assert time.monotonic() - began < 25.0
+    assert found["codes"] == [1, 1], found["said"]
+    assert found["said"].count("optimizer.lr 0.001 there, 0.5 now") == 2
+    assert found["digest"] == first["digest"]
+
+
 def test_ranks_join_as_there_are_shards_for_them(nursery: Nursery, undisturbed: str) -> None:
     found = nursery.run(ranks=2, steps=STEPS, joins=[2, 4, 4], max_ranks=4, pause_s=0.1)
     members = check(found, undisturbed, [0, 0, 0, 0, 0])
@@ -297,6 +313,18 @@ def test_what_torchrun_does_itself_is_refused(
         monkeypatch.setenv(name, value)
     assert elastic.main([*options, "--", "--steps", "3"]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_terminal_leaves_ranks_to_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the whole process group; the launcher answers it with SIGTERM, and so a snapshot."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for plan, expected in ((Plan(ranks=1, torchrun=True), before), (Plan(ranks=1), signal.SIG_IGN)):
+            monkeypatch.setenv(elastic.VARIABLE, json.dumps(dataclasses.asdict(plan)))
+            cli._runner()
+            assert signal.getsignal(signal.SIGINT) == expected
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_plans_that_cannot_work_are_refused() -> None:

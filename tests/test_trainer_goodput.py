@@ -19,7 +19,7 @@ from test_trainer_cli import TINY
 from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer import goodput
 from foldfeed.trainer.errors import TrainerError
-from foldfeed.trainer.goodput import GOODPUT_FILE, MEANINGS, PRODUCTIVE, RECOVERY, WASTED, Ledger, account
+from foldfeed.trainer.goodput import GOODPUT_FILE, Ledger, Part, account
 from foldfeed.trainer.training.metrics import Metrics
 
 
@@ -52,7 +52,7 @@ def test_parts_sum_to_the_wall_time_and_every_kept_step_counts_once(attempts: li
         )
         for number in range(step + 1, step + num_steps + 1):
             clock += 1.0
-            entries.append({"event": "step", "step": number, "time": clock, "parts": {PRODUCTIVE: 1.0}})
+            entries.append({"event": "step", "step": number, "time": clock, "parts": {Part.PRODUCTIVE: 1.0}})
         done = step + num_steps
         if end != "killed":
             clock += 0.5
@@ -60,7 +60,7 @@ def test_parts_sum_to_the_wall_time_and_every_kept_step_counts_once(attempts: li
     found = goodput._sum_up(entries)
     assert sum(found.parts.values()) == pytest.approx(found.wall_s)
     assert found.wall_s == pytest.approx(clock - 100.0)
-    assert found.parts[PRODUCTIVE] == pytest.approx(done), "one second per step that the weights keep"
+    assert found.parts[Part.PRODUCTIVE] == pytest.approx(done), "one second per step that the weights keep"
     assert all(seconds >= -1e-9 for seconds in found.parts.values())
     assert found.starts == len(attempts)
 
@@ -68,10 +68,10 @@ def test_parts_sum_to_the_wall_time_and_every_kept_step_counts_once(attempts: li
 def test_a_torn_line_is_cut_and_a_second_run_of_one_process_counts_no_second_twice(tmp_path: Path) -> None:
     for start in range(3):
         ledger = Ledger(tmp_path, active=True, began=time.time() - 5)
-        ledger.mark(goodput.STARTUP)
+        ledger.mark(Part.STARTUP)
         ledger.start(step=start, world=1)
         time.sleep(0.05)
-        ledger.mark(PRODUCTIVE)
+        ledger.mark(Part.PRODUCTIVE)
         ledger.step(start + 1)
         with (tmp_path / GOODPUT_FILE).open("ab") as file:
             file.write(b'{"event": "st')
@@ -88,12 +88,12 @@ def test_a_torn_line_is_cut_and_a_second_run_of_one_process_counts_no_second_twi
 def test_the_time_until_a_failure_is_noticed_belongs_to_the_failure(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, active=True)
     ledger.start(step=0, world=2)
-    ledger.mark(PRODUCTIVE)
+    ledger.mark(Part.PRODUCTIVE)
     time.sleep(0.3)
     found = ledger.end("failed")
     assert found is not None
-    assert found.parts[RECOVERY] >= 0.29
-    assert found.parts[RECOVERY] == pytest.approx(found.wall_s, abs=0.1)
+    assert found.parts[Part.RECOVERY] >= 0.29
+    assert found.parts[Part.RECOVERY] == pytest.approx(found.wall_s, abs=0.1)
 
 
 def test_a_damaged_ledger_and_none_at_all_are_named(
@@ -148,18 +148,18 @@ def test_a_killed_run_accounts_for_the_time_it_lost(tmp_path: Path, small_store:
     # A process's start is known to a hundredth of a second; the print takes its turn on a busy machine.
     assert found.wall_s == pytest.approx(ended - began, rel=0.005, abs=0.3)
     lost = [entry for entry in before if entry["event"] == "step" and entry["step"] > resumed]
-    assert found.parts[WASTED] == pytest.approx(sum(sum(entry["parts"].values()) for entry in lost))
+    assert found.parts[Part.WASTED] == pytest.approx(sum(sum(entry["parts"].values()) for entry in lost))
     assert len(lost) == last - resumed
     gap = restarted - before[-1]["time"]
     assert gap >= 2.0 + killed - before[-1]["time"] - 0.5
-    assert found.parts[RECOVERY] == pytest.approx(gap, abs=1.0)
+    assert found.parts[Part.RECOVERY] == pytest.approx(gap, abs=1.0)
     assert (found.starts, found.failures) == (2, 1)
     kept = [entry for entry in lines_of(output / GOODPUT_FILE) if entry["event"] == "step"]
     assert len(kept) == last + 2 + len(lost)
     # Printed at the end, and offline from the file.
     assert f"goodput: {100 * found.goodput:.1f} % of {found.wall_s:.1f} s (started 2 times" in out
-    assert WASTED in out or found.parts[WASTED] < 0.05
-    assert set(found.parts) == set(MEANINGS)
+    assert Part.WASTED in out or found.parts[Part.WASTED] < 0.05
+    assert set(found.parts) == set(Part)
 
 
 def test_sigterm_prints_the_ledger(tmp_path: Path, small_store: FeatureStore) -> None:
@@ -186,24 +186,24 @@ def test_the_ledger_changes_hands_while_the_run_goes_on(tmp_path: Path) -> None:
     for step in (1, 2):
         time.sleep(0.05)
         for ledger in (one, two):
-            ledger.mark(PRODUCTIVE)
+            ledger.mark(Part.PRODUCTIVE)
             ledger.step(step)
     one._file.write(b'{"event": "st')  # stopped amid a line
     one._file.flush()
     time.sleep(0.1)
-    two.mark(WASTED)
-    two.move(WASTED, goodput.DETECTION, 0.08)
+    two.mark(Part.WASTED)
+    two.move(Part.WASTED, Part.DETECTION, 0.08)
     two.regroup(True, step=2, world=1, generation=2)
     one.step(3)
     time.sleep(0.05)
-    two.mark(PRODUCTIVE)
+    two.mark(Part.PRODUCTIVE)
     two.step(3)
     found = two.end("finished")
     assert found is not None
     assert sum(found.parts.values()) == pytest.approx(found.wall_s, abs=1e-6)
     assert (found.starts, found.failures, found.regroups) == (1, 0, 1)
-    assert found.parts[goodput.DETECTION] == pytest.approx(0.08)
-    assert found.parts[PRODUCTIVE] >= 0.15
+    assert found.parts[Part.DETECTION] == pytest.approx(0.08)
+    assert found.parts[Part.PRODUCTIVE] >= 0.15
     assert [entry.get("step") for entry in lines_of(tmp_path / GOODPUT_FILE)] == [0, 1, 2, 2, 3, None]
     assert "1 changes of ranks" in found.lines()[0]
     one._file.close()

@@ -85,6 +85,19 @@ def test_a_copy_that_is_damaged_or_cut_is_told_and_an_older_one_taken(
     assert not (tmp_path / "third" / "run.json").exists()
 
 
+def test_a_newer_copy_that_is_damaged_does_not_push_the_next_one_out(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    copies = tmp_path / "copies"
+    train(small_store, tmp_path / "first", str(copies), 6)
+    for step in (8, 9):
+        shutil.copytree(copies / "step-00000006", copies / f"step-0000000{step}")
+        (copies / f"step-0000000{step}" / "params.f32").write_bytes(b"")
+    whole = train(small_store, tmp_path / "second", str(copies), 7)
+    assert "step-00000007" in names(str(copies))
+    assert train(small_store, tmp_path / "third", str(copies), 7) == whole
+
+
 def test_a_place_that_cannot_be_written_costs_the_copies_alone(
     small_store: FeatureStore, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import google_crc32c
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from foldfeed.trainer.errors import (
     InvalidSnapshotError,
+    LeaseLostError,
     NoValidSnapshotError,
     SnapshotError,
     SnapshotMismatchError,
@@ -102,6 +107,28 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    keep=st.integers(1, 3),
+    newer=st.lists(st.integers(11, 30), min_size=1, max_size=4, unique=True),
+    then=st.lists(st.integers(11, 30), min_size=1, max_size=5, unique=True),
+)
+def test_what_was_refused_pushes_nothing_out(keep: int, newer: list[int], then: list[int]) -> None:
+    """Newer generations are damaged, the run goes on from step 10: its last snapshot is always there."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = SnapshotFolder(Path(place), keep=keep)
+        write(folder, 10, numel=8)
+        for step in newer:
+            damaged = folder.path / f"step-{step:08d}"
+            shutil.copytree(folder.path / "step-00000010", damaged)
+            flip("params.f32")(damaged)
+        for step in sorted(then):
+            write(folder, step, numel=8)
+            found = newest_valid(folder, ALONE, lambda line: None)
+            assert found is not None
+            assert found.step == step
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_damage_is_found_and_an_older_generation_is_used(tmp_path: Path, damage: str) -> None:
@@ -141,6 +168,25 @@ def test_a_full_disk_publishes_nothing(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_writer_that_may_not_publish_any_more_leaves_nothing(tmp_path: Path) -> None:
+    """A former first rank that was stopped while it wrote, and wakes up when the run has ended."""
+
+    def lost() -> None:
+        raise LeaseLostError("run.lease", "another")
+
+    for recycle in (False, True):
+        folder = SnapshotFolder(tmp_path / f"{recycle}", keep=2, recycle=recycle)
+        folder.path.mkdir()
+        folder.before_write = lost
+        with pytest.raises(LeaseLostError):
+            write(folder, 3)
+        assert list(folder.path.iterdir()) == []
+    folder.path.rmdir()
+    with pytest.raises(SnapshotError):
+        write(folder, 3)
+    assert not folder.path.exists()
 
 
 def test_a_sound_snapshot_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from foldfeed.trainer import Loss, Task, TrainerConfigError, curve, export
 from foldfeed.trainer.cli import main
 from foldfeed.trainer.config import DataConfig, HeldOutConfig, ModelConfig, RunConfig
 from foldfeed.trainer.models.task import EvoformerTask, identity, load_task
+from foldfeed.trainer.training import launch
 
 SIZES = [*SMALL_CROPS, "--device", "cpu", "--no-tensorboard"]
 EVERY_STEP = {"trained": ("a", "b", "c", "d"), "held": ("e", "f", "g")}
@@ -112,9 +113,7 @@ def test_a_look_counts_each_held_out_record_once(store: FeatureStore, tmp_path: 
     )
     for wanted, samples in ((0, 3), (2, 2), (5, 5)):
         output = tmp_path / f"{wanted}"
-        from foldfeed.trainer.training.launch import run
-
-        run(
+        launch.run(
             RunConfig(
                 output=str(output),
                 steps=1,
@@ -144,6 +143,46 @@ def test_records_that_are_trained_on_are_no_held_out_ones(
         in capfd.readouterr().err
     )
     assert not (tmp_path / "run").exists()
+
+
+class Uneven(Task):
+    """A part of the model is in evaluation mode for good, and every loss draws noise."""
+
+    def build(self) -> nn.Module:
+        quiet = nn.Sequential(nn.Linear(49, 8), nn.Dropout(0.5)).train(False)
+        return nn.Sequential(quiet, nn.Dropout(0.5), nn.Linear(8, 23))
+
+    def loss(self, model: nn.Module, features: dict[str, torch.Tensor]) -> Loss:
+        noisy = features["msa_feat"] + torch.randn_like(features["msa_feat"])
+        errors = nn.functional.cross_entropy(
+            model(noisy).permute(0, 3, 1, 2), features["true_msa"], reduction="none"
+        )
+        return Loss.of((errors * features["msa_mask"]).mean((1, 2)))
+
+
+def test_looks_draw_alike_wherever_a_run_was_and_leave_modes_alone(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    def run(name: str, steps: int, eval_set: str = "held") -> tuple[str, list[float]]:
+        sizes = {"crop_residues": 16, "num_clusters": 4, "num_extra": 8, "global_batch": 4}
+        config = RunConfig(
+            output=str(tmp_path / name),
+            steps=steps,
+            data=DataConfig(store=store.url, recipe="crop_first", record_set="trained", **sizes),
+            device="cpu",
+            tensorboard=False,
+            held_out=HeldOutConfig(eval_set=eval_set, eval_every=2),
+        )
+        launch.run(config, Uneven())
+        looks = [row["eval/loss"] for row in metrics_of(tmp_path / name) if "eval/loss" in row]
+        return digest_of(tmp_path / name), looks
+
+    whole, alone = run("whole", 4), run("alone", 4, "")
+    assert whole[0] == alone[0]
+    run("parts", 3)
+    parts = run("parts", 4)
+    assert parts[0] == whole[0]
+    assert [parts[1][0], parts[1][-1]] == whole[1]
 
 
 def test_a_model_of_ones_own_trains_resumes_and_is_exported(

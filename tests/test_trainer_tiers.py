@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,13 +18,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_trainer_snapshot import ALONE, flip, write
+from thread_ranks import on_threads
 from trainer_ranks import launch, tiny_config, train_synthetic
 
 from foldfeed.trainer.config import SnapshotConfig
 from foldfeed.trainer.errors import NoValidSnapshotError, SnapshotError, TrainerConfigError
 from foldfeed.trainer.gradients.flat import FlatParameters
+from foldfeed.trainer.groups.ranks import Ranks
 from foldfeed.trainer.models.model import CompactEvoformer
 from foldfeed.trainer.state.interval import Interval, young_daly_s
+from foldfeed.trainer.state.mirror import Mirror
 from foldfeed.trainer.state.resume import newest_valid
 from foldfeed.trainer.state.snapshot import BUFFERS, SnapshotFolder, checksum, read_generation
 from foldfeed.trainer.state.tiers import Capture, Saver, memory_folder
@@ -43,6 +47,8 @@ def in_memory(tmp_path: Path) -> SnapshotFolder:
     (tmp_path / "shm").mkdir(exist_ok=True)
     folder = memory_folder(str(tmp_path / "shm"), RUN)
     assert folder is not None
+    # As `prepare_memory` does.
+    folder.path.mkdir(exist_ok=True)
     return folder
 
 
@@ -159,6 +165,54 @@ def test_only_damaged_memory_means_a_start_from_nothing(tmp_path: Path) -> None:
     assert memory.steps() == []
     saver.close()
     assert not memory.path.exists()
+
+
+@pytest.mark.parametrize("place", ["memory", "another run"])
+def test_a_last_step_that_came_from_elsewhere_is_written_to_the_runs_disk(
+    tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It needs no further step, and memory is given back at the end: the weights would be nowhere."""
+    output, shm = tmp_path / "run", tmp_path / "shm"
+    shm.mkdir()
+    whole = train_synthetic(ALONE, output, steps=6)
+    last = output / "snapshots" / "step-00000006"
+    if place == "memory":
+        run_id = json.loads((output / "run.json").read_text())["run_id"]
+        (shm / f"foldfeed-{run_id}").mkdir(mode=0o700)
+        last.rename(shm / f"foldfeed-{run_id}" / last.name)
+        snapshots = {"memory": str(shm)}
+    else:
+        output, snapshots = tmp_path / "second", {"resume": str(last)}
+    again = train_synthetic(ALONE, output, steps=6, snapshots=snapshots)
+    assert again.weights_digest == whole.weights_digest
+    assert "warning" not in capsys.readouterr().out
+    assert train_synthetic(ALONE, output, steps=5, snapshots=snapshots).step == 6
+    assert "--steps 5 is less than the 6 that are done" in capsys.readouterr().out
+    assert list(shm.iterdir()) == []
+    assert read_generation(output / "snapshots" / last.name).step == 6
+
+
+def test_disks_and_uploads_may_take_longer_than_a_collective_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collective fails after a second; a write takes two, an upload, too."""
+    uploaded: list[str] = []
+    monkeypatch.setattr(
+        Mirror, "_copy", lambda self, blobs, offer: (time.sleep(2.0), uploaded.append(offer.name))
+    )
+    (tmp_path / "run.json").write_text("{}")
+
+    def work(ranks: Ranks) -> str:
+        disk = SnapshotFolder(tmp_path / "snapshots", keep=9, before_write=lambda: time.sleep(2.0))
+        mirror = Mirror(str(tmp_path / "copies"), 9, lambda line: None)
+        saver = Saver(disk, None, ranks, SnapshotConfig(memory="none"), mirror=mirror)
+        for step in (1, 2):
+            saver.save(capture(step), memory=False, disk=True)
+        saver.finish()
+        return str(ranks.first_does(lambda: time.sleep(2.0) or "done", "a fetch", lasts=True))
+
+    assert on_threads(3, work, timeout_s=1.5) == ["done"] * 3
+    assert uploaded[-1] == "step-00000002"
 
 
 def test_the_loop_may_change_the_state_while_it_is_written(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 class Board:
     """Where the ranks of one group lay what they send."""
 
-    def __init__(self, world: int) -> None:
-        self.barrier = threading.Barrier(world, timeout=30)
+    def __init__(self, world: int, timeout_s: float = 30.0) -> None:
+        self.barrier = threading.Barrier(world, timeout=timeout_s)
         self.rows: list[Any] = [None] * world
         self.lock = threading.Lock()
         self.parts: dict[tuple[int, ...], Board] = {}
@@ -69,9 +69,15 @@ class ThreadGroup:
         pass
 
 
-def on_threads(world: int, work: Callable[[Ranks], Result]) -> list[Result]:
-    """Runs ``work`` on every rank at once; returns the results in rank order."""
-    boards = [Board(world) for _ in range(3)]
+def on_threads(world: int, work: Callable[[Ranks], Result], timeout_s: float = 30.0) -> list[Result]:
+    """Runs ``work`` on every rank at once; returns the results in rank order.
+
+    Args:
+      world: number of ranks.
+      work: of a rank.
+      timeout_s: after which a collective fails.
+    """
+    boards = [Board(world, timeout_s) for _ in range(3)]
     cpu = torch.device("cpu")
     ranks = []
     for rank in range(world):

@@ -8,7 +8,8 @@ on), gradients.reducer and gradients.dyadic (how gradients are summed), the rest
 travel), groups (between whom), state (how a run survives), members (how its ranks survive each other),
 goodput and training.watch (how it is watched), models (what is trained), training.held_out (how well).
 elastic, prove, goodput, export and curve are commands of their own.
-Names are imported on first use, so that the command line can print its help without waiting for torch.
+Names of modules that need torch are imported on first use, so that the command line can print its help
+without waiting for it.
 """
 
 from __future__ import annotations
@@ -16,35 +17,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from foldfeed.feature_store.lazy_names import lazy_names
+from foldfeed.trainer.config import (
+    DataConfig,
+    HeldOutConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SnapshotConfig,
+)
+from foldfeed.trainer.errors import (
+    CommunicationError,
+    DependencyError,
+    DivergedError,
+    ExcludedError,
+    GradientError,
+    InvalidSnapshotError,
+    LeaseHeldError,
+    LeaseLostError,
+    MeetingPointError,
+    NoValidSnapshotError,
+    PeerError,
+    ReplicaMismatchError,
+    SnapshotError,
+    SnapshotMismatchError,
+    TrainerConfigError,
+    TrainerError,
+    WireError,
+)
 
 if TYPE_CHECKING:
-    from foldfeed.trainer.config import (
-        DataConfig,
-        HeldOutConfig,
-        ModelConfig,
-        OptimizerConfig,
-        RunConfig,
-        SnapshotConfig,
-    )
-    from foldfeed.trainer.errors import (
-        CommunicationError,
-        DependencyError,
-        DivergedError,
-        ExcludedError,
-        GradientError,
-        InvalidSnapshotError,
-        LeaseHeldError,
-        LeaseLostError,
-        MeetingPointError,
-        NoValidSnapshotError,
-        PeerError,
-        ReplicaMismatchError,
-        SnapshotError,
-        SnapshotMismatchError,
-        TrainerConfigError,
-        TrainerError,
-        WireError,
-    )
     from foldfeed.trainer.gradients.flat import FlatParameters
     from foldfeed.trainer.gradients.reducer import TreeReducer
     from foldfeed.trainer.models.losses import Loss, PerSample, distogram_loss, masked_msa_loss
@@ -54,38 +55,15 @@ if TYPE_CHECKING:
     from foldfeed.trainer.training.loop import Outcome, Trainer
 
 _HOMES = {
-    "CommunicationError": "errors",
     "CompactEvoformer": "models.model",
-    "DataConfig": "config",
-    "DependencyError": "errors",
-    "DivergedError": "errors",
     "EvoformerTask": "models.task",
-    "ExcludedError": "errors",
     "FlatParameters": "gradients.flat",
-    "GradientError": "errors",
-    "HeldOutConfig": "config",
-    "InvalidSnapshotError": "errors",
-    "LeaseHeldError": "errors",
-    "LeaseLostError": "errors",
     "Loss": "models.losses",
-    "MeetingPointError": "errors",
-    "ModelConfig": "config",
-    "NoValidSnapshotError": "errors",
-    "OptimizerConfig": "config",
     "Outcome": "training.loop",
-    "PeerError": "errors",
     "PerSample": "models.losses",
-    "ReplicaMismatchError": "errors",
-    "RunConfig": "config",
-    "SnapshotConfig": "config",
-    "SnapshotError": "errors",
-    "SnapshotMismatchError": "errors",
     "Trainer": "training.loop",
-    "TrainerConfigError": "errors",
-    "TrainerError": "errors",
     "TreeReducer": "gradients.reducer",
     "Task": "models.task",
-    "WireError": "errors",
     "distogram_loss": "models.losses",
     "masked_msa_loss": "models.losses",
     "run": "training.launch",

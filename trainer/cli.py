@@ -7,23 +7,22 @@ It fills one `RunConfig` and calls `run`. Exit codes: 0 done (or stopped by SIGT
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import importlib.metadata
-import inspect
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from foldfeed.feature_store.errors import FoldfeedError, MissingExtraError
 from foldfeed.trainer.config import (
-    EVOFORMER,
     MODEL_SIZES,
-    REDUCERS,
     DataConfig,
     HeldOutConfig,
     ModelConfig,
@@ -33,8 +32,7 @@ from foldfeed.trainer.config import (
 )
 from foldfeed.trainer.elastic import Plan
 from foldfeed.trainer.errors import TrainerConfigError
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+from foldfeed.trainer.options import options_of
 
 EPILOG = """\b
 Examples:
@@ -45,44 +43,6 @@ Examples:
   Continue the same run on two ranks (weights stay equal to the bit):
     torchrun --nproc-per-node 2 -m foldfeed.trainer --store demo/store --output runs/b --steps 200
 """
-
-
-def _options_of(config: type, names: Sequence[str], renamed: dict[str, str] | None = None) -> Any:
-    """Returns a decorator that adds one option per field, with the field's default and type.
-
-    Help comes from the ``Attributes:`` section of the config's docstring, so it is written once.
-    """
-    texts = _attribute_texts(config)
-    fields = {field.name: field for field in dataclasses.fields(config)}
-
-    def decorate(command: Command) -> Command:
-        for name in reversed(names):
-            option = (renamed or {}).get(name, name).replace("_", "-")
-            default = fields[name].default
-            kind: Any = bool if default is None else type(default)
-            flag = f"--{option}/--no-{option}" if kind is bool else f"--{option}"
-            command = click.option(
-                flag, name, default=default, type=kind, show_default=True, help=texts[name]
-            )(command)
-        return command
-
-    return decorate
-
-
-def _attribute_texts(config: type) -> dict[str, str]:
-    """Returns the description of each attribute from a Google-style docstring."""
-    # Python 3.13 keeps docstrings without their common indentation, 3.11 and 3.12 as they are written.
-    section = (inspect.getdoc(config) or "").split("Attributes:")[1]
-    texts: dict[str, str] = {}
-    name = ""
-    for line in section.splitlines():
-        if line.startswith("  ") and not line.startswith("   ") and ":" in line:
-            name, text = line.strip().split(":", 1)
-            texts[name] = text.strip()
-        elif line.strip() and name:
-            texts[name] += " " + line.strip()
-    plain = {name: text.replace("``", "") for name, text in texts.items()}
-    return {name: text[0].upper() + text[1:] for name, text in plain.items()}
 
 
 MODEL = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -98,11 +58,9 @@ SNAPSHOTS = {
     "mirror": "mirror_snapshots",
     "mtbf_s": "mtbf",
 }
-RUN = [
-    *("threads", "deterministic", "timeout_s", "log_every", "tensorboard", "max_skipped"),
-    *("metrics_port", "loader_trace", "profile_step", "lease_s", "precision", "compile", "wire"),
-    "nccl_preset",
-]
+GENERAL = ["output", "task", "steps", "seed"]
+PARTS = ("data", "model", "optimizer", "snapshots", "held_out")
+RUN = [field.name for field in dataclasses.fields(RunConfig) if field.name not in (*GENERAL, *PARTS)]
 
 
 def _version() -> str:
@@ -117,41 +75,15 @@ def _version() -> str:
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.option("--store", required=True, help="Folder or URL of the feature store to train from.")
-@click.option("--output", required=True, help="Folder of this run, seen by all ranks.")
-@click.option(
-    "--task",
-    default=EVOFORMER,
-    show_default=True,
-    help="What is trained: the compact Evoformer, or your own, as FILE.py:NAME or MODULE:NAME.",
-)
-@click.option("--recipe", default="af2", show_default=True, help="Recipe of the loader: af2 or crop_first.")
-@click.option(
-    "--steps", default=100, show_default=True, help="Total steps of the run, resumed ones included."
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of weights, data order, crops and dropout.")
-@_options_of(DataConfig, DATA)
-@_options_of(OptimizerConfig, OPTIMIZER)
-@_options_of(SnapshotConfig, list(SNAPSHOTS), SNAPSHOTS)
-@_options_of(HeldOutConfig, HELD_OUT)
-@click.option(
-    "--reducer",
-    default="tree",
-    type=click.Choice(REDUCERS),
-    show_default=True,
-    help="How gradients travel: tree, hierarchical (inside nodes first) and auto (measures both) give equal "
-    "bits on any ranks; ring and ddp are controls.",
-)
-@click.option("--bucket-mb", default=0.0, show_default=True, help="Limit of a gradient bucket; 0: automatic.")
-@click.option(
-    "--device",
-    default="auto",
-    type=click.Choice(["auto", "cpu", "cuda", "cuda-shared"]),
-    show_default=True,
-    help="Where to train; auto takes CUDA when there is one. With cuda-shared ranks may share a GPU and "
-    "gradients go over the host: to try out on one card what several do.",
-)
-@_options_of(RunConfig, RUN)
+@options_of(DataConfig, ["store"])
+@options_of(RunConfig, GENERAL[:2])
+@options_of(DataConfig, ["recipe"])
+@options_of(RunConfig, GENERAL[2:])
+@options_of(DataConfig, DATA)
+@options_of(OptimizerConfig, OPTIMIZER)
+@options_of(SnapshotConfig, list(SNAPSHOTS), SNAPSHOTS)
+@options_of(HeldOutConfig, HELD_OUT)
+@options_of(RunConfig, RUN)
 @click.option(
     "--size",
     default="tiny",
@@ -159,7 +91,7 @@ def _version() -> str:
     show_default=True,
     help="Size of the compact Evoformer; the options that follow change single values of it.",
 )
-@_options_of(ModelConfig, MODEL)
+@options_of(ModelConfig, MODEL)
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
 @click.version_option(_version(), prog_name="foldfeed.trainer")
 @click.pass_context
@@ -171,18 +103,6 @@ def command(context: click.Context, **options: Any) -> RunConfig:
     step, with a snapshot and exit code 0 (torchrun itself, when it gets the signal, then exits with 1).
     """
     given = [name for name in MODEL if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    return make_config(options, given)
-
-
-def make_config(options: dict[str, Any], given: Sequence[str] = MODEL) -> RunConfig:
-    """Returns the run's settings from the flat options of the command line.
-
-    Args:
-      options: by name.
-      given: names of model sizes that were given one by one; the others are those of the named size.
-    Raises:
-      TrainerConfigError: a value breaks a rule.
-    """
 
     def pick(names: Sequence[str]) -> dict[str, Any]:
         return {name: options[name] for name in names}
@@ -193,13 +113,14 @@ def make_config(options: dict[str, Any], given: Sequence[str] = MODEL) -> RunCon
         held_out=HeldOutConfig(**pick(HELD_OUT)),
         optimizer=OptimizerConfig(**pick(OPTIMIZER)),
         snapshots=SnapshotConfig(**pick(list(SNAPSHOTS))),
-        **pick(["output", "task", "steps", "seed", "reducer", "bucket_mb", "device", *RUN]),
+        **pick([*GENERAL, *RUN]),
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    config: Any = None
     try:
         config = command.main(args=given, prog_name="python -m foldfeed.trainer", standalone_mode=False)
         if not isinstance(config, RunConfig):
@@ -211,7 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FoldfeedError, OSError, KeyboardInterrupt, click.Abort) as error:
         if "--debug" in given:
             traceback.print_exc()
-        _complain(str(error) or "interrupted")
+        told = str(error) or "interrupted"
+        # One that stops a snapshot says so itself; settings that are refused make no config.
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full and config is not None and not isinstance(error, FoldfeedError):
+            told += f" (for the run in {config.output}); free some space and run the same command again"
+        _complain(told)
         return 2 if isinstance(error, TrainerConfigError) else 1
     return 0
 
@@ -219,6 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _runner() -> Callable[[RunConfig], object]:
     """Returns what trains; imported late, so that help and usage errors do not wait for torch."""
     plan = Plan.from_environment()
+    if plan is not None and not plan.torchrun:
+        # Ctrl-C in a terminal reaches ranks and launcher, which then asks them to stop with a snapshot.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         from foldfeed.trainer.members import rank as elastic_rank
         from foldfeed.trainer.training.launch import run
@@ -239,7 +168,8 @@ def leave_with(work: Callable[[], int]) -> None:
     """
     try:
         code = work()
-    except Exception:  # noqa: BLE001 - reported in full; the exit below must happen in every case
+    except BaseException:  # noqa: BLE001 - reported in full; the exit below must happen in every case
+        # Also a `sys.exit` in somebody's task: with its 0 the run would count as finished.
         traceback.print_exc()
         code = 1
     sys.stdout.flush()

@@ -215,8 +215,8 @@ class DataConfig:
     """Which samples, and how many per step.
 
     Attributes:
-      store: URL of the feature store.
-      recipe: name of the loader's recipe.
+      store: folder or URL of the feature store to train from.
+      recipe: recipe of the loader: af2 or crop_first.
       record_set: name of a record set saved in the store; all records when empty.
       crop_residues: residues of a crop.
       num_clusters: clustered MSA rows.
@@ -344,29 +344,20 @@ class RunConfig:
     """One training run.
 
     Attributes:
-      output: local folder (seen by all ranks) for snapshots, metrics and the resolved settings.
+      output: folder of this run, seen by all ranks.
+      task: what is trained: the compact Evoformer, or your own, as FILE.py:NAME or MODULE:NAME.
       steps: total steps of the run, resumed ones included.
-      seed: of weights, data order, crops and dropout.
+      seed: seed of weights, data order, crops and dropout.
       data: samples.
-      task: what is trained: ``evoformer``, FILE.py:NAME or MODULE:NAME, see `models.task`.
       model: sizes of the compact Evoformer.
       optimizer: AdamW.
       snapshots: where and when the state is written.
       held_out: whose loss is looked at now and then.
-      reducer: how gradients travel: ``tree``, ``hierarchical`` (inside nodes first) or ``auto`` (measures
-        both), all with equal bits on any ranks; ``ring`` (all-reduce) or ``ddp`` (torch's), as controls.
+      reducer: how gradients travel: tree, hierarchical (inside nodes first) and auto (measures both) give
+        equal bits on any ranks; ring (all-reduce) and ddp (torch's) are controls.
       bucket_mb: limit of a gradient bucket; 0 chooses one from the model's size.
-      precision: of forward passes: ``fp32``, or ``bf16``: matrix products in bfloat16, weights and their
-        updates in float32.
-      compile: compile the blocks (torch.compile): other bits than without, equal ones in every run. The
-        first step may take minutes, for which --timeout-s should allow. If nothing is said a run does what it
-        did before, and a new one of the compact Evoformer on a GPU tries whether they repeat to the bit.
-      wire: numbers of messages: ``fp32``; ``bf16`` rounds the gradient of each virtual shard and every sum of
-        two (added in fp32) to bfloat16, on any number of ranks: half the bytes; ``bf16-between`` is that with
-        fp32 messages inside nodes.
-      device: ``auto``, ``cpu``, ``cuda`` or ``cuda-shared``.
-      nccl_preset: settings of NCCL for the links between GPUs: ``none``, a name, or ``auto``: by the topology
-        (one node: nvlink, several: infiniband or ethernet). What is set in the environment stays.
+      device: where to train; auto takes CUDA when there is one. With cuda-shared ranks may share a GPU and
+        gradients go over the host: to try out on one card what several do.
       threads: torch's threads per rank; more than one may change the order of sums inside a kernel.
       deterministic: use deterministic kernels, and refuse to continue where bits could differ.
       timeout_s: a collective that waits longer fails the run.
@@ -379,24 +370,30 @@ class RunConfig:
         ranks than the first add their number to its name; none when empty.
       profile_step: trace this step and the next two with torch's profiler; 0 for none.
       lease_s: a run that did not renew its hold on the output folder for so many seconds counts as dead.
+      precision: of forward passes: ``fp32``, or ``bf16``: matrix products in bfloat16, weights and their
+        updates in float32.
+      compile: compile the blocks (torch.compile): other bits than without, equal ones in every run. The
+        first step may take minutes, for which --timeout-s should allow. If nothing is said a run does what it
+        did before, and a new one of the compact Evoformer on a GPU tries whether they repeat to the bit.
+      wire: numbers of messages: ``fp32``; ``bf16`` rounds the gradient of each virtual shard and every sum of
+        two (added in fp32) to bfloat16, on any number of ranks: half the bytes; ``bf16-between`` is that with
+        fp32 messages inside nodes.
+      nccl_preset: settings of NCCL for the links between GPUs: ``none``, a name, or ``auto``: by the topology
+        (one node: nvlink, several: infiniband or ethernet). What is set in the environment stays.
     """
 
     output: str
+    task: str = EVOFORMER
     steps: int = 100
     seed: int = 0
     data: DataConfig
-    task: str = EVOFORMER
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     snapshots: SnapshotConfig = dataclasses.field(default_factory=SnapshotConfig)
     held_out: HeldOutConfig = dataclasses.field(default_factory=HeldOutConfig)
     reducer: Literal["tree", "hierarchical", "auto", "ring", "ddp"] = "tree"
     bucket_mb: float = 0.0
-    precision: str = "fp32"
-    compile: bool | None = None
-    wire: str = "fp32"
     device: Literal["auto", "cpu", "cuda", "cuda-shared"] = "auto"
-    nccl_preset: str = "auto"
     threads: int = 1
     deterministic: bool = True
     timeout_s: float = 120.0
@@ -407,6 +404,10 @@ class RunConfig:
     loader_trace: str = ""
     profile_step: int = 0
     lease_s: float = 60.0
+    precision: str = "fp32"
+    compile: bool | None = None
+    wire: str = "fp32"
+    nccl_preset: str = "auto"
 
     def __post_init__(self) -> None:
         _require(bool(self.output), "output is empty; give a folder for snapshots and metrics.")

@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -94,19 +95,11 @@ def draw(curves: Sequence[Curve], target: Path) -> None:
     axes = figure.add_subplot()
     for curve, color in zip(curves, COLORS * len(curves), strict=False):
         axes.plot(*zip(*curve.trained, strict=True), color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(
-            *zip(*curve.smooth(), strict=True), color=color, linewidth=1.8, label=f"{curve.name}, trained"
-        )
+        smooth = zip(*curve.smooth(), strict=True)
+        axes.plot(*smooth, color=color, linewidth=1.8, label=f"{curve.name}, trained")
         if curve.held_out:
-            label = f"{curve.name}, held out"
-            axes.plot(
-                *zip(*curve.held_out, strict=True),
-                color=color,
-                marker="o",
-                markersize=4,
-                dashes=(3, 2),
-                label=label,
-            )
+            dots: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4, "dashes": (3, 2)}
+            axes.plot(*zip(*curve.held_out, strict=True), label=f"{curve.name}, held out", **dots)
     axes.set_xlabel("completed steps", color=INK)
     axes.set_ylabel("loss", color=INK)
     axes.grid(color=GRID, linewidth=0.6)

@@ -25,12 +25,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import click
 
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.exit_code import exit_code
+from foldfeed.trainer.options import options_of
 
 VARIABLE = "FOLDFEED_ELASTIC"
 POLL_S = 0.05
@@ -48,13 +49,13 @@ class Plan:
         its last snapshot.
       standby: it builds everything, then stops itself (SIGSTOP) until it is needed.
       ranks: to wait for at the beginning.
-      max_ranks: that train at once, at most; 0 for as many as there are virtual shards. More wait as spares.
-      host: address by which the other ranks reach this one.
+      max_ranks: ranks that train at once; more wait as spares. 0: all shards.
+      host: address of this machine for the others.
       local_rank: number of its device.
       torchrun: one on each machine starts the ranks: whoever comes first begins the run, and SIGTERM asks the
         ranks of that machine to leave it; those of the last one stop it.
-      silent_s: without a sign of life after which a rank counts as lost.
-      wait_s: for the others at the beginning, and for a member of the run to be found.
+      silent_s: without a sign of life a rank counts as lost.
+      wait_s: for ranks at the beginning, and for a run.
     """
 
     founds: bool = True
@@ -273,11 +274,7 @@ def become_rank(plan: Plan, arguments: Sequence[str]) -> NoReturn:
     """
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     plan = dataclasses.replace(
-        plan,
-        founds=False,
-        refounds=restarted,
-        torchrun=True,
-        local_rank=int(os.environ["LOCAL_RANK"]),
+        plan, founds=False, refounds=restarted, torchrun=True, local_rank=int(os.environ["LOCAL_RANK"])
     )
     os.environ[VARIABLE] = json.dumps(dataclasses.asdict(plan))
     # The same process, so that torchrun's signals and exit codes are the rank's.
@@ -297,28 +294,13 @@ def _is_stopped(pid: int) -> bool:
 @click.option("--ranks", default=1, show_default=True, help="Ranks to start on this machine.")
 @click.option("--join", is_flag=True, help="Join the run that lives in --output, instead of beginning one.")
 @click.option("--wait-for", default=0, help="Ranks to wait for before the first step; those of --ranks if 0.")
-@click.option("--max-ranks", default=0, help="Ranks that train at once; more wait as spares. 0: all shards.")
+@options_of(Plan, ["max_ranks"])
 @click.option("--respawn", default=0, show_default=True, help="How many dead ranks are replaced.")
 @click.option("--spares", default=0, show_default=True, help="Processes kept ready to replace dead ranks.")
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address of this machine for the others."
-)
-@click.option(
-    "--silent-s", default=2.0, show_default=True, help="Without a sign of life a rank counts as lost."
-)
-@click.option("--wait-s", default=60.0, show_default=True, help="For ranks at the beginning, and for a run.")
+@options_of(Plan, ["host", "silent_s", "wait_s"])
 @click.argument("trainer", nargs=-1, required=True)
 def command(
-    ranks: int,
-    join: bool,
-    wait_for: int,
-    max_ranks: int,
-    respawn: int,
-    spares: int,
-    host: str,
-    silent_s: float,
-    wait_s: float,
-    trainer: tuple[str, ...],
+    ranks: int, join: bool, wait_for: int, respawn: int, spares: int, trainer: tuple[str, ...], **limits: Any
 ) -> int:
     """Train with ranks that may die, stop and join; TRAINER are the trainer's own options, after `--`.
 
@@ -338,14 +320,7 @@ def command(
             f"torchrun has {os.environ['WORLD_SIZE']} ranks on several machines and restarts all when one "
             "dies. Start one on each machine, without --nnodes; or plain -m foldfeed.trainer."
         )
-    plan = Plan(
-        founds=not join,
-        ranks=wait_for or local_world or ranks,
-        max_ranks=max_ranks,
-        host=host,
-        silent_s=silent_s,
-        wait_s=wait_s,
-    )
+    plan = Plan(founds=not join, ranks=wait_for or local_world or ranks, **limits)
     if local_world:
         become_rank(plan, trainer)
     return run_ranks(Launcher(plan, trainer, ranks=ranks, spares=spares, respawns=respawn))

@@ -15,6 +15,7 @@ Names are those of ml-goodput-measurement where it has one. Does not own: what i
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import os
 import sys
@@ -30,41 +31,40 @@ from foldfeed.trainer.exit_code import exit_code
 
 GOODPUT_FILE = "goodput.jsonl"
 
-PRODUCTIVE = "productive_step"
-SKIPPED = "skipped_step"
-DATA = "data_loading_sync"
-SAVE = "unproductive_checkpoint_save_time"
-RESTORE = "unproductive_checkpoint_restore_time"
-STARTUP = "program_startup"
-INITIALIZATION = "accelerator_initialization"
-PREPARATION = "training_prep"
-WASTED = "wasted_progress_from_disruption"
-RECOVERY = "infrastructure_recovery_from_disruption"
-EVALUATION = "evaluation"
-DETECTION = "failure_detection"
-REFORM = "membership_reform"
-TRANSFER = "state_transfer"
-IDLE = "idle"
-OTHER = "other"
 
-MEANINGS = {
-    PRODUCTIVE: "steps that the weights keep",
-    SKIPPED: "steps that changed nothing, because a gradient was not finite",
-    DATA: "waiting for batches",
-    SAVE: "the loop held up by snapshots",
-    RESTORE: "reading and checking snapshots",
-    STARTUP: "from the start of the process to this package: interpreter, imports",
-    INITIALIZATION: "device, process groups",
-    PREPARATION: "store, model, the run's folder",
-    WASTED: "steps done again after a failure",
-    RECOVERY: "from the last step before a failure to the next start",
-    EVALUATION: "looking at held-out records",
-    DETECTION: "ranks that were gone or stopped, until it was noticed (elastic runs)",
-    REFORM: "agreeing on who goes on, and connecting (elastic runs)",
-    TRANSFER: "bringing ranks that are new or behind to the others' step (elastic runs)",
-    IDLE: "between a stop that was asked for and the next start",
-    OTHER: "the rest: metrics, the result",
-}
+class Part(enum.StrEnum):
+    """Where time goes: a name in the ledger, and what it means.
+
+    Attributes:
+      meaning: for people.
+    """
+
+    meaning: str
+    PRODUCTIVE = "productive_step", "steps that the weights keep"
+    SKIPPED = "skipped_step", "steps that changed nothing, because a gradient was not finite"
+    DATA = "data_loading_sync", "waiting for batches"
+    SAVE = "unproductive_checkpoint_save_time", "the loop held up by snapshots"
+    RESTORE = "unproductive_checkpoint_restore_time", "reading and checking snapshots"
+    STARTUP = "program_startup", "from the start of the process to this package: interpreter, imports"
+    INITIALIZATION = "accelerator_initialization", "device, process groups"
+    PREPARATION = "training_prep", "store, model, the run's folder"
+    WASTED = "wasted_progress_from_disruption", "steps done again after a failure"
+    RECOVERY = (
+        "infrastructure_recovery_from_disruption",
+        "from the last step before a failure to the next start",
+    )
+    EVALUATION = "evaluation", "looking at held-out records"
+    DETECTION = "failure_detection", "ranks that were gone or stopped, until it was noticed (elastic runs)"
+    REFORM = "membership_reform", "agreeing on who goes on, and connecting (elastic runs)"
+    TRANSFER = "state_transfer", "bringing ranks that are new or behind to the others' step (elastic runs)"
+    IDLE = "idle", "between a stop that was asked for and the next start"
+    OTHER = "other", "the rest: metrics, the result"
+
+    def __new__(cls, name: str, meaning: str) -> Part:
+        """Returns the name, which its meaning hangs on."""
+        part = str.__new__(cls, name)
+        part._value_, part.meaning = name, meaning
+        return part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +72,7 @@ class Account:
     """A ledger summed up.
 
     Attributes:
-      parts: seconds by name, all names of `MEANINGS`.
+      parts: seconds by name, all of `Part`.
       wall_s: from the first process's start to the last line.
       starts: how often the run was started.
       failures: how many starts ended neither done nor by request, the present one left out.
@@ -92,7 +92,7 @@ class Account:
     @property
     def goodput(self) -> float:
         """Share of the wall time that the weights keep, 0 to 1."""
-        return self.parts[PRODUCTIVE] / self.wall_s if self.wall_s else 0.0
+        return self.parts[Part.PRODUCTIVE] / self.wall_s if self.wall_s else 0.0
 
     def lines(self) -> list[str]:
         """Returns the table that a run prints at its end."""
@@ -101,10 +101,10 @@ class Account:
             f"goodput: {100 * self.goodput:.1f} % of {self.wall_s:.1f} s (started {times}, "
             f"{self.failures} failures" + (f", {self.regroups} changes of ranks)" if self.regroups else ")")
         ]
-        for name, seconds in sorted(self.parts.items(), key=lambda part: -part[1]):
-            if seconds >= 0.05:
+        for part in sorted(Part, key=lambda part: -self.parts[part]):
+            if (seconds := self.parts[part]) >= 0.05:
                 share = 100 * seconds / self.wall_s
-                table.append(f"  {name:<40}{seconds:>10.1f} s {share:>5.1f} %  {MEANINGS[name]}")
+                table.append(f"  {part:<40}{seconds:>10.1f} s {share:>5.1f} %  {part.meaning}")
         return [*table, self.shards_line()] if self.shards_kept + self.shards_again else table
 
     def shards_line(self) -> str:
@@ -142,7 +142,7 @@ def _whole_lines(path: Path, raw: bytes) -> list[dict[str, Any]]:
 
 
 def _sum_up(entries: Sequence[Mapping[str, Any]]) -> Account:
-    parts = dict.fromkeys(MEANINGS, 0.0)
+    parts = dict.fromkeys(map(str, Part), 0.0)
     steps: list[Mapping[str, Any]] = []
     last: Mapping[str, Any] | None = None
     starts = failures = regroups = shards_kept = shards_again = 0
@@ -154,7 +154,7 @@ def _sum_up(entries: Sequence[Mapping[str, Any]]) -> Account:
         if entry["event"] in ("start", "regroup"):
             asked_for = last is not None and last["event"] == "end" and last["reason"] != "failed"
             if last is not None:
-                parts[IDLE if asked_for else RECOVERY] += entry["began"] - last["time"]
+                parts[Part.IDLE if asked_for else Part.RECOVERY] += entry["began"] - last["time"]
             if entry["event"] == "start":
                 starts += 1
                 failures += last is not None and not asked_for
@@ -164,7 +164,7 @@ def _sum_up(entries: Sequence[Mapping[str, Any]]) -> Account:
             for done in lost:
                 for name, seconds in done["parts"].items():
                     parts[name] -= seconds
-                    parts[WASTED] += seconds
+                    parts[Part.WASTED] += seconds
         if entry["event"] == "step":
             steps.append(entry)
         for name, seconds in entry["parts"].items():
@@ -292,7 +292,7 @@ class Ledger:
         if self._file is None:
             return None
         # What a run that failed did last was to wait for somebody who was gone.
-        self.mark(RECOVERY if reason == "failed" else OTHER)
+        self.mark(Part.RECOVERY if reason == "failed" else Part.OTHER)
         self._write("end", reason=reason)
         self._file.close()
         self._file = None

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -36,7 +37,9 @@ from foldfeed.trainer.errors import TrainerConfigError, TrainerError
 from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.goodput import GOODPUT_FILE, account
 from foldfeed.trainer.members.agreement import FolderRegister, Member
+from foldfeed.trainer.members.session import folder_of, read_session
 from foldfeed.trainer.network import Network
+from foldfeed.trainer.options import options_of
 
 KINDS = ("kill", "stop", "cut", "join")
 # A small model and small crops: what is proved does not depend on the size.
@@ -103,17 +106,17 @@ class Launch:
     """How a run is started: what both of them share.
 
     Attributes:
-      store: of the feature store.
-      ranks: processes.
-      steps: of each run.
+      store: folder or URL of the feature store.
+      ranks: processes; 4 or an odd number prove most.
+      steps: steps of each run.
       limit_s: after which a run counts as hanging.
       options: more options of the trainer.
     """
 
     store: str
-    ranks: int
-    steps: int
-    limit_s: float
+    ranks: int = 4
+    steps: int = 60
+    limit_s: float = 1800.0
     options: Sequence[str] = ()
 
     def arguments(self, output: Path) -> list[str]:
@@ -211,7 +214,11 @@ class Disturbance:
         if fault.kind == "join":
             self._launcher.add()
             there = {member.uid for member in members}
-            self._pending = "join", time.monotonic(), lambda: self._has_new(there)
+
+            def is_there() -> bool:
+                return any(member.uid not in there for member in members_of(self._output))
+
+            self._pending = "join", time.monotonic(), is_there
             click.echo(f"  join: after step {_last_step(self._output)}")
             return True
         slots = {process.pid: slot for slot, process in self._launcher.processes.items()}
@@ -234,18 +241,11 @@ class Disturbance:
         click.echo(f"  {fault.kind}: rank {pids.index(pid)} of {len(pids)} after step {step}")
         return True
 
-    def _has_new(self, there: set[str]) -> bool:
-        return bool({member.uid for member in members_of(self._output)} - there)
-
 
 def members_of(output: Path) -> tuple[Member, ...]:
     """Returns the ranks of the newest generation of an elastic run."""
-    folder = output / "elastic"
-    try:
-        session = json.loads((folder / "session.json").read_text(encoding="utf-8"))["session"]
-    except FileNotFoundError:
-        return ()
-    latest = FolderRegister(folder / session).latest()
+    session = read_session(output)
+    latest = FolderRegister(folder_of(output, session)).latest() if session.name else None
     return () if latest is None else latest.members
 
 
@@ -273,11 +273,7 @@ def weights_digest(output: Path) -> str:
 @contextlib.contextmanager
 def _ended_by_signal() -> Iterator[None]:
     """Lets SIGTERM end this process like Ctrl-C, so that its ranks end with it."""
-
-    def on_signal(number: int, _: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, on_signal)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
@@ -285,27 +281,16 @@ def _ended_by_signal() -> Iterator[None]:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--store", required=True, help="Folder or URL of the feature store.")
-@click.option("--ranks", default=4, show_default=True, help="Processes; 4 or an odd number prove most.")
-@click.option("--steps", default=60, show_default=True, help="Steps of each run.")
+@options_of(Launch, ["store", "ranks", "steps"])
 @click.option("--chaos", default="kill=6,stop=1", show_default=True, help="How many of which faults.")
 @click.option("--seed", default=11, show_default=True, help="Draws steps, ranks and order of the faults.")
-@click.option("--limit-s", default=1800.0, show_default=True, help="After which a run counts as hanging.")
+@options_of(Launch, ["limit_s"])
 @click.option("--output", default="", help="Keep both runs there; a temporary folder otherwise.")
 @click.argument("options", nargs=-1)
-def command(
-    store: str,
-    ranks: int,
-    steps: int,
-    chaos: str,
-    seed: int,
-    limit_s: float,
-    output: str,
-    options: tuple[str, ...],
-) -> bool:
+def command(chaos: str, seed: int, output: str, **options: Any) -> bool:
     """Train twice, once disturbed, and compare the weights; OPTIONS after `--` go to the trainer."""
-    faults = plan_faults(chaos, ranks, steps, seed)
-    launch = Launch(store=store, ranks=ranks, steps=steps, limit_s=limit_s, options=options)
+    launch = Launch(**options)
+    faults = plan_faults(chaos, launch.ranks, launch.steps, seed)
     folder = Path(output or tempfile.mkdtemp(prefix="foldfeed-prove-"))
     undisturbed, disturbed = folder / "undisturbed", folder / "disturbed"
     for run in (undisturbed, disturbed):

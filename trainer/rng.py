@@ -23,6 +23,11 @@ def seed_shard(seed: int, step: int, shard: int) -> None:
     torch.manual_seed(derive_seed(seed, "dropout", step, shard))
 
 
+def seed_look(seed: int, step: int, shard: int) -> None:
+    """Seeds torch (all devices) for one virtual shard of a look at held-out records; every look alike."""
+    torch.manual_seed(derive_seed(seed, "look", step, shard))
+
+
 def seed_initial_weights(seed: int) -> None:
     """Seeds torch for building the model, so that every rank builds equal weights."""
     torch.manual_seed(derive_seed(seed, "weights"))

@@ -7,7 +7,8 @@ twice is harmless.
 
 In a database of several files a unit has a part for every shard, which `scan_shards` may do anywhere and in
 any order; `search_unit` joins what they left in the result store, and does itself what is missing or damaged
-there. So it does with what `searches.together` searches before, many queries in one run.
+there. So it does with what `searches.together` searches before, many queries in one run. A batch of
+queries whose scan fails is scanned one by one: it costs nobody but the query that it is to blame on.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from foldfeed.pipelines.errors import (
     SearchError,
     ToolFailedError,
     ToolTimeoutError,
+    UnreadableDatabaseError,
 )
 from foldfeed.pipelines.searches.hits import read_hits
 from foldfeed.pipelines.searches.results import ResultStore, SearchFacts, unit_id_of
@@ -43,6 +45,9 @@ from foldfeed.pipelines.tools.template_tool import TemplateDatabase
 
 # A signal (the kernel's out-of-memory killer, a lost node) may not come again; one more try is cheap.
 ATTEMPTS_AFTER_SIGNAL = 2
+
+# Queries of a batch that failed are scanned alone; where so many fail and none succeeds, the rest are not.
+LONE_FAILURES = 3
 
 # Into so many groups the queries of a file are divided before they are scanned together: few queries still
 # keep several workers busy.
@@ -226,14 +231,35 @@ def scan_shards(parts: Sequence[ShardUnit], context: JobContext) -> list[Receipt
     """
     results = ResultStore(context.results_url)
     missing = [part for part in parts if not results.holds(part.unit_id)]
+    error = _keep_scanned(missing, context)
+    left = [] if error is None else [part for part in missing if not results.holds(part.unit_id)]
+    lost = {} if error is None else _scan_alone(left, error, context)
+    return [lost.get(part.unit_id) or receipt_of(part.unit, "ok") for part in parts]
+
+
+def _scan_alone(parts: Sequence[ShardUnit], error: SearchError, context: JobContext) -> dict[str, Receipt]:
+    """Scans what a failed batch left one by one; returns receipts of those that fail so, too, by name.
+
+    Where the file is to blame, or the first ones all fail, which means the machine, the others are not tried.
+    """
+    hopeless = len(parts) == 1 or isinstance(error, DatabaseChangedError | UnreadableDatabaseError)
     lost: dict[str, Receipt] = {}
+    for number, part in enumerate(parts):
+        hopeless = hopeless or len(lost) == number == LONE_FAILURES
+        found = error if hopeless else _keep_scanned([part], context)
+        if found is not None:
+            lost[part.unit_id], error = receipt_of_failure(part.unit, context, found), found
+    return lost
+
+
+def _keep_scanned(parts: Sequence[ShardUnit], context: JobContext) -> SearchError | None:
+    """Puts the candidates of parts of one shard into the result store; returns what ended that early."""
     try:
-        for part, found in zip(missing, _scan(missing, context), strict=True):
+        for part, found in zip(parts, _scan(parts, context), strict=True):
             _keep_candidates(part, found, context)
     except SearchError as error:
-        left = [part for part in missing if not results.holds(part.unit_id)]
-        lost = {part.unit_id: receipt_of_failure(part.unit, context, error) for part in left}
-    return [lost.get(part.unit_id) or receipt_of(part.unit, "ok") for part in parts]
+        return error
+    return None
 
 
 def search_unit(unit: WorkUnit, context: JobContext, scans: Iterable[Receipt] = ()) -> Receipt:
@@ -339,7 +365,7 @@ def _scan(parts: Sequence[ShardUnit], context: JobContext) -> Iterator[SearchRes
     tool, number = database.tool, parts[0].number
     assert isinstance(tool, ShardedJackhmmer), tool
     sequences = [part.unit.sequence for part in parts]
-    many = tool.scan_many(sequences, number) if tool.scanner.num_together > 1 else None
+    many = tool.scan_many(sequences, number) if min(len(parts), tool.scanner.num_together) > 1 else None
     for sequence in sequences:
         with shard_as_planned(database, tool.shards[number], context.results_url):
             if many is None:

@@ -16,7 +16,6 @@ each channel).
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
@@ -30,44 +29,24 @@ _PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_")
 _APPLIED = "FOLDFEED_NCCL_PRESET"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
-    """Settings of NCCL; 0 or nothing leaves one to NCCL.
-
-    Attributes:
-      algorithm: NCCL_ALGO.
-      protocol: NCCL_PROTO.
-      max_channels: NCCL_MAX_CTAS; few leave more of the GPU to the model.
-      socket_threads: NCCL_SOCKET_NTHREADS, CPU threads for each connection.
-      sockets_per_thread: NCCL_NSOCKS_PERTHREAD.
-    """
-
-    algorithm: str = "Ring"
-    protocol: str = "Simple"
-    max_channels: int = 0
-    socket_threads: int = 0
-    sockets_per_thread: int = 0
-
-    def variables(self, *, pins: bool = True) -> dict[str, str]:
-        """Returns the environment; with ``pins`` also what decides the order of sums."""
-        fixed = {"NCCL_ALGO": self.algorithm, "NCCL_PROTO": self.protocol} if pins else {}
-        counts = {
-            "NCCL_MAX_CTAS": self.max_channels,
-            "NCCL_SOCKET_NTHREADS": self.socket_threads,
-            "NCCL_NSOCKS_PERTHREAD": self.sockets_per_thread,
-        }
-        return fixed | {name: str(count) for name, count in counts.items() if count}
-
-
-PRESETS: Mapping[str, Preset] = {
-    "nvlink": Preset(),
-    "nvlink-lean": Preset(max_channels=8),
-    "ethernet": Preset(socket_threads=4, sockets_per_thread=4),
-    "ethernet-wide": Preset(socket_threads=2, sockets_per_thread=8),
-    "infiniband": Preset(),
-    "infiniband-lean": Preset(max_channels=8),
+# What decides the order of sums, in every preset.
+_PINS = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}
+# By name, the other variables; what is not there is left to NCCL. NCCL_MAX_CTAS: channels, few leave more of
+# the GPU to the model. NCCL_SOCKET_NTHREADS: CPU threads for each connection. NCCL_NSOCKS_PERTHREAD: sockets.
+PRESETS: Mapping[str, Mapping[str, str]] = {
+    "nvlink": {},
+    "nvlink-lean": {"NCCL_MAX_CTAS": "8"},
+    "ethernet": {"NCCL_SOCKET_NTHREADS": "4", "NCCL_NSOCKS_PERTHREAD": "4"},
+    "ethernet-wide": {"NCCL_SOCKET_NTHREADS": "2", "NCCL_NSOCKS_PERTHREAD": "8"},
+    "infiniband": {},
+    "infiniband-lean": {"NCCL_MAX_CTAS": "8"},
 }
 CHOICES = ("auto", "none", *PRESETS)
+
+
+def variables(preset: str, *, pins: bool = True) -> dict[str, str]:
+    """Returns the environment of a preset; with ``pins`` also what decides the order of sums."""
+    return {**(_PINS if pins else {}), **PRESETS[preset]}
 
 
 def has_infiniband(devices: Path = Path("/sys/class/infiniband")) -> bool:
@@ -100,13 +79,13 @@ def apply(
     Args:
       name: of a preset, or ``none``.
       say: called with a line for people.
-      pins: see `Preset.variables`.
+      pins: see `variables`.
       environment: of this process.
     """
     if _APPLIED in environment:
         return
     environment[_APPLIED] = name
-    wanted = PRESETS[name].variables(pins=pins) if name in PRESETS else {}
+    wanted = variables(name, pins=pins) if name in PRESETS else {}
     kept = {key: environment[key] for key, value in wanted.items() if environment.get(key, value) != value}
     for key, value in kept.items():
         say(f"NCCL preset {name}: {key} stays {value}, as it was set; the preset has {wanted[key]}")
@@ -143,6 +122,6 @@ def record(transport: str, version: str, environment: Mapping[str, str] = os.env
       version: NCCL's; empty where it is not used.
       environment: of this process.
     """
-    variables = {name: value for name, value in environment.items() if name.startswith(_PREFIXES)}
+    told = {name: value for name, value in environment.items() if name.startswith(_PREFIXES)}
     facts = {"transport": transport, "nccl": version, "preset": applied(environment)}
-    return variables | {name: value for name, value in facts.items() if value}
+    return told | {name: value for name, value in facts.items() if value}

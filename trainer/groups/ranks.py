@@ -20,6 +20,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,11 @@ from foldfeed.trainer.groups.topology import by_place, told_place
 # Of devices: several ranks on a GPU.
 SHARED = "cuda-shared"
 
+# Between two meetings of ranks of which one is busy; far below any sensible limit of a collective.
+ROUND_S = 0.5
+# For which a rank may be busy by itself; a file system that does not answer for longer ends the run.
+LONGEST_WAIT_S = 1800.0
+
 
 class Group(Protocol):
     """The collectives that gradients and scalars need; gloo, NCCL or own sockets stand behind them."""
@@ -47,26 +53,21 @@ class Group(Protocol):
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
     ) -> None:
         """Sends each rank its run of ``sent``; ``received`` gets the runs of all, in rank order."""
-        ...
 
     def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> Callable[[], None]:
         """Starts to gather every rank's equally long tensor; returns what waits for it."""
-        ...
 
     def part(self, members: Sequence[int]) -> Group:
         """Returns a group of some ranks, this one among them; each of them calls it, with equal members.
 
         It ends with this group.
         """
-        ...
 
     def abort(self, reason: str) -> None:
         """Makes whatever waits for a peer end with an error, soon; from any thread."""
-        ...
 
     def close(self) -> None:
         """Gives everything back."""
-        ...
 
 
 class TorchGroup:
@@ -206,14 +207,35 @@ class Ranks:
         rows: list[list[float]] = everyone.view(self.world, len(values)).tolist()
         return rows
 
-    def first_does(self, work: Callable[[], Any], phase: str) -> Any:
+    def wait_for_all(self, is_done: Callable[[float], bool], phase: str) -> None:
+        """Returns when every rank is done with something of its own that may last, a write to disk above all.
+
+        They meet every `ROUND_S`, so that no collective waits long; after `LONGEST_WAIT_S` one does.
+
+        Args:
+          is_done: waits so many seconds at most and returns whether it is done.
+          phase: for the error of a rank that is lost meanwhile.
+        """
+        # Counted, because clocks would let one rank leave a round earlier than the others.
+        for _ in range(int(LONGEST_WAIT_S / ROUND_S)):
+            if not any(row[0] for row in self.gather_floats([float(not is_done(ROUND_S))], phase)):
+                return
+
+    def first_does(self, work: Callable[[], Any], phase: str, *, lasts: bool = False) -> Any:
         """Runs ``work`` on the first rank only and returns its JSON-able result on every rank.
 
+        Args:
+          work: for all.
+          phase: for errors.
+          lasts: it may take longer than a collective waits. It runs in a thread then, which goes on where
+            another rank is lost meanwhile: for work that a failed rank may leave behind.
         Raises:
           PeerError: on the other ranks, when it failed on the first; that one raises the error itself.
         """
         failure: BaseException | None = None
         answer: dict[str, Any] = {}
+        if lasts:
+            work = self._in_thread(work, phase)
         if self.is_first:
             try:
                 answer = {"result": work()}
@@ -235,6 +257,23 @@ class Ranks:
         digests = self.gather_bytes(digest, f"the comparison of {what}")
         if len(set(digests)) > 1:
             raise ReplicaMismatchError(what, [d.hex() for d in digests], odd_ranks(digests))
+
+    def _in_thread(self, work: Callable[[], Any], phase: str) -> Callable[[], Any]:
+        """Runs ``work`` in a thread of the first rank, to its end; returns what gives or raises what came."""
+        begun: Future[Any] = Future()
+
+        def settle() -> None:
+            try:
+                found = work()
+            except BaseException as error:  # noqa: BLE001 - kept whole, raised by result()
+                begun.set_exception(error)
+            else:
+                begun.set_result(found)
+
+        if self.is_first:
+            threading.Thread(target=settle, name="foldfeed-first", daemon=True).start()
+        self.wait_for_all(lambda wait_s: not self.is_first or bool(wait([begun], wait_s).done), phase)
+        return begun.result
 
     @contextlib.contextmanager
     def guard(self, phase: str) -> Iterator[None]:

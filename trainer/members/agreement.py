@@ -107,11 +107,9 @@ class Register(Protocol):
 
     def latest(self) -> View | None:
         """Returns the generation with the highest number; None before the first."""
-        ...
 
     def claim(self, view: View) -> bool:
         """Makes this generation the one with its number; returns False if there is one."""
-        ...
 
 
 class FolderRegister:

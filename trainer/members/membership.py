@@ -54,7 +54,6 @@ class Abortable(Protocol):
 
     def abort(self, reason: str) -> None:
         """Makes it end with an error, soon; from any thread."""
-        ...
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

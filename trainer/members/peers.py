@@ -56,11 +56,9 @@ class Owner(Protocol):
 
     def understand(self, peer: Peer, message: Mapping[str, Any]) -> None:
         """Takes a message; raises KeyError, TypeError or ValueError for one that makes no sense."""
-        ...
 
     def lost(self, peer: Peer, why: str) -> None:
         """Takes note that a connection is gone."""
-        ...
 
 
 class Peers:

@@ -28,9 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from foldfeed.trainer.config import RunConfig, digest_of
+from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.elastic import Plan
 from foldfeed.trainer.errors import (
     CommunicationError,
@@ -41,19 +39,7 @@ from foldfeed.trainer.errors import (
     TrainerConfigError,
     TrainerError,
 )
-from foldfeed.trainer.goodput import (
-    DETECTION,
-    INITIALIZATION,
-    OTHER,
-    PREPARATION,
-    REFORM,
-    RESTORE,
-    STARTUP,
-    TRANSFER,
-    WASTED,
-    Ledger,
-    process_start,
-)
+from foldfeed.trainer.goodput import Ledger, Part, process_start
 from foldfeed.trainer.groups.ranks import SHARED, Group, Ranks, pick_device, speaker
 from foldfeed.trainer.groups.topology import own_place
 from foldfeed.trainer.groups.wire import Channel, MeshGroup
@@ -68,19 +54,13 @@ from foldfeed.trainer.members.transfer import (
     transfer,
 )
 from foldfeed.trainer.models.task import Task, load_task
-from foldfeed.trainer.models.task import identity as run_identity
-from foldfeed.trainer.state.lease import Lease
-from foldfeed.trainer.state.resume import environment
-from foldfeed.trainer.state.snapshot import SNAPSHOTS, SnapshotFolder
-from foldfeed.trainer.state.tiers import Saver, memory_folder
 from foldfeed.trainer.training import launch
 from foldfeed.trainer.training.compiling import settle
-from foldfeed.trainer.training.data import LoaderMeters, open_held_out, open_loader, serving
+from foldfeed.trainer.training.data import open_data
 from foldfeed.trainer.training.held_out import HeldOut
-from foldfeed.trainer.training.loop import Outcome, Trainer
-from foldfeed.trainer.training.metrics import Metrics
+from foldfeed.trainer.training.loop import Outcome
+from foldfeed.trainer.training.process import Process, has_finished, identity_before, network_of
 from foldfeed.trainer.training.source import Source
-from foldfeed.trainer.training.watch import StackWatch
 
 CHANNELS = ("scatter", "gather", "scalars", "state")
 # Changes of ranks in a row without a completed step, after which something must be wrong for good.
@@ -100,7 +80,7 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
     task = load_task(config)
     recipe = task.recipe(config.data)
     ledger = Ledger(Path(config.output), active=plan.founds, began=process_start())
-    ledger.mark(STARTUP)
+    ledger.mark(Part.STARTUP)
     launch.prepare_numerics(config)
     device = pick_device(config.device, plan.local_rank, config.nccl_preset)
     alone = Ranks(rank=0, world=1, device=device)
@@ -108,20 +88,15 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
         raise TrainerConfigError(
             "--spares works on the CPU only: a spare cannot know whose GPU will be free."
         )
-    ledger.mark(INITIALIZATION)
-    config = settle(config, task, alone, launch.identity_before, speaker(plan.founds))
+    ledger.mark(Part.INITIALIZATION)
+    config = settle(config, task, alone, identity_before, speaker(plan.founds))
     # A rank's number may change, a process's not.
     trace = f"{config.loader_trace}.process{os.getpid()}" if config.loader_trace else ""
-    with (
-        open_loader(config.data, recipe, config.seed, alone, trace=trace) as (loader, fingerprint),
-        open_held_out(config, task, recipe, alone) as held_out,
-        serving(loader, config.metrics_port, alone, plan.local_rank),
-    ):
-        source = Source(loader, fingerprint, LoaderMeters(loader))
+    with open_data(config, task, recipe, alone, plan.local_rank, trace) as (source, held_out):
         return ElasticRank(config, plan, alone, source, task, held_out, ledger).train()
 
 
-class ElasticRank:
+class ElasticRank(Process):
     """State of one rank over all generations; see the module docstring."""
 
     def __init__(
@@ -145,36 +120,12 @@ class ElasticRank:
           held_out: whose loss is looked at now and then.
           ledger: that has counted the time since the process started.
         """
-        self.output = Path(config.output)
-        self.config, self.plan, self.alone, self.ledger = config, plan, alone, ledger
-        self.metrics = Metrics(
-            self.output,
-            active=plan.founds,
-            tensorboard=config.tensorboard,
-            log_every=config.log_every,
-            may_lead=True,
-        )
-        self.meters = source.meters
-        self.trainer = Trainer(config, alone, source.batches, self.metrics, task, held_out, source.meters)
+        super().__init__(config, task, alone, source, held_out, ledger, may_lead=True)
+        self.plan, self.alone = plan, alone
         self.trainer.check_peers = self._check_peers
         self.trainer.leaves_alone = plan.torchrun
         self.trainer.invites = lambda: self.membership is not None and self.membership.invites()
-        self.lease = Lease(self.output, config.lease_s, self.metrics.say)
-        settings = run_identity(config, task)
-        self.header: dict[str, Any] = {
-            "run_id": "",
-            "config_digest": digest_of(settings),
-            "identity": settings,
-            "layout_hash": self.trainer.flat.layout_hash,
-            "store_fingerprint": source.fingerprint,
-            "environment": environment(
-                alone.device, torch.get_num_threads(), config.deterministic, config.compile
-            ),
-            "network": launch.network_of(self.trainer),
-        }
-        self.mirror = launch.mirror_of(config, self.metrics.say)
         self.membership: Membership | None = None
-        self.saver: Saver | None = None
         self._groups: list[Group] = []
         self._has_state = False
         # The states since the last snapshot are not to be trusted.
@@ -197,11 +148,7 @@ class ElasticRank:
                 return self._train(view)
         except BaseException as error:
             self._reason = f"failed: {type(error).__name__}"
-            if self.saver is not None:
-                self.saver.close()
-            # A full disk must not hide the error that ends this rank.
-            with contextlib.suppress(OSError):
-                launch.report_goodput(self.metrics, self.ledger, "failed")
+            self.fail()
             raise
         finally:
             if self.membership is not None:
@@ -217,14 +164,7 @@ class ElasticRank:
         while view is not None:
             step = self.trainer.step
             try:
-                ranks, saver = self._meet(view)
-                watch = StackWatch(
-                    self.output, ranks.rank, ranks.world, self.config.timeout_s, self.metrics.say
-                )
-                with launch.watching(watch):
-                    outcome = self.trainer.run(saver, self.header, self.ledger, watch)
-                self._conclude(ranks, outcome)
-                return outcome
+                return self.work(self._meet(view))
             except (CommunicationError, RanksChangeError, ReplicaMismatchError) as error:
                 if isinstance(error, ReplicaMismatchError):
                     self._distrust(error)
@@ -259,21 +199,17 @@ class ElasticRank:
         self._was_odd, self._doubt, self._has_state = self._was_odd or odd, True, False
         self.metrics.say(f"warning: {error}")
 
-    def _conclude(self, ranks: Ranks, outcome: Outcome) -> None:
-        ranks.first_does(lambda: launch.conclude(self.output, self.header, outcome), "writing the result")
-        launch.report(self.metrics, outcome, self.ledger, self.meters)
-
     def _regroup(self, error: Exception) -> View | None:
         """Leaves the generation that is over; returns the next one of this rank, None if the run ended."""
         assert self.membership is not None, "only a member can lose the others"
         stopped = time.monotonic()
-        self.ledger.mark(OTHER if isinstance(error, RanksChangeError) else WASTED)
+        self.ledger.mark(Part.OTHER if isinstance(error, RanksChangeError) else Part.WASTED)
         self._part()
         ending = self.membership.ending
         noticed = min(ending.noticed, stopped) if ending.reason else stopped
         # What the lost one was silent for before it was noticed, and what this rank did until it stopped.
         self._phases = {"detect_s": ending.silent_s, "stop_s": stopped - noticed}
-        self.ledger.move(WASTED, DETECTION, ending.silent_s)
+        self.ledger.move(Part.WASTED, Part.DETECTION, ending.silent_s)
         print(f"generation {self.membership.view.generation} is over: {ending.reason or error}", flush=True)
         try:
             view: View | None = self.membership.regroup(self.trainer.step if self._has_state else -1)
@@ -305,7 +241,7 @@ class ElasticRank:
     def _found(self) -> View:
         """Opens the run's folder and waits for the others."""
         self.metrics.active = True
-        self.header["run_id"] = self._claim()
+        self.header["run_id"] = self.claim()
         self.ledger.active = self._begins = True
         session = new_session(self.output)
         (membership := self._membership(session)).found()
@@ -313,27 +249,23 @@ class ElasticRank:
         ranks, wait_s = self.plan.ranks, self.plan.wait_s if self.plan.is_start else REFOUND_WAIT_S
         if (came := membership.gather(ranks, wait_s)) < ranks:
             self.metrics.say(f"{came} of {ranks} ranks came within {wait_s:g} s; the others may join later")
-        self.ledger.mark(INITIALIZATION)
+        self.ledger.mark(Part.INITIALIZATION)
         return membership.regroup(-1)
-
-    def _claim(self) -> str:
-        return launch.claim(self.output, self.config, self.header, self.lease, self.metrics.say)
 
     def _restore(self, ranks: Ranks) -> None:
         """Goes to the newest valid snapshot, where nobody has the state in memory. A collective."""
-        self.ledger.mark(PREPARATION)
+        self.ledger.mark(Part.PREPARATION)
         self.metrics.active = ranks.is_first
         if ranks.is_first and not self.header["run_id"]:
-            self.header["run_id"] = self._claim()
+            self.header["run_id"] = self.claim()
         self.header["run_id"] = ranks.gather_json(self.header["run_id"], "opening the run's folder")[0]
-        folder, memory = self._folders()
         if self.saver is not None:
             self.saver.settle_memory()
         self.trainer.begin_again(ranks)
-        self.header["network"] = launch.network_of(self.trainer)
+        self.header["network"] = network_of(self.trainer)
         begun = ranks.gather_json(self.plan.refounds or ranks.generation > 1, "the choice of a snapshot")[0]
-        launch.continue_run(self.trainer, folder, memory, self.header, begun=begun)
-        self.ledger.mark(RESTORE)
+        self.restore(begun=begun)
+        self.ledger.mark(Part.RESTORE)
         self._has_state = True
         if self._begins:
             self.ledger.start(self.trainer.step, ranks.world)
@@ -345,9 +277,9 @@ class ElasticRank:
         Args:
           refounds: to begin the run again when all its ranks are gone.
         """
-        deadline = time.monotonic() + self.plan.wait_s
-        tried = ""
+        deadline, tried = time.monotonic() + self.plan.wait_s, ""
         while True:
+            self.run_there()
             session = read_session(self.output)
             if session.name not in ("", tried):
                 tried = session.name
@@ -357,7 +289,7 @@ class ElasticRank:
                 except ExcludedError:
                     membership.leave("nobody is there")
                     self.membership = None
-                if launch.has_finished(self.output, self.config) and read_session(self.output).name == tried:
+                if has_finished(self.output, self.config) and read_session(self.output).name == tried:
                     print(f"the run in {self.output} has finished without this rank", flush=True)
                     return None
             if refounds:
@@ -384,13 +316,13 @@ class ElasticRank:
         self.membership = Membership.of_session(self.output, session, self.plan.host, self._place, limits)
         return self.membership
 
-    def _meet(self, view: View) -> tuple[Ranks, Saver]:
+    def _meet(self, view: View) -> Ranks:
         """Connects the members, brings them to one step, and hands out what the first rank does."""
         assert self.membership is not None
         started = time.monotonic()
         ranks, state = self._connect(view)
         self._phases["form_s"] = time.monotonic() - started
-        self.ledger.mark(REFORM)
+        self.ledger.mark(Part.REFORM)
         rows = self._compare(ranks)
         if any(row["doubt"] for row in rows) or max(row["small"]["step"] for row in rows) < 0:
             # A start; or those who had the state are gone, and those who came for it are left.
@@ -403,11 +335,11 @@ class ElasticRank:
         self.header["run_id"] = donor["run_id"]
         division, shards = divide_step(rows, self.config.data.num_shards)
         self.trainer.meet(ranks, donor["small"], division)
-        self.header["network"] = launch.network_of(self.trainer)
+        self.header["network"] = network_of(self.trainer)
         # What a first rank that is gone was about to write may be missing: all write once more at the end.
         self.trainer.saved = donor["small"]["saved"] if view.generation == 1 else -1
         self._phases["transfer_s"] = time.monotonic() - started - self._phases["form_s"]
-        self.ledger.mark(TRANSFER)
+        self.ledger.mark(Part.TRANSFER)
         self.lease.share(donor["lease"])
         if ranks.is_first:
             self.lease.hold()
@@ -415,35 +347,17 @@ class ElasticRank:
         else:
             self._follow()
         self._note(view, ranks, shards)
-        folder, memory = self._folders()
-        self.saver = Saver(
-            folder,
-            memory,
-            ranks,
-            self.config.snapshots,
-            self.metrics.say,
-            before=self.saver,
-            mirror=self.mirror,
-        )
+        self.renew_saver(ranks)
         if view.generation == 1:
-            launch.describe(self.trainer, self.header)
-        return ranks, self.saver
+            self.describe()
+        return ranks
 
     def _follow(self) -> None:
         self.metrics.follow()
         self.lease.let_go()
 
-    def _folders(self) -> tuple[SnapshotFolder, SnapshotFolder | None]:
-        folder = SnapshotFolder(
-            self.output / SNAPSHOTS, self.config.snapshots.keep, before_write=self._may_write
-        )
-        memory = memory_folder(self.config.snapshots.memory, str(self.header["run_id"]))
-        if memory is not None:
-            # Each machine has a writer of its own.
-            memory.before_write = functools.partial(self._may_write, first=False)
-        return folder, memory
-
-    def _may_write(self, *, first: bool = True) -> None:
+    def may_write(self, *, first: bool = True) -> None:
+        """Checks as well that the ranks have not gone on without this one; raises ExcludedError, too."""
         assert self.membership is not None
         self.lease.require()
         self.membership.require_current(first=first)
@@ -497,7 +411,7 @@ class ElasticRank:
     def _note(self, view: View, ranks: Ranks, shards: dict[str, int]) -> None:
         """Tells ledger and person who trains now, and what the change cost."""
         budget = {name: round(seconds, 4) for name, seconds in self._phases.items()}
-        self.ledger.mark(REFORM)
+        self.ledger.mark(Part.REFORM)
         now = {"step": self.trainer.step, "world": ranks.world, "generation": view.generation}
         self.ledger.regroup(ranks.is_first, **now, **budget, **shards)
         costs = "  ".join(f"{name.removesuffix('_s')} {seconds:.3f} s" for name, seconds in budget.items())

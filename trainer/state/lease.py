@@ -139,7 +139,7 @@ class Lease:
         """
         claim = self.path.with_name(f"{LEASE_FILE}.{token}.claim")
         try:
-            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+            claim.touch(exist_ok=False)
         except FileExistsError:
             # Its maker is at work, or died at it; then the claim grows old like a lease.
             if self._age_s(claim) > self.lease_s:
@@ -177,13 +177,12 @@ class Lease:
     def _create(self) -> bool:
         self._token = secrets.token_hex(8)
         try:
-            number = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            with self.path.open("x", encoding="utf-8") as file:
+                file.write(self._text())
+                file.flush()
+                os.fsync(file.fileno())
         except FileExistsError:
             return False
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(self._text())
-            file.flush()
-            os.fsync(file.fileno())
         return True
 
     def _read(self) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from foldfeed.feature_store.errors import StorageError
-from foldfeed.feature_store.storage import Blobs, open_blobs
+from foldfeed.feature_store.storage import Blobs, LocalBlobs, open_blobs
 from foldfeed.trainer.errors import InvalidSnapshotError, NoValidSnapshotError
 from foldfeed.trainer.state.snapshot import GENERATION, MANIFEST, RUN_FILE, SNAPSHOTS, read_generation
 
@@ -79,10 +79,15 @@ class Mirror:
 
     def close(self) -> None:
         """Waits until what was offered is copied, or has failed."""
+        self.is_idle(None)
+
+    def is_idle(self, wait_s: float | None) -> bool:
+        """Returns whether what was offered is copied, or has failed, after waiting so long for it at most."""
         with self._lock:
             thread = self._thread
         if thread is not None:
-            thread.join()
+            thread.join(wait_s)
+        return thread is None or not thread.is_alive()
 
     def _work(self) -> None:
         while True:
@@ -105,7 +110,10 @@ class Mirror:
                 blobs.write_atomic(f"{offer.name}/{name}", file.read())
         blobs.write_atomic(f"{offer.name}/{MANIFEST}", offer.files[MANIFEST].read())
         self._say(f"copied: {offer.name} to {self._url}")
-        for name in _generations(blobs)[: -self._keep]:
+        # Later ones were refused, or left by a run that a start elsewhere went back of: they must not push
+        # this one out.
+        names = [name for name in _generations(blobs) if _step_of(name) <= _step_of(offer.name)]
+        for name in names[: -self._keep]:
             # Without its manifest it is no generation, whatever becomes of the rest.
             blobs.delete(f"{name}/{MANIFEST}")
             blobs.delete(name)
@@ -114,10 +122,11 @@ class Mirror:
 def _generations(blobs: Blobs) -> list[str]:
     """Returns the names of complete generations, oldest first."""
     names = [name for name in blobs.list("") if GENERATION.fullmatch(name)]
-    return sorted(
-        (name for name in names if blobs.exists(f"{name}/{MANIFEST}")),
-        key=lambda name: int(name.split("-")[1]),
-    )
+    return sorted((name for name in names if blobs.exists(f"{name}/{MANIFEST}")), key=_step_of)
+
+
+def _step_of(name: str) -> int:
+    return int(name.split("-")[1])
 
 
 def fetch(url: str, output: Path, say: Callable[[str], None]) -> bool:
@@ -145,9 +154,7 @@ def fetch(url: str, output: Path, say: Callable[[str], None]) -> bool:
             reasons.append(f"{name}: {error}")
             say(f"warning: {name} at {url} is no valid generation ({error}); trying an older one")
             continue
-        temporary = output / f".{RUN_FILE}.fetching"
-        temporary.write_bytes(blobs.read(RUN_FILE))
-        temporary.replace(output / RUN_FILE)
+        LocalBlobs(output).write_atomic(RUN_FILE, blobs.read(RUN_FILE))
         say(f"fetched: {name} from {url}")
         return True
     raise NoValidSnapshotError(url, reasons)

@@ -31,13 +31,7 @@ from foldfeed.trainer.errors import (
 from foldfeed.trainer.groups.nccl import ORDERED
 from foldfeed.trainer.groups.ranks import Ranks
 from foldfeed.trainer.groups.topology import own_place, pair_up
-from foldfeed.trainer.state.snapshot import (
-    CHUNK_BYTES,
-    Generation,
-    SnapshotFolder,
-    checksum,
-    read_generation,
-)
+from foldfeed.trainer.state.snapshot import CHUNK_BYTES, Generation, SnapshotFolder, checksum, read_generation
 
 # Settings of NCCL that change the order of its sums: equal on all ranks; nccl.py warns of others than before.
 NCCL_SETTINGS = ("NCCL_ALGO", "NCCL_PROTO", "NCCL_NVLS_ENABLE")

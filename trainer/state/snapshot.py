@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from foldfeed.feature_store.errors import StorageFullError
+from foldfeed.feature_store.storage import fsync_folder
 from foldfeed.trainer.errors import InvalidSnapshotError, SnapshotError
 
 FORMAT = 1
@@ -127,12 +128,7 @@ class SnapshotFolder:
     """
 
     def __init__(
-        self,
-        path: Path,
-        keep: int,
-        before_write: Callable[[], None] = lambda: None,
-        *,
-        recycle: bool = False,
+        self, path: Path, keep: int, before_write: Callable[[], None] = lambda: None, *, recycle: bool = False
     ) -> None:
         assert keep > 1 or not recycle, "one generation must stay whole while another is written over"
         self.path = path
@@ -154,7 +150,7 @@ class SnapshotFolder:
     def write(
         self, manifest: Mapping[str, Any], buffers: Mapping[str, torch.Tensor], checksums: Mapping[str, int]
     ) -> Path:
-        """Writes and publishes one generation, then removes all but the newest `keep`.
+        """Writes and publishes one generation, then removes all but the newest `keep` up to this one.
 
         Args:
           manifest: JSON-able; must have ``step``. Format, sizes and checksums are added here.
@@ -180,12 +176,13 @@ class SnapshotFolder:
             for name, buffer in buffers.items():
                 _write_durably(temporary / f"{name}.f32", _chunks(buffer))
             _write_durably(temporary / MANIFEST, [memoryview(_seal(whole))])
-            _sync_folder(temporary)
+            fsync_folder(temporary)
             self.before_write()
             self._retire(target)
             temporary.rename(target)
-            _sync_folder(self.path)
-        for step in self.steps()[: -self.keep]:
+            fsync_folder(self.path)
+        # Later ones were refused, or a start from an older one left them: they must not push this one out.
+        for step in [found for found in self.steps() if found <= manifest["step"]][: -self.keep]:
             self._retire(self.generation_path(step))
         return target
 
@@ -193,7 +190,8 @@ class SnapshotFolder:
         """Makes the folder to write in, out of the oldest generation where that is recycled."""
         steps = self.steps() if self.recycle else []
         if not steps or len(steps) < self.keep:
-            temporary.mkdir(parents=True)
+            # Memory was given back where its folder is gone: one that wakes up late makes no new one.
+            temporary.mkdir(parents=not self.recycle)
             return
         self.generation_path(steps[0]).rename(temporary)
         # Before its bytes change, it stops being a generation.
@@ -284,22 +282,16 @@ def _write_durably(path: Path, chunks: Any) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def _clean_on_failure(temporary: Path) -> Iterator[None]:
-    """Removes the unfinished folder and names a full disk."""
+    """Removes the unfinished folder, whatever ended the write, and names a full disk."""
     assert sys.byteorder == "little", "snapshots are written in native order, which must be little-endian"
     try:
         yield
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFullError(str(temporary.parent)) from error
         raise SnapshotError(

@@ -27,7 +27,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from foldfeed.trainer.errors import SnapshotError
 from foldfeed.trainer.groups.ranks import Ranks
 from foldfeed.trainer.state.interval import Interval
 from foldfeed.trainer.state.mirror import Mirror
-from foldfeed.trainer.state.snapshot import SnapshotFolder, sum_and_copy
+from foldfeed.trainer.state.snapshot import SnapshotFolder, replica_digest, sum_and_copy
 
 # A double buffer: one generation stays whole while the other is written over.
 MEMORY_GENERATIONS = 2
@@ -62,16 +62,19 @@ class Capture:
     checksums: Mapping[str, int]
 
 
-def memory_folder(root: str, run_id: str) -> SnapshotFolder | None:
+def memory_folder(
+    root: str, run_id: str, before_write: Callable[[], None] = lambda: None
+) -> SnapshotFolder | None:
     """Returns the memory tier of a run, which need not exist; None when it is turned off.
 
     Args:
       root: a folder in memory, or ``none``.
       run_id: of the run.
+      before_write: see `SnapshotFolder`.
     """
     if root == NO_MEMORY:
         return None
-    return SnapshotFolder(Path(root) / f"foldfeed-{run_id}", MEMORY_GENERATIONS, recycle=True)
+    return SnapshotFolder(Path(root) / f"foldfeed-{run_id}", MEMORY_GENERATIONS, before_write, recycle=True)
 
 
 def prepare_memory(folder: SnapshotFolder | None, ranks: Ranks) -> bool:
@@ -179,11 +182,16 @@ class Lane:
         Raises:
           StorageFullError, SnapshotError, LeaseLostError: the write failed.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.close()
         result, self._result = self._result, None
         return None if result is None else result.result()
+
+    def is_idle(self, wait_s: float) -> bool:
+        """Returns whether nothing is being written, after waiting so long for it at most."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(wait_s)
+        return thread is None or not thread.is_alive()
 
     def close(self) -> None:
         """Waits for the write under way, whatever comes of it: another error is on its way already."""
@@ -223,6 +231,9 @@ class Saver:
         self.disk = disk
         self._ranks = ranks
         self._memory_on = memory is not None
+        # A snapshot under way: its checksums, and what ends it.
+        self._staged: Future[Mapping[str, int]] | None = None
+        self._conclude: Callable[[Mapping[str, int], float], tuple[float, bool]]
         # Seconds that staging and writing took in the background.
         self._busy_s = 0.0
         if before is not None:
@@ -295,6 +306,60 @@ class Saver:
         threading.Thread(target=work, name="foldfeed-stage").start()
         return found
 
+    def begin_snapshot(
+        self,
+        manifest: Mapping[str, Any],
+        state: Callable[[], Mapping[str, torch.Tensor]],
+        step_s: float,
+        *,
+        memory: bool,
+        disk: bool,
+    ) -> None:
+        """Begins what `end_snapshot` ends, before the state changes.
+
+        Args:
+          manifest: JSON-able; has ``step``.
+          state: see `stage`.
+          step_s: of this rank's steps, to choose the next interval by; 0 not to.
+          memory: whether it is for memory.
+          disk: whether it is for the disk.
+        """
+        # No staging of an earlier one is left: it was ended, or dropped.
+        self._staged = self.stage(state, memory=memory, disk=disk)
+
+        def conclude(checksums: Mapping[str, int], started: float) -> tuple[float, bool]:
+            digest = replica_digest(checksums)
+            self._ranks.require_equal(digest, f"parameters and moments after step {manifest['step']}")
+            named = {**manifest, "replica_digest": digest.hex()}
+            self.save(Capture(manifest=named, buffers=None, checksums=checksums), memory=memory, disk=disk)
+            stall_s = time.perf_counter() - started
+            if step_s:
+                self.learn(stall_s, step_s, disk=disk)
+            return stall_s, disk
+
+        self._conclude = conclude
+
+    def end_snapshot(self) -> tuple[float, bool]:
+        """Compares the state of a snapshot under way on all ranks, and starts to write it. A collective.
+
+        Returns: seconds for which it held this rank up, and whether it goes to disk.
+        Raises:
+          ReplicaMismatchError: a rank's parameters or moments differ; nothing is written.
+        """
+        if self._staged is None:
+            return 0.0, False
+        started, staged = time.perf_counter(), self._staged
+        # It waits for the write before on ranks that write.
+        self._ranks.wait_for_all(lambda wait_s: bool(wait([staged], wait_s).done), "the copy of a snapshot")
+        checksums, self._staged = staged.result(), None
+        return self._conclude(checksums, started)
+
+    def drop_snapshot(self) -> None:
+        """Waits until the state may change, and forgets the snapshot under way, if any."""
+        if self._staged is not None:
+            wait([self._staged])
+            self._staged = None
+
     def save(self, capture: Capture, *, memory: bool, disk: bool) -> None:
         """Starts to write a captured state.
 
@@ -308,6 +373,7 @@ class Saver:
             self._save_in_memory(capture)
         if disk:
             self._on_disk.taken(step)
+            self._await_disk()
             self._ranks.first_does(lambda: self._disk.submit(capture), "the snapshot")
 
     def _save_in_memory(self, capture: Capture) -> None:
@@ -316,14 +382,10 @@ class Saver:
         try:
             self._memory.submit(capture)
         except (StorageFullError, SnapshotError) as error:
-            self._leave_memory(error)
-
-    def _leave_memory(self, error: Exception) -> None:
-        assert self._memory is not None
-        folder, self._memory = self._memory.folder, None
-        shutil.rmtree(folder.path, ignore_errors=True)
-        reason = "no space left" if isinstance(error, StorageFullError) else str(error).rstrip(".")
-        _say_off(self._ranks, f"{folder.path}: {reason}")
+            folder, self._memory = self._memory.folder, None
+            shutil.rmtree(folder.path, ignore_errors=True)
+            reason = "no space left" if isinstance(error, StorageFullError) else str(error).rstrip(".")
+            _say_off(self._ranks, f"{folder.path}: {reason}")
 
     def learn(self, cost_s: float, step_s: float, *, disk: bool) -> None:
         """Chooses the next intervals from what the last snapshot cost. A collective where costs decide.
@@ -352,7 +414,15 @@ class Saver:
           StorageFullError, SnapshotError, LeaseLostError: the write failed, on the first rank.
           PeerError: on the others.
         """
+        self._await_disk()
         self._ranks.first_does(lambda: str(self._disk.wait() or ""), "the snapshot")
+
+    def _await_disk(self) -> None:
+        """Waits for the write to disk that is under way; it may last longer than a collective waits."""
+        disk = self._disk
+        self._ranks.wait_for_all(
+            lambda wait_s: not self._ranks.is_first or disk.is_idle(wait_s), "the write of a snapshot"
+        )
 
     def finish(self) -> None:
         """Waits for the disk; then nothing in memory is newer, and the memory is given back. All ranks.
@@ -360,10 +430,12 @@ class Saver:
         Raises: as `check`.
         """
         self.check()
-        if self._mirror is not None:
-            self._mirror.close()
+        mirror = self._mirror
+        self._ranks.wait_for_all(
+            lambda wait_s: mirror is None or mirror.is_idle(wait_s), "the copies of snapshots"
+        )
+        self.close()
         if self._memory is not None:
-            self._memory.close()
             shutil.rmtree(self._memory.folder.path, ignore_errors=True)
             self._memory = None
 

@@ -17,6 +17,7 @@ from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.groups.ranks import Ranks
 from foldfeed.trainer.models.task import Task
 from foldfeed.trainer.training.held_out import HeldOut
+from foldfeed.trainer.training.source import Source, SourceMeters
 
 
 @contextlib.contextmanager
@@ -96,22 +97,7 @@ def open_held_out(config: RunConfig, task: Task, recipe: Recipe, ranks: Ranks) -
         )
     num_samples = config.held_out.eval_samples or len(held_out)
     with open_loader(config.data, recipe, config.seed, ranks, record_set=name) as (loader, _):
-        yield HeldOut(loader, num_samples, task, ranks)
-
-
-class LoaderMeters:
-    """What a loader counted, in the trainer's words, see `training.source.SourceMeters`."""
-
-    def __init__(self, loader: CropLoader) -> None:
-        self._loader = loader
-
-    def scalars(self) -> dict[str, float]:
-        """Returns the few numbers that are worth a curve."""
-        return scalars(self._loader.meters())
-
-    def lines(self) -> list[str]:
-        """Returns the table of a run's end."""
-        return table(self._loader.meters())
+        yield HeldOut(loader, num_samples, task, ranks, config.seed)
 
 
 @contextlib.contextmanager
@@ -131,3 +117,27 @@ def serving(loader: CropLoader, port: int, ranks: Ranks, local_rank: int) -> Ite
         raise TrainerConfigError(f"--metrics-port {port}: {error}") from error
     with server:
         yield
+
+
+@contextlib.contextmanager
+def open_data(
+    config: RunConfig, task: Task, recipe: Recipe, ranks: Ranks, local_rank: int, trace: str
+) -> Iterator[tuple[Source, HeldOut | None]]:
+    """Opens all that a run reads; answers Prometheus meanwhile.
+
+    Args:
+      config: settings.
+      task: what is trained.
+      recipe: how its samples are made.
+      ranks: which part of a step is this rank's.
+      local_rank: of this process on its node.
+      trace: see `open_loader`.
+    Raises: as `open_loader`, `open_held_out` and `serving`.
+    """
+    with (
+        open_loader(config.data, recipe, config.seed, ranks, trace=trace) as (loader, fingerprint),
+        open_held_out(config, task, recipe, ranks) as held_out,
+        serving(loader, config.metrics_port, ranks, local_rank),
+    ):
+        meters = SourceMeters(lambda: scalars(loader.meters()), lambda: table(loader.meters()))
+        yield Source(loader, fingerprint, meters), held_out

@@ -10,7 +10,7 @@ Owns: the look. Does not own: when it happens (loop.py), the model and its loss 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,8 +18,9 @@ from torch import nn
 
 from foldfeed.loader import CropLoader
 from foldfeed.trainer.groups.ranks import Ranks
-from foldfeed.trainer.models.losses import Loss, PerSample
+from foldfeed.trainer.models.losses import PerSample
 from foldfeed.trainer.models.task import Task
+from foldfeed.trainer.rng import seed_look
 
 TOTAL = "loss"
 
@@ -37,7 +38,7 @@ class Entry(NamedTuple):
 class HeldOut:
     """The held-out records of a run, seen by one rank."""
 
-    def __init__(self, loader: CropLoader, num_samples: int, task: Task, ranks: Ranks) -> None:
+    def __init__(self, loader: CropLoader, num_samples: int, task: Task, ranks: Ranks, seed: int) -> None:
         """Keeps a loader that is at the start of its stream.
 
         Args:
@@ -45,12 +46,14 @@ class HeldOut:
           num_samples: of a look.
           task: gives the loss.
           ranks: the groups.
+          seed: of the run.
         """
         self._loader = loader
         self._start = loader.state_dict()
         self._num_samples = num_samples
         self._task = task
         self._ranks = ranks
+        self._seed = seed
 
     def redivide(self, ranks: Ranks) -> None:
         """Takes another part of each look, among other ranks."""
@@ -67,45 +70,34 @@ class HeldOut:
           SampleError: a sample could not be read.
           CommunicationError: a peer died or stalled.
         """
-        was_training = model.training
+        # Of each module: a task may keep a part of its model in evaluation mode for good.
+        modes = [(module, module.training) for module in model.modules()]
         # Not by its other name: a test looks for that word, which evaluates text elsewhere.
         model.train(False)
         try:
             with torch.no_grad():
-                sums = [entry for shard in self._shards() for entry in self._sums(model, *shard)]
+                sums = list(self._entries(model))
         finally:
-            model.train(was_training)
+            for module, training in modes:
+                module.training = training
             # Also ends the threads that would read ahead of what is wanted.
             self._loader.load_state_dict(self._start)
         rows = self._ranks.gather_json(sums, "the look at held-out records")
         return _means([Entry(*entry) for row in rows for entry in row])
 
-    def _shards(self) -> Iterator[tuple[int, int, Sequence[int], Mapping[str, torch.Tensor]]]:
-        batch_size = self._loader.order.global_batch
-        for _ in range(-(-self._num_samples // batch_size)):
+    def _entries(self, model: nn.Module) -> Iterator[Entry]:
+        for _ in range(-(-self._num_samples // self._loader.order.global_batch)):
             batch = next(self._loader)
             for shard in batch.shards:
-                yield batch.step, shard.v, shard.samples, shard.features
-
-    def _sums(
-        self,
-        model: nn.Module,
-        step: int,
-        v: int,
-        samples: Sequence[int],
-        features: Mapping[str, torch.Tensor],
-    ) -> list[Entry]:
-        loss = self._task.loss(model, features)
-        wanted = torch.tensor([sample < self._num_samples for sample in samples], device=loss.counted.device)
-        return [
-            Entry(step, v, name, float(part.values[kept].sum()), int(kept.sum()))
-            for name, part in _named(loss)
-            for kept in [part.counted & wanted]
-        ]
-
-
-def _named(loss: Loss) -> list[tuple[str, PerSample]]:
-    return [(TOTAL, PerSample(loss.per_sample, loss.counted)), *loss.parts.items()]
+                seed_look(self._seed, batch.step, shard.v)
+                loss = self._task.loss(model, shard.features)
+                wanted = [sample < self._num_samples for sample in shard.samples]
+                mask = torch.tensor(wanted, device=loss.counted.device)
+                whole = PerSample(loss.per_sample, loss.counted)
+                for name, part in [(TOTAL, whole), *loss.parts.items()]:
+                    kept = part.counted & mask
+                    total, number = part.values[kept].sum(), kept.sum()
+                    yield Entry(batch.step, shard.v, name, float(total), int(number))
 
 
 def _means(entries: Sequence[Entry]) -> dict[str, float]:

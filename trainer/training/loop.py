@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch.profiler import record_function
 
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.errors import DivergedError, RanksChangeError
-from foldfeed.trainer.goodput import DATA, EVALUATION, OTHER, PRODUCTIVE, SAVE, SKIPPED, Ledger
+from foldfeed.trainer.goodput import Ledger, Part
 from foldfeed.trainer.gradients.buckets import auto_bucket_bytes, plan_buckets
 from foldfeed.trainer.gradients.ddp import DdpReducer
 from foldfeed.trainer.gradients.dyadic import Block, Division, usual_division
@@ -40,7 +39,7 @@ from foldfeed.trainer.groups.ranks import Ranks
 from foldfeed.trainer.models.task import Task
 from foldfeed.trainer.rng import seed_initial_weights, seed_shard
 from foldfeed.trainer.state.snapshot import BUFFERS, EMA, Generation, checksum, replica_digest
-from foldfeed.trainer.state.tiers import Capture, Saver
+from foldfeed.trainer.state.tiers import Saver
 from foldfeed.trainer.training.commit import Commit, ShardResult, combine, shard_scalars
 from foldfeed.trainer.training.held_out import HeldOut
 from foldfeed.trainer.training.metrics import Metrics, commit_scalars, memory_scalars
@@ -123,9 +122,8 @@ class Trainer:
         self.stop_requested = self.leaves_alone = False
         self.check_peers: Callable[[], None] = lambda: None
         self.invites: Callable[[], bool] = lambda: False
-        # A snapshot under way: its checksums, and what ends it.
-        self._staged: Future[Mapping[str, int]] | None = None
-        self._conclude: Callable[[Mapping[str, int], float], None]
+        # Of the last snapshot.
+        self._saver: Saver | None = None
         self._stall_s = 0.0
         self._not_finite_since = 0
         # The last step that looked at held-out records; a snapshot is taken after its step's look.
@@ -252,16 +250,14 @@ class Trainer:
         try:
             return self._run(saver, header, ledger, watch)
         finally:
-            if self._staged is not None:
-                # A snapshot that an error has overtaken: what comes next may change the state.
-                wait([self._staged])
-                self._staged = None
+            # A snapshot that an error has overtaken: what comes next may change the state.
+            saver.drop_snapshot()
 
     def _run(self, saver: Saver, header: Mapping[str, Any], ledger: Ledger, watch: StackWatch) -> Outcome:
         saver.begin(self.step)
         # A look that lost a rank is taken again.
         self._look()
-        ledger.mark(EVALUATION)
+        ledger.mark(Part.EVALUATION)
         stopped = False
         usual = usual_division(self.config.data.num_shards, self.ranks.world)
         stragglers = Stragglers([len(shards) for shards in usual.shards])
@@ -273,14 +269,14 @@ class Trainer:
             started = time.perf_counter()
             batch = next(steps)
             data_s = time.perf_counter() - started
-            ledger.mark(DATA)
+            ledger.mark(Part.DATA)
             commit, update = self.train_step(batch, data_s, saver.failed)
             seconds = time.perf_counter() - started
-            kind = SKIPPED if update.skipped else PRODUCTIVE
+            kind = Part.SKIPPED if update.skipped else Part.PRODUCTIVE
             ledger.mark(kind)
             # While another rank still waited for its batch, this one waited for that rank.
-            ledger.move(kind, DATA, min(max(commit.data_s) - data_s, self.reducer.times["exposed"]))
-            ledger.move(kind, SAVE, self._stall_s)
+            ledger.move(kind, Part.DATA, min(max(commit.data_s) - data_s, self.reducer.times["exposed"]))
+            ledger.move(kind, Part.SAVE, self._stall_s)
             self._log(commit, update, seconds)
             repaired, self._division = self._division.repairs, usual
             if not repaired and (line := stragglers.feed(commit.data_s, commit.compute_s, seconds)):
@@ -288,16 +284,16 @@ class Trainer:
             if commit.save_failed:
                 saver.check()
             stopped = commit.all_stop if self.leaves_alone else commit.stop
-            ledger.mark(OTHER)
+            ledger.mark(Part.OTHER)
             self._look()
-            ledger.mark(EVALUATION)
+            ledger.mark(Part.EVALUATION)
             self._watch_divergence(commit, update, saver)
             # While steps are skipped nothing changes, and the snapshots that are kept stay the ones before.
             memory, disk = (False, False) if self._not_finite_since else saver.due(self.step)
             disk = disk or stopped
             if memory or disk:
                 self._begin_snapshot(saver, header, seconds, memory=memory, disk=disk)
-            ledger.mark(SAVE)
+            ledger.mark(Part.SAVE)
             ledger.step(self.step)
             if (commit.regroup or commit.stop) and not stopped and self.step < self.config.steps:
                 self._end_snapshot()
@@ -309,7 +305,7 @@ class Trainer:
             self._begin_snapshot(saver, header, 0.0, memory=False, disk=True)
             self._end_snapshot()
         saver.finish()
-        ledger.mark(SAVE)
+        ledger.mark(Part.SAVE)
         self._traces.end(self.step, self.ranks.rank)
         digest = self.weights_digest()
         self.ranks.require_equal(bytes.fromhex(digest), f"the final weights of step {self.step}")
@@ -435,28 +431,16 @@ class Trainer:
         self, saver: Saver, header: Mapping[str, Any], step_s: float, *, memory: bool, disk: bool
     ) -> None:
         """Has the state after this step summed up and copied while the next one computes."""
-        step = self.step
         manifest = {
             **header,
-            "step": step,
+            "step": self.step,
             "num_updates": self.optimizer.num_updates,
             "num_skipped": self.num_skipped,
             "world": self.ranks.world,
             "loader": self.source.state_dict(),
         }
-
-        def conclude(checksums: Mapping[str, int], started: float) -> None:
-            digest = replica_digest(checksums)
-            self.ranks.require_equal(digest, f"parameters and moments after step {step}")
-            named = {**manifest, "replica_digest": digest.hex()}
-            saver.save(Capture(manifest=named, buffers=None, checksums=checksums), memory=memory, disk=disk)
-            self.saved = step if disk else self.saved
-            self._stall_s = time.perf_counter() - started
-            if step_s:
-                saver.learn(self._stall_s, step_s, disk=disk)
-
-        self._conclude = conclude
-        self._staged = saver.stage(self.host_buffers, memory=memory, disk=disk)
+        self._saver = saver
+        saver.begin_snapshot(manifest, self.host_buffers, step_s, memory=memory, disk=disk)
 
     def _end_snapshot(self) -> None:
         """Ends the snapshot under way, before the state may change. A collective.
@@ -464,18 +448,15 @@ class Trainer:
         Raises:
           ReplicaMismatchError: a rank's parameters or moments differ; nothing is written.
         """
-        self._stall_s = 0.0
-        if self._staged is None:
-            return
-        started = time.perf_counter()
-        checksums, self._staged = self._staged.result(), None
-        self._conclude(checksums, started)
+        self._stall_s, on_disk = self._saver.end_snapshot() if self._saver is not None else (0.0, False)
+        self.saved = self.step if on_disk else self.saved
 
-    def restore(self, generation: Generation) -> None:
-        """Continues from a validated generation; the next step is its ``step``."""
+    def restore(self, generation: Generation, *, on_disk: bool = True) -> None:
+        """Continues from a validated generation; one that is not on the run's disk is to be written there."""
         self.take_over(generation.buffers, generation.manifest)
         self.num_skipped = int(generation.manifest["num_skipped"])
-        self.saved = self._looked = self.step
+        self._looked = self.step
+        self.saved = self.step if on_disk else -1
         self.source.load_state_dict(generation.manifest["loader"])
 
     def take_over(self, buffers: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:

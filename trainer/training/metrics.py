@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from foldfeed.trainer.errors import DependencyError
+from foldfeed.trainer.errors import DependencyError, TrainerError
 from foldfeed.trainer.training.commit import Commit
 
 METRICS_FILE = "metrics.jsonl"
@@ -207,6 +207,9 @@ def _drop_after(path: Path, step: int) -> int:
     """Removes the lines of steps after ``step`` (and a torn last line) from a metrics file.
 
     Returns: the last step that is left, 0 for none. Steps ascend, so only the end is parsed.
+
+    Raises:
+      TrainerError: what is parsed is damaged.
     """
     if not path.exists():
         return 0
@@ -214,7 +217,13 @@ def _drop_after(path: Path, step: int) -> int:
     stop, last = raw.rfind(b"\n") + 1, 0
     while stop:
         start = raw.rfind(b"\n", 0, stop - 1) + 1
-        last = int(json.loads(raw[start:stop])["step"])
+        try:
+            last = int(json.loads(raw[start:stop])["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise TrainerError(
+                f"{path} is damaged at byte {start} ({error!r}). Move the file away: the run goes on, and "
+                "its metrics begin there."
+            ) from error
         if last <= step:
             break
         stop, last = start, 0

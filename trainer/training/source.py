@@ -5,7 +5,7 @@ Shapes only: nothing here reads or trains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,17 +17,14 @@ class ShardLike(Protocol):
     @property
     def v(self) -> int:
         """Its number, 0 .. V-1."""
-        ...
 
     @property
     def samples(self) -> Sequence[int]:
         """Global sample numbers, one per leading index of the features."""
-        ...
 
     @property
     def features(self) -> Mapping[str, torch.Tensor]:
         """Tensors with a leading sample axis."""
-        ...
 
 
 class StepLike(Protocol):
@@ -36,12 +33,10 @@ class StepLike(Protocol):
     @property
     def step(self) -> int:
         """Number of the step, from 0."""
-        ...
 
     @property
     def shards(self) -> Sequence[ShardLike]:
         """This rank's virtual shards, ascending."""
-        ...
 
 
 class NoShards(NamedTuple):
@@ -56,15 +51,12 @@ class BatchSource(Protocol):
 
     def __iter__(self) -> Iterator[StepLike]:
         """Returns an endless iterator of steps."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Returns JSON-able state: the next step to be consumed and what it depends on."""
-        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a state; raises when it belongs to other data."""
-        ...
 
     def redivide(self, step: int, rank: int, world: int, first: Sequence[int] | None = None) -> None:
         """Goes to a step as another part of the ranks; only an elastic run does this.
@@ -75,19 +67,18 @@ class BatchSource(Protocol):
           world: how many there are.
           first: this rank's virtual shards of that step alone, at least one; as usual when None.
         """
-        ...
 
 
-class SourceMeters(Protocol):
-    """What a source of batches says about itself."""
+class SourceMeters(NamedTuple):
+    """What a source of batches says about itself.
 
-    def scalars(self) -> dict[str, float]:
-        """Returns numbers for a step's metrics, by name."""
-        ...
+    Attributes:
+      scalars: returns numbers for a step's metrics, by name.
+      lines: returns a table for the end of a run.
+    """
 
-    def lines(self) -> list[str]:
-        """Returns a table for the end of a run."""
-        ...
+    scalars: Callable[[], dict[str, float]]
+    lines: Callable[[], list[str]]
 
 
 class Source(NamedTuple):

@@ -106,10 +106,7 @@ class Stragglers:
 
 
 def explain_skip(
-    commit: Commit,
-    results: Mapping[int, ShardResult],
-    ranks: Ranks,
-    not_finite: Callable[[], list[str]],
+    commit: Commit, results: Mapping[int, ShardResult], ranks: Ranks, not_finite: Callable[[], list[str]]
 ) -> str:
     """Returns why a step was skipped, and who brought what was not finite. A collective.
 
@@ -221,11 +218,8 @@ class StackWatch:
         # One write keeps the ranks' texts apart.
         text = (head + _stacks() + "\n").encode(errors="backslashreplace")
         try:
-            number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(number, text)
-            finally:
-                os.close(number)
+            with self.path.open("ab", buffering=0) as file:
+                file.write(text)
         except OSError as error:
             # The watch goes on: the next signal may find the folder again.
             self._say(f"the stacks cannot be written to {self.path}: {error}")
