@@ -4,10 +4,11 @@ The data's way, one file each: sampling (which records, how often, as data) -> s
 -> order (which record is sample g, by a permutation or an alias_table; placement: in which shard) -> plan
 (its rows, window and draws, before any read) -> fetch (the tiles of the plan; reader does these for a number,
 cached_reader through the room cache/, and unreadable says what becomes of damage) -> reading (in threads
-here, or in a reading_process, over wire, into slots of a ring of shared memory; early_start: slow ones first)
--> featurise (AlphaFold 2's features from a raw sample, with clusters, structure_labels and slots for
-templates) -> draws (the alignments of a sample's recycling iterations, put together) -> prefetch (ahead of
-the consumer, in order) -> device (to the accelerator). step_work is what a rank does of this for its steps.
+here, or in a reading_process, packed into a ring of shared memory, pieces of which are told by notes over
+wire; early_start: slow ones first; supply is what either looks like) -> featurise (AlphaFold 2's features
+from a raw sample, with clusters, structure_labels and slots for templates) -> draws (those of a sample's
+recycling iterations, put together) -> prefetch (ahead of the consumer, in order) -> device (to the
+accelerator). step_work is what a rank does of this for its steps.
 samples gives single ones by number, loader a stream of steps, state says where that stands.
 What all of them do with their time is counted in meters (durations in histogram, the wait of a GPU by stall),
 told by meter_reports and metrics_server, and written event by event by trace.
