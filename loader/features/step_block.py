@@ -103,8 +103,8 @@ class StepBlock:
             moved = rows.copy()
             shift(moved, start)
             self._header[wanted] = moved
-            # NumPy gives the interpreter's lock away for this.
-            self.memory.numpy()[start : start + len(data)] = data
+            # `copyto` gives the interpreter's lock away; an assignment to a slice of the same dtype keeps it.
+            np.copyto(self.memory.numpy()[start : start + len(data)], data)
             return
         with self._lock:
             self._aside.append((wanted, rows.copy(), data.copy()))
@@ -163,7 +163,7 @@ def _without(kept: _Kept, indices: list[int]) -> _Kept | None:
 def _copy(arrays: SampleArrays, memory: NDArray[np.uint8], start: int) -> None:
     shapes = {name: getattr(arrays, name).shape for name in ARRAYS}
     for name, room in place(memory, start, shapes).items():
-        room[...] = getattr(arrays, name)
+        np.copyto(room, getattr(arrays, name))
 
 
 def _size(arrays: SampleArrays) -> int:
