@@ -4,9 +4,10 @@
 
 For each recipe the same samples are planned, read and made into features, one at a time on one thread; then
 only what the meters do for them is done: the clocks of three activities, two histograms, the counters and the
-sizes of what is read; with reading processes also the note that travels beside a sample and its way into the
-meters here; and a trace's three events. Medians over samples. With a CUDA device also what its stall costs a
-step: the two events on the consumer's stream (`stall_us`). A row is written to results/.
+sizes of what is read; with reading processes also its share of the note that travels beside some samples and
+of that one's way into the meters here; and a trace's three events. Medians over samples. With a CUDA device
+also what its stall costs a step: the two events on the consumer's stream (`stall_us`). A row is written to
+results/.
 """
 
 import argparse
@@ -26,7 +27,9 @@ from foldfeed.loader.features.host_features import host_features
 from foldfeed.loader.features.raw import RawSample
 from foldfeed.loader.meters.meters import FETCH, PLAN, PREPARE, Meters
 from foldfeed.loader.meters.stall import DeviceStall
+from foldfeed.loader.reading.notes import PieceNote
 from foldfeed.loader.reading.reader import PlannedSample, SampleReader
+from foldfeed.loader.reading.reading import GROUP_SAMPLES
 from foldfeed.loader.recipe import Recipe
 
 NAME = "loader_meters"
@@ -73,10 +76,14 @@ def measure(reader: SampleReader, num_samples: int, trace: Path) -> dict[str, fl
         meters.took("sample_prepare", 1e-3)
 
     def note(one: PlannedSample) -> None:
-        spans = [(PLAN, 1, 1.0, 1.0), (FETCH, 1, 1.0, 1.0)]
-        facts = {"of_sample": one.sample, "read_s": 1e-3, "sizes": no_sizes, "spans": spans}
-        facts |= {"now": time.perf_counter(), "times": meters.times()}
-        meters.heard(1, json.loads(json.dumps(facts)))
+        # Of a whole group.
+        spans = [
+            (activity, 1, 1.0, 1.0, sample) for sample in range(GROUP_SAMPLES) for activity in (PLAN, FETCH)
+        ]
+        facts = json.dumps({"spans": spans, "times": meters.times()}).encode()
+        now, numbers, read_s = time.perf_counter(), list(range(GROUP_SAMPLES)), [1e-3] * GROUP_SAMPLES
+        written = PieceNote(0, 1, numbers, read_s, 1, (1, 1, 1), now, facts).pack()
+        meters.heard(1, PieceNote.unpack(written))
 
     for one in planned[:3]:
         sample(one)
@@ -88,7 +95,7 @@ def measure(reader: SampleReader, num_samples: int, trace: Path) -> dict[str, fl
         "reading_ms": 1e3 * reading_s,
         "meters_us": 1e6 * median_s(threads, planned),
         "sizes_us": 1e6 * median_s(sizes, planned),
-        "note_us": 1e6 * median_s(note, planned),
+        "note_us": 1e6 * median_s(note, planned) / GROUP_SAMPLES,
     }
     with meters.tracing(trace):
         found["meters_and_trace_us"] = 1e6 * median_s(threads, planned)

@@ -24,7 +24,8 @@ from rows import emit
 
 from foldfeed.loader.meters.meters import Meters
 from foldfeed.loader.reading.reader import SampleReader
-from foldfeed.loader.reading.reading import OwnThreads, ReadingProcesses, SampleSupply
+from foldfeed.loader.reading.reading import GROUP_SAMPLES, OwnThreads, ReadingProcesses
+from foldfeed.loader.reading.supply import PackedSupply, SampleSupply
 from foldfeed.loader.recipe import Recipe
 
 NAME = "loader_reading"
@@ -36,12 +37,14 @@ READ_AHEAD_BYTES = 256 << 20
 
 
 class Stream:
-    """Takes samples in order on some threads, at most at a rate."""
+    """Takes samples in order on some threads, at most at a rate; as they lie together, where they do."""
 
     def __init__(self, supply: SampleSupply, num_threads: int) -> None:
         self._supply = supply
         self._threads = ThreadPoolExecutor(num_threads)
-        self._numbers = itertools.count()
+        self._packed = supply if isinstance(supply, PackedSupply) else None
+        self._together = 1 if self._packed is None else GROUP_SAMPLES
+        self._firsts = itertools.count(0, self._together)
         self._asked = self._taken = 0
         self._stop = threading.Event()
         self._due = time.perf_counter()
@@ -65,17 +68,21 @@ class Stream:
     def _take(self) -> None:
         while not self._stop.is_set():
             with self._lock:
-                sample = next(self._numbers)
+                sample = next(self._firsts)
                 if sample + AHEAD > self._asked:
                     self._supply.ask(range(self._asked, sample + 2 * AHEAD))
                     self._asked = sample + 2 * AHEAD
-                self._due += self._interval
+                self._due += self._interval * self._together
                 wait = self._due - time.perf_counter()
             if self._interval and wait > 0:
                 time.sleep(wait)
-            self._supply.get(sample).release()
+            if self._packed is None:
+                self._supply.get(sample).release()
+            else:
+                for piece in self._packed.take(sample)[1]:
+                    piece.give_back(len(piece.numbers))
             with self._lock:
-                self._taken += 1
+                self._taken += self._together
 
 
 def turns(seconds: float) -> float:

@@ -33,8 +33,9 @@ from foldfeed.loader.meters.meters import Meters
 from foldfeed.loader.reading.fetch import shapes_of
 from foldfeed.loader.reading.process import PLANNED_TOGETHER
 from foldfeed.loader.reading.reader import PlannedSample, SampleReader
-from foldfeed.loader.reading.reading import OwnThreads, ReadingProcesses, SampleSupply
+from foldfeed.loader.reading.reading import OwnThreads, ReadingProcesses
 from foldfeed.loader.reading.slots import place, slot_bytes
+from foldfeed.loader.reading.supply import SampleSupply
 from foldfeed.loader.recipe import Recipe
 
 NAME = "loader_slots"

@@ -4,11 +4,12 @@ The data's way: order.sampling (which records, how often, as data) -> order.sele
 -> order.order (which record is sample g, by a permutation or an alias table; order.placement: in which shard)
 -> reading.plan (its rows, window and draws, before any read) -> reading.fetch (the tiles of the plan;
 reading.reader does these for a number, reading.cached_reader through cache/, and unreadable says what becomes
-of damage) -> reading.reading (in threads here, or in processes of reading.process, over reading.wire, into
-slots of a ring of shared memory; reading.early_start: slow ones first) -> features.featurise (AlphaFold 2's
-features from a raw sample, with clusters, labels and slots for templates) -> features.draws (the alignments
-of a sample's recycling iterations, put together) -> prefetch (ahead of the consumer, in order)
--> features.device (to the accelerator). step_work is what a rank does of this for its steps. samples gives
+of damage) -> reading.reading (in threads here, or in processes of reading.process, packed into a ring of
+shared memory, pieces of which are told by reading.notes over reading.wire; reading.early_start: slow ones
+first; reading.supply is what either looks like) -> features.featurise (AlphaFold 2's features from a raw
+sample, with clusters, labels and slots for templates) -> features.draws (the alignments of a sample's
+recycling iterations, put together) -> prefetch (ahead of the consumer, in order) -> features.device (to the
+accelerator). step_work is what a rank does of this for its steps. samples gives
 single ones by number, loader a stream of steps, order.state says where that stands. What all of them do with
 their time is counted in meters.
 

@@ -40,7 +40,8 @@ from foldfeed.loader.prefetch import StepPrefetcher
 from foldfeed.loader.reading.cached_reader import CachedReader
 from foldfeed.loader.reading.plan import SamplePlan, draw_num_recycles
 from foldfeed.loader.reading.reader import SampleReader
-from foldfeed.loader.reading.reading import OwnThreads, ReadingProcesses, SampleSupply
+from foldfeed.loader.reading.reading import OwnThreads, ReadingProcesses
+from foldfeed.loader.reading.supply import SampleSupply
 from foldfeed.loader.recipe import Recipe
 from foldfeed.loader.step_work import StepWork
 from foldfeed.loader.unreadable import STOP

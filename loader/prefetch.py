@@ -9,9 +9,8 @@ Invariants: steps arrive in order whatever task is slow; an error in the backgro
 at the step it belongs to, after all earlier steps, and never turns into a hang; `close` returns when every
 thread has ended, and may be called at any time.
 
-In-process threads are the first landing. They share the interpreter lock with the trainer (most of the time
-goes into decompression and tensor arithmetic, which release it); a ring of shared memory filled by a process
-of its own is to take their place behind the same interface.
+Threads share the interpreter's lock with the trainer: each time that one wakes, the trainer stands still for
+it. A step without tasks costs one such time, of the thread that assembles, and its other threads never begin.
 """
 
 from __future__ import annotations

@@ -20,10 +20,15 @@ from test_loader_stream import RECIPE, assert_equal, build_store, by_sample, mak
 
 from foldfeed.feature_store import CorruptDataError
 from foldfeed.loader import LoaderConfigError, LoaderUseError, ReadingProcessError, Recipe, SampleError
+from foldfeed.loader.features.device import StepFeatures
+from foldfeed.loader.meters.meters import Meters
 from foldfeed.loader.reading import reading
 from foldfeed.loader.reading.fetch import ARRAYS, DTYPES, fetch, shapes_of
+from foldfeed.loader.reading.notes import MISSING, PieceNote
+from foldfeed.loader.reading.packed import row_of, sample_at, shift
+from foldfeed.loader.reading.pieces import Piece
 from foldfeed.loader.reading.ring import ALIGNMENT, RingClosedError, RingSpace
-from foldfeed.loader.reading.slots import note_of, open_note, place, slot_bytes
+from foldfeed.loader.reading.slots import place, slot_bytes
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -127,8 +132,14 @@ def test_what_is_read_into_a_slot_is_what_is_read_anywhere(store, name):
             memory.write(b"\xab" * (size + 640))
             got = fetch(planned.record, planned.plan, place(memory, 640, shapes)).arrays
             assert memory[:640] == b"\xab" * 640
-            again, note = open_note(note_of(got, 640, read_s=1.5), memory)
-            assert note["read_s"] == 1.5
+            # Places in rows count from any byte, and move with the samples.
+            rows = np.array([row_of(got, 640), row_of(got, 0)], dtype=np.int64)
+            again = sample_at(memory, rows[1], 640)
+            shift(rows[1:], 640)
+            np.testing.assert_array_equal(rows[0], rows[1])
+            for array in ARRAYS:
+                view = getattr(sample_at(memory, rows[0]), array)
+                assert view.size == 0 or np.shares_memory(view, getattr(got, array))
             for array in ARRAYS:
                 mine, theirs = getattr(again, array), getattr(want, array)
                 assert mine.dtype == theirs.dtype == DTYPES[array]
@@ -136,6 +147,18 @@ def test_what_is_read_into_a_slot_is_what_is_read_anywhere(store, name):
             assert again.crop_in_columns == want.crop_in_columns
             assert again.first_residue == want.first_residue
             assert want.num_bytes == sum(getattr(want, array).nbytes for array in ARRAYS) <= size
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2**63 - 1) | st.just(MISSING), st.floats(0, 1e6)), min_size=1),
+    st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=6),
+    st.binary(max_size=99),
+)
+def test_a_note_says_what_was_put_into_it(samples, sizes, facts):
+    numbers, read_s = (list(values) for values in zip(*samples, strict=True))
+    start, size, num_bytes, *read = sizes
+    note = PieceNote(start, size, numbers, read_s, num_bytes, tuple(read), 12.5, facts)
+    assert PieceNote.unpack(note.pack()) == note
 
 
 @pytest.mark.parametrize(
@@ -168,6 +191,57 @@ def test_features_outlive_the_memory_that_they_were_made_from(store, truth, monk
     monkeypatch.setattr(reading.ReadSample, "__init__", poisoned)
     with make_loader(store, num_processes=2) as loader:
         assert_equal(by_sample(take(loader, 6)), truth)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "num_threads", "read_ahead_bytes"), [(1, 2, 1 << 20), (2, 1, 30_000), (1, 3, SMALL)]
+)
+def test_whole_steps_outlive_memory_and_process(
+    store, truth, monkeypatch, num_processes, num_threads, read_ahead_bytes
+):
+    """Samples that are taken as they lie together: their memory is overwritten, the processes are killed."""
+    give_back = Piece.give_back
+    taken = []
+
+    def overwrite(self, num_samples=1):
+        taken.append(num_samples)
+        assert num_samples == len(self.numbers), "they are given back together"
+        np.frombuffer(self._memory, np.uint8)[self._start : self._stop] = 0xA5
+        give_back(self, num_samples)
+
+    monkeypatch.setattr(Piece, "give_back", overwrite)
+    sizes = {"num_processes": num_processes, "num_threads": num_threads, "read_ahead_bytes": read_ahead_bytes}
+    with make_loader(store, **sizes) as loader:
+        loader._maker = StepFeatures(RECIPE, loader.device)
+        batches = take(loader, 2)
+        for pid in loader._supply.pids:
+            os.kill(pid, signal.SIGKILL)
+        batches += take(loader, 4)
+    found = loader.meters()
+    assert_equal(by_sample(batches), truth)
+    # One piece holds a step, where it has room.
+    assert (max(taken) == 8) == (read_ahead_bytes == 1 << 20)
+    assert sum(taken) >= 48
+    assert found["latencies"]["sample_prepare"]["count"] == sum(taken)
+    assert loader.stats["bytes"] > 0
+    assert [one.name for one in threading.enumerate() if one.name.startswith("foldfeed")] == []
+
+
+def test_room_that_is_told_late_is_told_in_time(store, monkeypatch):
+    """What is free is told when somebody waits, though it is never much here and nothing else is sent."""
+    monkeypatch.setattr(reading, "LATE_SHARE", 1)
+    reader = make_loader(store)._reader
+    supply = reading.ReadingProcesses(reader, 1, 1, 40_000, Meters())
+    try:
+        numbers = list(range(200))
+        supply.ask(numbers)
+        for first in range(0, 200, 8):
+            for piece in supply.take(first)[1]:
+                for _ in piece.numbers:
+                    piece.give_back()
+        assert supply.queued() == {"samples_asked": 0, "samples_read_ahead": 0}
+    finally:
+        supply.close()
 
 
 def test_resume_and_ranks(store, truth):

@@ -5,6 +5,7 @@ import itertools
 import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 from loader_reference import assert_same_features
@@ -21,6 +22,7 @@ from foldfeed.loader.features.forms import COMPACT, FULL, compact_features, expa
 from foldfeed.loader.features.host_features import host_features
 from foldfeed.loader.features.raw import RawSample
 from foldfeed.loader.features.step_block import StepBlock
+from foldfeed.loader.reading.packed import row_of
 from foldfeed.loader.reading.reader import SampleReader
 
 CPU = torch.device("cpu")
@@ -117,6 +119,30 @@ def test_samples_of_a_step_may_be_read_without_labels(store):
         assert ("resolution" in want) == (index % 2 == 0)
         assert_same_features({name: features[name][index] for name in want}, want)
         assert all(not tensor[index].any() for name, tensor in features.items() if name not in want)
+
+
+def test_samples_that_lie_together_are_as_if_put_one_by_one(store):
+    """Wherever there is room, in any order, some of them put again, with bytes of nobody between them."""
+    recipe = RECIPES["crop_first"]
+    samples = arrays_of(store, recipe, range(9))
+    want = step_features.step_features(*block_of(samples), recipe)
+    offset, starts = 128, []
+    for arrays in samples:
+        starts.append(offset)
+        offset += step_block._size(arrays) + 64
+    data = np.full(offset, 0x5A, dtype=np.uint8)
+    for arrays, start in zip(samples, starts, strict=True):
+        step_block._copy(arrays, data, start)
+    rows = np.array([row_of(arrays, start) for arrays, start in zip(samples, starts, strict=True)])
+    for room, seed in itertools.product((0, 5000, 60_000, 1 << 20), range(3)):
+        block = StepBlock(new_memory(room), len(samples))
+        order = random.Random(seed).sample(range(9), 9)
+        # Four are other samples at first.
+        block.put_packed(order[:4], rows[order[4:8]], data)
+        block.put(order[0], samples[order[0]])
+        for some in (order[1:3], order[3:8], order[8:]):
+            block.put_packed(some, rows[some], data)
+        assert_same_features(step_features.step_features(*block.whole(new_memory), recipe), want)
 
 
 class Operators(TorchDispatchMode):

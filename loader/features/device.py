@@ -1,10 +1,11 @@
 """Where features are made: in the worker thread on the CPU, or on a GPU on a stream of its own.
 
-On a GPU only compact data crosses the bus, in one copy a step: worker threads write their samples into the
-step's block of page-locked memory (`block_ring`), the assembling thread starts one asynchronous copy and the
-kernels of the whole step (`step_features`) on a side stream and records two events, behind the copy and at
-the end. The block's memory is written again after the first; the consumer's stream waits for the second, on
-the device. The host waits for nothing: no operation reads a value back.
+On a GPU only compact data crosses the bus, in one copy a step: samples are written into the step's block of
+page-locked memory (`block_ring`), one by one by the threads that read them, or by the assembling thread, many
+in one copy, as reading processes packed them (`pieces`). The assembling thread starts one asynchronous copy
+and the kernels of the whole step (`step_features`) on a side stream and records two events, behind the copy
+and at the end. The block's memory is written again after the first; the consumer's stream waits for the
+second, on the device. The host waits for nothing: no operation reads a value back.
 
 Rules that keep it correct: memory of a block is taken again only after its event; device tensors made on the
 side stream are marked with ``record_stream`` for the consumer's stream, so that their memory is not handed
@@ -30,6 +31,7 @@ from foldfeed.loader.features.host_features import host_features
 from foldfeed.loader.features.raw import RawSample
 from foldfeed.loader.features.step_features import step_features
 from foldfeed.loader.reading.fetch import SampleArrays
+from foldfeed.loader.reading.pieces import Piece
 from foldfeed.loader.recipe import Recipe
 
 # What torch's allocator on a GPU aligns to.
@@ -52,7 +54,13 @@ class ReadyStep:
 
 
 class FeatureMaker(Protocol):
-    """The moments of a step's life in which devices differ."""
+    """The moments of a step's life in which devices differ.
+
+    Attributes:
+      takes_packed: whether `put` takes samples as reading processes pack them, in place of `prepare`.
+    """
+
+    takes_packed: bool
 
     def prepare(self, step: int, index: int, num_samples: int, arrays: SampleArrays) -> Any:
         """Returns what the worker thread of a sample can do for it; `assemble` takes these.
@@ -65,8 +73,25 @@ class FeatureMaker(Protocol):
         """
         ...
 
+    def put(self, step: int, indices: Sequence[int], num_samples: int, piece: Piece) -> None:
+        """Copies the samples of a piece.
+
+        Args:
+          step: whose samples they are.
+          indices: which of this rank's samples of the step.
+          num_samples: of this rank in the step.
+          piece: not needed afterwards.
+        """
+        ...
+
     def assemble(self, step: int, layout: Layout, prepared: list[Any]) -> ReadyStep:
-        """Returns a step; runs on the assembling thread, steps in order."""
+        """Returns a step; runs on the assembling thread, steps in order.
+
+        Args:
+          step: its number.
+          layout: of its samples.
+          prepared: of its samples, in that order; of all or, where they were `put`, of none.
+        """
         ...
 
     def hand_over(self, ready: ReadyStep) -> StepBatch:
@@ -81,6 +106,8 @@ class FeatureMaker(Protocol):
 class HostFeatures:
     """Makes features in the worker threads, sample by sample, on the CPU."""
 
+    takes_packed = False
+
     def __init__(self, recipe: Recipe, form: str = FULL) -> None:
         self._recipe = recipe
         self._form = form
@@ -88,6 +115,10 @@ class HostFeatures:
     def prepare(self, step: int, index: int, num_samples: int, arrays: SampleArrays) -> Features:
         """Returns the features."""
         return host_features(RawSample.of(arrays), self._recipe, self._form)
+
+    def put(self, step: int, indices: Sequence[int], num_samples: int, piece: Piece) -> None:
+        """Is not called."""
+        raise AssertionError("features on the CPU are made sample by sample")
 
     def assemble(self, step: int, layout: Layout, prepared: list[Features]) -> ReadyStep:
         """Stacks the samples of each shard."""
@@ -106,6 +137,8 @@ class StepFeatures:
 
     Works on the CPU as well, more slowly than `HostFeatures`: for tests.
     """
+
+    takes_packed = True
 
     def __init__(
         self, recipe: Recipe, device: torch.device, form: str = FULL, *, num_blocks: int = 3
@@ -130,9 +163,13 @@ class StepFeatures:
         """Copies the sample into the step's block."""
         self._blocks.block(step, num_samples).put(index, arrays)
 
+    def put(self, step: int, indices: Sequence[int], num_samples: int, piece: Piece) -> None:
+        """Copies the samples into the step's block, all at once."""
+        self._blocks.block(step, num_samples).put_packed(indices, *piece.packed())
+
     def assemble(self, step: int, layout: Layout, prepared: list[None]) -> ReadyStep:
         """Returns a step that will be there when its event has happened."""
-        if not prepared:
+        if not layout:
             return ReadyStep(batch=StepBatch(step=step, shards=[]))
         memory, sizes = self._blocks.whole(step)
         with self._on_side_stream():

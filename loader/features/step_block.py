@@ -1,14 +1,14 @@
 """`StepBlock`: what a rank reads for a step as one block of bytes, so that one copy takes it to a device.
 
-    nothing | header | sample | sample | ...      each sample: its arrays end to end
+    nothing | header | sample | sample | ...      see `reading.packed` for header and samples
 
 The block begins with what is read where a sample has nothing: zeros for any dtype, and from `NO_CODE_AT` on
-bytes of `NO_CODE`. The header is int64 (samples, `HEADER`): for each array of a sample where it begins,
-counted in its own elements from the block's first byte, and the sample's sizes. It travels in the block, so a
-device finds everything by itself and the host needs to know no more than the largest sizes (`StepSizes`).
-Samples lie in the order in which they came; the header has them in the order of the step.
+bytes of `NO_CODE`. Places in the header are counted from the block's first byte. The header travels in the
+block, so a device finds everything by itself and the host needs to know no more than the largest sizes
+(`StepSizes`). Samples lie in the order in which they came; the header has them in the order of the step.
 
-Owns the layout. Does not own whose memory it is or when that may be written again (`features.device`).
+Owns the layout of a step. Does not own whose memory it is or when that may be written again
+(`features.device`).
 
 A block may be filled by several threads at once. Where its memory is too small, samples are kept aside, and
 `whole` moves all into larger memory: that happens to the first steps only.
@@ -18,27 +18,25 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from foldfeed.loader.reading.fetch import ARRAYS, DTYPES, SampleArrays
+from foldfeed.loader.reading.fetch import ARRAYS, SampleArrays
+from foldfeed.loader.reading.packed import HEADER, padded, row_of, shift
 from foldfeed.loader.reading.ring import ALIGNMENT
 from foldfeed.loader.reading.slots import place
 
-# Sizes of a sample, in the header behind the places of its arrays.
-SIZES = (
-    *("columns", "residues", "centres", "extras", "members", "replaced"),
-    *("with_atoms", "crop_start", "first_residue"),
-)
-HEADER = (*ARRAYS, *SIZES)
 # What stands where a sample has nothing: 0 at the block's first byte, and this code, which is none.
 NO_CODE = 255
 NO_CODE_AT = ALIGNMENT // 2
 # Memory is asked for in such pieces, so that steps of nearly the same size find it large enough.
 GRAIN_BYTES = 1 << 20
+# Samples without room: their places in the step, their rows (as for `StepBlock.put_packed`), their bytes.
+_Kept: TypeAlias = "tuple[list[int], NDArray[np.int64], NDArray[np.uint8]]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,25 +56,6 @@ class StepSizes:
     replaced: int
 
 
-def header_of(arrays: SampleArrays, start: int) -> list[int]:
-    """Returns a sample's line of the header.
-
-    Args:
-      arrays: the sample.
-      start: first byte of it, a multiple of `ALIGNMENT`.
-    """
-    places = []
-    for name in ARRAYS:
-        places.append(start // DTYPES[name].itemsize)
-        start += _padded(getattr(arrays, name).nbytes)
-    return [
-        *places,
-        *(arrays.msa.shape[1], len(arrays.aatype), len(arrays.centre_at), len(arrays.extra_at)),
-        *(len(arrays.member_at), len(arrays.profile_at), len(arrays.atom_mask)),
-        *(arrays.crop_in_columns[0], arrays.first_residue),
-    ]
-
-
 class StepBlock:
     """A step's samples on their way into one block.
 
@@ -89,8 +68,8 @@ class StepBlock:
         self.memory = memory
         self._num_samples = num_samples
         self._header = np.zeros((num_samples, len(HEADER)), dtype=np.int64)
-        self._used = ALIGNMENT + _padded(self._header.nbytes)
-        self._aside: list[tuple[int, SampleArrays]] = []
+        self._used = ALIGNMENT + padded(self._header.nbytes)
+        self._aside: list[_Kept] = []
         self._lock = threading.Lock()
 
     def put(self, index: int, arrays: SampleArrays) -> None:
@@ -99,19 +78,36 @@ class StepBlock:
         One that is put again takes the place of the one before, whose bytes are left behind in the block.
         """
         size = _size(arrays)
-        with self._lock:
-            start = self._used
-            fits = start + size <= len(self.memory)
-            self._aside = [(other, kept) for other, kept in self._aside if other != index]
-            if fits:
-                self._used += size
-        if fits:
-            self._header[index] = header_of(arrays, start)
+        start = self._room([index], size)
+        if start is not None:
+            self._header[index] = row_of(arrays, start)
             _copy(arrays, self.memory.numpy(), start)
             return
-        kept = {name: getattr(arrays, name).copy() for name in ARRAYS}
+        kept = np.empty(size, dtype=np.uint8)
+        _copy(arrays, kept, 0)
+        row = np.array([row_of(arrays, 0)], dtype=np.int64)
         with self._lock:
-            self._aside.append((index, dataclasses.replace(arrays, **kept)))
+            self._aside.append(([index], row, kept))
+
+    def put_packed(self, indices: Sequence[int], rows: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
+        """Copies samples that lie together, all at once; as `put` does, whose rules hold.
+
+        Args:
+          indices: their places in the step.
+          rows: int64 (n, `HEADER`), of each of them; places are counted from the first byte of ``data``.
+          data: uint8 (bytes,), a multiple of `ALIGNMENT`; what else lies there comes along.
+        """
+        wanted = list(indices)
+        start = self._room(wanted, len(data))
+        if start is not None:
+            moved = rows.copy()
+            shift(moved, start)
+            self._header[wanted] = moved
+            # `copyto` gives the interpreter's lock away; an assignment to a slice of the same dtype keeps it.
+            np.copyto(self.memory.numpy()[start : start + len(data)], data)
+            return
+        with self._lock:
+            self._aside.append((wanted, rows.copy(), data.copy()))
 
     def whole(self, more: Callable[[int], torch.Tensor]) -> tuple[torch.Tensor, StepSizes]:
         """Returns the block, once all samples are there.
@@ -121,15 +117,15 @@ class StepBlock:
         Returns: uint8 (bytes,), a view of ``memory``, its size a multiple of `ALIGNMENT`; and the sizes.
         """
         if self._aside:
-            needed = self._used + sum(_size(arrays) for _, arrays in self._aside)
+            needed = self._used + sum(len(data) for *_, data in self._aside)
             memory = more(-(-needed // GRAIN_BYTES) * GRAIN_BYTES)
             # No more than the header's room, where nothing had any.
             filled = min(self._used, len(self.memory))
             memory[:filled] = self.memory[:filled]
             self.memory = memory
             aside, self._aside = self._aside, []
-            for index, arrays in aside:
-                self.put(index, arrays)
+            for indices, rows, data in aside:
+                self.put_packed(indices, rows, data)
         assert not self._aside
         start = self.memory.numpy()
         start[:NO_CODE_AT] = 0
@@ -143,16 +139,32 @@ class StepBlock:
             replaced=max(1, largest["replaced"]),
         )
 
+    def _room(self, indices: list[int], size: int) -> int | None:
+        """Returns where samples go, None where there is no room; forgets what is kept aside of them."""
+        with self._lock:
+            if self._aside:
+                self._aside = [
+                    found for kept in self._aside if (found := _without(kept, indices)) is not None
+                ]
+            if self._used + size > len(self.memory):
+                return None
+            start = self._used
+            self._used += size
+            return start
+
+
+def _without(kept: _Kept, indices: list[int]) -> _Kept | None:
+    left = [place for place, index in enumerate(kept[0]) if index not in indices]
+    if not left:
+        return None
+    return [kept[0][place] for place in left], kept[1][left], kept[2]
+
 
 def _copy(arrays: SampleArrays, memory: NDArray[np.uint8], start: int) -> None:
     shapes = {name: getattr(arrays, name).shape for name in ARRAYS}
     for name, room in place(memory, start, shapes).items():
-        room[...] = getattr(arrays, name)
+        np.copyto(room, getattr(arrays, name))
 
 
 def _size(arrays: SampleArrays) -> int:
-    return sum(_padded(getattr(arrays, name).nbytes) for name in ARRAYS)
-
-
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return sum(padded(getattr(arrays, name).nbytes) for name in ARRAYS)

@@ -30,9 +30,10 @@ from foldfeed.feature_store.format.structure import NUM_ATOMS
 from foldfeed.loader.features.clusters import NUM_CLASSES, NUM_COUNTED
 from foldfeed.loader.features.featurise import NUM_AATYPES, deletion_value
 from foldfeed.loader.features.forms import COMPACT, FULL, Features, compact_dtype
-from foldfeed.loader.features.step_block import HEADER, NO_CODE, NO_CODE_AT, StepSizes
+from foldfeed.loader.features.step_block import NO_CODE, NO_CODE_AT, StepSizes
 from foldfeed.loader.features.structure_labels import label_features
 from foldfeed.loader.features.templates import template_slots
+from foldfeed.loader.reading.packed import HEADER
 from foldfeed.loader.reading.plan import FROM_PROFILE, NOT_MASKED, SAME
 from foldfeed.loader.reading.ring import ALIGNMENT
 from foldfeed.loader.recipe import AF3, MASKED_LM, Recipe

@@ -43,12 +43,12 @@ class LatencyHistogram:
         self.min_s = math.inf
         self.max_s = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Counts a duration of at least 0."""
+    def add(self, seconds: float, times: int = 1) -> None:
+        """Counts a duration of at least 0, so many times."""
         at = 0 if seconds <= SMALLEST_S else math.ceil(math.log(seconds / SMALLEST_S) * _SCALE)
-        self._buckets[min(at, NUM_BUCKETS - 1)] += 1
-        self.count += 1
-        self.sum_s += seconds
+        self._buckets[min(at, NUM_BUCKETS - 1)] += times
+        self.count += times
+        self.sum_s += seconds * times
         self.min_s = min(self.min_s, seconds)
         self.max_s = max(self.max_s, seconds)
 

@@ -11,9 +11,10 @@ other, so busy and waiting add up to the thread's life, however it went:
   ``assemble``  the thread that puts steps together; waits for their samples
   ``train``     the consumer: busy outside of the loader, waiting inside of ``next()``
 
-Reading processes send their numbers along with every sample (`reading.slots.note_of`), so what is
-known of them is what it was at their last sample. Durations go into histograms of fixed size. Everything
-outlives the threads that it is about: a loader that stops and goes on, goes on counting.
+Reading processes send their numbers along with every piece (`reading.notes`), so what is known of
+them is what it was at their last one; it is looked at when somebody asks. Durations go into histograms of
+fixed size. Everything outlives the threads that it is about: a loader that stops and goes on, goes on
+counting.
 
 Owns the counting; `meters.reports` owns the words and formats, `meters.trace` single
 events. Knows no torch, so that reading processes can count. Thread safe.
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import threading
 import time
@@ -33,6 +35,7 @@ from typing import Any
 from foldfeed.loader.errors import LoaderUseError
 from foldfeed.loader.meters.histogram import LatencyHistogram
 from foldfeed.loader.meters.trace import Tracer
+from foldfeed.loader.reading.notes import MISSING, PieceNote
 
 PLAN, FETCH, PREPARE, ASSEMBLE, TRAIN, WAIT = "plan", "fetch", "prepare", "assemble", "train", "wait"
 STAGES = (PLAN, FETCH, PREPARE, ASSEMBLE, TRAIN)
@@ -216,8 +219,8 @@ class Meters:
         self._stages: dict[str, Stage] = {}
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._histograms = {name: LatencyHistogram() for name in LATENCIES}
-        # What reading processes that live said last: (when, by stage); and those that ended, by stage.
-        self._processes: dict[int, tuple[float, dict[str, StageTime]]] = {}
+        # What reading processes that live said last: (when, facts of a note); and those that ended, by stage.
+        self._processes: dict[int, tuple[float, bytes]] = {}
         self._ended: dict[str, StageTime] = {}
 
     def stage(self, name: str) -> Stage:
@@ -234,10 +237,10 @@ class Meters:
             for name, amount in amounts.items():
                 self._counts[name] += amount
 
-    def took(self, latency: str, seconds: float) -> None:
-        """Adds a duration to one of `LATENCIES`."""
+    def took(self, latency: str, seconds: float, times: int = 1) -> None:
+        """Adds a duration to one of `LATENCIES`, so many times."""
         with self._lock:
-            self._histograms[latency].add(seconds)
+            self._histograms[latency].add(seconds, times)
 
     def read(self, seconds: float, sizes: Mapping[str, int]) -> None:
         """Counts a sample that was read.
@@ -291,29 +294,34 @@ class Meters:
             stages = list(self._stages.values())
         return {stage.name: dataclasses.asdict(stage.time()) for stage in stages}
 
-    def heard(self, process: int, note: Mapping[str, Any]) -> None:
-        """Takes what a reading process says beside a sample.
+    def heard(self, process: int, note: PieceNote) -> None:
+        """Takes what a reading process says beside a piece.
 
         Args:
           process: its id.
-          note: with ``of_sample``, ``read_s``, ``sizes``, ``times`` at ``now``, and ``spans`` of [activity,
-            thread, start, seconds].
+          note: with ``times`` of `times`, and ``spans`` of [activity, thread, start, seconds, sample].
         """
-        self.read(note["read_s"], note["sizes"])
-        times = {name: StageTime(**values) for name, values in note["times"].items()}
         with self._lock:
+            sample_read = self._histograms["sample_read"]
+            for number, seconds in zip(note.numbers, note.read_s, strict=True):
+                if number != MISSING:
+                    sample_read.add(seconds)
+                    self._counts["samples_read"] += 1
+            for name, size in zip(_SIZES, note.sizes, strict=True):
+                self._counts[name] += size
             # Threads of a process may overtake each other on the way here.
-            if process not in self._processes or self._processes[process][0] < note["now"]:
-                self._processes[process] = (note["now"], times)
+            if process not in self._processes or self._processes[process][0] < note.now:
+                self._processes[process] = (note.now, note.facts)
         if (tracer := self.tracer) is not None:
-            for name, thread, started, seconds in note["spans"]:
-                tracer.event(name, started, seconds, {"sample": note["of_sample"]}, process, thread)
+            for name, thread, started, seconds, sample in json.loads(note.facts)["spans"]:
+                tracer.event(name, started, seconds, {"sample": sample}, process, thread)
 
     def process_ended(self, process: int) -> None:
         """Keeps what a reading process said last."""
         with self._lock:
-            _, times = self._processes.pop(process, (0.0, {}))
-            for name, time in times.items():
+            if process not in self._processes:
+                return
+            for name, time in _times_in(self._processes.pop(process)[1]).items():
                 time.num_workers = 0
                 self._ended.setdefault(name, StageTime()).add(time)
 
@@ -335,7 +343,7 @@ class Meters:
         with self._lock:
             stages = list(self._stages.values())
             together: dict[str, StageTime] = {}
-            for times in (self._ended, *(times for _, times in self._processes.values())):
+            for times in (self._ended, *(_times_in(facts) for _, facts in self._processes.values())):
                 for name, time in times.items():
                     together.setdefault(name, StageTime()).add(time)
             counts = dict(self._counts)
@@ -349,6 +357,10 @@ class Meters:
             "stages": {name: together[name].report() for name in STAGES if name in together},
             "latencies": latencies,
         }
+
+
+def _times_in(facts: bytes) -> dict[str, StageTime]:
+    return {name: StageTime(**values) for name, values in json.loads(facts)["times"].items()}
 
 
 _SIZES = ("stored_bytes", "decoded_bytes", "used_bytes")

@@ -2,11 +2,14 @@
 
 `OwnThreads` reads where it is asked. `ReadingProcesses` keeps one or more processes (`reading.process`)
 that read ahead, in the order asked for, into shared memory; a sample is a view of that memory until it is
-released. The interpreter of the training process then takes part in a sample with one small message.
+released. The interpreter of the training process then takes part with one small message for some samples that
+are needed together (`pieces`): each time that a thread wakes here, it takes the lock from the trainer.
 
 Invariants: `get` gives the sample that was asked for or raises; it never hangs: a process that died is
 started again and reads what it owed, and after `MAX_DEATHS` deaths without a sample between them the error
-says so. Shared memory has no name, so nothing can be left behind, and every process ends with this one.
+says so. Room that is free again is told to a process with the next message to it, or when somebody waits for
+that process, or when it is much; so it never lacks room for what somebody waits for. Shared memory has no
+name, so nothing can be left behind, and every process ends with this one.
 
 Thread safe.
 """
@@ -14,7 +17,7 @@ Thread safe.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import json
 import mmap
 import os
 import pickle
@@ -24,9 +27,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -35,63 +36,23 @@ from foldfeed.loader.errors import LoaderConfigError, ReadingProcessError, Sampl
 from foldfeed.loader.meters.meters import FETCH, PLAN, PREPARE, Meters, clock
 from foldfeed.loader.reading import wire
 from foldfeed.loader.reading.cached_reader import CachedReader
-from foldfeed.loader.reading.fetch import SampleArrays
-from foldfeed.loader.reading.process import ALONE, ASIDE
+from foldfeed.loader.reading.notes import PieceNote
+from foldfeed.loader.reading.pieces import Group, Piece
+from foldfeed.loader.reading.process import ASIDE
 from foldfeed.loader.reading.reader import SampleRead, SampleReader
-from foldfeed.loader.reading.slots import open_note
+from foldfeed.loader.reading.supply import ReadSample
 from foldfeed.loader.unreadable import Substitution
 
 MAX_DEATHS = 3
 # A process that was told to end gets this long before it is killed.
 END_S = 5.0
+# Samples that are asked for, read and told of together, at most. More would save little, and a step of many
+# samples is shared among the processes in such groups.
+GROUP_SAMPLES = 8
+# Of its memory a process is told late, at most, that it is free again.
+LATE_SHARE = 8
 # Socket, memory, bytes, threads and this process's id follow.
 _PROGRAM = ("-m", "foldfeed.loader.reading.process")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ReadSample:
-    """A sample that was read.
-
-    Attributes:
-      arrays: what was read; views of shared memory, valid until `release`.
-      read_s: seconds that planning and reading took.
-      release: gives the memory back; to be called once.
-      substitution: which record took the place of which, None where none did.
-    """
-
-    arrays: SampleArrays
-    read_s: float
-    release: Callable[[], None]
-    substitution: Substitution | None = None
-
-
-class SampleSupply(Protocol):
-    """What a loader needs of a source of samples."""
-
-    def ask(self, samples: Sequence[int]) -> None:
-        """Says which samples will be taken next, in that order."""
-        ...
-
-    def get(self, sample: int) -> ReadSample:
-        """Returns a sample that was asked for; waits for it.
-
-        Raises:
-          SampleError: it could not be read.
-          ReadingProcessError: no process can read it.
-        """
-        ...
-
-    def queued(self) -> dict[str, int]:
-        """Returns how many samples wait where, by a name for people."""
-        ...
-
-    def counters(self) -> dict[str, float]:
-        """Returns what the cache counted so far; nothing without one."""
-        ...
-
-    def close(self) -> None:
-        """Ends everything that was started. Idempotent."""
-        ...
 
 
 class OwnThreads:
@@ -101,7 +62,7 @@ class OwnThreads:
         self._reader = reader
         self._meters = meters
 
-    def ask(self, samples: Sequence[int]) -> None:
+    def ask(self, samples: Sequence[int], together: int = 1) -> None:
         """Lets a cache bring the samples nearer."""
         if isinstance(self._reader, CachedReader):
             self._reader.ask(samples)
@@ -142,7 +103,7 @@ class OwnThreads:
 
 
 class ReadingProcesses:
-    """Some processes that take turns: the n-th sample asked for goes to process n modulo their number."""
+    """Some processes that take turns: the n-th group asked for goes to process n modulo their number."""
 
     def __init__(
         self,
@@ -171,8 +132,10 @@ class ReadingProcesses:
             )
         content = pickle.dumps((reader, cache))
         share = max(mmap.PAGESIZE, num_bytes // num_processes)
-        self._processes = [_Process(content, num_threads, share, meters) for _ in range(num_processes)]
-        self._owner: dict[int, _Process] = {}
+        self._processes = [
+            _Process(content, num_threads, share, meters, cache is not None) for _ in range(num_processes)
+        ]
+        self._groups: dict[int, tuple[_Process, Group]] = {}
         self._turn = 0
         self._lock = threading.Lock()
 
@@ -181,24 +144,45 @@ class ReadingProcesses:
         """Ids of the processes that run now."""
         return [process.pid for process in self._processes]
 
-    def ask(self, samples: Sequence[int]) -> None:
+    def ask(self, samples: Sequence[int], together: int = 1) -> None:
         """Says which samples will be taken next, in that order."""
+        size = max(1, GROUP_SAMPLES // together) * together
+        shares: list[list[Group]] = [[] for _ in self._processes]
         with self._lock:
-            shares: list[list[int]] = [[] for _ in self._processes]
-            for sample in samples:
-                process = self._turn % len(self._processes)
+            for first in range(0, len(samples), size):
+                turn = self._turn % len(self._processes)
+                process = self._processes[turn]
                 self._turn += 1
-                self._owner[sample] = self._processes[process]
-                shares[process].append(sample)
-        for process_, share in zip(self._processes, shares, strict=True):
+                group = Group(samples[first : first + size], process.waiting)
+                self._groups.update(dict.fromkeys(group.numbers, (process, group)))
+                shares[turn].append(group)
+        for process, share in zip(self._processes, shares, strict=True):
             if share:
-                process_.ask(share)
+                process.ask(share)
 
     def get(self, sample: int) -> ReadSample:
         """Returns a sample that was asked for; waits for it."""
         with self._lock:
-            process = self._owner.pop(sample)
-        return process.get(sample)
+            process, group = self._groups.pop(sample)
+        try:
+            piece = group.piece_of(sample)
+        finally:
+            process.taken(1)
+        return ReadSample(
+            arrays=piece.sample(sample),
+            read_s=piece.read_s[piece.numbers.index(sample)],
+            release=piece.give_back,
+            substitution=piece.substitution,
+        )
+
+    def take(self, sample: int) -> tuple[Sequence[int], Iterator[Piece]]:
+        """Returns the group that begins with a sample, and its pieces as they come, see `Group.pieces`."""
+        with self._lock:
+            process, group = self._groups[sample]
+            assert group.numbers[0] == sample, (sample, group.numbers)
+            for number in group.numbers:
+                del self._groups[number]
+        return group.numbers, _pieces_of(group, process)
 
     def queued(self) -> dict[str, int]:
         """Returns samples that were asked for and not taken, and how many of them have been read."""
@@ -218,21 +202,39 @@ class ReadingProcesses:
             process.close()
 
 
+def _pieces_of(group: Group, process: _Process) -> Iterator[Piece]:
+    try:
+        yield from group.pieces()
+    finally:
+        process.taken(len(group.numbers))
+
+
 class _Process:
     """One process and what it owes; started again when it dies."""
 
-    def __init__(self, content: bytes, num_threads: int, capacity: int, meters: Meters) -> None:
+    def __init__(
+        self, content: bytes, num_threads: int, capacity: int, meters: Meters, has_cache: bool
+    ) -> None:
         self.meters = meters
+        self.has_cache = has_cache
         self._content = content
         self._num_threads = num_threads
         self._capacity = capacity
         self._lock = threading.Lock()
-        # What was asked for and not taken, in order.
-        self._owed: dict[int, Future[ReadSample]] = {}
+        # Held while orders are sent, so that they arrive in order: room is given in that order.
+        self._asking = threading.Lock()
+        # The groups of samples that were asked for and have not come, in order.
+        self._owed: dict[int, Group] = {}
+        self._num_asked = self._num_arrived = self._num_taken = 0
         self._num_deaths = 0
         # Of its cache; of all its lives.
         self._counters: Counter[str] = Counter()
         self._closed = False
+        # Threads that wait for it, and what is free again and was not told, in frames and in bytes.
+        self._sending = threading.Lock()
+        self._num_waiting = 0
+        self._freed: list[bytes] = []
+        self._freed_bytes = 0
         # Held, because a child that dies at once is heard before its life has its place here.
         with self._lock:
             self._life = _Life(self, content, num_threads, capacity)
@@ -241,37 +243,58 @@ class _Process:
     def pid(self) -> int:
         return self._life.child.pid
 
-    def ask(self, samples: Sequence[int]) -> None:
-        with self._lock:
-            for sample in samples:
-                self._owed[sample] = Future()
-            life = self._life
-        life.ask(samples)
-
-    def get(self, sample: int) -> ReadSample:
-        with self._lock:
-            future = self._owed[sample]
-        try:
-            return future.result()
-        finally:
+    def ask(self, groups: Sequence[Group]) -> None:
+        with self._asking:
             with self._lock:
-                self._owed.pop(sample, None)
+                for group in groups:
+                    self._owed.update(dict.fromkeys(group.numbers, group))
+                    self._num_asked += len(group.numbers)
+                life = self._life
+            self._order(life, [group.numbers for group in groups])
+
+    def taken(self, num_samples: int) -> None:
+        """Counts samples that somebody takes."""
+        with self._lock:
+            self._num_taken += num_samples
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A context in which somebody waits for it, so that it must know at once what is free."""
+        with self._sending:
+            self._num_waiting += 1
+            self._tell(self._life, b"")
+        try:
+            yield
+        finally:
+            with self._sending:
+                self._num_waiting -= 1
+
+    def give_back(self, life: _Life, number: int, size: int) -> None:
+        """Takes back a piece of a life."""
+        with self._sending:
+            if life is not self._life:
+                # With it went its memory, and whoever waited for room there.
+                return
+            self._freed.append(wire.encoded(wire.Frame(wire.RELEASE, number, b"")))
+            self._freed_bytes += size
+            if self._num_waiting or self._freed_bytes * LATE_SHARE > self._capacity:
+                self._tell(life, b"")
 
     def queued(self) -> tuple[int, int]:
         with self._lock:
-            return len(self._owed), sum(future.done() for future in self._owed.values())
+            return self._num_asked - self._num_taken, max(0, self._num_arrived - self._num_taken)
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            owed = list(self._owed.values())
         self._life.end()
-        for future in owed:
-            if not future.done():
-                future.set_exception(ReadingProcessError(self.pid, "the loader was closed"))
+        with self._lock:
+            owed = list(self._owed.items())
+        for number, group in owed:
+            group.fail(number, ReadingProcessError(self.pid, "the loader was closed"))
 
     def count(self, fresh: Mapping[str, float]) -> None:
-        """Takes what the cache of the process counted since the last sample."""
+        """Takes what the cache of the process counted since the last piece."""
         with self._lock:
             self._counters.update(fresh)
 
@@ -280,39 +303,64 @@ class _Process:
         with self._lock:
             return Counter(self._counters)
 
-    def arrived(self, sample: int, found: ReadSample | Exception) -> None:
+    def arrived(self, piece: Piece) -> None:
         """Takes what a life has read; called by its thread."""
         with self._lock:
             self._num_deaths = 0
-            future = self._owed.get(sample)
-        if future is None or future.done():
-            if isinstance(found, ReadSample):
-                found.release()
-        elif isinstance(found, ReadSample):
-            future.set_result(found)
-        else:
-            future.set_exception(found)
+            self._num_arrived += len(piece.numbers)
+            # All of one group.
+            groups = [self._owed.pop(number) for number in piece.numbers]
+        groups[0].put(piece)
+
+    def failed(self, number: int, error: Exception) -> None:
+        """Takes what a life could not read; called by its thread."""
+        with self._lock:
+            self._num_deaths = 0
+            self._num_arrived += 1
+            group = self._owed.pop(number)
+        group.fail(number, error)
 
     def died(self, life: _Life, how: str) -> None:
         """Starts the process again, or gives up; called by the thread of the life that ended."""
-        with self._lock:
-            if self._closed or life is not self._life:
+        with self._asking:
+            with self._lock:
+                if self._closed or life is not self._life:
+                    return
+                self._num_deaths += 1
+                owed = dict(self._owed)
+                gives_up = self._num_deaths >= MAX_DEATHS
+                if not gives_up:
+                    fresh = _Life(self, self._content, self._num_threads, self._capacity)
+                    with self._sending:
+                        self._life = fresh
+                        self._freed.clear()
+                        self._freed_bytes = 0
+            if not gives_up:
+                groups: dict[int, list[int]] = {}
+                for number, group in owed.items():
+                    groups.setdefault(id(group), []).append(number)
+                self._order(fresh, list(groups.values()))
                 return
-            self._num_deaths += 1
-            owed = [sample for sample, future in self._owed.items() if not future.done()]
-            if self._num_deaths < MAX_DEATHS:
-                self._life = _Life(self, self._content, self._num_threads, self._capacity)
-                fresh = self._life
-            else:
-                fresh = None
-        if fresh is not None:
-            fresh.ask(owed)
-            return
         error = ReadingProcessError(
             life.child.pid, f"it {how}, for the {self._num_deaths}th time without a sample between"
         )
-        for sample in owed:
-            self._owed[sample].set_exception(error)
+        for number, group in owed.items():
+            group.fail(number, error)
+
+    def _order(self, life: _Life, groups: Sequence[Sequence[int]]) -> None:
+        """Sends what is to be read, and what is free."""
+        frames = [wire.Frame(wire.READ, 0, np.array(numbers, dtype="<i8").tobytes()) for numbers in groups]
+        with self._sending:
+            self._tell(life, b"".join(map(wire.encoded, frames)))
+
+    def _tell(self, life: _Life, orders: bytes) -> None:
+        """Sends orders and what is free; called with the lock."""
+        if life is self._life:
+            orders = b"".join((*self._freed, orders))
+            self._freed.clear()
+            self._freed_bytes = 0
+        if orders:
+            life.send(orders)
 
 
 class _Life:
@@ -337,13 +385,15 @@ class _Life:
             theirs.close()
         self._owner = owner
         self._connection = ours
-        self._sending = threading.Lock()
-        self._send(wire.Frame(0, 0, content))
+        self.send(wire.encoded(wire.Frame(0, 0, content)))
         self._thread = threading.Thread(target=self._listen, name="foldfeed-ring", daemon=True)
         self._thread.start()
 
-    def ask(self, samples: Sequence[int]) -> None:
-        self._send(wire.Frame(wire.READ, 0, np.array(samples, dtype="<i8").tobytes()))
+    def send(self, frames: bytes) -> None:
+        """Sends frames, one behind the other; one thread at a time."""
+        # A child that is gone needs no message; the thread that hears it sees that and acts.
+        with contextlib.suppress(OSError):
+            self._connection.sendall(frames)
 
     def end(self) -> None:
         """Ends the child and waits for it."""
@@ -361,7 +411,11 @@ class _Life:
         receiver = wire.Receiver(self._connection)
         try:
             while (frame := receiver.next()) is not None:
-                self._owner.arrived(frame.number, self._open(frame, receiver))
+                if frame.kind == wire.FAILED:
+                    # From the child that this process started, over a socket that nobody else has.
+                    self._owner.failed(frame.number, pickle.loads(frame.payload))
+                else:
+                    self._owner.arrived(self._open(frame, receiver))
         except OSError:
             # The connection broke: the child is gone, as at the end of the connection.
             pass
@@ -376,34 +430,25 @@ class _Life:
         self._owner.meters.process_ended(self.child.pid)
         self._owner.died(self, _how(status))
 
-    def _open(self, frame: wire.Frame, receiver: wire.Receiver) -> ReadSample | Exception:
-        if frame.kind == wire.FAILED:
-            # From the child that this process started, over a socket that nobody else has.
-            error: Exception = pickle.loads(frame.payload)
-            return error
-        memory = self._memory
+    def _open(self, frame: wire.Frame, receiver: wire.Receiver) -> Piece:
+        note = PieceNote.unpack(frame.payload)
+        self._owner.meters.heard(self.child.pid, note)
+        memory, number, replaced = self._memory, note.start, None
         if frame.kind == wire.READY_ALONE:
             descriptor = receiver.descriptors.popleft()
             memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
             os.close(descriptor)
-        arrays, note = open_note(frame.payload, memory)
-        self._owner.meters.heard(self.child.pid, note)
-        self._owner.count(note["counters"])
-        slot = note["start"] if frame.kind == wire.READY else ALONE
-        replaced = note.get("substitution")
-        if replaced is not None:
-            slot = ASIDE
-        return ReadSample(
-            arrays=arrays,
-            read_s=note["read_s"],
-            release=lambda: self._send(wire.Frame(wire.RELEASE, slot, b"")),
-            substitution=None if replaced is None else Substitution(**replaced),
+            number = frame.number
+        if self._owner.has_cache or frame.number == ASIDE:
+            facts = json.loads(note.facts)
+            self._owner.count(facts.get("counters", {}))
+            replaced = facts.get("substitution")
+        return Piece(
+            note,
+            memory,
+            lambda: self._owner.give_back(self, number, note.size),
+            None if replaced is None else Substitution(**replaced),
         )
-
-    def _send(self, frame: wire.Frame) -> None:
-        # A child that is gone needs no message; the thread that hears it sees that and acts.
-        with self._sending, contextlib.suppress(OSError):
-            wire.send(self._connection, frame)
 
 
 def _how(status: int) -> str:

@@ -1,8 +1,8 @@
-"""Room for samples in one stretch of memory, taken in order and given back in any order.
+"""Room for pieces in one stretch of memory, taken in order and given back in any order.
 
 `RingSpace` is the arithmetic and the waiting; the memory is somebody else's. A piece is taken behind the one
 before, or at the beginning where the end has no room; it can be taken again once it and all earlier ones were
-given back. So memory never fragments, whatever sizes come, and the oldest sample is never without room.
+given back. So memory never fragments, whatever sizes come, and the oldest piece is never without room.
 
 Thread safe.
 """

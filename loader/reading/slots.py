@@ -1,12 +1,8 @@
-"""How one sample lies in a stretch of memory: its arrays end to end, and a note that says which.
-
-The note travels beside the memory (`wire`); there are no pointers and no pickles in either. Pure functions.
-"""
+"""How one sample lies in a stretch of memory: its arrays end to end. `packed` has several. Pure functions."""
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import mmap
 from collections.abc import Mapping
@@ -15,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foldfeed.loader.reading.fetch import ARRAYS, DTYPES, SampleArrays, num_bytes_of
+from foldfeed.loader.reading.fetch import DTYPES, num_bytes_of
 from foldfeed.loader.reading.ring import ALIGNMENT
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -49,24 +45,3 @@ def place(memory: Memory, start: int, shapes: Shapes) -> dict[str, NDArray[Any]]
 @functools.lru_cache(maxsize=256)
 def _empty(name: str, shape: tuple[int, ...]) -> NDArray[Any]:
     return np.empty(shape, dtype=DTYPES[name])
-
-
-def note_of(sample: SampleArrays, start: int, **facts: Any) -> bytes:
-    """Returns what the other side needs to find a sample in its slot, and further facts as JSON has them."""
-    shapes = {name: getattr(sample, name).shape for name in ARRAYS}
-    document = {
-        "start": start,
-        "shapes": shapes,
-        "crop": sample.crop_in_columns,
-        "first": sample.first_residue,
-    }
-    return json.dumps(document | facts).encode()
-
-
-def open_note(note: bytes, memory: Memory) -> tuple[SampleArrays, dict[str, Any]]:
-    """Returns a sample as views of the memory, and the note."""
-    document = json.loads(note)
-    shapes = {name: tuple(shape) for name, shape in document["shapes"].items()}
-    arrays = place(memory, document["start"], shapes)
-    crop = (document["crop"][0], document["crop"][1])
-    return SampleArrays(**arrays, crop_in_columns=crop, first_residue=document["first"]), document

@@ -15,9 +15,10 @@ _HEAD = struct.Struct("<BQI")
 _MAX_DESCRIPTORS = 16
 _RECEIVE_BYTES = 1 << 16
 
-# From the loader: sample numbers (int64) to read, in order; a slot that is free again.
+# From the loader: numbers of samples (int64) that are read together, in order; a piece that is free again.
 READ, RELEASE = 1, 2
-# From the reader: a sample is in a slot; it is in memory of its own, whose descriptor comes along; it failed.
+# From the reader: a piece is in the memory that is shared; it is in memory of its own, whose descriptor comes
+# along; a sample failed.
 READY, READY_ALONE, FAILED = 3, 4, 5
 
 
@@ -29,13 +30,18 @@ class Frame(NamedTuple):
     payload: bytes
 
 
+def encoded(frame: Frame) -> bytes:
+    """Returns a frame as it is sent; several, one behind the other, may be sent at once."""
+    return _HEAD.pack(frame.kind, frame.number, len(frame.payload)) + frame.payload
+
+
 def send(connection: socket.socket, frame: Frame, descriptor: int | None = None) -> None:
     """Sends a frame, whole.
 
     Raises:
       OSError: the other side is gone.
     """
-    data = _HEAD.pack(frame.kind, frame.number, len(frame.payload)) + frame.payload
+    data = encoded(frame)
     if descriptor is None:
         connection.sendall(data)
         return
