@@ -27,7 +27,7 @@ from foldfeed.loader.features.host_features import host_features
 from foldfeed.loader.features.raw import RawSample
 from foldfeed.loader.meters.meters import FETCH, PLAN, PREPARE, Meters
 from foldfeed.loader.meters.stall import DeviceStall
-from foldfeed.loader.reading.notes import PieceNote
+from foldfeed.loader.notes import PieceNote
 from foldfeed.loader.reading.reader import PlannedSample, SampleReader
 from foldfeed.loader.reading.reading import GROUP_SAMPLES
 from foldfeed.loader.recipe import Recipe

@@ -5,7 +5,7 @@ The data's way: order.sampling (which records, how often, as data) -> order.sele
 -> reading.plan (its rows, window and draws, before any read) -> reading.fetch (the tiles of the plan;
 reading.reader does these for a number, reading.cached_reader through cache/, and unreadable says what becomes
 of damage) -> reading.reading (in threads here, or in processes of reading.process, packed into a ring of
-shared memory, pieces of which are told by reading.notes over reading.wire; reading.early_start: slow ones
+shared memory, pieces of which are told by notes over reading.wire; reading.early_start: slow ones
 first; reading.supply is what either looks like) -> features.featurise (AlphaFold 2's features from a raw
 sample, with clusters, labels and slots for templates) -> features.draws (the alignments of a sample's
 recycling iterations, put together) -> prefetch (ahead of the consumer, in order) -> features.device (to the

@@ -22,9 +22,9 @@ from foldfeed.feature_store import CorruptDataError
 from foldfeed.loader import LoaderConfigError, LoaderUseError, ReadingProcessError, Recipe, SampleError
 from foldfeed.loader.features.device import StepFeatures
 from foldfeed.loader.meters.meters import Meters
+from foldfeed.loader.notes import MISSING, PieceNote
 from foldfeed.loader.reading import reading
 from foldfeed.loader.reading.fetch import ARRAYS, DTYPES, fetch, shapes_of
-from foldfeed.loader.reading.notes import MISSING, PieceNote
 from foldfeed.loader.reading.packed import row_of, sample_at, shift
 from foldfeed.loader.reading.pieces import Piece
 from foldfeed.loader.reading.ring import ALIGNMENT, RingClosedError, RingSpace

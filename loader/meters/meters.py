@@ -11,7 +11,7 @@ other, so busy and waiting add up to the thread's life, however it went:
   ``assemble``  the thread that puts steps together; waits for their samples
   ``train``     the consumer: busy outside of the loader, waiting inside of ``next()``
 
-Reading processes send their numbers along with every piece (`reading.notes`), so what is known of
+Reading processes send their numbers along with every piece (`notes`), so what is known of
 them is what it was at their last one; it is looked at when somebody asks. Durations go into histograms of
 fixed size. Everything outlives the threads that it is about: a loader that stops and goes on, goes on
 counting.
@@ -35,7 +35,7 @@ from typing import Any
 from foldfeed.loader.errors import LoaderUseError
 from foldfeed.loader.meters.histogram import LatencyHistogram
 from foldfeed.loader.meters.trace import Tracer
-from foldfeed.loader.reading.notes import MISSING, PieceNote
+from foldfeed.loader.notes import MISSING, PieceNote
 
 PLAN, FETCH, PREPARE, ASSEMBLE, TRAIN, WAIT = "plan", "fetch", "prepare", "assemble", "train", "wait"
 STAGES = (PLAN, FETCH, PREPARE, ASSEMBLE, TRAIN)

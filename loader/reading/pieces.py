@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager
 import numpy as np
 from numpy.typing import NDArray
 
+from foldfeed.loader.notes import MISSING, PieceNote
 from foldfeed.loader.reading.fetch import SampleArrays
-from foldfeed.loader.reading.notes import MISSING, PieceNote
 from foldfeed.loader.reading.packed import ROW_BYTES, padded, rows_in, sample_at, shift
 from foldfeed.loader.reading.slots import Memory
 from foldfeed.loader.unreadable import Substitution

@@ -35,10 +35,10 @@ from foldfeed.feature_store import FoldfeedError
 from foldfeed.feature_store.lazy_names import LateModule
 from foldfeed.loader.errors import SampleError
 from foldfeed.loader.meters.meters import FETCH, PLAN, Doing, Meters, clock
+from foldfeed.loader.notes import MISSING, PieceNote
 from foldfeed.loader.reading import wire
 from foldfeed.loader.reading.early_start import SlowFirst
 from foldfeed.loader.reading.fetch import ARRAYS, shapes_of
-from foldfeed.loader.reading.notes import MISSING, PieceNote
 from foldfeed.loader.reading.packed import ROW_BYTES, padded, row_of, rows_in
 from foldfeed.loader.reading.reader import PlannedSample, SampleReader
 from foldfeed.loader.reading.ring import RingClosedError, RingSpace

@@ -34,9 +34,9 @@ import numpy as np
 from foldfeed.loader.cache.config import CacheConfig
 from foldfeed.loader.errors import LoaderConfigError, ReadingProcessError, SampleError
 from foldfeed.loader.meters.meters import FETCH, PLAN, PREPARE, Meters, clock
+from foldfeed.loader.notes import PieceNote
 from foldfeed.loader.reading import wire
 from foldfeed.loader.reading.cached_reader import CachedReader
-from foldfeed.loader.reading.notes import PieceNote
 from foldfeed.loader.reading.pieces import Group, Piece
 from foldfeed.loader.reading.process import ASIDE
 from foldfeed.loader.reading.reader import SampleRead, SampleReader

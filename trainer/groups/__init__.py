@@ -1,1 +1,1 @@
-"""Who talks to whom: the process groups of a run, where ranks stand among nodes, what NCCL is told."""
+"""Who talks to whom: process groups, own sockets, where ranks stand among nodes, what NCCL is told."""

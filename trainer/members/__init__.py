@@ -1,1 +1,1 @@
-"""Ranks that come and go: who lives, the next generation, own sockets, state for a newcomer."""
+"""Ranks that come and go: who lives, the next generation, state for a newcomer."""
