@@ -12,7 +12,7 @@ the folder; that is why more of them can join from anywhere, and why the launche
 A torchrun on each machine (none of them knows of the others) in place of this launcher makes the machine what
 fails: torchrun ends and restarts all ranks of a machine when one dies, the ranks of other machines go on.
 
-Does not own: what a rank does (elastic_rank.py). Imports no torch.
+Does not own: what a rank does (members/rank.py). Imports no torch.
 """
 
 from __future__ import annotations

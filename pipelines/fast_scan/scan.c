@@ -2,7 +2,7 @@
 
    What is computed and why it may be computed this way is in scan.py. Exported with a plain C interface and
    called through ctypes, which gives up the interpreter's lock; the module object is empty. Functions that can
-   fail return a negative number. Every pointer is to memory of the caller, who keeps the sizes that scan_kernels.py
+   fail return a negative number. Every pointer is to memory of the caller, who keeps the sizes that kernels.py
    states. */
 
 /* Without Python for a test on another processor (tests/kernels_agree.c). */

@@ -1,6 +1,6 @@
 """What ranks of a new generation need besides its wires: settings, a state, shares of a step, communicators.
 
-Does not own: who is a member, when ranks meet (elastic_rank.py).
+Does not own: who is a member, when ranks meet (rank.py).
 """
 
 from __future__ import annotations

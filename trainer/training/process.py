@@ -3,7 +3,7 @@
 A folder belongs to one run. Starting again in it continues that run (``--resume auto``), also with another
 number of ranks; other settings are refused. See launch.py for what lies in it.
 
-Does not own: who the ranks are (launch.py, elastic_rank.py), the step (loop.py).
+Does not own: who the ranks are (launch.py, members/rank.py), the step (loop.py).
 """
 
 from __future__ import annotations
