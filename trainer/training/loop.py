@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import time
@@ -440,7 +441,18 @@ class Trainer:
             "loader": self.source.state_dict(),
         }
         self._saver = saver
-        saver.begin_snapshot(manifest, self.host_buffers, step_s, memory=memory, disk=disk)
+        state = self.host_buffers
+        if self.ranks.device.type == "cuda":
+            # On a stream of its own, or every kernel of the next step would wait for the copy.
+            ready = torch.cuda.current_stream(self.ranks.device).record_event()
+            state = functools.partial(self._host_buffers_beside, ready)
+        saver.begin_snapshot(manifest, state, step_s, memory=memory, disk=disk)
+
+    def _host_buffers_beside(self, ready: torch.cuda.Event) -> dict[str, torch.Tensor]:
+        """Returns `host_buffers` as they are at an event; they stay so until the snapshot has ended."""
+        with torch.cuda.stream(torch.cuda.Stream(self.ranks.device)):
+            torch.cuda.current_stream(self.ranks.device).wait_event(ready)
+            return self.host_buffers()
 
     def _end_snapshot(self) -> None:
         """Ends the snapshot under way, before the state may change. A collective.
