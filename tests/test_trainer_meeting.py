@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -20,6 +21,8 @@ from foldfeed.trainer.errors import WireError
 from foldfeed.trainer.groups import meeting
 from foldfeed.trainer.groups.meeting import meet
 from foldfeed.trainer.groups.wire import MeshGroup, dial, greet
+from foldfeed.trainer.members import peers
+from foldfeed.trainer.members.peers import CONTROL, Peer, Peers
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -206,3 +209,38 @@ def test_ranks_meet_over_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sums(groups) == [1.0] * 2
     for group in groups:
         group.close()
+
+
+class Nobody:
+    """An owner of peers that only waits for them."""
+
+    def understand(self, peer: Peer, message: object) -> None:
+        raise AssertionError(message)
+
+    def lost(self, peer: Peer, why: str) -> None:
+        pass
+
+
+def test_a_member_without_descriptors_lets_others_in_once_it_has_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Scarce(socket.socket):
+        refusals = 3
+
+        def accept(self) -> tuple[socket.socket, object]:
+            if self.refusals:
+                self.refusals -= 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            return super().accept()
+
+    monkeypatch.setattr(peers, "ACCEPT_AGAIN_S", 0.01)
+    listener = Scarce()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    members = Peers("a", listener, b"k" * 32, 5.0, Nobody())
+    hello = {"uid": "b", "purpose": CONTROL, "generation": 0}
+    connection = dial(listener.getsockname(), b"k" * 32, hello, 5.0)
+    with members.lock:
+        assert members.lock.wait_for(lambda: "b" in members.known, 10)
+    members.close()
+    connection.close()
