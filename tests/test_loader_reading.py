@@ -321,6 +321,22 @@ def test_what_is_asked_of_a_process_that_was_given_up_is_an_error(store, monkeyp
         supply.close()
 
 
+def test_processes_end_where_not_all_of_them_can_begin(store, monkeypatch):
+    real, lives = reading._Life, []
+
+    def begun(*arguments):
+        if len(lives) == 1:
+            raise OSError("no descriptor for it")
+        lives.append(real(*arguments))
+        return lives[-1]
+
+    monkeypatch.setattr(reading, "_Life", begun)
+    with make_loader(store, num_processes=2) as loader, pytest.raises(OSError, match="no descriptor for it"):
+        next(loader)
+    assert lives[0].child.poll() is not None
+    assert [one.name for one in threading.enumerate() if one.name.startswith("foldfeed")] == []
+
+
 def test_a_plan_that_fails_in_whatever_way_is_an_error_of_its_sample(store):
     with make_loader(store) as loader:
         reader = loader._reader

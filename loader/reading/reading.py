@@ -132,9 +132,12 @@ class ReadingProcesses:
             )
         content = pickle.dumps((reader, cache))
         share = max(mmap.PAGESIZE, num_bytes // num_processes)
-        self._processes = [
-            _Process(content, num_threads, share, meters, cache is not None) for _ in range(num_processes)
-        ]
+        self._processes: list[_Process] = []
+        with contextlib.ExitStack() as unless_all_begin:
+            unless_all_begin.callback(self.close)
+            for _ in range(num_processes):
+                self._processes.append(_Process(content, num_threads, share, meters, cache is not None))
+            unless_all_begin.pop_all()
         self._groups: dict[int, tuple[_Process, Group]] = {}
         self._turn = 0
         self._lock = threading.Lock()
