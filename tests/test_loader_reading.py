@@ -293,6 +293,64 @@ def test_a_process_that_never_lives_is_an_error_that_says_so(store, monkeypatch)
     assert [one.name for one in threading.enumerate() if one.name.startswith("foldfeed")] == []
 
 
+@pytest.mark.parametrize(
+    ("again", "text"),
+    [(3, "status 7, for the 3th time"), (1, "status 7, and could not be started again .*no memory for it")],
+)
+def test_what_is_asked_of_a_process_that_was_given_up_is_an_error(store, monkeypatch, again, text):
+    """Also where it was owed nothing when it died: nobody was there to hear of it."""
+    monkeypatch.setattr(reading, "_PROGRAM", ("-c", "raise SystemExit(7)"))
+    real, lives = reading._Life, []
+
+    def begun(*arguments):
+        if len(lives) == again:
+            raise OSError("no memory for it")
+        lives.append(real(*arguments))
+        return lives[-1]
+
+    monkeypatch.setattr(reading, "_Life", begun)
+    with make_loader(store) as loader:
+        supply = reading.ReadingProcesses(loader._reader, 1, 1, 1 << 20, Meters())
+    try:
+        wait_until(lambda: supply._processes[0]._given_up is not None)
+        supply.ask([3, 4])
+        for sample in (3, 4):
+            with pytest.raises(ReadingProcessError, match=text):
+                supply.get(sample)
+    finally:
+        supply.close()
+
+
+def test_processes_end_where_not_all_of_them_can_begin(store, monkeypatch):
+    real, lives = reading._Life, []
+
+    def begun(*arguments):
+        if len(lives) == 1:
+            raise OSError("no descriptor for it")
+        lives.append(real(*arguments))
+        return lives[-1]
+
+    monkeypatch.setattr(reading, "_Life", begun)
+    with make_loader(store, num_processes=2) as loader, pytest.raises(OSError, match="no descriptor for it"):
+        next(loader)
+    assert lives[0].child.poll() is not None
+    assert [one.name for one in threading.enumerate() if one.name.startswith("foldfeed")] == []
+
+
+def test_a_plan_that_fails_in_whatever_way_is_an_error_of_its_sample(store):
+    with make_loader(store) as loader:
+        reader = loader._reader
+    reader.order = None
+    supply = reading.ReadingProcesses(reader, 1, 1, 1 << 20, Meters())
+    try:
+        supply.ask([3, 4])
+        for sample in (3, 4):
+            with pytest.raises(SampleError, match=f"sample {sample}.*AttributeError"):
+                supply.get(sample)
+    finally:
+        supply.close()
+
+
 def test_a_sample_that_cannot_be_read_raises_what_it_raises_in_threads(tmp_path):
     store = build_store(tmp_path / "store")
     shard = max((tmp_path / "store" / "parts").glob("*/msa/c/0/0/0"), key=lambda path: path.stat().st_size)

@@ -5,6 +5,8 @@ The table of all hazards and their tests is in CONTRIBUTING.md.
 
 from __future__ import annotations
 
+import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,22 @@ def test_a_graph_of_the_gradients_is_refused_and_an_error_in_a_hook_comes_out() 
     with pytest.raises(RuntimeError, match="in the hook"):
         reducer.finish([])
     reducer.close()
+
+
+def test_a_reducer_that_was_closed_holds_no_descriptors() -> None:
+    """A run whose ranks change makes a new one each time, and the old ones are collected late."""
+    flat = FlatParameters(nn.Linear(6, 3))
+    buckets = plan_buckets([s.padded for s in flat.segments], bucket_bytes=10**6)
+    before = len(os.listdir("/proc/self/fd"))
+    gc.disable()
+    try:
+        for _ in range(3):
+            reducer = TreeReducer(flat, buckets, ALONE, 1)
+            reducer.close()
+            reducer.close()
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()
 
 
 def test_ranks_that_take_other_branches_agree() -> None:

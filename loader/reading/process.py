@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from foldfeed.feature_store import FoldfeedError
 from foldfeed.feature_store.lazy_names import LateModule
 from foldfeed.loader.errors import SampleError
 from foldfeed.loader.meters.meters import FETCH, PLAN, Doing, Meters, clock
@@ -234,18 +233,18 @@ class _ReadingProcess:
                 found.append(self._wanted.get_nowait())
         return found
 
-    def _planned(self, number: int) -> tuple[int, PlannedSample | FoldfeedError, Span]:
+    def _planned(self, number: int) -> tuple[int, PlannedSample | Exception, Span]:
         """Returns a sample's number, its plan or what went wrong, and the time that took."""
-        planned: PlannedSample | FoldfeedError
+        planned: PlannedSample | Exception
         with self._meters.stage(PLAN).doing(PLAN) as doing:
             try:
                 planned = self._reader.planned(number)
-            except FoldfeedError as error:
+            except Exception as error:  # noqa: BLE001  passed on whole, as in `_guarded`
                 planned = error
         return number, planned, span_of(PLAN, doing, number // self._reader.recipe.num_draws)
 
     def _pieces(
-        self, group: list[tuple[int, PlannedSample | FoldfeedError, Span]], tasks: SlowFirst
+        self, group: list[tuple[int, PlannedSample | Exception, Span]], tasks: SlowFirst
     ) -> Iterator[list[Sized]]:
         """Yields the samples of a group that have a plan, by pieces; sees to the others."""
         piece: list[Sized] = []
@@ -254,7 +253,7 @@ class _ReadingProcess:
                 # No plan, so no size: if another record takes its place, then aside.
                 unplanned = functools.partial(_raise, planned)
                 tasks.submit(0.0, functools.partial(self._guarded, number, unplanned))
-            elif isinstance(planned, FoldfeedError):
+            elif isinstance(planned, Exception):
                 self._failed(number, planned)
             else:
                 sized = (planned, slot_bytes(shapes_of(planned.plan)), span)

@@ -132,9 +132,12 @@ class ReadingProcesses:
             )
         content = pickle.dumps((reader, cache))
         share = max(mmap.PAGESIZE, num_bytes // num_processes)
-        self._processes = [
-            _Process(content, num_threads, share, meters, cache is not None) for _ in range(num_processes)
-        ]
+        self._processes: list[_Process] = []
+        with contextlib.ExitStack() as unless_all_begin:
+            unless_all_begin.callback(self.close)
+            for _ in range(num_processes):
+                self._processes.append(_Process(content, num_threads, share, meters, cache is not None))
+            unless_all_begin.pop_all()
         self._groups: dict[int, tuple[_Process, Group]] = {}
         self._turn = 0
         self._lock = threading.Lock()
@@ -227,6 +230,8 @@ class _Process:
         self._owed: dict[int, Group] = {}
         self._num_asked = self._num_arrived = self._num_taken = 0
         self._num_deaths = 0
+        # Why nobody will read any more what is asked for.
+        self._given_up: ReadingProcessError | None = None
         # Of its cache; of all its lives.
         self._counters: Counter[str] = Counter()
         self._closed = False
@@ -249,8 +254,11 @@ class _Process:
                 for group in groups:
                     self._owed.update(dict.fromkeys(group.numbers, group))
                     self._num_asked += len(group.numbers)
-                life = self._life
-            self._order(life, [group.numbers for group in groups])
+                life, given_up = self._life, self._given_up
+            if given_up is None:
+                self._order(life, [group.numbers for group in groups])
+            else:
+                self._fail([(number, group) for group in groups for number in group.numbers], given_up)
 
     def taken(self, num_samples: int) -> None:
         """Counts samples that somebody takes."""
@@ -290,8 +298,7 @@ class _Process:
         self._life.end()
         with self._lock:
             owed = list(self._owed.items())
-        for number, group in owed:
-            group.fail(number, ReadingProcessError(self.pid, "the loader was closed"))
+        self._fail(owed, ReadingProcessError(self.pid, "the loader was closed"))
 
     def count(self, fresh: Mapping[str, float]) -> None:
         """Takes what the cache of the process counted since the last piece."""
@@ -328,23 +335,36 @@ class _Process:
                     return
                 self._num_deaths += 1
                 owed = dict(self._owed)
-                gives_up = self._num_deaths >= MAX_DEATHS
-                if not gives_up:
-                    fresh = _Life(self, self._content, self._num_threads, self._capacity)
-                    with self._sending:
-                        self._life = fresh
-                        self._freed.clear()
-                        self._freed_bytes = 0
-            if not gives_up:
-                groups: dict[int, list[int]] = {}
-                for number, group in owed.items():
-                    groups.setdefault(id(group), []).append(number)
-                self._order(fresh, list(groups.values()))
+                fresh = self._again(life, how)
+            if fresh is None:
+                assert self._given_up is not None
+                self._fail(list(owed.items()), self._given_up)
                 return
-        error = ReadingProcessError(
-            life.child.pid, f"it {how}, for the {self._num_deaths}th time without a sample between"
-        )
-        for number, group in owed.items():
+            groups: dict[int, list[int]] = {}
+            for number, group in owed.items():
+                groups.setdefault(id(group), []).append(number)
+            self._order(fresh, list(groups.values()))
+
+    def _again(self, life: _Life, how: str) -> _Life | None:
+        """Starts the process again; None where it gives up. Called with the lock."""
+        why = f"it {how}, for the {self._num_deaths}th time without a sample between"
+        if self._num_deaths < MAX_DEATHS:
+            try:
+                fresh = _Life(self, self._content, self._num_threads, self._capacity)
+            except OSError as error:
+                # No memory for another, for instance: nobody reads what is owed, and somebody waits for it.
+                why = f"it {how}, and could not be started again ({error})"
+            else:
+                with self._sending:
+                    self._life = fresh
+                    self._freed.clear()
+                    self._freed_bytes = 0
+                return fresh
+        self._given_up = ReadingProcessError(life.child.pid, why)
+        return None
+
+    def _fail(self, owed: Sequence[tuple[int, Group]], error: ReadingProcessError) -> None:
+        for number, group in owed:
             group.fail(number, error)
 
     def _order(self, life: _Life, groups: Sequence[Sequence[int]]) -> None:

@@ -135,8 +135,7 @@ class TreeReducer:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="foldfeed-reducer")
         # A byte for each task that was not begun: it ends `Exchange.progress`, which waits in that thread.
         self._tasks, self._task_added = os.pipe()
-        for descriptor in (self._tasks, self._task_added):
-            weakref.finalize(self, os.close, descriptor)
+        self._pipe = [weakref.finalize(self, os.close, end) for end in (self._tasks, self._task_added)]
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._hook(position))
             for position, param in enumerate(flat.parameters)
@@ -419,6 +418,12 @@ class TreeReducer:
         for hook in self._hooks:
             hook.remove()
         self._thread.shutdown(wait=wait, cancel_futures=True)
+        if wait:
+            # Hooks and reducer hold each other, so it may be long until they are collected. The lock, because
+            # a device's backward that was broken off may still be in a hook.
+            with self._lock:
+                for end in self._pipe:
+                    end()
         if wait and self._side is not None:
             # What is still on its way into buffers must not find them in other hands.
             torch.cuda.current_stream(self._ranks.device).wait_stream(self._side)

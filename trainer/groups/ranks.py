@@ -34,7 +34,8 @@ from foldfeed.trainer.errors import (
     TrainerConfigError,
     WireError,
 )
-from foldfeed.trainer.groups import nccl, wire
+from foldfeed.trainer.groups import nccl
+from foldfeed.trainer.groups.meeting import meet
 from foldfeed.trainer.groups.topology import by_place, told_place
 
 # Of devices: several ranks on a GPU.
@@ -443,7 +444,7 @@ def joined(
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
             if device.type == "cpu":
                 # The tree's exchange goes over own sockets (stream.py), all else over gloo.
-                mesh = wire.meet(store, rank, world, timeout_s)
+                mesh = meet(store, rank, world, timeout_s)
         ranks = Ranks(
             rank=rank,
             world=world,

@@ -15,10 +15,8 @@ Invariant: a channel is used by one thread at a time; `abort` may be called from
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hmac
 import json
-import os
 import secrets
 import select
 import socket
@@ -29,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch.distributed import Store
 
 from foldfeed.trainer.errors import WireError
 
@@ -98,12 +95,13 @@ def dial(address: tuple[str, int], key: bytes, hello: Mapping[str, Any], timeout
         connection = socket.create_connection(address, timeout_s)
     except OSError as error:
         raise WireError(f"no connection to {address[0]}:{address[1]} ({error})") from error
+    deadline = time.monotonic() + timeout_s
     try:
-        theirs, mine = _exactly(connection, NONCE_BYTES), secrets.token_bytes(NONCE_BYTES)
+        theirs, mine = _exactly(connection, NONCE_BYTES, deadline), secrets.token_bytes(NONCE_BYTES)
         body = frame(hello)
         connection.sendall(mine + hmac.digest(key, theirs + mine + body, "sha256") + body)
         expected = hmac.digest(key, mine + theirs, "sha256")
-        if not hmac.compare_digest(_exactly(connection, DIGEST_BYTES), expected):
+        if not hmac.compare_digest(_exactly(connection, DIGEST_BYTES, deadline), expected):
             raise WireError(f"{address[0]}:{address[1]} is not of this run: it does not know its key")
     except (OSError, WireError) as error:
         connection.close()
@@ -114,18 +112,24 @@ def dial(address: tuple[str, int], key: bytes, hello: Mapping[str, Any], timeout
 def greet(connection: socket.socket, key: bytes, timeout_s: float) -> dict[str, Any]:
     """Checks who connected, and returns what for; the socket is blocking afterwards.
 
+    Args:
+      connection: as it was accepted.
+      key: that members of this run know.
+      timeout_s: for all of the greeting, however few bytes come at a time.
     Raises:
       WireError: not in time, or somebody who does not know the key.
     """
+    deadline = time.monotonic() + timeout_s
     connection.settimeout(timeout_s)
     try:
         mine = secrets.token_bytes(NONCE_BYTES)
         connection.sendall(mine)
-        theirs, digest = _exactly(connection, NONCE_BYTES), _exactly(connection, DIGEST_BYTES)
-        (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
+        theirs = _exactly(connection, NONCE_BYTES, deadline)
+        digest = _exactly(connection, DIGEST_BYTES, deadline)
+        (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size, deadline))
         if length > GREETING_BYTES:
             raise WireError(f"a greeting of {length} bytes")
-        raw = _exactly(connection, length)
+        raw = _exactly(connection, length, deadline)
         body = _LENGTH.pack(length) + raw
         if not hmac.compare_digest(digest, hmac.digest(key, mine + theirs + body, "sha256")):
             raise WireError("a greeting by somebody who does not know the key of the run")
@@ -136,9 +140,12 @@ def greet(connection: socket.socket, key: bytes, timeout_s: float) -> dict[str, 
     return _parsed(raw)
 
 
-def _exactly(connection: socket.socket, num_bytes: int) -> bytes:
+def _exactly(connection: socket.socket, num_bytes: int, deadline: float) -> bytes:
     raw = bytearray()
     while len(raw) < num_bytes:
+        if (left_s := deadline - time.monotonic()) <= 0:
+            raise TimeoutError("timed out")
+        connection.settimeout(left_s)
         part = connection.recv(num_bytes - len(raw))
         if not part:
             raise WireError("closed by the other side")
@@ -370,52 +377,3 @@ class MeshGroup:
         for group in (*self._parts, self):
             group._thread.shutdown(wait=True)
         self.channel.close()
-
-
-def meet(store: Store, rank: int, world: int, timeout_s: float) -> MeshGroup:
-    """Connects the ranks of a run that share a store. A collective.
-
-    Args:
-      store: where they leave addresses, and the first one the key of their greetings.
-      rank: this process.
-      world: number of processes.
-      timeout_s: for a connection, and of collectives as in `Channel`.
-    Raises:
-      WireError: a rank cannot be reached.
-    """
-    if rank == 0:
-        store.set("foldfeed/mesh/key", secrets.token_hex(32))
-    peers: dict[int, socket.socket] = {}
-    family, host = _own_address()
-    with socket.create_server((host, 0), family=family, backlog=world) as listener:
-        listener.settimeout(timeout_s)
-        store.set(f"foldfeed/mesh/{rank}", json.dumps([host, listener.getsockname()[1]]))
-        key = bytes.fromhex(store.get("foldfeed/mesh/key").decode())
-        for other in range(rank):
-            there, port = json.loads(store.get(f"foldfeed/mesh/{other}"))
-            peers[other] = dial((there, port), key, {"rank": rank}, timeout_s)
-        while len(peers) < world - 1:
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError as error:
-                missing = sorted(set(range(world)) - {rank, *peers})
-                raise WireError(f"ranks {missing} did not connect within {timeout_s:g} s") from error
-            peers[int(greet(connection, key, timeout_s)["rank"])] = connection
-    return MeshGroup(Channel(rank, peers, timeout_s))
-
-
-def _own_address() -> tuple[socket.AddressFamily, str]:
-    """Returns this machine's address on the way to the first rank's, or of the interface given to gloo."""
-    if name := os.environ.get("GLOO_SOCKET_IFNAME"):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-            try:
-                # SIOCGIFADDR, see netdevice(7): an ifreq, whose name is followed by a sockaddr_in.
-                answer = fcntl.ioctl(asking, 0x8915, struct.pack("256s", name.encode()))
-            except OSError as error:
-                raise WireError(f"GLOO_SOCKET_IFNAME={name}: no IPv4 address ({error})") from error
-        return socket.AF_INET, socket.inet_ntoa(answer[20:24])
-    first, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    family, _, _, _, address = socket.getaddrinfo(first, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as asking:
-        asking.connect(address)
-        return family, str(asking.getsockname()[0])

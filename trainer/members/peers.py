@@ -26,6 +26,8 @@ from foldfeed.trainer.members.agreement import Member, Report
 BEATS_PER_SILENCE = 8
 # The purpose of the connections that are listened to here; others carry gradients.
 CONTROL = "member"
+# After which a process that can accept nobody tries it again.
+ACCEPT_AGAIN_S = 0.2
 
 
 class Peer:
@@ -88,6 +90,7 @@ class Peers:
         self._silent_s = silent_s
         self._owner = owner
         self._closed = False
+        self._ended = threading.Event()
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._wake, self._waker = socket.socketpair()
@@ -100,11 +103,13 @@ class Peers:
             thread.start()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
-                return  # closed by `close`
+                # The end, or no descriptor is left: until others close theirs, nobody can come.
+                self._ended.wait(ACCEPT_AGAIN_S)
+                continue
             threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
 
     def _receive(self, connection: socket.socket) -> None:
@@ -208,6 +213,7 @@ class Peers:
         """Ends the threads and closes all connections."""
         with self.lock:
             self._closed = True
+        self._ended.set()
         self._waker.send(b"\0")
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
