@@ -10,7 +10,7 @@ from cuda.pathfinder import load_nvidia_dynamic_lib
 from foldfeed.pipelines.fast_scan.gpu import Layout
 
 TESTS = Path(__file__).parent
-KERNEL = TESTS.parent / "pipelines" / "scan_gpu.cu"
+KERNEL = TESTS.parent / "pipelines" / "fast_scan" / "scan_gpu.cu"
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
