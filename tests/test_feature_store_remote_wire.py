@@ -231,3 +231,25 @@ def test_a_bucket_that_is_elsewhere_is_left_to_the_general_client(s3, monkeypatc
     monkeypatch.setattr(http_wire, "get", lambda *_: asked.append(1) or moved)
     assert [blobs.read("x") for _ in range(3)] == [b"0123456789"] * 3
     assert len(asked) == 1
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch):
+    """What stands between may have forgotten it without a word."""
+    answer = [b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"]
+    with Server(answer, answer, answer) as server:
+        assert server.get().body == server.get().body == b"abc"
+        assert server.num_connections == 1
+        monkeypatch.setattr(http_wire, "_MAX_IDLE_S", -1.0)
+        # The server takes one connection after the other, so the second proves that the first was closed.
+        assert server.get().body == b"abc"
+        assert server.num_connections == 2
+
+
+def test_a_body_in_a_coding_that_nobody_asked_for_is_an_error():
+    with (
+        Server(
+            [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"]
+        ) as server,
+        pytest.raises(http.client.HTTPException, match="gzip, chunked"),
+    ):
+        server.get()
