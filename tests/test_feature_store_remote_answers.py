@@ -4,13 +4,14 @@ import contextlib
 import datetime
 import socket
 import ssl
+import sys
 import threading
 
 import pytest
 from s3_server import FOREIGN_VARIABLES, client_environment
 
 from foldfeed.feature_store.errors import StorageError
-from foldfeed.feature_store.storage import http_wire, open_blobs
+from foldfeed.feature_store.storage import http_wire, open_blobs, s3_reads
 
 REQUEST = b"GET /x HTTP/1.1\r\nhost: here\r\n\r\n"
 
@@ -139,3 +140,141 @@ def test_certificates_that_are_not_there_are_no_answer_about_a_file(
     with pytest.raises(StorageError, match=r"cannot be read.*AWS_CA_BUNDLE") as caught:
         encrypted_s3.read("y")
     assert caught.value.attempts == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "read", "expected"),
+    [
+        ("206 P\r\nContent-Range: bytes 2-4/9", b"cde", (2, 3), b"cde"),
+        ("206 P\r\nContent-Range: bytes 2-4/*", b"cde", (2, 3), b"cde"),
+        ("200 OK", b"abc", (0, 3), b"abc"),
+        ("200 OK", b"abc", None, b"abc"),
+        ("206 P\r\nContent-Range: bytes 0-2/3", b"abc", None, b"abc"),
+        # Other bytes than were asked for, as many.
+        ("206 P\r\nContent-Range: bytes 0-2/9", b"abc", (2, 3), None),
+        ("206 P\r\nContent-Range: lines 2-4/9", b"cde", (2, 3), None),
+        ("206 P", b"cde", (2, 3), None),
+        ("206 P\r\nContent-Range: bytes 2-5/9", b"cde", (2, 3), None),
+        ("200 OK", b"abc", (2, 3), None),
+        ("200 OK", b"abcdef", (0, 3), None),
+        # All of the beginning of a file.
+        ("206 P\r\nContent-Range: bytes 0-2/9", b"abc", None, None),
+        ("206 P\r\nContent-Range: bytes 0-8/*", b"abc", None, None),
+    ],
+)
+@pytest.mark.parametrize("is_own", [True, False])
+def test_only_the_bytes_that_were_asked_for_are_taken(
+    encrypted, encrypted_s3, monkeypatch, is_own, head, body, read, expected
+):
+    """On our own connections and on those of the general client."""
+    if not is_own:
+        monkeypatch.setattr(s3_reads.S3Reads, "get", lambda *_: None)
+    encrypted.answer = lambda request: (
+        f"HTTP/1.1 {head}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        + (b"" if request.startswith(b"HEAD") else body)
+    )
+    ask = (lambda: encrypted_s3.read("y")) if read is None else lambda: encrypted_s3.read_range("y", *read)
+    if expected is not None:
+        assert ask() == expected
+        return
+    with pytest.raises(StorageError, match="ShortReadError"):
+        ask()
+    assert sum(request.startswith(b"GET") for request in encrypted.requests) == 2
+
+
+def test_a_body_that_nobody_says_the_length_of_is_not_taken_for_all(encrypted_s3, monkeypatch):
+    monkeypatch.setattr(http_wire, "get", lambda *_: http_wire.Answer(200, {}, b"abc"))
+    with pytest.raises(StorageError, match="nobody says"):
+        encrypted_s3.read("y")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "num_own"), [("ExpiredToken", 400, 3), ("AuthorizationHeaderMalformed", 400, 1)]
+)
+def test_keys_that_ended_are_no_other_place(encrypted, encrypted_s3, monkeypatch, code, status, num_own):
+    """Then the general client is asked once; for a bucket of another region, from then on."""
+    own, general = [], []
+
+    def answer(request: bytes) -> bytes:
+        is_own = b"aiobotocore" not in request.lower()
+        (own if is_own else general).append(request)
+        body = f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode() if is_own else b"abc"
+        head = f"{status} Bad" if is_own else "206 P\r\nContent-Range: bytes 0-2/3"
+        return f"HTTP/1.1 {head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+    encrypted.answer = answer
+    asked = []
+    monkeypatch.setattr(
+        s3_reads, "_ask_keys", lambda files, ask=s3_reads._ask_keys: asked.append(1) or ask(files)
+    )
+    for _ in range(3):
+        assert encrypted_s3.read("y") == b"abc"
+    assert (len(own), len(general), len(asked)) == (num_own, 3, num_own)
+
+
+def test_a_request_that_came_too_slowly_is_made_again(encrypted, encrypted_s3):
+    late = b"<Error><Code>RequestTimeout</Code><Message>m</Message></Error>"
+    answers = iter(
+        [
+            b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n" % len(late) + late,
+            b"HTTP/1.1 206 P\r\nContent-Range: bytes 0-2/3\r\nContent-Length: 3\r\n\r\nabc",
+        ]
+    )
+    encrypted.answer = lambda request: next(answers)
+    assert encrypted_s3.read("y") == b"abc"
+    assert not any(b"aiobotocore" in request.lower() for request in encrypted.requests)
+
+
+def test_secrets_are_in_no_error_and_no_picture_of_a_value(encrypted, encrypted_s3, monkeypatch):
+    keys = s3_reads._Keys("access", "secret-of-mine", "token-of-mine")
+    assert "of-mine" not in repr(keys)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "token-of-mine")
+    echoed = b"<Error><Code>SignatureDoesNotMatch</Code><Message>m</Message><StringToSign>token-of-mine"
+    encrypted.answer = lambda request: b"HTTP/1.1 403 No\r\nContent-Length: %d\r\n\r\n" % len(echoed) + echoed
+    with pytest.raises(StorageError) as caught:
+        encrypted_s3.read("y")
+    assert b"token-of-mine" in encrypted.requests[0]
+    assert "of-mine" not in str(caught.value)
+
+
+def test_a_key_with_the_end_of_a_line_never_becomes_a_line_of_a_request(encrypted, encrypted_s3, monkeypatch):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "token\nx-more: 1")
+    assert s3_reads.S3Reads("s3://bucket/x", "bucket").get("x/y", 0, 1) is None
+    assert encrypted.requests == []
+
+
+def test_keys_that_are_renewed_are_asked_for_again(encrypted, encrypted_s3, monkeypatch, tmp_path):
+    """From a program here; those of a machine's role come the same way."""
+    (tmp_path / "program").write_text(
+        "import datetime, json, pathlib\n"
+        f"number = pathlib.Path({str(tmp_path / 'number')!r})\n"
+        "count = int(number.read_text()) + 1 if number.exists() else 1\n"
+        "number.write_text(str(count))\n"
+        "end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5)\n"
+        "keys = {'AccessKeyId': f'key{count}', 'SecretAccessKey': 's', 'SessionToken': f'token{count}'}\n"
+        "print(json.dumps(keys | {'Version': 1, 'Expiration': end.isoformat()}))\n"
+    )
+    (tmp_path / "config").write_text(
+        f"[profile renewed]\ncredential_process = {sys.executable} {tmp_path / 'program'}\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "renewed")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    encrypted.answer = lambda request: (
+        b"HTTP/1.1 206 P\r\nContent-Range: bytes 0-2/3\r\nContent-Length: 3\r\n\r\nabc"
+    )
+
+    def signed_by() -> bytes:
+        assert encrypted_s3.read("y") == b"abc"
+        request = encrypted.requests[-1]
+        key = request.partition(b"Credential=key")[2].partition(b"/")[0]
+        assert b"x-amz-security-token: token%s\r\n" % key in request
+        return key
+
+    first = signed_by()
+    assert signed_by() == first
+    monkeypatch.setattr(s3_reads, "_CREDENTIALS_S", -1.0)
+    encrypted_s3._files._reads._keys.clear()
+    # They end within ten minutes, so the client asks the program each time.
+    assert int(first) < int(signed_by()) < int(signed_by())
