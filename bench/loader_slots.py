@@ -113,6 +113,9 @@ def rate(reader: SampleReader, processes: int, threads: int, seconds: float) -> 
     pids = supply.pids if isinstance(supply, ReadingProcesses) else []
     before, began, used = stream.count(), time.perf_counter(), cpu_s(pids)
     time.sleep(seconds)
+    # On a busy machine there may be none in so short a time.
+    while stream.count() == before:
+        time.sleep(0.001)
     count, took, used = stream.count() - before, time.perf_counter() - began, cpu_s(pids) - used
     stream.close()
     supply.close()

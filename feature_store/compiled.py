@@ -1,16 +1,18 @@
 """Finds what was compiled from C files: optional parts of an installation, there where a C compiler was.
 
 Whoever has such a part has the same in Python, too, or says what is missing. Names in the C count versions,
-so that a module that was compiled from another C than lies beside the Python is not used.
+so that a module that was compiled from another C than lies beside the Python is not used, which is logged.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+_log = logging.getLogger(__name__)
 Functions = tuple[Callable[..., Any], ...]
 
 
@@ -33,9 +35,17 @@ def functions_of(module: str, names: Sequence[str]) -> Functions | None:
     Raises:
       ImportError: it was built and cannot be loaded.
     """
-    if path_of(module) is None:
+    path = path_of(module)
+    if path is None:
         return None
     found = importlib.import_module(module)
     if not all(hasattr(found, name) for name in names):
+        # Nothing else shows it: the same numbers come, and more slowly.
+        _log.warning(
+            "%s was compiled from another version's C and is not used, so its work takes longer; install "
+            "foldfeed again ('pip install --force-reinstall --no-deps foldfeed', in a clone "
+            "'pip install -e .')",
+            path,
+        )
         return None
     return tuple(getattr(found, name) for name in names)

@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+from s3_server import client_environment
 
 from foldfeed.feature_store.storage import http_wire, open_blobs, s3_reads
 
@@ -179,6 +180,15 @@ def test_where_the_way_is_not_plain_the_general_client_goes(s3, monkeypatch):
     assert s3_reads.S3Reads(s3, "bucket").get("x", 0, 1) is None
     assert s3_reads.S3Reads(s3, "arn:aws:s3:us-west-2:1:accesspoint").get("x", 0, 1) is None
     assert s3_reads.S3Reads(s3, "bucket--usw2-az1--x-s3").get("x", 0, 1) is None
+    assert s3_reads.S3Reads(s3, "alias--op-s3").get("x", 0, 1) is None
+
+
+def test_another_kind_of_signature_is_left_to_the_general_client(monkeypatch, tmp_path):
+    (tmp_path / "config").write_text("[default]\ns3 =\n  signature_version = s3\n")
+    endpoint = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_CONFIG_FILE": str(tmp_path / "config")}
+    for name, value in (client_environment("") | endpoint).items():
+        monkeypatch.setenv(name, value)
+    assert s3_reads.S3Reads("s3://bucket/x", "bucket").get("x", 0, 1) is None
 
 
 def test_keys_come_from_wherever_the_general_client_takes_them(s3, tmp_path, monkeypatch):
@@ -203,6 +213,8 @@ def test_keys_come_from_wherever_the_general_client_takes_them(s3, tmp_path, mon
     [
         ({"ENDPOINT_URL": "https://[::1]:9000"}, "[::1]:9000", "/bucket", True),
         ({"ENDPOINT_URL": "http://minio.example"}, "minio.example", "/bucket", True),
+        ({"ENDPOINT_URL": "https://me:mine@gate.example:443/s3"}, "gate.example", "/s3/bucket", True),
+        ({"ENDPOINT_URL": "http://gate.example:443/"}, "gate.example:443", "/bucket", True),
         ({"REGION": "eu-west-1"}, "bucket.s3.eu-west-1.amazonaws.com", "", True),
         ({"SKIP_SIGNATURE": "true", "ENDPOINT_URL": "http://h:1"}, "h:1", "/bucket", False),
     ],
@@ -231,3 +243,25 @@ def test_a_bucket_that_is_elsewhere_is_left_to_the_general_client(s3, monkeypatc
     monkeypatch.setattr(http_wire, "get", lambda *_: asked.append(1) or moved)
     assert [blobs.read("x") for _ in range(3)] == [b"0123456789"] * 3
     assert len(asked) == 1
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch):
+    """What stands between may have forgotten it without a word."""
+    answer = [b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"]
+    with Server(answer, answer, answer) as server:
+        assert server.get().body == server.get().body == b"abc"
+        assert server.num_connections == 1
+        monkeypatch.setattr(http_wire, "_MAX_IDLE_S", -1.0)
+        # The server takes one connection after the other, so the second proves that the first was closed.
+        assert server.get().body == b"abc"
+        assert server.num_connections == 2
+
+
+def test_a_body_in_a_coding_that_nobody_asked_for_is_an_error():
+    with (
+        Server(
+            [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"]
+        ) as server,
+        pytest.raises(http.client.HTTPException, match="gzip, chunked"),
+    ):
+        server.get()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foldfeed.feature_store.compiled import functions_of
 from foldfeed.loader import Recipe
 from foldfeed.loader.order import draw_kernel
 from foldfeed.loader.order.counter_rng import Purpose, Stream, _order_by_numpy, stream, words_by_numpy
@@ -113,6 +114,18 @@ def test_compiled_masking_is_numpys(seed, centres, length, masked, shares, data)
         assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
         assert np.array_equal(found, wanted)
     assert np.array_equal(one.words(3), other.words(3))
+
+
+@compiled
+def test_a_form_of_another_version_is_left_aside_and_told(caplog):
+    module = "foldfeed.loader.order._draw"
+    assert functions_of(module, ("few_2", "few_of_a_later_version")) is None
+    assert "another version" in caplog.text
+    assert "foldfeed again" in caplog.text
+    caplog.clear()
+    assert functions_of(module, ("few_2",)) is not None
+    assert functions_of(module + "_that_nobody_built", ("few_2",)) is None
+    assert caplog.text == ""
 
 
 @compiled

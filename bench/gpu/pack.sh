@@ -5,9 +5,10 @@
 #     bench/gpu/pack.sh OUT_DIR [DATA_DIR]      makes OUT_DIR/foldfeed-gpu.tar.xz; the last line says what to run there
 #
 # There must be torch with what it brings, numpy and pyarrow. DATA_DIR is the test data (FOLDFEED_TEST_DATA): its
-# alignments, queries and search databases go along. Wheels come from pip's usual index, at the versions of
+# A3M alignments, queries and search databases go along. Wheels come from pip's usual index, at the versions of
 # constraints.txt; what is committed and what is not yet both go along. The compiled modules are those of the
-# environment that runs this (PYTHON, python3 by default), or are made there by its C compiler. XZ_LEVEL=-1 is quicker.
+# environment that runs this (PYTHON, python3 by default), or are made there by its C compiler. XZ_LEVEL=-1 is quicker,
+# and its archive a sixth larger.
 set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 [ $# -ge 1 ] || { sed -n '5p' "$0"; exit 2; }
@@ -30,6 +31,8 @@ for group in lacking small; do
     find "$work/pack/$group" -path '*.data/scripts/*' -exec chmod +x {} + -o -path '*/bin/*' -exec chmod +x {} +
 done
 find "$work/pack" -name '*.so' -exec strip --strip-unneeded {} + 2>/dev/null || true
+# Of HMMER's forty programs, each with all of it inside, the scan is compared with few.
+find "$work/pack/lacking/hmmer/data/bin" -type f ! -name jackhmmer ! -name phmmer ! -name hmmsearch ! -name hmmbuild ! -name hmmpgmd -delete
 # Found after everything else of that Python.
 printf 'import os\nimport sys\n\nsys.path.append(os.environ["FOLDFEED_SMALL"])\n' >"$work/pack/lacking/sitecustomize.py"
 mkdir -p "$work/pack/lacking/foldfeed" "$work/pack/project"
@@ -38,15 +41,27 @@ tar -C "$root" --exclude=__pycache__ --exclude='*.so' --exclude='bench/results' 
 [ ! -d "$root/tests/data" ] || cp -r "$root/tests/data" "$work/pack/project/tests/"
 for room in feature_store loader pipelines trainer; do ln -s "../../project/$room" "$work/pack/lacking/foldfeed/$room"; done
 for module in foldfeed.pipelines.fast_scan._scan foldfeed.feature_store.format._permute foldfeed.loader.order._draw; do
-    file=$("$python" -c 'import importlib.util, sys; found = importlib.util.find_spec(sys.argv[1]); print(found.origin if found else "")' $module)
+    # An environment of an older version may not even have the package.
+    file=$("$python" - "$module" <<'PY'
+import importlib.util, sys
+try:
+    found = importlib.util.find_spec(sys.argv[1])
+except ModuleNotFoundError:
+    found = None
+print(found.origin if found else "")
+PY
+    )
     folder=$(echo "${module%.*}" | sed 's/^foldfeed\.//; s/\./\//g')
-    [ -z "$file" ] || cp "$file" "$work/pack/project/$folder/"
+    if [ -n "$file" ]; then cp "$file" "$work/pack/project/$folder/"; else echo "$module: not built here; compiled there" >&2; fi
 done
 if [ -n "$data" ]; then
     mkdir -p "$work/pack/data"
     for part in msas queries searchdb; do [ ! -d "$data/$part" ] || cp -rL "$data/$part" "$work/pack/data/"; done
+    # Benchmarks read nothing else of the alignments, and the other files are compressed as they are.
+    [ ! -d "$work/pack/data/msas" ] || { chmod -R u+w "$work/pack/data"; find "$work/pack/data/msas" -type f ! -name '*.a3m*' -delete; }
 fi
 cp "$root/bench/gpu/run.sh" "$work/pack/"
 tar -C "$work/pack" -c . | xz -T0 "${XZ_LEVEL:--6}" >"$out/foldfeed-gpu.tar.xz"
 ls -l "$out/foldfeed-gpu.tar.xz"
+[ "$(wc -c <"$out/foldfeed-gpu.tar.xz")" -le $((64 << 20)) ] || echo "larger than 64 MiB, which some ways there do not take" >&2
 echo "there: mkdir W && tar -C W -xJf foldfeed-gpu.tar.xz && OUT=... bash W/run.sh"

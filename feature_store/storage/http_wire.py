@@ -22,6 +22,7 @@ import select
 import socket
 import ssl
 import threading
+import time
 from typing import NamedTuple
 
 from foldfeed.feature_store.storage.options import CONNECT_TIMEOUT_S, MAX_CONNECTIONS
@@ -29,6 +30,9 @@ from foldfeed.feature_store.storage.options import CONNECT_TIMEOUT_S, MAX_CONNEC
 # A head comes with the beginning of its body; larger pieces would only be copied.
 _PIECE_BYTES = 64 << 10
 _MAX_HEAD_BYTES = 64 << 10
+# Servers end idle connections after some seconds and say so; what stands between (address translation,
+# balancers) forgets them after minutes and does not, and then a request waits for all the silence allowed.
+_MAX_IDLE_S = 15.0
 # Of a body whose length nobody says: an error's text.
 _MAX_OPEN_BODY_BYTES = 16 << 20
 _NO_BODY = (204, 304)
@@ -78,10 +82,15 @@ class _Connection:
         self._left = b""
         self._arrived = select.poll()
         self._arrived.register(connected, select.POLLIN)
+        self._used_s = time.monotonic()
 
-    def is_quiet(self) -> bool:
-        """Returns whether nothing has come since the last answer, not even the end of the connection."""
-        return not self._left and not self._arrived.poll(0)
+    def is_usable(self) -> bool:
+        """Returns whether the last answer is not long ago, and nothing came since, not even the end."""
+        if self._left or time.monotonic() - self._used_s > _MAX_IDLE_S:
+            return False
+        # Of a piece that TLS has decrypted as a whole the socket knows nothing.
+        is_read = not isinstance(self._socket, ssl.SSLSocket) or not self._socket.pending()
+        return is_read and not self._arrived.poll(0)
 
     def close(self) -> None:
         self._socket.close()
@@ -101,10 +110,12 @@ class _Connection:
             name, _, value = line.partition(":")
             headers[name.lower()] = value.strip()
         is_kept = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
-        length = headers.get("content-length")
+        length, coding = headers.get("content-length"), headers.get("transfer-encoding")
         if int(status) in _NO_BODY:
             body = b""
-        elif headers.get("transfer-encoding", "").lower() == "chunked":
+        elif coding is not None:
+            if coding.lower() != "chunked":
+                raise http.client.HTTPException(f"the server sends a body as {coding!r}, not asked for")
             body = self._chunks()
         elif length is not None:
             if not length.isdecimal():
@@ -113,6 +124,7 @@ class _Connection:
         else:
             is_kept = False
             body = self._rest()
+        self._used_s = time.monotonic()
         return Answer(int(status), headers, body), is_kept
 
     def _head(self) -> str:
@@ -192,7 +204,7 @@ class _Idle:
                 if not waiting:
                     return None
                 connection = waiting.pop()
-            if connection.is_quiet():
+            if connection.is_usable():
                 return connection
             connection.close()
 
@@ -205,7 +217,7 @@ class _Idle:
             surplus.close()
 
     def close(self) -> None:
-        for waiting in self._by_address.values():
+        for waiting in list(self._by_address.values()):
             while waiting:
                 waiting.pop().close()
 
@@ -251,4 +263,11 @@ def get(address: Address, request: bytes, timeout_s: float) -> Answer:
 
 @functools.cache
 def _tls(ca_bundle: str) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=ca_bundle)
+    try:
+        return ssl.create_default_context(cafile=ca_bundle)
+    except OSError as error:
+        # As it is, "no such file" would be taken for the server's answer.
+        raise ssl.SSLCertVerificationError(
+            f"certificates to trust cannot be read from {ca_bundle!r} ({error}); AWS_CA_BUNDLE or ca_bundle "
+            "of a profile names a file in PEM format"
+        ) from error

@@ -35,16 +35,24 @@ import fsspec.asyn
 from foldfeed.feature_store.storage import http_wire
 from foldfeed.feature_store.storage.fsspec_requests import Fetched, file_system
 from foldfeed.feature_store.storage.options import S3_VARIABLES
-from foldfeed.feature_store.storage.retries import retry_policy
+from foldfeed.feature_store.storage.retries import ShortReadError, retry_policy
 
 _OK, _PARTIAL = 200, 206
 # Another region, or another place: the general client knows how to find it, and is asked from then on.
 _ELSEWHERE = (301, 302, 307, 308, 400)
+# Keys that have ended, though not for long: the general client is asked this time, and for new ones.
+_ENDED_KEYS = ("ExpiredToken", "TokenRefreshRequired")
+# A request that came too slowly.
+_TOO_SLOW = "RequestTimeout"
+_LENGTHS = {"content-length", "transfer-encoding"}
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 # Clients get new credentials ten minutes before the old ones end.
 _CREDENTIALS_S = 60.0
-# Names of S3 for which other rules hold (access points by ARN, directory buckets).
+# Names of S3 for which other rules hold (access points by ARN, directory buckets, Outposts, Object Lambda).
 _PLAIN_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_DIRECTORY_BUCKET = "--x-s3"
+_SPECIAL_BUCKETS = ("--x-s3", "--op-s3", "--ol-s3")
+# The only ones made here: version 4.
+_SIGNATURES = "s3v4"
 _GLOBAL_HOST = "s3.amazonaws.com"
 _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 _PORTS = {"http": 80, "https": 443}
@@ -53,8 +61,13 @@ _PORTS = {"http": 80, "https": 443}
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Keys:
     access: str
-    secret: str
-    token: str
+    # Not in a traceback that shows variables.
+    secret: str = dataclasses.field(repr=False)
+    token: str = dataclasses.field(repr=False)
+
+    def are_plain(self) -> bool:
+        """Returns whether they can stand in a header as they are: lines of files have ends."""
+        return not re.search(r"[^!-~]", self.access + self.token)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,23 +124,29 @@ class S3Reads:
         headers = {"host": way.host, "range": f"bytes={start}-{last}"}
         target = f"{way.path}/{urllib.parse.quote(key, safe='/~')}"
         if way.is_signed:
-            headers = signed(target, headers, self._keys_of(where), way.region, _now())
+            keys = self._keys_of(where)
+            if not keys.are_plain():
+                return None
+            headers = signed(target, headers, keys, way.region, _now())
         lines = [f"GET {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         # Without "identity" a server may compress, and then ranges are those of something else.
         request = "\r\n".join([*lines, "accept-encoding: identity", "", ""]).encode()
         answer = http_wire.get(way.address, request, retry_policy().timeout_s)
-        if answer.status == _PARTIAL:
-            total = answer.headers.get("content-range", "").rpartition("/")[2]
-            return Fetched(answer.body, int(total) if total.isdecimal() else None)
-        if answer.status == _OK:
-            return Fetched(answer.body, None)
-        if answer.status in _ELSEWHERE:
+        if answer.status in (_OK, _PARTIAL):
+            if answer.status == _OK and not answer.headers.keys() & _LENGTHS:
+                raise ShortReadError(f"nobody says whether the {len(answer.body)} bytes that came are all")
+            return fetched(answer.body, start, size, answer.status, answer.headers.get("content-range", ""))
+        code = _code_of(answer)[0]
+        if code in _ENDED_KEYS:
+            self._keys.pop(where, None)
+            return None
+        if answer.status in _ELSEWHERE and code != _TOO_SLOW:
             self._ways[where] = None
             return None
         raise _error_of(answer)
 
     def _find_way(self) -> _Way | None:
-        if not _PLAIN_BUCKET.fullmatch(self._bucket) or self._bucket.endswith(_DIRECTORY_BUCKET):
+        if not _PLAIN_BUCKET.fullmatch(self._bucket) or self._bucket.endswith(_SPECIAL_BUCKETS):
             return None
         files = file_system(self._url)[0]
         found: _Way | None = fsspec.asyn.sync(files.loop, self._ask_way, files)
@@ -135,6 +154,8 @@ class S3Reads:
 
     async def _ask_way(self, files: Any) -> _Way | None:
         client = await files.set_session()
+        if not files.anon and client.meta.config.signature_version != _SIGNATURES:
+            return None
         # Which no two settings resolve differently: region, addressing style, dual stack and the like.
         parts = urllib.parse.urlsplit(
             await client.generate_presigned_url("get_object", Params={"Bucket": self._bucket, "Key": "k"})
@@ -149,7 +170,10 @@ class S3Reads:
             bundle = files.session.get_config_variable("ca_bundle")
             bundle = bundle or importlib.import_module("botocore.httpsession").where()
         region = client.meta.region_name or ""
-        host = parts.netloc
+        # As clients name it: without a user, and without the port that goes without saying.
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        if parts.port not in (None, _PORTS[parts.scheme]):
+            host = f"{host}:{parts.port}"
         regional = urllib.parse.urlsplit(client.meta.endpoint_url).netloc
         if host.endswith(_GLOBAL_HOST) and regional.endswith(".amazonaws.com"):
             # URLs are made for the host of all regions, requests go to that of the bucket's.
@@ -171,6 +195,34 @@ class S3Reads:
             keys = fsspec.asyn.sync(files.loop, _ask_keys, files)
             self._keys[where] = time.monotonic() + _CREDENTIALS_S, keys
         return keys
+
+
+def fetched(data: bytes, start: int, size: int | None, status: int, content_range: str) -> Fetched:
+    """Returns what came as an answer to a range, checked for being that range.
+
+    Args:
+      data: the body.
+      start: first byte asked for.
+      size: how many were, None for all.
+      status: 200 or 206.
+      content_range: as the answer says, "" where it does not.
+    Raises:
+      ShortReadError: they are other bytes.
+    """
+    if status == _OK:
+        # The whole object: a server may answer so when that is what was asked for.
+        if start or (size is not None and len(data) > size):
+            last = "" if size is None else start + size - 1
+            raise ShortReadError(
+                f"asked for bytes {start}-{last}, the server sent all {len(data)} of the file"
+            )
+        return Fetched(data, None)
+    found = _CONTENT_RANGE.fullmatch(content_range)
+    if found is None or int(found[1]) != start:
+        raise ShortReadError(f"asked from byte {start} on, the server sent {content_range!r}")
+    if int(found[2]) - start + 1 != len(data):
+        raise ShortReadError(f"{len(data)} bytes came of a file of {found[3]}, called {content_range!r}")
+    return Fetched(data, int(found[3]) if found[3] != "*" else None)
 
 
 async def _ask_keys(files: Any) -> _Keys:
@@ -227,15 +279,22 @@ def _now() -> datetime.datetime:
 
 def _error_of(answer: http_wire.Answer) -> Exception:
     """Returns the error that the general client makes of an answer."""
-    text = answer.body.decode(errors="replace")
-    code, message = (re.search(f"<{name}>(.*?)</{name}>", text, re.DOTALL) for name in ("Code", "Message"))
+    code, message = _code_of(answer)
     about = {
         "Error": {
-            "Code": html.unescape(code[1]) if code else str(answer.status),
-            "Message": html.unescape(message[1]) if message else f"the server answered {answer.status}",
+            "Code": code or str(answer.status),
+            "Message": message or f"the server answered {answer.status}",
         },
         "ResponseMetadata": {"HTTPStatusCode": answer.status},
     }
     error: Exception = importlib.import_module("botocore.exceptions").ClientError(about, "GetObject")
     translate: Callable[[Exception], Exception] = importlib.import_module("s3fs.errors").translate_boto_error
     return translate(error)
+
+
+def _code_of(answer: http_wire.Answer) -> tuple[str, str]:
+    """Returns S3's word for an error and its message, "" for what is not there."""
+    text = answer.body.decode(errors="replace")
+    found = (re.search(f"<{name}>(.*?)</{name}>", text, re.DOTALL) for name in ("Code", "Message"))
+    code, message = (html.unescape(one[1]) if one else "" for one in found)
+    return code, message

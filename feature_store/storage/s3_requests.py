@@ -20,7 +20,7 @@ from foldfeed.feature_store.storage.contract import FileInfo
 from foldfeed.feature_store.storage.fsspec_requests import Fetched, file_system, info_of
 from foldfeed.feature_store.storage.options import fsspec_options
 from foldfeed.feature_store.storage.retries import is_not_implemented
-from foldfeed.feature_store.storage.s3_reads import S3Reads
+from foldfeed.feature_store.storage.s3_reads import S3Reads, fetched
 
 # Larger files are uploaded in pieces of this size, so that a cut costs a piece and not the file.
 UPLOAD_PIECE_BYTES = 32 << 20
@@ -65,8 +65,8 @@ class S3Files:
                 raise
             # Behind the end, or an empty object, which has no range at all.
             return Fetched(b"", self.head(path).num_bytes)
-        total = answer.get("ContentRange", "").rpartition("/")[2]
-        return Fetched(data, int(total) if total.isdecimal() else None)
+        status = answer["ResponseMetadata"]["HTTPStatusCode"]
+        return fetched(data, start, size, status, answer.get("ContentRange", ""))
 
     def put(self, path: str, data: bytes) -> None:
         try:
