@@ -32,7 +32,7 @@ from typing import Any
 
 import fsspec.asyn
 
-from foldfeed.feature_store.storage import http_wire
+import foldfeed.feature_store.storage.http_wire as http_wire
 from foldfeed.feature_store.storage.fsspec_requests import Fetched, file_system
 from foldfeed.feature_store.storage.options import S3_VARIABLES
 from foldfeed.feature_store.storage.retries import ShortReadError, retry_policy
