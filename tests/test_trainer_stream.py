@@ -18,11 +18,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed import HashStore
+from transport_sums import reduce_plan
 
 from foldfeed.trainer.errors import CommunicationError, WireError
 from foldfeed.trainer.gradients import stream
 from foldfeed.trainer.gradients.buckets import Bucket
-from foldfeed.trainer.gradients.dyadic import Block, blocks_of_ranks, subtree_sum, tree_sum
+from foldfeed.trainer.gradients.dyadic import Block, blocks_of_ranks, tree_sum
 from foldfeed.trainer.gradients.exchange import TreeExchange, add_in_place, elements_sent
 from foldfeed.trainer.gradients.stream import StreamExchange, tree_exchange
 from foldfeed.trainer.groups.meeting import meet
@@ -82,15 +83,7 @@ def test_any_world_sums_to_the_bits_of_the_tree(
         for division in (blocks_of_ranks(num_shards, world), dealt):
             exchange.divide(division)
             output.fill_(torch.nan)
-            for bucket in plan:
-                known = {
-                    Block(v, 1): leaf[bucket.start : bucket.stop].clone() for v, leaf in enumerate(leaves)
-                }
-                exchange.reduce(
-                    bucket,
-                    [subtree_sum(known, block, num_shards, add_in_place) for block in division[ranks.rank]],
-                )
-            exchange.drain()
+            reduce_plan(exchange, plan, leaves, division[ranks.rank], num_shards)
             found.append(output.clone())
         return torch.stack(found)
 

@@ -20,6 +20,7 @@ from thread_ranks import on_threads
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from trainer_options import SMALL_CROPS
 from trainer_ranks import free_port, launch, rank_environment
+from transport_sums import reduce_plan
 from warm_python import Program, run_programs
 
 from foldfeed.feature_store import FeatureStore
@@ -35,7 +36,7 @@ from foldfeed.trainer.gradients.dyadic import (
     subtree_sum,
     tree_sum,
 )
-from foldfeed.trainer.gradients.exchange import TreeExchange, add_in_place, elements_sent, sum_rows
+from foldfeed.trainer.gradients.exchange import TreeExchange, elements_sent, sum_rows
 from foldfeed.trainer.gradients.flat import FlatParameters
 from foldfeed.trainer.gradients.probe import Link
 from foldfeed.trainer.gradients.reducer import TreeReducer
@@ -153,15 +154,7 @@ def test_any_topology_sums_to_the_bits_of_the_tree(
             )
             if division is dealt:
                 exchange.divide(dealt)
-            for bucket in plan:
-                known = {
-                    Block(v, 1): leaf[bucket.start : bucket.stop].clone() for v, leaf in enumerate(leaves)
-                }
-                exchange.reduce(
-                    bucket,
-                    [subtree_sum(known, block, num_shards, add_in_place) for block in division[ranks.rank]],
-                )
-            exchange.drain()
+            reduce_plan(exchange, plan, leaves, division[ranks.rank], num_shards)
             found.append(output)
         return found
 

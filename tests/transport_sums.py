@@ -8,12 +8,26 @@ from typing import Any
 import torch
 
 from foldfeed.trainer.gradients.buckets import Bucket
-from foldfeed.trainer.gradients.dyadic import blocks_of_ranks, owned_shards, subtree_sum
-from foldfeed.trainer.gradients.exchange import TreeExchange, add_in_place
+from foldfeed.trainer.gradients.dyadic import Block, blocks_of_ranks, owned_shards, subtree_sum
+from foldfeed.trainer.gradients.exchange import Exchange, TreeExchange, add_in_place
 from foldfeed.trainer.gradients.probe import measure
 from foldfeed.trainer.gradients.ring import RingExchange
 from foldfeed.trainer.gradients.two_level import TwoLevelExchange, node_groups
 from foldfeed.trainer.groups.topology import nodes_of
+
+
+def reduce_plan(
+    exchange: Exchange,
+    plan: Sequence[Bucket],
+    leaves: Sequence[torch.Tensor],
+    blocks: Sequence[Block],
+    num_shards: int,
+) -> None:
+    """Gives an exchange all buckets of a plan, as a rank that has these blocks of the leaves."""
+    for bucket in plan:
+        known = {Block(v, 1): leaf[bucket.start : bucket.stop].clone() for v, leaf in enumerate(leaves)}
+        exchange.reduce(bucket, [subtree_sum(known, block, num_shards, add_in_place) for block in blocks])
+    exchange.drain()
 
 
 def sums_by_transport(ranks: Any, nodes: Sequence[str], shard_counts: Sequence[int]) -> Any:
