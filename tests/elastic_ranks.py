@@ -7,10 +7,10 @@ continued after `AWAY_S`. The ranks are the trainer's own `ElasticRank` over the
     python tests/elastic_ranks.py FOLDER      reads scenarios (JSON) from stdin, one a line; answers likewise
 
 A fault {"phase": P, "step": K, "signal": S, "rank": R} strikes the process that was started R-th: at the
-first time that its step is at least K and it is at P, one of `PHASES`; with "generation": G in that one at
-the earliest, with "skip": N at the N-th time after the first. Ranks that are started later, as replacements,
-are counted on. Two signals are none: FLIP changes a bit of the process's parameters, CUT takes
-its link away for `AWAY_S`.
+first time that its step is at least K and it is at P, one of `PHASES` or `ODD_PHASES`; with "generation": G in
+that one at the earliest, with "skip": N at the N-th time after the first. Ranks that are started later, as
+replacements, are counted on. Three signals are none: FLIP changes a bit of the process's parameters, CUT takes
+its link away for `AWAY_S`, DEAF ends what it does as the loss of another rank would.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ PHASES = {
     "transfer": ("members.rank", "transfer", "before"),
     "transferred": ("members.rank", "transfer", "after"),
 }
+# Where ranks that hold equal bits never are.
+ODD_PHASES = {"vote": ("groups.ranks", "odd_ranks", "before")}
 
 
 # ---------------------------------------------------------------- the test's side
@@ -334,7 +336,9 @@ def set_trap(rank: Any, fault: dict[str, Any], cut: Path) -> None:
     """Makes this process kill, stop or cut off itself at a phase; see the module docstring."""
     import importlib
 
-    module_name, path, when = PHASES[fault["phase"]]
+    from foldfeed.trainer.errors import CommunicationError
+
+    module_name, path, when = (PHASES | ODD_PHASES)[fault["phase"]]
     module = importlib.import_module(f"foldfeed.trainer.{module_name}")
     *outer, name = path.split(".")
     owner: Any = module
@@ -357,6 +361,8 @@ def set_trap(rank: Any, fault: dict[str, Any], cut: Path) -> None:
                 rank.trainer.flat.params.numpy().view("int32")[5] ^= 1 << 20
             elif fault["signal"] == "CUT":
                 cut.touch()
+            elif fault["signal"] == "DEAF":
+                raise CommunicationError(rank.trainer.ranks.rank, fault["phase"], "another one was lost")
             else:
                 os.kill(os.getpid(), getattr(signal, f"SIG{fault['signal']}"))
 

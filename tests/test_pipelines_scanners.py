@@ -1,5 +1,6 @@
 """Engines that find jackhmmer's candidates in their own ways: all give stock jackhmmer's bytes."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -300,9 +301,11 @@ def test_a_daemon_that_dies_fails_its_searches_and_leaves_nothing(tmp_path, whic
     def kill() -> None:
         while not killed:
             for pid in daemons():
-                if which.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() and len(daemons()) == 2:
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
+                # It may have ended since it was listed.
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    if which.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() and len(daemons()) == 2:
+                        os.kill(pid, signal.SIGKILL)
+                        killed.append(pid)
             time.sleep(0.005)
 
     killer = threading.Thread(target=kill)

@@ -159,9 +159,16 @@ def test_all_ranks_die_and_their_replacements_go_on_from_the_snapshot(
     assert [line["event"] for line in found["ledger"]].count("start") == 2
 
 
-def test_a_rank_whose_memory_went_bad_is_named_and_all_go_back(nursery: Nursery, undisturbed: str) -> None:
-    """The bit is in all sums since step 5; at step 8 the ranks compare. The second time the rank leaves."""
+@pytest.mark.parametrize("deaf", [(), (1, 2)])
+def test_a_rank_whose_memory_went_bad_is_named_and_all_go_back(
+    nursery: Nursery, undisturbed: str, deaf: tuple[int, ...]
+) -> None:
+    """The bit is in all sums since step 5; at step 8 the ranks compare. The second time the rank leaves.
+
+    So it does where the first rank alone saw what the votes said and left before the others did.
+    """
     faults = [fault(1, 5, "forward", "FLIP"), fault(1, 9, "optimizer", "FLIP")]
+    faults += [fault(process, step, "vote", "DEAF") for process in deaf for step in (8, 12)]
     # What a run was told to start from does not hold when it goes back by itself.
     config = {"snapshots": {"resume": "none"}}
     found = nursery.run(ranks=3, steps=STEPS, faults=faults, config=config)
@@ -169,8 +176,9 @@ def test_a_rank_whose_memory_went_bad_is_named_and_all_go_back(nursery: Nursery,
     odd = members[1].index(1)
     for step in (8, 12):
         assert f"rank {odd} differs in parameters and moments after step {step}" in found["said"]
+    assert found["said"].count("STRUCK") == len(faults)
     assert [found["said"].count(f"resumed: step {step} ") for step in (4, 8, 12)] == [1, 1, 0]
-    assert members[2] == members[1]
+    assert members[1] == members[2] == members[3]
     assert sorted(members[-1]) == [0, 2]
 
 

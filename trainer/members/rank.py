@@ -8,7 +8,8 @@ reducer, for whom it makes no difference which rank has what.
 
 Where nobody has the state in memory, at a start above all, all of them choose a snapshot (resume.py). So they
 do when the digests that they compare before each snapshot differ: what the odd rank computed is in all sums
-since the last comparison, so all go back to that one. A rank that is odd for the second time leaves the run.
+since the last comparison, so all go back to that one. A rank that is odd for the second time leaves the run
+when they have.
 
 The first rank writes: metrics, ledger, snapshots. A new first rank takes all three over; a former one that
 wakes up finds a later generation before it publishes anything (`Membership.require_current`), joins again as
@@ -25,6 +26,7 @@ import functools
 import os
 import signal
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +130,11 @@ class ElasticRank(Process):
         self.membership: Membership | None = None
         self._groups: list[Group] = []
         self._has_state = False
-        # The states since the last snapshot are not to be trusted.
-        self._doubt = self._was_odd = self._begins = False
+        self._begins = False
+        # Why the states since the last snapshot are not to be trusted.
+        self._doubt: dict[str, Any] | None = None
+        # The votes in which this rank was odd, by generation and what was compared.
+        self._odd_in: set[tuple[int, str]] = set()
         self._place = own_place()
         self._reason = "finished"
         self._fruitless = 0
@@ -193,11 +198,33 @@ class ElasticRank(Process):
 
     def _distrust(self, error: ReplicaMismatchError) -> None:
         """Gives the states since the last snapshot up, after a vote on them that was not unanimous."""
-        odd = self.trainer.ranks.rank in error.odd_ranks
-        if odd and self._was_odd:
-            raise error
-        self._was_odd, self._doubt, self._has_state = self._was_odd or odd, True, False
+        assert self.membership is not None
+        view = self.membership.view
+        self._doubt = {
+            "generation": view.generation,
+            "what": error.what,
+            "error": str(error),
+            "odd_uids": [view.uids[rank] for rank in error.odd_ranks],
+        }
+        self._has_state = False
         self.metrics.say(f"warning: {error}")
+
+    def _require_sound(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Ends this rank if it was odd in two votes; every rank that was there learns of them all.
+
+        A rank whose vote was cut off, because the first that saw its result had left, learns it here.
+
+        Args:
+          rows: what every rank said when it came.
+        Raises:
+          TrainerError: it was.
+        """
+        assert self.membership is not None
+        for doubt in (row["doubt"] for row in rows):
+            if doubt is not None and self.membership.me.uid in doubt["odd_uids"]:
+                self._odd_in.add((doubt["generation"], doubt["what"]))
+                if len(self._odd_in) > 1:
+                    raise TrainerError(f"this rank leaves, having differed twice: {doubt['error']}")
 
     def _regroup(self, error: Exception) -> View | None:
         """Leaves the generation that is over; returns the next one of this rank, None if the run ended."""
@@ -266,7 +293,7 @@ class ElasticRank(Process):
         begun = ranks.gather_json(self.plan.refounds or ranks.generation > 1, "the choice of a snapshot")[0]
         self.restore(begun=begun)
         self.ledger.mark(Part.RESTORE)
-        self._has_state = True
+        self._has_state, self._doubt = True, None
         if self._begins:
             self.ledger.start(self.trainer.step, ranks.world)
         self._begins = False
@@ -327,11 +354,13 @@ class ElasticRank(Process):
         if any(row["doubt"] for row in rows) or max(row["small"]["step"] for row in rows) < 0:
             # A start; or those who had the state are gone, and those who came for it are left.
             self._restore(ranks)
-            rows = self._compare(ranks)
+            found, rows = rows, self._compare(ranks)
+            # Not before all have gone back: nobody else may know yet that they have to.
+            self._require_sound(found)
         smalls, places = ([row[name] for row in rows] for name in ("small", "place"))
         row = transfer(state, self.trainer, smalls, places, ranks)
         donor = rows[row]
-        self._has_state, self._doubt = True, False
+        self._has_state = True
         self.header["run_id"] = donor["run_id"]
         division, shards = divide_step(rows, self.config.data.num_shards)
         self.trainer.meet(ranks, donor["small"], division)
