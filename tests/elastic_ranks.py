@@ -7,10 +7,10 @@ continued after `AWAY_S`. The ranks are the trainer's own `ElasticRank` over the
     python tests/elastic_ranks.py FOLDER      reads scenarios (JSON) from stdin, one a line; answers likewise
 
 A fault {"phase": P, "step": K, "signal": S, "rank": R} strikes the process that was started R-th: at the
-first time that its step is at least K and it is at P, one of `PHASES` or `ODD_PHASES`; with "generation": G in
-that one at the earliest, with "skip": N at the N-th time after the first. Ranks that are started later, as
-replacements, are counted on. Three signals are none: FLIP changes a bit of the process's parameters, CUT takes
-its link away for `AWAY_S`, DEAF ends what it does as the loss of another rank would.
+first time that its step is at least K and it is at P, one of `PHASES` or `ODD_PHASES`; with "generation": G
+in that one at the earliest, with "skip": N at the N-th time after the first. Ranks that are started later, as
+replacements, are counted on. Three signals are none: FLIP changes a bit of the process's parameters, CUT
+takes its link away for `AWAY_S`, DEAF ends what it does as the loss of another rank would.
 """
 
 from __future__ import annotations

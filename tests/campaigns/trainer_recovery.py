@@ -17,6 +17,7 @@ import argparse
 import collections
 import contextlib
 import json
+import os
 import platform
 import random
 import subprocess
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[1]))
@@ -88,13 +89,13 @@ def judge(found: dict[str, Any], digest: str) -> str:
 class Campaign:
     """Counts over all runs."""
 
-    def __init__(self, nursery: Nursery, draw: random.Random, places: list[list[str]]) -> None:
+    def __init__(self, nursery: Nursery, draw: random.Random, places: list[list[str]], log: TextIO) -> None:
         self.struck: collections.Counter[str] = collections.Counter()
         self.wrong: list[dict[str, Any]] = []
         self.recoveries: list[dict[str, float]] = []
         self.runs = self.changes = self.again = self.from_peers = 0
         self.shards: collections.Counter[str] = collections.Counter()
-        self._nursery, self._draw, self._places = nursery, draw, places
+        self._nursery, self._draw, self._places, self._log = nursery, draw, places, log
         self.digest = nursery.run(ranks=1, steps=STEPS, config=CONFIG, limit_s=120.0)["digest"]
 
     def count(self, signal: str) -> int:
@@ -103,19 +104,33 @@ class Campaign:
 
     def run(self, weights: dict[str, int]) -> None:
         """Runs one scenario, and once more when all of its ranks were killed."""
-        scenario = draw_scenario(self._draw, weights)
+        started, scenario = time.monotonic(), draw_scenario(self._draw, weights)
         if self._places and any(fault["signal"] == "CUT" for fault in scenario["faults"]):
             scenario["places"] = self._places
         found = self._nursery.run(**scenario)
         verdict = judge(found, self.digest)
         self._note(found)
+        struck = [
+            f"{what['signal']} process {what['rank']} step {what['step']} {what['phase']}"
+            for what in found["struck"]
+        ]
+        line = {name: scenario[name] for name in ("ranks", "respawns", "joins", "pause_s")}
+        line |= {
+            "struck": struck,
+            "worlds": [len(view) for view in found["members"]],
+            "codes": found["codes"],
+        }
         if verdict == "all killed":
             self.again += 1
             lost = [self._draw.randrange(2)] if self.again % 2 else []
             scenario = {**scenario, "faults": [], "lost": lost}
+            line["continued"] = {"memory_lost": lost}
             found = self._nursery.run(**scenario, folder=found["folder"])
             verdict = judge(found, self.digest)
             self.from_peers += "got it from the memory of rank" in found["said"]
+        line |= {"digest": found["digest"][:16], "ledger_error": ledger_error(found["ledger"])}
+        line |= {"verdict": verdict or "as undisturbed", "seconds": round(time.monotonic() - started, 1)}
+        print(json.dumps({"run": self.runs, **line}), file=self._log, flush=True)
         if verdict:
             self.wrong.append({"run": self.runs, "why": verdict, "scenario": scenario, "said": found["said"]})
             print(f"run {self.runs}: {verdict}\n{scenario}\n{found['said']}", file=sys.stderr, flush=True)
@@ -140,6 +155,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=1e9, help="no run begins later")
     parser.add_argument("--keep", type=Path, default=None, help="a folder for what the runs wrote")
+    parser.add_argument("--log", type=Path, default=Path(os.devnull), help="gets a line of JSON for each run")
     options = parser.parse_args()
     wanted = {"KILL": options.kills, "STOP": options.stops, "CUT": options.cuts}
     started = time.monotonic()
@@ -149,7 +165,9 @@ def main() -> int:
         if options.cuts:
             network = stack.enter_context(Network(MOST_PROCESSES))
             places = [network.names(slot) for slot in range(MOST_PROCESSES)]
-        campaign = Campaign(stack.enter_context(Nursery(keep)), random.Random(options.seed), places)
+        log = stack.enter_context(options.log.open("a"))
+        nursery = stack.enter_context(Nursery(keep))
+        campaign = Campaign(nursery, random.Random(options.seed), places, log)
         while time.monotonic() - started < 60 * options.minutes:
             weights = {signal: max(0, count - campaign.count(signal)) for signal, count in wanted.items()}
             if not any(weights.values()):
@@ -185,6 +203,8 @@ def main() -> int:
         "python": platform.python_version(),
         "digest": campaign.digest,
     }
+    with options.log.open("a") as log:
+        print(json.dumps({**result, "wrong": len(campaign.wrong)}), file=log)
     print(json.dumps(result))
     return 1 if campaign.wrong else 0
 
