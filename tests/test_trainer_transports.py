@@ -30,9 +30,8 @@ from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.gradients.buckets import RAMP, Bucket, plan_buckets, plan_ramp
 from foldfeed.trainer.gradients.dyadic import (
     Block,
-    aligned_blocks,
     blocks_of_ranks,
-    merged_blocks,
+    stacked,
     subtree_sum,
     tree_sum,
 )
@@ -101,11 +100,11 @@ def test_a_node_merges_its_ranks_blocks_in_the_tree(drawn: tuple[int, int, int])
     for node in range(nodes):
         mine = [block for found in ranks[node * local : (node + 1) * local] for block in found]
         known = {block: subtree_sum(leaves, block, num_shards, add) for block in mine}
-        for block in merged_blocks(mine):
+        for block in stacked(sorted(mine)):
             whole[block] = subtree_sum(known, block, num_shards, add)
     assert tree_sum(whole, num_shards, add) == tree_sum(leaves, num_shards, add)
     start, stop = mine[0].start, mine[-1].start + mine[-1].size
-    assert merged_blocks(reversed(mine)) == aligned_blocks(start, stop)
+    assert stacked(sorted(mine)) == stacked(Block(shard, 1) for shard in range(start, stop))
 
 
 @st.composite

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from foldfeed.trainer.gradients.buckets import Bucket
-from foldfeed.trainer.gradients.dyadic import Block, blocks_of_ranks, merged_blocks, subtree_sum
+from foldfeed.trainer.gradients.dyadic import Block, blocks_of_ranks, stacked, subtree_sum
 from foldfeed.trainer.gradients.exchange import add_in_place, pack, sum_rows
 from foldfeed.trainer.groups.ranks import Group, Ranks
 
@@ -103,7 +103,7 @@ class TwoLevelExchange:
         nodes = self._groups.nodes
         self._blocks = [blocks[rank] for rank in nodes[self._groups.node]]
         self._node_blocks = [
-            merged_blocks(block for rank in members for block in blocks[rank]) for members in nodes
+            stacked(sorted(block for rank in members for block in blocks[rank])) for members in nodes
         ]
         self._all_blocks = [block for found in self._node_blocks for block in found]
         # Not where nodes hold no neighbouring shards.
