@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from elastic_ranks import Nursery
 
 from foldfeed.trainer.elastic import Launcher, Plan
-from foldfeed.trainer.groups.wire import Channel, raw
+from foldfeed.trainer.groups.wire import MeshGroup, raw
 from foldfeed.trainer.members.transfer import _move
 from foldfeed.trainer.network import Network
 from foldfeed.trainer.prove import SETTINGS, members_of
@@ -195,8 +195,8 @@ def transfer_side(
         connection.recv(1)
     started, cpu = time.perf_counter(), time.process_time()
     if way == "checked":
-        channel = Channel(side, {1 - side: connection}, LIMIT_S)
-        assert _move(channel, state, sends=[1]) if side == 0 else _move(channel, state, receives=0)
+        group = MeshGroup(side, {1 - side: connection}, LIMIT_S)
+        assert _move(group, state, sends=[1]) if side == 0 else _move(group, state, receives=0)
     else:
         for buffer in state.values():
             left = raw(buffer)

@@ -25,7 +25,7 @@ from pathlib import Path
 from torch.distributed import Store
 
 from foldfeed.trainer.errors import WireError
-from foldfeed.trainer.groups.wire import Channel, MeshGroup, dial, greet
+from foldfeed.trainer.groups.wire import MeshGroup, dial, greet
 
 # A host and how it is written down.
 Address = tuple[socket.AddressFamily, str]
@@ -41,7 +41,7 @@ def meet(store: Store, rank: int, world: int, timeout_s: float) -> MeshGroup:
       store: where they leave addresses, and the first one the key of their greetings.
       rank: this process.
       world: number of processes.
-      timeout_s: without another rank that connects, and of collectives as in `Channel`.
+      timeout_s: without another rank that connects, and of collectives as in `MeshGroup`.
     Raises:
       WireError: a rank cannot be reached.
     """
@@ -74,7 +74,7 @@ def meet(store: Store, rank: int, world: int, timeout_s: float) -> MeshGroup:
                     peers[other] = connection
                     deadline = time.monotonic() + timeout_s
         unless_all_came.pop_all()
-    return MeshGroup(Channel(rank, peers, timeout_s))
+    return MeshGroup(rank, peers, timeout_s)
 
 
 @contextlib.contextmanager
