@@ -159,31 +159,27 @@ def _ready(connection: socket.socket) -> socket.socket:
 
 
 class _Flow:
-    """What still goes one way between this process and a rank in one collective.
+    """What still goes one way between this process and a rank in one collective; nothing here waits.
 
     Attributes:
       peer: that rank.
-      events: of its connection to wait for.
+      incoming: which way.
       left: what was not moved yet.
     """
 
     def __init__(self, peer: int, number: int, view: memoryview, *, incoming: bool) -> None:
         self.peer = peer
-        self.events = select.POLLIN if incoming else select.POLLOUT
+        self.incoming = incoming
         self._expected = _HEADER.pack(number, len(view))
         self._header = bytearray(_HEADER.size) if incoming else bytearray(self._expected)
         self.left = [memoryview(self._header), view]
 
-    def move(self, connection: socket.socket) -> None:
-        """Moves what can be without waiting.
+    def send(self, connection: socket.socket) -> None:
+        """Sends what fits."""
+        self._advance(connection.sendmsg(self.left))
 
-        Raises:
-          BlockingIOError: nothing can.
-          WireError: the connection is closed, or something else comes than what belongs here.
-        """
-        if self.events == select.POLLOUT:
-            self._advance(connection.sendmsg(self.left))
-            return
+    def receive(self, connection: socket.socket) -> None:
+        """Receives what is there."""
         is_header = len(self.left) == 2
         num_bytes = connection.recv_into(self.left[0])
         if not num_bytes:
@@ -305,7 +301,7 @@ class MeshGroup:
     def _moves(self, flow: _Flow) -> bool:
         """Moves bytes of one flow; returns whether any moved."""
         try:
-            flow.move(self._peers[flow.peer])
+            (flow.receive if flow.incoming else flow.send)(self._peers[flow.peer])
         except BlockingIOError:
             return False
         except (OSError, WireError) as error:
@@ -315,7 +311,7 @@ class MeshGroup:
     def _wait(self, flows: Sequence[_Flow], deadline: float) -> None:
         events = dict.fromkeys(self._peers, 0)
         for flow in flows:
-            events[flow.peer] |= flow.events
+            events[flow.peer] |= select.POLLIN if flow.incoming else select.POLLOUT
         poller = select.poll()
         for peer, connection in self._peers.items():
             # Who is done with this collective may still give the generation up; Linux alone tells.
