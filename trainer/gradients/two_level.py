@@ -25,7 +25,7 @@ import torch
 
 from foldfeed.trainer.gradients.buckets import Bucket
 from foldfeed.trainer.gradients.dyadic import Block, blocks_of_ranks, stacked, subtree_sum
-from foldfeed.trainer.gradients.exchange import add_in_place, pack, sum_rows
+from foldfeed.trainer.gradients.exchange import Exchange, add_in_place, pack, sum_rows
 from foldfeed.trainer.groups.ranks import Group, Ranks
 
 
@@ -56,8 +56,6 @@ def node_groups(ranks: Ranks, nodes: Sequence[Sequence[int]]) -> NodeGroups:
       ranks: the joined run.
       nodes: from `topology.nodes_of`, equal on all ranks.
     """
-    assert ranks.scatter is not None, "ranks of a world have groups"
-    assert ranks.gather is not None, "ranks of a world have groups"
     node = next(number for number, members in enumerate(nodes) if ranks.rank in members)
     place, speakers = nodes[node].index(ranks.rank), min(len(members) for members in nodes)
     # Every rank makes two, in this order: torch names groups by how many there are.
@@ -67,7 +65,7 @@ def node_groups(ranks: Ranks, nodes: Sequence[Sequence[int]]) -> NodeGroups:
     return NodeGroups(nodes, node, place, speakers, inside, between)
 
 
-class TwoLevelExchange:
+class TwoLevelExchange(Exchange):
     """Four collectives per bucket, two inside the node and two between nodes."""
 
     def __init__(
@@ -118,12 +116,6 @@ class TwoLevelExchange:
             whole = self._sum_over_nodes(merged, share)[:chunk].to(self._inside) if self._speaks else None
             everything = self._tell_node(whole, chunk)
         self._output[bucket.start : bucket.stop].copy_(everything[: bucket.numel])
-
-    def progress(self, wake: int) -> None:
-        """Does nothing: no exchange outlives its `reduce`."""
-
-    def drain(self) -> None:
-        """Does nothing: no exchange outlives its `reduce`."""
 
     def _merge_in_node(self, blocks: Sequence[torch.Tensor], chunk: int) -> list[torch.Tensor]:
         """Returns a speaker's chunk of each of the node's blocks; nothing on other ranks."""

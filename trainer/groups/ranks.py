@@ -37,6 +37,7 @@ from foldfeed.trainer.errors import (
 from foldfeed.trainer.groups import nccl
 from foldfeed.trainer.groups.meeting import meet
 from foldfeed.trainer.groups.topology import by_place, told_place
+from foldfeed.trainer.groups.wire import MeshGroup
 
 # Of devices: several ranks on a GPU.
 SHARED = "cuda-shared"
@@ -133,6 +134,10 @@ class TorchGroup:
             group._group.shutdown()
 
 
+def _alone() -> Group:
+    return MeshGroup(0, {}, 0.0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
     """This process among its peers.
@@ -141,7 +146,7 @@ class Ranks:
       rank: 0 .. world-1.
       world: number of processes.
       device: where this rank's tensors live.
-      scatter: group of the reducer's first phase; None in a single process.
+      scatter: group of the reducer's first phase; a single process has groups of itself alone.
       gather: group of the reducer's second phase.
       control: group for scalars and digests, on the CPU.
       generation: how often the ranks of an elastic run have changed; 0 otherwise.
@@ -150,9 +155,9 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    scatter: Group | None = None
-    gather: Group | None = None
-    control: Group | None = None
+    scatter: Group = dataclasses.field(default_factory=_alone)
+    gather: Group = dataclasses.field(default_factory=_alone)
+    control: Group = dataclasses.field(default_factory=_alone)
     generation: int = 0
 
     @property
@@ -180,7 +185,6 @@ class Ranks:
         """
         if self.world == 1:
             return [payload]
-        assert self.control is not None, "ranks of a world have groups"
         with self.guard(phase):
             size = torch.tensor([len(payload)], dtype=torch.int64)
             sizes = torch.empty(self.world, dtype=torch.int64)
@@ -202,7 +206,6 @@ class Ranks:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64)
         everyone = torch.empty(self.world * len(values), dtype=torch.float64)
-        assert self.control is not None, "ranks of a world have groups"
         with self.guard(phase):
             self.control.all_gather(everyone, mine)()
         rows: list[list[float]] = everyone.view(self.world, len(values)).tolist()
