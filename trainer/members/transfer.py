@@ -105,7 +105,7 @@ def transfer(
             else:
                 # Neither the initial state any more, should this fail.
                 trainer.step = -1
-            if not _move(group, fresh, receives=giver):
+            if not _move(group, fresh, receives=[giver]):
                 raise CommunicationError(
                     ranks.rank, "the transfer of the state", f"crc32c of rank {giver}'s state differs."
                 )
@@ -115,26 +115,27 @@ def transfer(
 
 
 def _move(
-    group: MeshGroup, buffers: Mapping[str, torch.Tensor], *, sends: Sequence[int] = (), receives: int = -1
+    group: MeshGroup,
+    buffers: Mapping[str, torch.Tensor],
+    *,
+    sends: Sequence[int] = (),
+    receives: Sequence[int] = (),
 ) -> bool:
     """Sends buffers to some ranks, or receives them from one; returns whether the checksums agree."""
-    sums = []
+
+    def move(view: memoryview) -> None:
+        group.exchange(dict.fromkeys(sends, view), dict.fromkeys(receives, view))
+
+    mine = b""
     for buffer in buffers.values():
         crc = 0
         for part in buffer.split(PART_NUMEL):
-            if not sends:
-                group.exchange({}, {receives: raw(part)})
+            move(raw(part))
             crc = extend_checksum(crc, part)
-            if sends:
-                group.exchange({taker: raw(part) for taker in sends}, {})
-        sums.append(crc.to_bytes(4, "little"))
-    mine = b"".join(sums)
-    if sends:
-        group.exchange({taker: memoryview(mine) for taker in sends}, {})
-        return True
-    theirs = bytearray(len(mine))
-    group.exchange({}, {receives: memoryview(theirs)})
-    return bytes(theirs) == mine
+        mine += crc.to_bytes(4, "little")
+    theirs = bytearray(mine if sends else len(mine))
+    move(memoryview(theirs))
+    return theirs == mine
 
 
 def nccl_groups(ranks: Ranks, host: str, timeout_s: float, preset: str) -> tuple[Group, Group]:
