@@ -236,15 +236,29 @@ class Ranks:
         Raises:
           PeerError: on the other ranks, when it failed on the first; that one raises the error itself.
         """
-        failure: BaseException | None = None
-        answer: dict[str, Any] = {}
-        if lasts:
-            work = self._in_thread(work, phase)
-        if self.is_first:
+        done: Future[Any] = Future()
+
+        def settle() -> None:
             try:
-                answer = {"result": work()}
-            except Exception as error:  # noqa: BLE001 - re-raised below, once the others know
-                failure, answer = error, {"error": _first_line(error)}
+                found = work()
+            except BaseException as error:  # noqa: BLE001 - kept whole, raised below
+                done.set_exception(error)
+            else:
+                done.set_result(found)
+
+        if self.is_first and lasts:
+            threading.Thread(target=settle, name="foldfeed-first", daemon=True).start()
+        elif self.is_first:
+            settle()
+        if lasts:
+            self.wait_for_all(lambda wait_s: not self.is_first or bool(wait([done], wait_s).done), phase)
+        failure = done.exception() if self.is_first else None
+        if failure is not None and not isinstance(failure, Exception):
+            # Ctrl-C waits for nobody.
+            raise failure
+        answer: dict[str, Any] = {"error": _first_line(failure)} if failure is not None else {}
+        if self.is_first and failure is None:
+            answer = {"result": done.result()}
         answer = self.gather_json(answer, phase)[0]
         if failure is not None:
             raise failure
@@ -261,23 +275,6 @@ class Ranks:
         digests = self.gather_bytes(digest, f"the comparison of {what}")
         if len(set(digests)) > 1:
             raise ReplicaMismatchError(what, [d.hex() for d in digests], odd_ranks(digests))
-
-    def _in_thread(self, work: Callable[[], Any], phase: str) -> Callable[[], Any]:
-        """Runs ``work`` in a thread of the first rank, to its end; returns what gives or raises what came."""
-        begun: Future[Any] = Future()
-
-        def settle() -> None:
-            try:
-                found = work()
-            except BaseException as error:  # noqa: BLE001 - kept whole, raised by result()
-                begun.set_exception(error)
-            else:
-                begun.set_result(found)
-
-        if self.is_first:
-            threading.Thread(target=settle, name="foldfeed-first", daemon=True).start()
-        self.wait_for_all(lambda wait_s: not self.is_first or bool(wait([begun], wait_s).done), phase)
-        return begun.result
 
     @contextlib.contextmanager
     def guard(self, phase: str) -> Iterator[None]:
@@ -335,11 +332,11 @@ def pick_device(name: str, local_rank: int, preset: str = "none") -> torch.devic
       TrainerConfigError: ``cuda`` was asked for and this rank has no device; or the preset has no effect.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "cpu" or (name == "auto" and available == 0):
-        nccl.require_effect(preset, "cpu")
+    kind = ("cuda" if available else "cpu") if name == "auto" else name
+    nccl.require_effect(preset, kind)
+    if kind == "cpu":
         return torch.device("cpu")
-    if name == SHARED and available:
-        nccl.require_effect(preset, SHARED)
+    if kind == SHARED and available:
         local_rank %= available
     if local_rank >= available:
         raise TrainerConfigError(
