@@ -149,7 +149,7 @@ def test_any_topology_sums_to_the_bits_of_the_tree(
             exchange: Any = (
                 TreeExchange(ranks, num_shards, 60, output, wire)
                 if groups is None
-                else TwoLevelExchange(ranks, num_shards, 60, output, groups, wire)
+                else TwoLevelExchange(ranks, num_shards, output, groups, wire)
             )
             if division is dealt:
                 exchange.divide(dealt)
@@ -174,7 +174,7 @@ def test_what_leaves_a_node_is_the_share_of_a_ring_whatever_its_size(
 
     def work(ranks: Ranks) -> int:
         groups = node_groups(ranks, nodes)
-        exchange = TwoLevelExchange(ranks, num_shards, numel, torch.zeros(numel), groups)
+        exchange = TwoLevelExchange(ranks, num_shards, torch.zeros(numel), groups)
         blocks = blocks_of_ranks(num_shards, ranks.world)[ranks.rank]
         bucket = Bucket(index=0, start=0, stop=numel, segments=range(1))
         exchange.reduce(bucket, [torch.ones(numel) for _ in blocks])
@@ -285,7 +285,7 @@ def test_a_fake_world_of_thousands_steps_and_holds_what_the_formulae_say(fake_wo
 
     kinds: list[Callable[..., Any]] = [
         lambda wire, output, numel: TreeExchange(fake_world, num_shards, numel, output, wire),
-        lambda wire, output, numel: TwoLevelExchange(fake_world, num_shards, numel, output, groups, wire),
+        lambda wire, output, _: TwoLevelExchange(fake_world, num_shards, output, groups, wire),
     ]
     for wire, kind in itertools.product((torch.float32, torch.bfloat16), kinds):
         make = functools.partial(kind, wire)

@@ -53,9 +53,7 @@ def sums_by_transport(ranks: Any, nodes: Sequence[str], shard_counts: Sequence[i
                 wire = torch.bfloat16 if "bf16" in name else torch.float32
                 inside = torch.float32 if "between" in name else wire
                 if name.startswith("two_level"):
-                    exchange: Any = TwoLevelExchange(
-                        ranks, num_shards, max(sizes), output, groups, wire, inside
-                    )
+                    exchange: Any = TwoLevelExchange(ranks, num_shards, output, groups, wire, inside)
                 elif name.startswith("tree"):
                     exchange = TreeExchange(ranks, num_shards, max(sizes), output, wire)
                 else:

@@ -114,9 +114,8 @@ def _tree(config: RunConfig, ranks: Ranks) -> MakeExchange:
 def _hierarchical(config: RunConfig, ranks: Ranks, nodes: Sequence[Sequence[int]]) -> MakeExchange:
     groups, wire = node_groups(ranks, nodes), wire_dtype(config)
     inside = torch.float32 if config.wire == "bf16-between" else wire
-    return lambda output, numel: TwoLevelExchange(
-        ranks, config.data.num_shards, numel, output, groups, wire, inside
-    )
+    num_shards = config.data.num_shards
+    return lambda output, _: TwoLevelExchange(ranks, num_shards, output, groups, wire, inside)
 
 
 def find_nodes(ranks: Ranks) -> list[list[int]]:

@@ -72,7 +72,6 @@ class TwoLevelExchange(Exchange):
         self,
         ranks: Ranks,
         num_shards: int,
-        max_numel: int,
         output: torch.Tensor,
         groups: NodeGroups,
         wire: torch.dtype = torch.float32,
@@ -83,7 +82,6 @@ class TwoLevelExchange(Exchange):
         Args:
           ranks: the run.
           num_shards: V.
-          max_numel: elements of the largest bucket.
           output: fp32 (flat numel,), receives the summed buckets.
           groups: from `node_groups`.
           wire: of sums, and of messages between nodes.
@@ -126,9 +124,11 @@ class TwoLevelExchange(Exchange):
         counts = [len(found) if self._speaks else 0 for found in self._blocks]
         sizes = [packed[0].numel()] * speakers + [0] * (local - speakers)
         rows = self._exchange(self._groups.inside, packed, sizes, counts, chunk, "received")
-        everybody = [block for found in self._blocks for block in found] if self._speaks else []
+        if not self._speaks:
+            return []
+        everybody = [block for found in self._blocks for block in found]
         known = dict(zip(everybody, rows.unbind(0), strict=True))
-        wanted = self._node_blocks[self._groups.node] if self._speaks else []
+        wanted = self._node_blocks[self._groups.node]
         return [subtree_sum(known, block, self._num_shards, add_in_place) for block in wanted]
 
     def _sum_over_nodes(self, merged: Sequence[torch.Tensor], share: int) -> torch.Tensor:
