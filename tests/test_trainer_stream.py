@@ -83,7 +83,7 @@ def test_any_world_sums_to_the_bits_of_the_tree(
         for division in (blocks_of_ranks(num_shards, world), dealt):
             exchange.divide(division)
             output.fill_(torch.nan)
-            reduce_plan(exchange, plan, leaves, division[ranks.rank], num_shards)
+            reduce_plan(exchange, plan, leaves, division[ranks.rank])
             found.append(output.clone())
         return torch.stack(found)
 

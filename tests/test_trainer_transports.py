@@ -31,8 +31,8 @@ from foldfeed.trainer.gradients.buckets import RAMP, Bucket, plan_buckets, plan_
 from foldfeed.trainer.gradients.dyadic import (
     Block,
     blocks_of_ranks,
+    merged,
     stacked,
-    subtree_sum,
     tree_sum,
 )
 from foldfeed.trainer.gradients.exchange import TreeExchange, elements_sent, sum_rows
@@ -99,9 +99,10 @@ def test_a_node_merges_its_ranks_blocks_in_the_tree(drawn: tuple[int, int, int])
     whole: dict[Block, str] = {}
     for node in range(nodes):
         mine = [block for found in ranks[node * local : (node + 1) * local] for block in found]
-        known = {block: subtree_sum(leaves, block, num_shards, add) for block in mine}
-        for block in stacked(sorted(mine)):
-            whole[block] = subtree_sum(known, block, num_shards, add)
+        known = [merged([(Block(v, 1), leaves[Block(v, 1)]) for v in block.shards], add) for block in mine]
+        found = merged([known_block for (known_block,) in known], add)
+        assert [block for block, _ in found] == stacked(sorted(mine))
+        whole |= found
     assert tree_sum(whole, num_shards, add) == tree_sum(leaves, num_shards, add)
     start, stop = mine[0].start, mine[-1].start + mine[-1].size
     assert stacked(sorted(mine)) == stacked(Block(shard, 1) for shard in range(start, stop))
@@ -153,7 +154,7 @@ def test_any_topology_sums_to_the_bits_of_the_tree(
             )
             if division is dealt:
                 exchange.divide(dealt)
-            reduce_plan(exchange, plan, leaves, division[ranks.rank], num_shards)
+            reduce_plan(exchange, plan, leaves, division[ranks.rank])
             found.append(output)
         return found
 

@@ -142,51 +142,38 @@ def merge_chain(stack: Sequence[Block], start: int, size: int = 1) -> tuple[int,
     return num_merged, block
 
 
+def merged(blocks: Iterable[tuple[Block, T]], add: Callable[[T, T], T]) -> list[tuple[Block, T]]:
+    """Returns blocks and their sums, of neighbours as far as the tree allows, in the tree's order.
+
+    Args:
+      blocks: finished ones with their sums, in order of their shards.
+      add: sums a left and a right subtree; it may reuse the left operand.
+    """
+    stack: list[tuple[Block, T]] = []
+    for block, value in blocks:
+        num_merged, block = merge_chain([below for below, _ in stack], *block)
+        for _ in range(num_merged):
+            value = add(stack.pop()[1], value)
+        stack.append((block, value))
+    return stack
+
+
 def tree_sum(blocks: Mapping[Block, T], num_shards: int, add: Callable[[T, T], T]) -> T:
     """Returns the sum of all shards in the fixed tree's order.
 
     Args:
       blocks: finished blocks that together cover ``range(num_shards)`` exactly once.
       num_shards: V, at least 1.
-      add: sums a left and a right subtree; it may reuse the left operand.
+      add: as of `merged`.
     Raises:
       ValueError: the blocks leave a shard out.
     """
-    size = 1
-    while size < num_shards:
-        size *= 2
-    return subtree_sum(blocks, Block(0, size), num_shards, add)
-
-
-def subtree_sum(blocks: Mapping[Block, T], root: Block, num_shards: int, add: Callable[[T, T], T]) -> T:
-    """Returns the sum of the shards under one node of the tree, in the tree's order.
-
-    Args:
-      blocks: finished blocks; those under the root cover its shards exactly once.
-      root: an aligned block; what is beyond the last shard counts as absent.
-      num_shards: V, at least 1.
-      add: sums a left and a right subtree; it may reuse the left operand.
-    Raises:
-      ValueError: the blocks leave a shard out.
-    """
-
-    def node(block: Block) -> T | None:
-        if block in blocks:
-            return blocks[block]
-        if block.start >= num_shards:
-            return None
-        if block.size == 1:
-            raise ValueError(
-                f"virtual shard {block.start} of {num_shards} is in none of the blocks {list(blocks)}"
-            )
-        half = block.size // 2
-        left = node(Block(block.start, half))
-        right = node(Block(block.start + half, half))
-        if right is None:
-            return left
-        assert left is not None, "a right subtree without its left one"
-        return add(left, right)
-
-    total = node(root)
-    assert total is not None, f"no shard under {root}"
+    there = sorted(blocks)
+    missing = set(range(num_shards)).difference(*(block.shards for block in there))
+    if missing:
+        raise ValueError(f"virtual shard {min(missing)} of {num_shards} is in none of the blocks {there}")
+    *rest, (_, total) = merged(((block, blocks[block]) for block in there), add)
+    # Right of what is left over the tree has absent leaves alone.
+    for _, value in reversed(rest):
+        total = add(value, total)
     return total

@@ -18,13 +18,14 @@ One thread issues all collectives in bucket order, as in exchange.py.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from foldfeed.trainer.gradients.buckets import Bucket
-from foldfeed.trainer.gradients.dyadic import Block, blocks_of_ranks, stacked, subtree_sum
+from foldfeed.trainer.gradients.dyadic import Block, blocks_of_ranks, merged, stacked
 from foldfeed.trainer.gradients.exchange import Exchange, add_in_place, pack, sum_rows
 from foldfeed.trainer.groups.ranks import Group, Ranks
 
@@ -110,8 +111,8 @@ class TwoLevelExchange(Exchange):
         chunk = -(-bucket.numel // self._groups.speakers)
         share = -(-chunk // len(self._groups.nodes))
         with self._ranks.guard(f"the hierarchical exchange of gradient bucket {bucket.index}"):
-            merged = self._merge_in_node(blocks, chunk)
-            whole = self._sum_over_nodes(merged, share)[:chunk].to(self._inside) if self._speaks else None
+            parts = self._merge_in_node(blocks, chunk)
+            whole = self._sum_over_nodes(parts, share)[:chunk].to(self._inside) if self._speaks else None
             everything = self._tell_node(whole, chunk)
         self._output[bucket.start : bucket.stop].copy_(everything[: bucket.numel])
 
@@ -127,14 +128,13 @@ class TwoLevelExchange(Exchange):
         if not self._speaks:
             return []
         everybody = [block for found in self._blocks for block in found]
-        known = dict(zip(everybody, rows.unbind(0), strict=True))
-        wanted = self._node_blocks[self._groups.node]
-        return [subtree_sum(known, block, self._num_shards, add_in_place) for block in wanted]
+        known = sorted(zip(everybody, rows.unbind(0), strict=True), key=operator.itemgetter(0))
+        return [values for _, values in merged(known, add_in_place)]
 
-    def _sum_over_nodes(self, merged: Sequence[torch.Tensor], share: int) -> torch.Tensor:
+    def _sum_over_nodes(self, parts: Sequence[torch.Tensor], share: int) -> torch.Tensor:
         """Returns the finished sum of this speaker's chunk, padded."""
         nodes = len(self._groups.nodes)
-        packed = pack(self._buffer("send_out", nodes * len(merged) * share, self._wire), merged, nodes, share)
+        packed = pack(self._buffer("send_out", nodes * len(parts) * share, self._wire), parts, nodes, share)
         counts = [len(found) for found in self._node_blocks]
         sizes = [packed[0].numel()] * nodes
         rows = self._exchange(self._groups.between, packed, sizes, counts, share, "received_out")

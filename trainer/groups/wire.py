@@ -199,8 +199,6 @@ class _Flow:
 
 def raw(tensor: torch.Tensor) -> memoryview:
     """Returns the bytes of a contiguous CPU tensor, which they alias."""
-    if not tensor.numel():
-        return memoryview(b"")
     # As bytes first: numpy has no bfloat16.
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
