@@ -4,7 +4,8 @@ Whoever is not of the run may connect to the listeners, too: one that says nothi
 itself and closed, and holds nobody up. A greeting costs at most `GREETING_BYTES` of memory, and its time is
 limited as a whole.
 
-Owns: where a rank listens, and the connections until all are there. Does not own: what goes over them.
+Owns: where a rank listens, who is let in (`Greeter`, for elastic runs too: members/peers.py), and the
+connections until all are there. Does not own: what goes over them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every two processes keep a connection of their own for this, apart from those that carry gradients: a death
 closes it (seen in milliseconds), a stopped process or a cut link falls silent (seen after `silent_s`, of
-which a beat is an eighth). One thread accepts, one listens and beats.
+which a beat is an eighth). One thread accepts (meeting.py), one listens and beats.
 
 Does not own: what messages mean, who is a member (membership.py). All state is behind one lock, which is
 never held while anything waits.
