@@ -56,8 +56,9 @@ def meet(store: Store, rank: int, world: int, timeout_s: float) -> MeshGroup:
     with _listener(world) as listener, contextlib.ExitStack() as unless_all_came:
         store.set(f"foldfeed/mesh/{rank}", json.dumps(listener.getsockname()[:2]))
         key = bytes.fromhex(store.get("foldfeed/mesh/key").decode())
+        greeting_s = min(GREETING_S, timeout_s)
         with contextlib.closing(
-            Greeter(listener, key, timeout_s, {"rank": int}, lambda other, rank: came.put((rank, other)))
+            Greeter(listener, key, greeting_s, {"rank": int}, lambda other, rank: came.put((rank, other)))
         ):
             for other in range(rank):
                 there, port = json.loads(store.get(f"foldfeed/mesh/{other}"))
@@ -99,13 +100,13 @@ class Greeter:
         Args:
           listener: listening; owned from here on.
           key: that members of this run know.
-          timeout_s: for all of a greeting; `GREETING_S` at most.
+          timeout_s: for all of a greeting.
           fields: what a greeting must say, and what makes a value of it (or raises TypeError or ValueError).
           greeted: called from threads with a connection, which it owns then, and the fields by name.
         """
         self._listener = listener
         self._key = key
-        self._timeout_s = min(GREETING_S, timeout_s)
+        self._timeout_s = timeout_s
         self._fields = fields
         self._greeted = greeted
         self._free = threading.Semaphore(GREETED_AT_ONCE)
