@@ -39,7 +39,7 @@ from foldfeed.trainer.gradients.exchange import TreeExchange, elements_sent, sum
 from foldfeed.trainer.gradients.flat import FlatParameters
 from foldfeed.trainer.gradients.probe import Link
 from foldfeed.trainer.gradients.reducer import TreeReducer
-from foldfeed.trainer.gradients.transports import _candidates, find_nodes, plan_for
+from foldfeed.trainer.gradients.transports import _candidates, choose, find_nodes, plan_for
 from foldfeed.trainer.gradients.two_level import TwoLevelExchange, node_groups
 from foldfeed.trainer.groups.ranks import Ranks, TorchGroup
 from foldfeed.trainer.groups.topology import nodes_of
@@ -233,7 +233,15 @@ def test_slow_links_get_large_buckets_and_long_latencies_few() -> None:
     sizes = [4096] * 4096
     assert near.bucket_bytes(4 * sum(sizes)) < far.bucket_bytes(4 * sum(sizes))
     assert len(plan_for(near, sizes)) > len(plan_for(far, sizes)) >= 4
-    assert len(plan_for(far, sizes, bucket_bytes=2**20)) == len(plan_buckets(sizes, bucket_bytes=2**20))
+
+
+def test_a_limit_that_was_given_makes_the_plan_whatever_the_link() -> None:
+    flat = FlatParameters(torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(12)]))
+    config = RunConfig(output="o", data=DataConfig(store="s"), reducer="tree", bucket_mb=1 / 64)
+    expected = plan_buckets([segment.padded for segment in flat.segments], bucket_bytes=2**14)
+    for found in on_threads(2, lambda ranks: choose(config, ranks, flat.segments)):
+        assert (found.name, found.buckets) == ("tree", expected)
+        assert found.why.startswith("measured ")
 
 
 @pytest.mark.parametrize("num_shards", [4096, 8192, 5000])

@@ -81,22 +81,19 @@ def choose(config: RunConfig, ranks: Ranks, segments: Sequence[Segment]) -> Tran
     makers = _candidates(config, ranks, nodes)
     num_blocks = len(blocks_of_ranks(config.data.num_shards, ranks.world)[ranks.rank])
     links = {name: measure(ranks, make, num_blocks) for name, make in makers.items()}
-    plans = {name: plan_for(link, sizes, given) for name, link in links.items()}
+    plans = {name: usual if given else plan_for(link, sizes) for name, link in links.items()}
     costs = {name: sum(links[name].seconds(4 * bucket.numel) for bucket in plans[name]) for name in makers}
     name = min(costs, key=lambda candidate: costs[candidate])
     return Transport(name, plans[name], makers[name], _explain(name, links, costs))
 
 
-def plan_for(link: Link, sizes: Sequence[int], bucket_bytes: int = 0) -> list[Bucket]:
+def plan_for(link: Link, sizes: Sequence[int]) -> list[Bucket]:
     """Returns the bucket plan for a measured link.
 
     Args:
       link: as measured.
       sizes: elements of each segment in flat-buffer order.
-      bucket_bytes: limit of a bucket that the user gave; 0 for none.
     """
-    if bucket_bytes:
-        return plan_buckets(sizes, bucket_bytes=bucket_bytes)
     limit = link.bucket_bytes(4 * sum(sizes))
     return plan_ramp(sizes, bucket_bytes=limit, least_bytes=link.least_bytes)
 
