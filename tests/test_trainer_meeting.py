@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -99,8 +100,9 @@ def test_a_rank_that_does_not_come_is_named_and_nothing_stays_open() -> None:
         found = [pool.submit(meet, store, rank, 4, 1.0) for rank in (0, 1, 2)]
         began = time.monotonic()
         while not all(one.done() for one in found):
-            # Strangers are no news of it.
-            connected(store, 0).close()
+            # Strangers are no news of it. The first one may give up before the others.
+            with contextlib.suppress(ConnectionRefusedError):
+                connected(store, 0).close()
             time.sleep(0.05)
             assert time.monotonic() - began < 20
         for one in found:
