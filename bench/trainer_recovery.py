@@ -38,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from elastic_ranks import Nursery
 
 from foldfeed.trainer.elastic import Launcher, Plan
-from foldfeed.trainer.groups.wire import Channel, raw
+from foldfeed.trainer.groups.wire import MeshGroup, raw
 from foldfeed.trainer.members.transfer import _move
-from foldfeed.trainer.network import Network
+from foldfeed.trainer.network import namespaces
 from foldfeed.trainer.prove import SETTINGS, members_of
 from foldfeed.trainer.state.snapshot import BUFFERS
 
@@ -195,8 +195,8 @@ def transfer_side(
         connection.recv(1)
     started, cpu = time.perf_counter(), time.process_time()
     if way == "checked":
-        channel = Channel(side, {1 - side: connection}, LIMIT_S)
-        assert _move(channel, state, sends=[1]) if side == 0 else _move(channel, state, receives=0)
+        group = MeshGroup(side, {1 - side: connection}, LIMIT_S)
+        assert _move(group, state, sends=[1]) if side == 0 else _move(group, state, receives=[0])
     else:
         for buffer in state.values():
             left = raw(buffer)
@@ -213,7 +213,7 @@ def transfer_rates(parameters: int, mbit: int, rounds: int = 3) -> dict[str, flo
     with contextlib.ExitStack() as stack:
         links: dict[str, tuple[list[str], str]] = {"loopback": ([], "127.0.0.1")}
         if mbit:
-            network = stack.enter_context(Network(2))
+            network = stack.enter_context(namespaces(2))
             names = [network.names(slot) for slot in range(2)]
             links[f"{mbit}mbit"] = [name[0] for name in names], names[0][1]
             shape = ["tbf", "rate", f"{mbit}mbit", "burst", "512kb", "latency", "200ms"]

@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from foldfeed.trainer.gradients.buckets import TAIL_SHARE, auto_bucket_bytes, plan_buckets
 from foldfeed.trainer.gradients.dyadic import (
     Block,
-    aligned_blocks,
     blocks_of_ranks,
-    merge_chain,
     owned_shards,
     repaired,
     stacked,
@@ -52,7 +50,7 @@ def test_every_shard_is_owned_once_and_loads_differ_by_one(split: tuple[int, int
 
 @given(st.integers(0, 200), st.integers(0, 200))
 def test_blocks_are_aligned_maximal_and_few(start: int, length: int) -> None:
-    blocks = aligned_blocks(start, start + length)
+    blocks = stacked(Block(shard, 1) for shard in range(start, start + length))
     assert [shard for b in blocks for shard in range(b.start, b.start + b.size)] == list(
         range(start, start + length)
     )
@@ -63,19 +61,6 @@ def test_blocks_are_aligned_maximal_and_few(start: int, length: int) -> None:
         parent = block.start - block.start % (2 * block.size)
         assert parent < start or parent + 2 * block.size > start + length
     assert len(blocks) <= 2 * max(1, length.bit_length())
-
-
-@given(splits)
-def test_the_binary_counter_arrives_at_the_aligned_blocks(split: tuple[int, int]) -> None:
-    num_shards, world = split
-    for rank in range(world):
-        shards = owned_shards(num_shards, world, rank)
-        stack: list[Block] = []
-        for shard in shards:
-            merged, block = merge_chain(stack, shard)
-            del stack[len(stack) - merged :]
-            stack.append(block)
-        assert stack == aligned_blocks(shards.start, shards.stop)
 
 
 @given(splits)
@@ -105,7 +90,8 @@ def test_steps_that_break_again_and_again_give_the_same_expression(
         held = []
         for kept, shards in zip(division.kept, division.shards, strict=True):
             if data.draw(st.booleans()):
-                held.append(stacked(kept, shards[: data.draw(st.integers(0, len(shards)))]))
+                done = shards[: data.draw(st.integers(0, len(shards)))]
+                held.append(stacked((Block(shard, 1) for shard in done), kept))
         held = held[: max(1, num_shards)] or [[]]
         if len(held) < num_shards and data.draw(st.booleans()):
             held.append([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -21,7 +22,6 @@ from foldfeed.trainer.errors import WireError
 from foldfeed.trainer.groups import meeting
 from foldfeed.trainer.groups.meeting import meet
 from foldfeed.trainer.groups.wire import MeshGroup, dial, greet
-from foldfeed.trainer.members import peers
 from foldfeed.trainer.members.peers import CONTROL, Peer, Peers
 
 pytestmark = pytest.mark.timeout(60)
@@ -100,8 +100,9 @@ def test_a_rank_that_does_not_come_is_named_and_nothing_stays_open() -> None:
         found = [pool.submit(meet, store, rank, 4, 1.0) for rank in (0, 1, 2)]
         began = time.monotonic()
         while not all(one.done() for one in found):
-            # Strangers are no news of it.
-            connected(store, 0).close()
+            # Strangers are no news of it. The first one may give up before the others.
+            with contextlib.suppress(ConnectionRefusedError):
+                connected(store, 0).close()
             time.sleep(0.05)
             assert time.monotonic() - began < 20
         for one in found:
@@ -110,7 +111,7 @@ def test_a_rank_that_does_not_come_is_named_and_nothing_stays_open() -> None:
     while descriptors() > before:
         assert time.monotonic() - began < 20
         time.sleep(0.05)
-    assert not [one for one in threading.enumerate() if one.name == "foldfeed-meet"]
+    assert not [one for one in threading.enumerate() if one.name == "foldfeed-accept"]
 
 
 def test_a_rank_that_cannot_be_reached_is_named() -> None:
@@ -168,7 +169,7 @@ def test_the_first_machine_is_not_known_as_loopback_to_others(
     monkeypatch.setattr(socket, "getaddrinfo", named(named_as))
     assert meeting._own_addresses(4)[0][1] == listens
     # TEST-NET-1 is nobody's: a name that leads nowhere is no reason not to listen.
-    with meeting._listening(4) as listener:
+    with meeting._listener(4) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
 
 
@@ -233,7 +234,7 @@ def test_a_member_without_descriptors_lets_others_in_once_it_has_some(
                 raise OSError(errno.EMFILE, "Too many open files")
             return super().accept()
 
-    monkeypatch.setattr(peers, "ACCEPT_AGAIN_S", 0.01)
+    monkeypatch.setattr(meeting, "ACCEPT_AGAIN_S", 0.01)
     listener = Scarce()
     listener.bind(("127.0.0.1", 0))
     listener.listen()

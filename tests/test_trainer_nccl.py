@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -51,10 +52,11 @@ def test_presets_keep_to_the_limits_of_the_manual(name: str) -> None:
     assert "NCCL_ALGO" not in nccl.variables(name, pins=False)
 
 
-def test_what_is_set_stays_and_both_are_told() -> None:
+def test_what_is_set_stays_and_both_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     environment = {"NCCL_SOCKET_NTHREADS": "2", "NCCL_ALGO": "Tree", "HOME": "/root"}
-    nccl.apply("ethernet", said.append, pins=False, environment=environment)
+    monkeypatch.setattr(os, "environ", environment)
+    nccl.apply("ethernet", said.append, pins=False)
     assert environment["NCCL_SOCKET_NTHREADS"] == "2"
     assert environment["NCCL_NSOCKS_PERTHREAD"] == "4"
     assert environment["NCCL_ALGO"] == "Tree"
@@ -64,16 +66,16 @@ def test_what_is_set_stays_and_both_are_told() -> None:
     ]
     # NCCL has read them: another one comes too late.
     before = dict(environment)
-    nccl.apply("nvlink-lean", said.append, environment=environment)
+    nccl.apply("nvlink-lean", said.append)
     assert environment == before
-    assert nccl.applied(environment) == "ethernet"
-    assert nccl.record("tree", "2.27.3", environment) == {
+    assert nccl.applied() == "ethernet"
+    assert nccl.record("tree", "2.27.3") == {
         **{"NCCL_SOCKET_NTHREADS": "2", "NCCL_NSOCKS_PERTHREAD": "4", "NCCL_ALGO": "Tree"},
         **{"transport": "tree", "nccl": "2.27.3", "preset": "ethernet"},
     }
-    quiet: dict[str, str] = {}
-    nccl.apply("none", said.append, environment=quiet)
-    assert nccl.record("ring", "", quiet) == {"transport": "ring", "preset": "none"}
+    monkeypatch.setattr(os, "environ", {})
+    nccl.apply("none", said.append)
+    assert nccl.record("ring", "") == {"transport": "ring", "preset": "none"}
     assert len(said) == 2
 
 

@@ -28,7 +28,7 @@ from foldfeed.trainer.gradients.exchange import TreeExchange, add_in_place, elem
 from foldfeed.trainer.gradients.stream import StreamExchange, tree_exchange
 from foldfeed.trainer.groups.meeting import meet
 from foldfeed.trainer.groups.ranks import Ranks
-from foldfeed.trainer.groups.wire import Channel, MeshGroup
+from foldfeed.trainer.groups.wire import MeshGroup
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.timeout(120)
@@ -40,7 +40,7 @@ def worlds(world: int, timeout_s: float = 30.0) -> Iterator[list[Ranks]]:
     ends: list[dict[int, socket.socket]] = [{} for _ in range(world)]
     for one, other in itertools.combinations(range(world), 2):
         ends[one][other], ends[other][one] = socket.socketpair()
-    groups = [MeshGroup(Channel(rank, ends[rank], timeout_s)) for rank in range(world)]
+    groups = [MeshGroup(rank, ends[rank], timeout_s) for rank in range(world)]
     yield [Ranks(rank=rank, world=world, device=CPU, scatter=groups[rank]) for rank in range(world)]
     for group in groups:
         group.close()
@@ -83,7 +83,7 @@ def test_any_world_sums_to_the_bits_of_the_tree(
         for division in (blocks_of_ranks(num_shards, world), dealt):
             exchange.divide(division)
             output.fill_(torch.nan)
-            reduce_plan(exchange, plan, leaves, division[ranks.rank], num_shards)
+            reduce_plan(exchange, plan, leaves, division[ranks.rank])
             found.append(output.clone())
         return torch.stack(found)
 
@@ -178,7 +178,7 @@ def test_a_silent_a_lost_and_an_odd_peer_are_errors() -> None:
             exchange = StreamExchange(ranks[0], world, 8, torch.zeros(8))
             if trouble is not None:
                 assert isinstance(ranks[1].scatter, MeshGroup)
-                trouble(ranks[1].scatter.channel.connection(0))
+                trouble(ranks[1].scatter.connection(0))
 
             def exchanges(exchange: StreamExchange = exchange) -> None:
                 exchange.reduce(bucket, [torch.ones(8)])
@@ -242,7 +242,7 @@ def test_ranks_that_share_a_store_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(torch.equal(output, torch.full((9,), 3.0)) for output in on_all(work, ranks))
         for group in groups:
             group.close()
-    for group in (None, MeshGroup(Channel(0, {}, 1.0))):
+    for group in (None, MeshGroup(0, {}, 1.0)):
         alone = Ranks(rank=0, world=1, device=CPU, scatter=group)
         assert isinstance(tree_exchange(alone, 1, 9, torch.zeros(9)), TreeExchange)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-one")

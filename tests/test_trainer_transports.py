@@ -30,17 +30,16 @@ from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.gradients.buckets import RAMP, Bucket, plan_buckets, plan_ramp
 from foldfeed.trainer.gradients.dyadic import (
     Block,
-    aligned_blocks,
     blocks_of_ranks,
-    merged_blocks,
-    subtree_sum,
+    merged,
+    stacked,
     tree_sum,
 )
 from foldfeed.trainer.gradients.exchange import TreeExchange, elements_sent, sum_rows
 from foldfeed.trainer.gradients.flat import FlatParameters
 from foldfeed.trainer.gradients.probe import Link
 from foldfeed.trainer.gradients.reducer import TreeReducer
-from foldfeed.trainer.gradients.transports import _candidates, find_nodes, plan_for
+from foldfeed.trainer.gradients.transports import _candidates, choose, find_nodes, plan_for
 from foldfeed.trainer.gradients.two_level import TwoLevelExchange, node_groups
 from foldfeed.trainer.groups.ranks import Ranks, TorchGroup
 from foldfeed.trainer.groups.topology import nodes_of
@@ -100,12 +99,13 @@ def test_a_node_merges_its_ranks_blocks_in_the_tree(drawn: tuple[int, int, int])
     whole: dict[Block, str] = {}
     for node in range(nodes):
         mine = [block for found in ranks[node * local : (node + 1) * local] for block in found]
-        known = {block: subtree_sum(leaves, block, num_shards, add) for block in mine}
-        for block in merged_blocks(mine):
-            whole[block] = subtree_sum(known, block, num_shards, add)
+        known = [merged([(Block(v, 1), leaves[Block(v, 1)]) for v in block.shards], add) for block in mine]
+        found = merged([known_block for (known_block,) in known], add)
+        assert [block for block, _ in found] == stacked(sorted(mine))
+        whole |= found
     assert tree_sum(whole, num_shards, add) == tree_sum(leaves, num_shards, add)
     start, stop = mine[0].start, mine[-1].start + mine[-1].size
-    assert merged_blocks(reversed(mine)) == aligned_blocks(start, stop)
+    assert stacked(sorted(mine)) == stacked(Block(shard, 1) for shard in range(start, stop))
 
 
 @st.composite
@@ -150,11 +150,11 @@ def test_any_topology_sums_to_the_bits_of_the_tree(
             exchange: Any = (
                 TreeExchange(ranks, num_shards, 60, output, wire)
                 if groups is None
-                else TwoLevelExchange(ranks, num_shards, 60, output, groups, wire)
+                else TwoLevelExchange(ranks, num_shards, output, groups, wire)
             )
             if division is dealt:
                 exchange.divide(dealt)
-            reduce_plan(exchange, plan, leaves, division[ranks.rank], num_shards)
+            reduce_plan(exchange, plan, leaves, division[ranks.rank])
             found.append(output)
         return found
 
@@ -175,7 +175,7 @@ def test_what_leaves_a_node_is_the_share_of_a_ring_whatever_its_size(
 
     def work(ranks: Ranks) -> int:
         groups = node_groups(ranks, nodes)
-        exchange = TwoLevelExchange(ranks, num_shards, numel, torch.zeros(numel), groups)
+        exchange = TwoLevelExchange(ranks, num_shards, torch.zeros(numel), groups)
         blocks = blocks_of_ranks(num_shards, ranks.world)[ranks.rank]
         bucket = Bucket(index=0, start=0, stop=numel, segments=range(1))
         exchange.reduce(bucket, [torch.ones(numel) for _ in blocks])
@@ -233,7 +233,15 @@ def test_slow_links_get_large_buckets_and_long_latencies_few() -> None:
     sizes = [4096] * 4096
     assert near.bucket_bytes(4 * sum(sizes)) < far.bucket_bytes(4 * sum(sizes))
     assert len(plan_for(near, sizes)) > len(plan_for(far, sizes)) >= 4
-    assert len(plan_for(far, sizes, bucket_bytes=2**20)) == len(plan_buckets(sizes, bucket_bytes=2**20))
+
+
+def test_a_limit_that_was_given_makes_the_plan_whatever_the_link() -> None:
+    flat = FlatParameters(torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(12)]))
+    config = RunConfig(output="o", data=DataConfig(store="s"), reducer="tree", bucket_mb=1 / 64)
+    expected = plan_buckets([segment.padded for segment in flat.segments], bucket_bytes=2**14)
+    for found in on_threads(2, lambda ranks: choose(config, ranks, flat.segments)):
+        assert (found.name, found.buckets) == ("tree", expected)
+        assert found.why.startswith("measured ")
 
 
 @pytest.mark.parametrize("num_shards", [4096, 8192, 5000])
@@ -286,7 +294,7 @@ def test_a_fake_world_of_thousands_steps_and_holds_what_the_formulae_say(fake_wo
 
     kinds: list[Callable[..., Any]] = [
         lambda wire, output, numel: TreeExchange(fake_world, num_shards, numel, output, wire),
-        lambda wire, output, numel: TwoLevelExchange(fake_world, num_shards, numel, output, groups, wire),
+        lambda wire, output, _: TwoLevelExchange(fake_world, num_shards, output, groups, wire),
     ]
     for wire, kind in itertools.product((torch.float32, torch.bfloat16), kinds):
         make = functools.partial(kind, wire)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from foldfeed.trainer.errors import WireError
 from foldfeed.trainer.groups.ranks import Ranks
-from foldfeed.trainer.groups.wire import Channel, Frames, MeshGroup, dial, frame, greet
+from foldfeed.trainer.groups.wire import Frames, MeshGroup, dial, frame, greet
 
 KEY = b"k" * 32
 pytestmark = pytest.mark.timeout(60)
@@ -105,12 +105,12 @@ def test_messages_that_are_too_long_or_no_objects_are_refused(raw: bytes, text: 
         Frames(limit=100).feed(raw)
 
 
-def mesh(world: int, timeout_s: float = 20.0) -> list[Channel]:
+def mesh(world: int, timeout_s: float = 20.0) -> list[MeshGroup]:
     ends: list[dict[int, socket.socket]] = [{} for _ in range(world)]
     for one in range(world):
         for other in range(one):
             ends[one][other], ends[other][one] = socket.socketpair()
-    return [Channel(rank, ends[rank], timeout_s) for rank in range(world)]
+    return [MeshGroup(rank, ends[rank], timeout_s) for rank in range(world)]
 
 
 def on_all(work: Callable[[int], object], world: int) -> list[object]:
@@ -124,7 +124,7 @@ def test_collectives_equal_their_definition(world: int, dtype: torch.dtype) -> N
     """Uneven runs, empty ones, more bytes than a socket holds, several collectives one after another."""
     draw = random.Random(world)
     counts = [draw.choice([0, 1, 5, 300_000]) for _ in range(world)]
-    groups = [MeshGroup(channel) for channel in mesh(world)]
+    groups = mesh(world)
     sent = [torch.randn(world * counts[rank]).to(dtype) for rank in range(world)]
     mine = [torch.full((rank_numel := 70_001,), float(rank), dtype=dtype) for rank in range(world)]
 
@@ -146,7 +146,7 @@ def test_collectives_equal_their_definition(world: int, dtype: torch.dtype) -> N
 @settings(max_examples=10, deadline=None)
 @given(world=st.integers(2, 4), sizes=st.lists(st.integers(0, 50), min_size=4, max_size=4))
 def test_ranks_gather_bytes_and_floats_over_a_mesh(world: int, sizes: list[int]) -> None:
-    groups = [MeshGroup(channel) for channel in mesh(world)]
+    groups = mesh(world)
     cpu = torch.device("cpu")
 
     def work(rank: int) -> object:
@@ -161,15 +161,15 @@ def test_ranks_gather_bytes_and_floats_over_a_mesh(world: int, sizes: list[int])
 
 def test_abort_ends_a_wait_for_a_silent_peer_everywhere_at_once() -> None:
     """Rank 3 does nothing, as a stopped process: the others wait for it until one of them aborts."""
-    channels = mesh(4)
+    groups = mesh(4)
     buffers = [[bytearray(8) for _ in range(4)] for _ in range(4)]
 
     def work(rank: int) -> tuple[str, float]:
         others = [other for other in range(4) if other != rank]
         with pytest.raises(WireError) as raised:
-            channels[rank].exchange(
-                {other: [memoryview(b"12345678")] for other in others},
-                {other: [memoryview(buffers[rank][other])] for other in others},
+            groups[rank].exchange(
+                {other: memoryview(b"12345678") for other in others},
+                {other: memoryview(buffers[rank][other]) for other in others},
             )
         return str(raised.value), time.monotonic()
 
@@ -179,7 +179,7 @@ def test_abort_ends_a_wait_for_a_silent_peer_everywhere_at_once() -> None:
         thread.start()
     time.sleep(0.2)
     assert not ended
-    channels[0].abort("rank 3 is silent")
+    groups[0].abort("rank 3 is silent")
     for thread in threads:
         thread.join(10)
     assert len(ended) == 3
@@ -187,20 +187,20 @@ def test_abort_ends_a_wait_for_a_silent_peer_everywhere_at_once() -> None:
     assert sum("rank 0" in text for text, _ in ended) == 2
     # And nothing can be begun any more.
     with pytest.raises(WireError, match="rank 3 is silent"):
-        channels[0].exchange({}, {3: [memoryview(bytearray(1))]})
-    for channel in channels:
-        channel.close()
+        groups[0].exchange({}, {3: memoryview(bytearray(1))})
+    for group in groups:
+        group.close()
 
 
 def test_silence_and_messages_out_of_step_are_errors() -> None:
     one, other = mesh(2, timeout_s=0.2)
     with pytest.raises(WireError, match=r"ranks \[1\] sent and took nothing for 0.2 s"):
-        one.exchange({}, {1: [memoryview(bytearray(4))]})
+        one.exchange({}, {1: memoryview(bytearray(4))})
     one.close()
     other.close()
     one, other = mesh(2)
-    one.exchange({1: [memoryview(b"1234")]}, {})
+    one.exchange({1: memoryview(b"1234")}, {})
     with pytest.raises(WireError, match=r"a message \(1, 4\) where \(1, 8\) belongs"):
-        other.exchange({}, {0: [memoryview(bytearray(8))]})
+        other.exchange({}, {0: memoryview(bytearray(8))})
     one.close()
     other.close()

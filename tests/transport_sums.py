@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from foldfeed.trainer.gradients.buckets import Bucket
-from foldfeed.trainer.gradients.dyadic import Block, blocks_of_ranks, owned_shards, subtree_sum
+from foldfeed.trainer.gradients.dyadic import Block, blocks_of_ranks, merged, owned_shards
 from foldfeed.trainer.gradients.exchange import Exchange, TreeExchange, add_in_place
 from foldfeed.trainer.gradients.probe import measure
 from foldfeed.trainer.gradients.ring import RingExchange
@@ -21,12 +22,12 @@ def reduce_plan(
     plan: Sequence[Bucket],
     leaves: Sequence[torch.Tensor],
     blocks: Sequence[Block],
-    num_shards: int,
 ) -> None:
     """Gives an exchange all buckets of a plan, as a rank that has these blocks of the leaves."""
     for bucket in plan:
-        known = {Block(v, 1): leaf[bucket.start : bucket.stop].clone() for v, leaf in enumerate(leaves)}
-        exchange.reduce(bucket, [subtree_sum(known, block, num_shards, add_in_place) for block in blocks])
+        known = [(Block(v, 1), leaf[bucket.start : bucket.stop].clone()) for v, leaf in enumerate(leaves)]
+        sums = [merged(known[block.start : block.start + block.size], add_in_place) for block in blocks]
+        exchange.reduce(bucket, [values for ((_, values),) in sums])
     exchange.drain()
 
 
@@ -45,41 +46,24 @@ def sums_by_transport(ranks: Any, nodes: Sequence[str], shard_counts: Sequence[i
             shards = {
                 v: torch.randn(total, generator=torch.Generator().manual_seed(v)) for v in range(num_shards)
             }
-            leaves = {(v, 1): value for v, value in shards.items()}
-            short = {(v, 1): value.bfloat16() for v, value in shards.items()}
+            stops = list(itertools.accumulate(sizes))
+            plan = [
+                Bucket(index=index, start=stop - size, stop=stop, segments=range(1))
+                for index, (size, stop) in enumerate(zip(sizes, stops, strict=True))
+            ]
+            blocks = blocks_of_ranks(num_shards, ranks.world)[ranks.rank]
             names = ("tree", "two_level", "ring", "tree bf16", "two_level bf16", "two_level bf16-between")
             for name in names:
                 output = torch.full((total,), torch.nan)
                 wire = torch.bfloat16 if "bf16" in name else torch.float32
                 inside = torch.float32 if "between" in name else wire
                 if name.startswith("two_level"):
-                    exchange: Any = TwoLevelExchange(
-                        ranks, num_shards, max(sizes), output, groups, wire, inside
-                    )
+                    exchange: Any = TwoLevelExchange(ranks, num_shards, output, groups, wire, inside)
                 elif name.startswith("tree"):
                     exchange = TreeExchange(ranks, num_shards, max(sizes), output, wire)
                 else:
                     exchange = RingExchange(ranks, output)
-                start = 0
-                for index, size in enumerate(sizes):
-                    span = slice(start, start + size)
-                    mine = [
-                        subtree_sum(
-                            {
-                                key: value[span].clone()
-                                for key, value in (short if "bf16" in name else leaves).items()
-                            },
-                            block,
-                            num_shards,
-                            add_in_place,
-                        )
-                        for block in blocks_of_ranks(num_shards, ranks.world)[ranks.rank]
-                    ]
-                    exchange.reduce(
-                        Bucket(index=index, start=start, stop=start + size, segments=range(1)), mine
-                    )
-                    start += size
-                exchange.drain()
+                reduce_plan(exchange, plan, [value.to(wire) for value in shards.values()], blocks)
                 results[f"{name} {num_shards} {local}"] = output.tolist()
             exact = sum(value.double() for value in shards.values())
             results[f"exact {num_shards} {local}"] = exact.tolist()

@@ -123,7 +123,7 @@ def command(runs: tuple[Path, ...], target: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    return exit_code(command, "foldfeed.trainer.curve", arguments, (TrainerError, OSError))
+    return exit_code(command, "foldfeed.trainer.curve", arguments)
 
 
 if __name__ == "__main__":

@@ -10,24 +10,20 @@ from collections.abc import Sequence
 
 import click
 
-from foldfeed.trainer.errors import TrainerConfigError, TrainerError
+from foldfeed.feature_store.errors import FoldfeedError
+from foldfeed.trainer.errors import TrainerConfigError
 
 
-def exit_code(
-    command: click.Command,
-    module: str,
-    arguments: Sequence[str] | None,
-    expected: tuple[type[Exception], ...] = (TrainerError,),
-) -> int:
+def exit_code(command: click.Command, module: str, arguments: Sequence[str] | None) -> int:
     """Runs a command and returns its exit code.
 
-    0; 1 where it failed or returned False; 2 for wrong usage; 130 after Ctrl-C.
+    0; 1 where it failed or returned False; 2 for wrong usage; 130 after Ctrl-C. Our errors and the system's
+    end it with their message alone; others are raised.
 
     Args:
       command: to run.
       module: as ``python -m`` takes it, for the help.
       arguments: of the command line; those of the process when None.
-      expected: errors that end it with their message alone; others are raised.
     """
     try:
         result = command.main(
@@ -42,7 +38,7 @@ def exit_code(
         # What click makes of Ctrl-C.
         click.echo("interrupted", err=True)
         return 130
-    except expected as error:
+    except (FoldfeedError, OSError) as error:
         click.echo(f"error: {error}", err=True)
         return 2 if isinstance(error, TrainerConfigError) else 1
     # --help and ctx.exit() give a number, and 0 is not False.

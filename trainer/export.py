@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import torch
 
-from foldfeed.feature_store.errors import FoldfeedError, MissingExtraError
+from foldfeed.feature_store.errors import MissingExtraError
 from foldfeed.trainer.config import EVOFORMER, DataConfig, ModelConfig, RunConfig
 from foldfeed.trainer.errors import NoValidSnapshotError, SnapshotMismatchError, TrainerConfigError
 from foldfeed.trainer.exit_code import exit_code
@@ -143,7 +143,7 @@ def command(source: Path, target: Path, task: str, ema: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    return exit_code(command, "foldfeed.trainer.export", arguments, (FoldfeedError, OSError))
+    return exit_code(command, "foldfeed.trainer.export", arguments)
 
 
 if __name__ == "__main__":

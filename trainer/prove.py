@@ -38,7 +38,7 @@ from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.goodput import GOODPUT_FILE, account
 from foldfeed.trainer.members.agreement import FolderRegister, Member
 from foldfeed.trainer.members.session import folder_of, read_session
-from foldfeed.trainer.network import Network
+from foldfeed.trainer.network import Network, namespaces
 from foldfeed.trainer.options import options_of
 
 KINDS = ("kill", "stop", "cut", "join")
@@ -140,7 +140,7 @@ def run_disturbed(launch: Launch, output: Path, faults: Sequence[Fault]) -> list
     with contextlib.ExitStack() as stack:
         network = None
         if "cut" in kinds:
-            network = stack.enter_context(Network(launch.ranks + kills + joins))
+            network = stack.enter_context(namespaces(launch.ranks + kills + joins))
         launcher = Launcher(
             Plan(ranks=launch.ranks, max_ranks=launch.ranks + joins),
             launch.arguments(output),
@@ -298,7 +298,8 @@ def command(chaos: str, seed: int, output: str, **options: Any) -> bool:
             raise TrainerConfigError(f"{run} exists; give another --output.")
     folder.mkdir(parents=True, exist_ok=True)
     if any(fault.kind == "cut" for fault in faults):
-        Network(1).check()
+        with namespaces(1):
+            pass  # or it raises, before the first run
     with _ended_by_signal():
         run_disturbed(launch, undisturbed, [])
         click.echo(f"undisturbed: {weights_digest(undisturbed)}")

@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import torch  # noqa: E402
 from elastic_ranks import PHASES, Nursery, ledger_error  # noqa: E402
 
-from foldfeed.trainer.network import Network  # noqa: E402
+from foldfeed.trainer.network import namespaces  # noqa: E402
 
 STEPS = 20
 MOST_PROCESSES = 16
@@ -163,7 +163,7 @@ def main() -> int:
         keep = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         places = []
         if options.cuts:
-            network = stack.enter_context(Network(MOST_PROCESSES))
+            network = stack.enter_context(namespaces(MOST_PROCESSES))
             places = [network.names(slot) for slot in range(MOST_PROCESSES)]
         log = stack.enter_context(options.log.open("a"))
         nursery = stack.enter_context(Nursery(keep))

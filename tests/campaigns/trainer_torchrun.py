@@ -41,7 +41,7 @@ from torch import nn  # noqa: E402
 from foldfeed.trainer.config import ModelConfig  # noqa: E402
 from foldfeed.trainer.models.losses import Loss  # noqa: E402
 from foldfeed.trainer.models.task import EvoformerTask  # noqa: E402
-from foldfeed.trainer.network import Network  # noqa: E402
+from foldfeed.trainer.network import Network, namespaces  # noqa: E402
 from foldfeed.trainer.prove import _last_step, members_of, weights_digest  # noqa: E402
 
 STEPS = 240
@@ -339,7 +339,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         keep = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         keep.mkdir(parents=True, exist_ok=True)
-        network = stack.enter_context(Network(2)) if options.namespaces else None
+        network = stack.enter_context(namespaces(2)) if options.namespaces else None
         store = make_store(keep)
         digest = left_alone(store, keep / "alone")
         for number in range(options.repeat):

@@ -20,6 +20,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+# Of fp32 gradients.
+ELEMENT_BYTES = 4
 MIN_AUTO_BYTES = 64 * 1024
 MAX_AUTO_BYTES = 16 * 1024 * 1024
 # Enough buckets for most of the exchange to start before backward ends, few enough for latency not to count.
@@ -59,7 +61,7 @@ def auto_bucket_bytes(total_bytes: int) -> int:
     return min(MAX_AUTO_BYTES, max(MIN_AUTO_BYTES, total_bytes // AUTO_BUCKETS))
 
 
-def plan_buckets(sizes: Sequence[int], *, bucket_bytes: int, element_bytes: int = 4) -> list[Bucket]:
+def plan_buckets(sizes: Sequence[int], *, bucket_bytes: int) -> list[Bucket]:
     """Returns buckets that cover every segment once, in order.
 
     A bucket holds at most ``bucket_bytes``, the last one at most a quarter of that, unless a single segment
@@ -69,11 +71,10 @@ def plan_buckets(sizes: Sequence[int], *, bucket_bytes: int, element_bytes: int 
     Args:
       sizes: elements of each segment in flat-buffer order, padding included.
       bucket_bytes: limit of a bucket.
-      element_bytes: bytes of one element.
     """
     if not sizes:
         return []
-    limit = max(1, bucket_bytes // element_bytes)
+    limit = max(1, bucket_bytes // ELEMENT_BYTES)
     tail_start = len(sizes) - 1
     tail_numel = sizes[-1]
     while tail_start > 0 and tail_numel + sizes[tail_start - 1] <= limit // TAIL_SHARE:
@@ -94,9 +95,7 @@ def plan_buckets(sizes: Sequence[int], *, bucket_bytes: int, element_bytes: int 
     return _lay_out(sizes, runs)
 
 
-def plan_ramp(
-    sizes: Sequence[int], *, bucket_bytes: int, least_bytes: int, element_bytes: int = 4
-) -> list[Bucket]:
+def plan_ramp(sizes: Sequence[int], *, bucket_bytes: int, least_bytes: int) -> list[Bucket]:
     """Returns buckets that cover every segment once, in order, full ones first and then a ramp down.
 
     With segments of 100 elements, a limit of 400 and a least of 100 elements the last buckets hold 400, 300,
@@ -106,9 +105,9 @@ def plan_ramp(
       sizes: elements of each segment in flat-buffer order, padding included.
       bucket_bytes: limit of a bucket; a single larger segment is one of its own.
       least_bytes: of the last bucket.
-      element_bytes: bytes of one element.
     """
-    limit, allowed = bucket_bytes / element_bytes, max(1.0, least_bytes / element_bytes)
+    limit, least = bucket_bytes / ELEMENT_BYTES, least_bytes / ELEMENT_BYTES
+    allowed = max(1.0, least)
     runs: list[range] = []
     stop = len(sizes)
     while stop:
@@ -118,9 +117,7 @@ def plan_ramp(
             numel += sizes[start]
         runs.append(range(start, stop))
         stop, allowed = start, min(limit, max(allowed, numel) / RAMP)
-    return _lay_out(
-        sizes, [*_split(sizes, runs.pop(), least_bytes / element_bytes), *runs[::-1]] if runs else []
-    )
+    return _lay_out(sizes, [*_split(sizes, runs.pop(), least), *runs[::-1]] if runs else [])
 
 
 def _split(sizes: Sequence[int], run: range, least: float) -> list[range]:

@@ -53,7 +53,10 @@ class Division(NamedTuple):
     @property
     def blocks(self) -> list[list[Block]]:
         """Per rank, the blocks that it ends with."""
-        return [stacked(kept, shards) for kept, shards in zip(self.kept, self.shards, strict=True)]
+        return [
+            stacked((Block(shard, 1) for shard in shards), kept)
+            for kept, shards in zip(self.kept, self.shards, strict=True)
+        ]
 
 
 def owned_shards(num_shards: int, world: int, rank: int) -> range:
@@ -61,25 +64,9 @@ def owned_shards(num_shards: int, world: int, rank: int) -> range:
     return range(num_shards * rank // world, num_shards * (rank + 1) // world)
 
 
-def aligned_blocks(start: int, stop: int) -> list[Block]:
-    """Returns the fewest aligned power-of-two blocks that cover ``[start, stop)``, in order.
-
-    ``aligned_blocks(2, 5)`` is ``[(2, 2), (4, 1)]``.
-    """
-    blocks = []
-    while start < stop:
-        size = 1
-        while start % (2 * size) == 0 and start + 2 * size <= stop:
-            size *= 2
-        blocks.append(Block(start, size))
-        start += size
-    return blocks
-
-
 def blocks_of_ranks(num_shards: int, world: int) -> list[list[Block]]:
     """Returns, for each rank, the blocks it can finish alone."""
-    owned = [owned_shards(num_shards, world, rank) for rank in range(world)]
-    return [aligned_blocks(shards.start, shards.stop) for shards in owned]
+    return usual_division(num_shards, world).blocks
 
 
 def usual_division(num_shards: int, world: int) -> Division:
@@ -115,53 +102,60 @@ def repaired(kept: Sequence[Sequence[Block]], num_shards: int) -> Division:
     return Division(counted, [missing[part.start : part.stop] for part in dealt])
 
 
-def stacked(kept: Sequence[Block], shards: Sequence[int]) -> list[Block]:
-    """Returns the blocks that a rank has when it finished ``shards``, one after another, on top of others."""
+def stacked(blocks: Iterable[Block], kept: Sequence[Block] = ()) -> list[Block]:
+    """Returns the nodes of the tree that a rank has which finishes these blocks one after another.
+
+    Of blocks in order of their shards these are all that the tree allows:
+    ``stacked([(0, 2), (2, 2), (4, 1), (5, 1)])`` is ``[(0, 4), (4, 2)]``.
+
+    Args:
+      blocks: in the order in which they are finished.
+      kept: what was there before.
+    """
     stack = list(kept)
-    for shard in shards:
-        num_merged, block = merge_chain(stack, shard)
-        stack[len(stack) - num_merged :] = [block]
+    for block in blocks:
+        num_merged, merged = merge_chain(stack, *block)
+        stack[len(stack) - num_merged :] = [merged]
     return stack
 
 
-def merge_chain(stack: Sequence[Block], leaf: int) -> tuple[int, Block]:
-    """Returns how many blocks on top of ``stack`` merge when shard ``leaf`` is finished, and the result.
+def merge_chain(stack: Sequence[Block], start: int, size: int = 1) -> tuple[int, Block]:
+    """Returns how many blocks on top of ``stack`` merge when a block is finished, and the result.
 
     This is a binary counter: with blocks (0,4) (4,2) (6,1) finished, shard 7 merges with all three and
     leaves (0,8); shard 4 after (2,2) merges with none.
-    """
-    block = Block(leaf, 1)
-    merged = 0
-    for below in reversed(stack):
-        if not _are_siblings(below, block):
-            break
-        block = Block(below.start, 2 * block.size)
-        merged += 1
-    return merged, block
-
-
-def _are_siblings(left: Block, right: Block) -> bool:
-    """Returns whether two nodes of the tree have one parent: equal sizes, and the parent is aligned."""
-    return (
-        left.size == right.size and left.start + left.size == right.start and not left.start % (2 * left.size)
-    )
-
-
-def merged_blocks(blocks: Iterable[Block]) -> list[Block]:
-    """Returns the nodes of the tree that whoever holds these blocks can finish, in order.
-
-    ``merged_blocks([(4, 1), (0, 2), (2, 2), (5, 1)])`` is ``[(0, 4), (4, 2)]``.
 
     Args:
-      blocks: of which none lies in another, in any order.
+      stack: finished blocks.
+      start: of the new one, by default a single shard.
+      size: of it.
     """
-    found: list[Block] = []
-    for block in sorted(blocks):
-        found.append(block)
-        while len(found) > 1 and _are_siblings(found[-2], found[-1]):
-            right = found.pop()
-            found.append(Block(found.pop().start, 2 * right.size))
-    return found
+    block = Block(start, size)
+    num_merged = 0
+    for below in reversed(stack):
+        is_sibling = below.size == block.size and below.start + below.size == block.start
+        # And their parent is aligned.
+        if not is_sibling or below.start % (2 * below.size):
+            break
+        block = Block(below.start, 2 * block.size)
+        num_merged += 1
+    return num_merged, block
+
+
+def merged(blocks: Iterable[tuple[Block, T]], add: Callable[[T, T], T]) -> list[tuple[Block, T]]:
+    """Returns blocks and their sums, of neighbours as far as the tree allows, in the tree's order.
+
+    Args:
+      blocks: finished ones with their sums, in order of their shards.
+      add: sums a left and a right subtree; it may reuse the left operand.
+    """
+    stack: list[tuple[Block, T]] = []
+    for block, value in blocks:
+        num_merged, block = merge_chain([below for below, _ in stack], *block)
+        for _ in range(num_merged):
+            value = add(stack.pop()[1], value)
+        stack.append((block, value))
+    return stack
 
 
 def tree_sum(blocks: Mapping[Block, T], num_shards: int, add: Callable[[T, T], T]) -> T:
@@ -170,45 +164,16 @@ def tree_sum(blocks: Mapping[Block, T], num_shards: int, add: Callable[[T, T], T
     Args:
       blocks: finished blocks that together cover ``range(num_shards)`` exactly once.
       num_shards: V, at least 1.
-      add: sums a left and a right subtree; it may reuse the left operand.
+      add: as of `merged`.
     Raises:
       ValueError: the blocks leave a shard out.
     """
-    size = 1
-    while size < num_shards:
-        size *= 2
-    return subtree_sum(blocks, Block(0, size), num_shards, add)
-
-
-def subtree_sum(blocks: Mapping[Block, T], root: Block, num_shards: int, add: Callable[[T, T], T]) -> T:
-    """Returns the sum of the shards under one node of the tree, in the tree's order.
-
-    Args:
-      blocks: finished blocks; those under the root cover its shards exactly once.
-      root: an aligned block; what is beyond the last shard counts as absent.
-      num_shards: V, at least 1.
-      add: sums a left and a right subtree; it may reuse the left operand.
-    Raises:
-      ValueError: the blocks leave a shard out.
-    """
-
-    def node(block: Block) -> T | None:
-        if block in blocks:
-            return blocks[block]
-        if block.start >= num_shards:
-            return None
-        if block.size == 1:
-            raise ValueError(
-                f"virtual shard {block.start} of {num_shards} is in none of the blocks {list(blocks)}"
-            )
-        half = block.size // 2
-        left = node(Block(block.start, half))
-        right = node(Block(block.start + half, half))
-        if right is None:
-            return left
-        assert left is not None, "a right subtree without its left one"
-        return add(left, right)
-
-    total = node(root)
-    assert total is not None, f"no shard under {root}"
+    there = sorted(blocks)
+    missing = set(range(num_shards)).difference(*(block.shards for block in there))
+    if missing:
+        raise ValueError(f"virtual shard {min(missing)} of {num_shards} is in none of the blocks {there}")
+    *rest, (_, total) = merged(((block, blocks[block]) for block in there), add)
+    # Right of what is left over the tree has absent leaves alone.
+    for _, value in reversed(rest):
+        total = add(value, total)
     return total

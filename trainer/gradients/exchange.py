@@ -51,22 +51,24 @@ class Exchange(Protocol):
 
         For a transport that moves bytes in its caller's thread; nothing where a backend moves them by itself.
         """
-        ...
+        return
 
     def drain(self) -> None:
-        """Finishes what is under way, if anything is."""
-        ...
+        """Finishes what is under way; nothing where no exchange outlives its `reduce`."""
+        return
 
     def divide(self, blocks: Sequence[Sequence[Block]]) -> None:
         """Prepares for other blocks of the ranks; nothing may be under way.
 
+        Nothing where what ranks bring is summed whatever it is.
+
         Args:
           blocks: per rank, in the order in which it gives them; together they cover all shards once.
         """
-        ...
+        return
 
 
-class TreeExchange:
+class TreeExchange(Exchange):
     """Two-phase exchange of buckets, in order, from one thread."""
 
     def __init__(
@@ -120,12 +122,8 @@ class TreeExchange:
             return
         self._chunk[:chunk].copy_(summed)
         with self._ranks.guard(f"the all-gather of gradient bucket {bucket.index}"):
-            assert self._ranks.gather is not None, "ranks of a world have groups"
             wait = self._ranks.gather.all_gather(self._gathered[: world * chunk], self._chunk[:chunk])
         self._in_flight = (wait, bucket)
-
-    def progress(self, wake: int) -> None:
-        """Does nothing: the backend moves the bytes."""
 
     def drain(self) -> None:
         """Finishes the all-gather that is under way, if any."""
@@ -144,7 +142,6 @@ class TreeExchange:
         mine = counts[self._ranks.rank]
         received = self._recv[: sum(counts) * chunk]
         with self._ranks.guard(f"the all-to-all of gradient bucket {bucket.index}"):
-            assert self._ranks.scatter is not None, "ranks of a world have groups"
             self._ranks.scatter.all_to_all(
                 received,
                 self._send[: world * mine * chunk],

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from foldfeed.trainer.gradients.buckets import Bucket
-from foldfeed.trainer.gradients.dyadic import Block
+from foldfeed.trainer.gradients.exchange import Exchange
 from foldfeed.trainer.groups.ranks import Ranks, TorchGroup
 
 
-class RingExchange:
-    """One all-reduce per bucket, in place in the output."""
+class RingExchange(Exchange):
+    """One all-reduce per bucket, in place in the output; each rank must bring something."""
 
     def __init__(self, ranks: Ranks, output: torch.Tensor) -> None:
         """Keeps the output; there are no message buffers of its own.
@@ -43,12 +43,6 @@ class RingExchange:
         with self._ranks.guard(f"the all-reduce of gradient bucket {bucket.index}"):
             wait = self._group.all_reduce(mine)
         self._in_flight.append((wait, bucket))
-
-    def progress(self, wake: int) -> None:
-        """Does nothing: the backend moves the bytes."""
-
-    def divide(self, blocks: Sequence[Sequence[Block]]) -> None:
-        """Does nothing: what ranks bring is summed, whatever it is; each must bring something."""
 
     def drain(self) -> None:
         """Finishes the all-reduces that are under way."""

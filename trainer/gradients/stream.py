@@ -85,7 +85,7 @@ class StreamExchange:
         """Allocates the slots; the arguments are those of `exchange.TreeExchange`."""
         assert isinstance(ranks.scatter, MeshGroup), "own sockets"
         self._ranks, self._num_shards, self._output, self._wire = ranks, num_shards, output, wire
-        self._channel = channel = ranks.scatter.channel
+        self._channel = channel = ranks.scatter
         self._peers = [
             _Peer(rank, channel.connection(rank)) for rank in range(ranks.world) if rank != ranks.rank
         ]

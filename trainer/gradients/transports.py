@@ -63,41 +63,37 @@ def choose(config: RunConfig, ranks: Ranks, segments: Sequence[Segment]) -> Tran
         some ranks know their place.
       CommunicationError: a peer died or stalled.
     """
-    num_shards = config.data.num_shards
     sizes = [segment.padded for segment in segments]
-    total_bytes = 4 * sum(sizes)
-
     given = int(config.bucket_mb * 2**20)
-    if config.reducer == "ring" or ranks.world == 1 or ranks.generation:
-        # The ring's bits depend on the plan, so it must not depend on a measurement. And the ranks of an
-        # elastic run meet anew in less time than one takes.
-        name = "ring" if config.reducer == "ring" else "tree"
-        usual = plan_buckets(sizes, bucket_bytes=given or auto_bucket_bytes(total_bytes))
-        if name == "ring":
-            return Transport(name, usual, lambda output, numel: RingExchange(ranks, output), "")
-        if config.reducer == "hierarchical" and ranks.generation and fits(nodes := find_nodes(ranks)):
-            why = f"{len(nodes)} nodes have {'+'.join(str(len(node)) for node in nodes)} ranks"
-            return Transport("hierarchical", usual, _hierarchical(config, ranks, nodes), why)
-        return Transport(name, usual, _tree(config, ranks), "")
-    makers = _candidates(config, ranks, [] if config.reducer == "tree" else find_nodes(ranks))
-    num_blocks = len(blocks_of_ranks(num_shards, ranks.world)[ranks.rank])
+    usual = plan_buckets(sizes, bucket_bytes=given or auto_bucket_bytes(4 * sum(sizes)))
+    if config.reducer == "ring":
+        # Its bits depend on the plan, so that must not depend on a measurement.
+        return Transport("ring", usual, lambda output, numel: RingExchange(ranks, output), "")
+    # The ranks of an elastic run meet anew in less time than a measurement takes.
+    measures = ranks.world > 1 and not ranks.generation
+    by_nodes = config.reducer == "hierarchical" or (config.reducer == "auto" and measures)
+    nodes = find_nodes(ranks) if by_nodes and ranks.world > 1 else []
+    if not measures and fits(nodes):
+        why = f"{len(nodes)} nodes have {'+'.join(str(len(node)) for node in nodes)} ranks"
+        return Transport("hierarchical", usual, _hierarchical(config, ranks, nodes), why)
+    if not measures:
+        return Transport("tree", usual, _tree(config, ranks), "")
+    makers = _candidates(config, ranks, nodes)
+    num_blocks = len(blocks_of_ranks(config.data.num_shards, ranks.world)[ranks.rank])
     links = {name: measure(ranks, make, num_blocks) for name, make in makers.items()}
-    plans = {name: plan_for(link, sizes, given) for name, link in links.items()}
+    plans = {name: usual if given else plan_for(link, sizes) for name, link in links.items()}
     costs = {name: sum(links[name].seconds(4 * bucket.numel) for bucket in plans[name]) for name in makers}
     name = min(costs, key=lambda candidate: costs[candidate])
     return Transport(name, plans[name], makers[name], _explain(name, links, costs))
 
 
-def plan_for(link: Link, sizes: Sequence[int], bucket_bytes: int = 0) -> list[Bucket]:
+def plan_for(link: Link, sizes: Sequence[int]) -> list[Bucket]:
     """Returns the bucket plan for a measured link.
 
     Args:
       link: as measured.
       sizes: elements of each segment in flat-buffer order.
-      bucket_bytes: limit of a bucket that the user gave; 0 for none.
     """
-    if bucket_bytes:
-        return plan_buckets(sizes, bucket_bytes=bucket_bytes)
     limit = link.bucket_bytes(4 * sum(sizes))
     return plan_ramp(sizes, bucket_bytes=limit, least_bytes=link.least_bytes)
 
@@ -115,9 +111,8 @@ def _tree(config: RunConfig, ranks: Ranks) -> MakeExchange:
 def _hierarchical(config: RunConfig, ranks: Ranks, nodes: Sequence[Sequence[int]]) -> MakeExchange:
     groups, wire = node_groups(ranks, nodes), wire_dtype(config)
     inside = torch.float32 if config.wire == "bf16-between" else wire
-    return lambda output, numel: TwoLevelExchange(
-        ranks, config.data.num_shards, numel, output, groups, wire, inside
-    )
+    num_shards = config.data.num_shards
+    return lambda output, _: TwoLevelExchange(ranks, num_shards, output, groups, wire, inside)
 
 
 def find_nodes(ranks: Ranks) -> list[list[int]]:
@@ -153,8 +148,8 @@ def _candidates(config: RunConfig, ranks: Ranks, nodes: Sequence[Sequence[int]])
 
 def _explain(name: str, links: dict[str, Link], costs: dict[str, float]) -> str:
     others = [
-        f"{other} would take {1e3 * costs[other]:.1f} ms ({links[other]})" for other in costs if other != name
+        f"; {other} would take {1e3 * costs[other]:.1f} ms ({links[other]})"
+        for other in costs
+        if other != name
     ]
-    return f"measured {links[name]}: {1e3 * costs[name]:.1f} ms a step" + "".join(
-        f"; {text}" for text in others
-    )
+    return f"measured {links[name]}: {1e3 * costs[name]:.1f} ms a step" + "".join(others)

@@ -18,14 +18,15 @@ One thread issues all collectives in bucket order, as in exchange.py.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from foldfeed.trainer.gradients.buckets import Bucket
-from foldfeed.trainer.gradients.dyadic import Block, blocks_of_ranks, merged_blocks, subtree_sum
-from foldfeed.trainer.gradients.exchange import add_in_place, pack, sum_rows
+from foldfeed.trainer.gradients.dyadic import Block, blocks_of_ranks, merged, stacked
+from foldfeed.trainer.gradients.exchange import Exchange, add_in_place, pack, sum_rows
 from foldfeed.trainer.groups.ranks import Group, Ranks
 
 
@@ -56,8 +57,6 @@ def node_groups(ranks: Ranks, nodes: Sequence[Sequence[int]]) -> NodeGroups:
       ranks: the joined run.
       nodes: from `topology.nodes_of`, equal on all ranks.
     """
-    assert ranks.scatter is not None, "ranks of a world have groups"
-    assert ranks.gather is not None, "ranks of a world have groups"
     node = next(number for number, members in enumerate(nodes) if ranks.rank in members)
     place, speakers = nodes[node].index(ranks.rank), min(len(members) for members in nodes)
     # Every rank makes two, in this order: torch names groups by how many there are.
@@ -67,14 +66,13 @@ def node_groups(ranks: Ranks, nodes: Sequence[Sequence[int]]) -> NodeGroups:
     return NodeGroups(nodes, node, place, speakers, inside, between)
 
 
-class TwoLevelExchange:
+class TwoLevelExchange(Exchange):
     """Four collectives per bucket, two inside the node and two between nodes."""
 
     def __init__(
         self,
         ranks: Ranks,
         num_shards: int,
-        max_numel: int,
         output: torch.Tensor,
         groups: NodeGroups,
         wire: torch.dtype = torch.float32,
@@ -85,7 +83,6 @@ class TwoLevelExchange:
         Args:
           ranks: the run.
           num_shards: V.
-          max_numel: elements of the largest bucket.
           output: fp32 (flat numel,), receives the summed buckets.
           groups: from `node_groups`.
           wire: of sums, and of messages between nodes.
@@ -103,7 +100,7 @@ class TwoLevelExchange:
         nodes = self._groups.nodes
         self._blocks = [blocks[rank] for rank in nodes[self._groups.node]]
         self._node_blocks = [
-            merged_blocks(block for rank in members for block in blocks[rank]) for members in nodes
+            stacked(sorted(block for rank in members for block in blocks[rank])) for members in nodes
         ]
         self._all_blocks = [block for found in self._node_blocks for block in found]
         # Not where nodes hold no neighbouring shards.
@@ -114,16 +111,10 @@ class TwoLevelExchange:
         chunk = -(-bucket.numel // self._groups.speakers)
         share = -(-chunk // len(self._groups.nodes))
         with self._ranks.guard(f"the hierarchical exchange of gradient bucket {bucket.index}"):
-            merged = self._merge_in_node(blocks, chunk)
-            whole = self._sum_over_nodes(merged, share)[:chunk].to(self._inside) if self._speaks else None
+            parts = self._merge_in_node(blocks, chunk)
+            whole = self._sum_over_nodes(parts, share)[:chunk].to(self._inside) if self._speaks else None
             everything = self._tell_node(whole, chunk)
         self._output[bucket.start : bucket.stop].copy_(everything[: bucket.numel])
-
-    def progress(self, wake: int) -> None:
-        """Does nothing: no exchange outlives its `reduce`."""
-
-    def drain(self) -> None:
-        """Does nothing: no exchange outlives its `reduce`."""
 
     def _merge_in_node(self, blocks: Sequence[torch.Tensor], chunk: int) -> list[torch.Tensor]:
         """Returns a speaker's chunk of each of the node's blocks; nothing on other ranks."""
@@ -134,15 +125,16 @@ class TwoLevelExchange:
         counts = [len(found) if self._speaks else 0 for found in self._blocks]
         sizes = [packed[0].numel()] * speakers + [0] * (local - speakers)
         rows = self._exchange(self._groups.inside, packed, sizes, counts, chunk, "received")
-        everybody = [block for found in self._blocks for block in found] if self._speaks else []
-        known = dict(zip(everybody, rows.unbind(0), strict=True))
-        wanted = self._node_blocks[self._groups.node] if self._speaks else []
-        return [subtree_sum(known, block, self._num_shards, add_in_place) for block in wanted]
+        if not self._speaks:
+            return []
+        everybody = [block for found in self._blocks for block in found]
+        known = sorted(zip(everybody, rows.unbind(0), strict=True), key=operator.itemgetter(0))
+        return [values for _, values in merged(known, add_in_place)]
 
-    def _sum_over_nodes(self, merged: Sequence[torch.Tensor], share: int) -> torch.Tensor:
+    def _sum_over_nodes(self, parts: Sequence[torch.Tensor], share: int) -> torch.Tensor:
         """Returns the finished sum of this speaker's chunk, padded."""
         nodes = len(self._groups.nodes)
-        packed = pack(self._buffer("send_out", nodes * len(merged) * share, self._wire), merged, nodes, share)
+        packed = pack(self._buffer("send_out", nodes * len(parts) * share, self._wire), parts, nodes, share)
         counts = [len(found) for found in self._node_blocks]
         sizes = [packed[0].numel()] * nodes
         rows = self._exchange(self._groups.between, packed, sizes, counts, share, "received_out")

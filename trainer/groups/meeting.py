@@ -4,7 +4,8 @@ Whoever is not of the run may connect to the listeners, too: one that says nothi
 itself and closed, and holds nobody up. A greeting costs at most `GREETING_BYTES` of memory, and its time is
 limited as a whole.
 
-Owns: where a rank listens, and the connections until all are there. Does not own: what goes over them.
+Owns: where a rank listens, who is let in (`Greeter`, for elastic runs too: members/peers.py), and the
+connections until all are there. Does not own: what goes over them.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import Store
 
 from foldfeed.trainer.errors import WireError
-from foldfeed.trainer.groups.wire import Channel, MeshGroup, dial, greet
+from foldfeed.trainer.groups.wire import MeshGroup, dial, greet
 
 # A host and how it is written down.
 Address = tuple[socket.AddressFamily, str]
 # Of one who connected: a rank needs milliseconds. Others may take so long, this many at a time.
 GREETING_S = 10.0
 GREETED_AT_ONCE = 256
+# After which a process that can accept nobody tries it again.
+ACCEPT_AGAIN_S = 0.2
 
 
 def meet(store: Store, rank: int, world: int, timeout_s: float) -> MeshGroup:
@@ -41,102 +45,121 @@ def meet(store: Store, rank: int, world: int, timeout_s: float) -> MeshGroup:
       store: where they leave addresses, and the first one the key of their greetings.
       rank: this process.
       world: number of processes.
-      timeout_s: without another rank that connects, and of collectives as in `Channel`.
+      timeout_s: without another rank that connects, and of collectives as in `MeshGroup`.
     Raises:
       WireError: a rank cannot be reached.
     """
     if rank == 0:
         store.set("foldfeed/mesh/key", secrets.token_hex(32))
     peers: dict[int, socket.socket] = {}
-    with contextlib.ExitStack() as unless_all_came:
-        with _listening(world) as listener:
-            store.set(f"foldfeed/mesh/{rank}", json.dumps(listener.getsockname()[:2]))
-            key = bytes.fromhex(store.get("foldfeed/mesh/key").decode())
-            with _greeting(listener, key, timeout_s) as greeted:
-                for other in range(rank):
-                    there, port = json.loads(store.get(f"foldfeed/mesh/{other}"))
-                    try:
-                        peers[other] = dial((there, port), key, {"rank": rank}, timeout_s)
-                    except WireError as error:
-                        raise WireError(
-                            f"rank {other}: {error}; GLOO_SOCKET_IFNAME says by which interface"
-                        ) from error
-                    unless_all_came.callback(peers[other].close)
+    came: queue.SimpleQueue[tuple[int, socket.socket]] = queue.SimpleQueue()
+    with _listener(world) as listener, contextlib.ExitStack() as unless_all_came:
+        store.set(f"foldfeed/mesh/{rank}", json.dumps(listener.getsockname()[:2]))
+        key = bytes.fromhex(store.get("foldfeed/mesh/key").decode())
+        greeting_s = min(GREETING_S, timeout_s)
+        with contextlib.closing(
+            Greeter(listener, key, greeting_s, {"rank": int}, lambda other, rank: came.put((rank, other)))
+        ):
+            for other in range(rank):
+                there, port = json.loads(store.get(f"foldfeed/mesh/{other}"))
+                try:
+                    peers[other] = dial((there, port), key, {"rank": rank}, timeout_s)
+                except WireError as error:
+                    raise WireError(
+                        f"rank {other}: {error}; GLOO_SOCKET_IFNAME says by which interface"
+                    ) from error
+                unless_all_came.callback(peers[other].close)
+            deadline = time.monotonic() + timeout_s
+            while missing := sorted(set(range(rank + 1, world)) - set(peers)):
+                try:
+                    other, connection = came.get(timeout=max(0.0, deadline - time.monotonic()))
+                except queue.Empty as error:
+                    raise WireError(f"ranks {missing} did not connect within {timeout_s:g} s") from error
+                unless_all_came.callback(connection.close)
+                if other not in missing:
+                    raise WireError(f"rank {other} connected, where {missing} should")
+                peers[other] = connection
                 deadline = time.monotonic() + timeout_s
-                while missing := sorted(set(range(rank + 1, world)) - set(peers)):
-                    try:
-                        other, connection = greeted.get(timeout=max(0.0, deadline - time.monotonic()))
-                    except queue.Empty as error:
-                        raise WireError(f"ranks {missing} did not connect within {timeout_s:g} s") from error
-                    unless_all_came.callback(connection.close)
-                    if other not in missing:
-                        raise WireError(f"rank {other} connected, where {missing} should")
-                    peers[other] = connection
-                    deadline = time.monotonic() + timeout_s
         unless_all_came.pop_all()
-    return MeshGroup(Channel(rank, peers, timeout_s))
+    return MeshGroup(rank, peers, timeout_s)
 
 
-@contextlib.contextmanager
-def _greeting(
-    listener: socket.socket, key: bytes, timeout_s: float
-) -> Iterator[queue.SimpleQueue[tuple[int, socket.socket]]]:
-    """Yields where ranks that connect arrive, with their numbers. Nobody is greeted any more afterwards."""
-    found: queue.SimpleQueue[tuple[int, socket.socket]] = queue.SimpleQueue()
-    free = threading.Semaphore(GREETED_AT_ONCE)
-    over = threading.Event()
+class Greeter:
+    """Accepts whoever connects to a listener, and greets each in a thread of its own."""
 
-    def greets(connection: socket.socket) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        key: bytes,
+        timeout_s: float,
+        fields: Mapping[str, Callable[[Any], Any]],
+        greeted: Callable[..., None],
+    ) -> None:
+        """Begins to accept.
+
+        Args:
+          listener: listening; owned from here on.
+          key: that members of this run know.
+          timeout_s: for all of a greeting.
+          fields: what a greeting must say, and what makes a value of it (or raises TypeError or ValueError).
+          greeted: called from threads with a connection, which it owns then, and the fields by name.
+        """
+        self._listener = listener
+        self._key = key
+        self._timeout_s = timeout_s
+        self._fields = fields
+        self._greeted = greeted
+        self._free = threading.Semaphore(GREETED_AT_ONCE)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._accept, name="foldfeed-accept", daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        while not self._over.is_set():
+            self._free.acquire()
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                # The end; or no descriptor is left, until others close theirs.
+                self._free.release()
+                self._over.wait(ACCEPT_AGAIN_S)
+                continue
+            threading.Thread(
+                target=self._greet, args=(connection,), name="foldfeed-greet", daemon=True
+            ).start()
+
+    def _greet(self, connection: socket.socket) -> None:
         try:
-            rank = int(greet(connection, key, min(GREETING_S, timeout_s))["rank"])
+            hello = greet(connection, self._key, self._timeout_s)
+            said = {name: kind(hello[name]) for name, kind in self._fields.items()}
         except (WireError, KeyError, TypeError, ValueError):
-            connection.close()  # a stranger, or a rank that was cut off while greeting: it learns by this
+            connection.close()  # a stranger, or somebody who was cut off while greeting: they learn by this
         else:
-            if over.is_set():
+            if self._over.is_set():
                 connection.close()
             else:
-                found.put((rank, connection))
+                self._greeted(connection, **said)
         finally:
-            free.release()
+            self._free.release()
 
-    def accepts() -> None:
-        while not over.is_set():
-            free.acquire()
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                # The end; or no descriptor is left, until strangers are gone.
-                free.release()
-                over.wait(0.1)
-                continue
-            threading.Thread(target=greets, args=(connection,), name="foldfeed-greet", daemon=True).start()
-
-    thread = threading.Thread(target=accepts, name="foldfeed-meet", daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        over.set()
+    def close(self) -> None:
+        """Accepts nobody any more; a greeting that is under way may still be told."""
+        self._over.set()
         with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        free.release()
-        thread.join()
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._free.release()
+        self._thread.join()
+        self._listener.close()
 
 
-@contextlib.contextmanager
-def _listening(world: int) -> Iterator[socket.socket]:
-    """Yields a listener at an address of this machine that the other ranks can use."""
+def _listener(world: int) -> socket.socket:
+    """Returns a listener at an address of this machine that the other ranks can use."""
     *better, last = _own_addresses(world)
     for family, host in better:
-        try:
-            listener = socket.create_server((host, 0), family=family, backlog=world)
-        except OSError:
-            continue  # the host's name stands for an address that it has no more
-        break
-    else:
-        listener = socket.create_server((last[1], 0), family=last[0], backlog=world)
-    with listener:
-        yield listener
+        # The host's name may stand for an address that it has no more.
+        with contextlib.suppress(OSError):
+            return socket.create_server((host, 0), family=family, backlog=world)
+    return socket.create_server((last[1], 0), family=last[0], backlog=world)
 
 
 def _own_addresses(world: int) -> list[Address]:

@@ -17,7 +17,7 @@ each channel).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from foldfeed.trainer.errors import TrainerConfigError
@@ -67,21 +67,15 @@ def choose(wish: str, *, several_nodes: bool, infiniband: bool) -> str:
     return ("infiniband" if infiniband else "ethernet") if several_nodes else "nvlink"
 
 
-def apply(
-    name: str,
-    say: Callable[[str], None],
-    *,
-    pins: bool = True,
-    environment: MutableMapping[str, str] = os.environ,
-) -> None:
+def apply(name: str, say: Callable[[str], None], *, pins: bool = True) -> None:
     """Sets the variables of a preset that nobody has set, and says what it did; once in a process.
 
     Args:
       name: of a preset, or ``none``.
       say: called with a line for people.
       pins: see `variables`.
-      environment: of this process.
     """
+    environment = os.environ
     if _APPLIED in environment:
         return
     environment[_APPLIED] = name
@@ -96,9 +90,9 @@ def apply(
         say(f"NCCL preset {name}: {text or 'nothing to set'}")
 
 
-def applied(environment: Mapping[str, str] = os.environ) -> str:
+def applied() -> str:
     """Returns the name that `apply` was called with; empty before."""
-    return environment.get(_APPLIED, "")
+    return os.environ.get(_APPLIED, "")
 
 
 def require_effect(wish: str, device: str) -> None:
@@ -114,14 +108,13 @@ def require_effect(wish: str, device: str) -> None:
         )
 
 
-def record(transport: str, version: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+def record(transport: str, version: str) -> dict[str, str]:
     """Returns what a run keeps of how its gradients travelled.
 
     Args:
       transport: name of the exchange in use.
       version: NCCL's; empty where it is not used.
-      environment: of this process.
     """
-    told = {name: value for name, value in environment.items() if name.startswith(_PREFIXES)}
-    facts = {"transport": transport, "nccl": version, "preset": applied(environment)}
+    told = {name: value for name, value in os.environ.items() if name.startswith(_PREFIXES)}
+    facts = {"transport": transport, "nccl": version, "preset": applied()}
     return told | {name: value for name, value in facts.items() if value}

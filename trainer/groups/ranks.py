@@ -37,6 +37,7 @@ from foldfeed.trainer.errors import (
 from foldfeed.trainer.groups import nccl
 from foldfeed.trainer.groups.meeting import meet
 from foldfeed.trainer.groups.topology import by_place, told_place
+from foldfeed.trainer.groups.wire import MeshGroup
 
 # Of devices: several ranks on a GPU.
 SHARED = "cuda-shared"
@@ -133,6 +134,10 @@ class TorchGroup:
             group._group.shutdown()
 
 
+def _alone() -> Group:
+    return MeshGroup(0, {}, 0.0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
     """This process among its peers.
@@ -141,7 +146,7 @@ class Ranks:
       rank: 0 .. world-1.
       world: number of processes.
       device: where this rank's tensors live.
-      scatter: group of the reducer's first phase; None in a single process.
+      scatter: group of the reducer's first phase; a single process has groups of itself alone.
       gather: group of the reducer's second phase.
       control: group for scalars and digests, on the CPU.
       generation: how often the ranks of an elastic run have changed; 0 otherwise.
@@ -150,9 +155,9 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    scatter: Group | None = None
-    gather: Group | None = None
-    control: Group | None = None
+    scatter: Group = dataclasses.field(default_factory=_alone)
+    gather: Group = dataclasses.field(default_factory=_alone)
+    control: Group = dataclasses.field(default_factory=_alone)
     generation: int = 0
 
     @property
@@ -180,7 +185,6 @@ class Ranks:
         """
         if self.world == 1:
             return [payload]
-        assert self.control is not None, "ranks of a world have groups"
         with self.guard(phase):
             size = torch.tensor([len(payload)], dtype=torch.int64)
             sizes = torch.empty(self.world, dtype=torch.int64)
@@ -202,7 +206,6 @@ class Ranks:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64)
         everyone = torch.empty(self.world * len(values), dtype=torch.float64)
-        assert self.control is not None, "ranks of a world have groups"
         with self.guard(phase):
             self.control.all_gather(everyone, mine)()
         rows: list[list[float]] = everyone.view(self.world, len(values)).tolist()
@@ -233,15 +236,29 @@ class Ranks:
         Raises:
           PeerError: on the other ranks, when it failed on the first; that one raises the error itself.
         """
-        failure: BaseException | None = None
-        answer: dict[str, Any] = {}
-        if lasts:
-            work = self._in_thread(work, phase)
-        if self.is_first:
+        done: Future[Any] = Future()
+
+        def settle() -> None:
             try:
-                answer = {"result": work()}
-            except Exception as error:  # noqa: BLE001 - re-raised below, once the others know
-                failure, answer = error, {"error": _first_line(error)}
+                found = work()
+            except BaseException as error:  # noqa: BLE001 - kept whole, raised below
+                done.set_exception(error)
+            else:
+                done.set_result(found)
+
+        if self.is_first and lasts:
+            threading.Thread(target=settle, name="foldfeed-first", daemon=True).start()
+        elif self.is_first:
+            settle()
+        if lasts:
+            self.wait_for_all(lambda wait_s: not self.is_first or bool(wait([done], wait_s).done), phase)
+        failure = done.exception() if self.is_first else None
+        if failure is not None and not isinstance(failure, Exception):
+            # Ctrl-C waits for nobody.
+            raise failure
+        answer: dict[str, Any] = {"error": _first_line(failure)} if failure is not None else {}
+        if self.is_first and failure is None:
+            answer = {"result": done.result()}
         answer = self.gather_json(answer, phase)[0]
         if failure is not None:
             raise failure
@@ -258,23 +275,6 @@ class Ranks:
         digests = self.gather_bytes(digest, f"the comparison of {what}")
         if len(set(digests)) > 1:
             raise ReplicaMismatchError(what, [d.hex() for d in digests], odd_ranks(digests))
-
-    def _in_thread(self, work: Callable[[], Any], phase: str) -> Callable[[], Any]:
-        """Runs ``work`` in a thread of the first rank, to its end; returns what gives or raises what came."""
-        begun: Future[Any] = Future()
-
-        def settle() -> None:
-            try:
-                found = work()
-            except BaseException as error:  # noqa: BLE001 - kept whole, raised by result()
-                begun.set_exception(error)
-            else:
-                begun.set_result(found)
-
-        if self.is_first:
-            threading.Thread(target=settle, name="foldfeed-first", daemon=True).start()
-        self.wait_for_all(lambda wait_s: not self.is_first or bool(wait([begun], wait_s).done), phase)
-        return begun.result
 
     @contextlib.contextmanager
     def guard(self, phase: str) -> Iterator[None]:
@@ -332,11 +332,11 @@ def pick_device(name: str, local_rank: int, preset: str = "none") -> torch.devic
       TrainerConfigError: ``cuda`` was asked for and this rank has no device; or the preset has no effect.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "cpu" or (name == "auto" and available == 0):
-        nccl.require_effect(preset, "cpu")
+    kind = ("cuda" if available else "cpu") if name == "auto" else name
+    nccl.require_effect(preset, kind)
+    if kind == "cpu":
         return torch.device("cpu")
-    if name == SHARED and available:
-        nccl.require_effect(preset, SHARED)
+    if kind == SHARED and available:
         local_rank %= available
     if local_rank >= available:
         raise TrainerConfigError(

@@ -2,14 +2,14 @@
 
 torch's gloo cannot give a collective up: `abort` and `shutdown` leave it waiting for a stopped peer until the
 timeout (measured with torch 2.15), and a collective that was given up may still write into its buffers. Here
-`Channel.abort` ends every wait within a millisecond, and only the thread that called a collective writes.
+`MeshGroup.abort` ends every wait within a millisecond, and only the thread that called a collective writes.
 
 A connection begins with a greeting: both sides show, by HMAC-SHA256 over each other's fresh numbers, that
 they know the key of the run (it lies in the run's folder); nothing is read from one that does not. Then
-messages: a length, at most `MESSAGE_BYTES`, and JSON, or, in a `Channel`, a number and a length that must be
+messages: a length, at most `MESSAGE_BYTES`, and JSON, or, in a `MeshGroup`, number and length that must be
 the expected ones, and raw bytes. Nothing is unpickled.
 
-Invariant: a channel is used by one thread at a time; `abort` may be called from any.
+Invariant: a group is used by one thread at a time; `abort` may be called from any.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ MESSAGE_BYTES = 1 << 22
 GREETING_BYTES = 1 << 16
 _LENGTH = struct.Struct("<I")
 _HANGUP = getattr(select, "POLLRDHUP", 0)
-# Of a part of a collective: its number in the channel, its bytes.
+# Of a part of a collective: its number in the group, its bytes.
 _HEADER = struct.Struct("<QQ")
 
 
@@ -160,41 +159,61 @@ def _ready(connection: socket.socket) -> socket.socket:
 
 
 class _Flow:
-    """What still goes one way over one connection in one collective."""
+    """What still goes one way between this process and a rank in one collective; nothing here waits.
 
-    def __init__(self, number: int, views: Sequence[memoryview], *, incoming: bool) -> None:
-        self._expected = _HEADER.pack(number, sum(len(view) for view in views))
+    Attributes:
+      peer: that rank.
+      incoming: which way.
+      left: what was not moved yet.
+    """
+
+    def __init__(self, peer: int, number: int, view: memoryview, *, incoming: bool) -> None:
+        self.peer = peer
+        self.incoming = incoming
+        self._expected = _HEADER.pack(number, len(view))
         self._header = bytearray(_HEADER.size) if incoming else bytearray(self._expected)
-        self._left = [memoryview(self._header), *(view for view in views if len(view))]
+        self.left = [memoryview(self._header), view]
 
-    def _advance(self, num_bytes: int) -> bool:
-        while self._left and num_bytes >= len(self._left[0]):
-            num_bytes -= len(self._left.pop(0))
-        if num_bytes:
-            self._left[0] = self._left[0][num_bytes:]
-        return not self._left
+    def send(self, connection: socket.socket) -> None:
+        """Sends what fits."""
+        self._advance(connection.sendmsg(self.left))
 
-    def send(self, connection: socket.socket) -> bool:
-        """Sends what fits; returns whether all is sent."""
-        # 16 of them: below the least limit of an iovec.
-        return self._advance(connection.sendmsg(self._left[:16]))
-
-    def receive(self, connection: socket.socket) -> bool:
-        """Receives what is there; returns whether all has come."""
-        before = len(self._left[0])
-        num_bytes = connection.recv_into(self._left[0])
+    def receive(self, connection: socket.socket) -> None:
+        """Receives what is there."""
+        is_header = len(self.left) == 2
+        num_bytes = connection.recv_into(self.left[0])
         if not num_bytes:
             raise WireError("closed by the other side")
-        done = self._advance(num_bytes)
-        if num_bytes == before and self._header != self._expected:
+        self._advance(num_bytes)
+        if is_header and len(self.left) < 2 and self._header != self._expected:
             raise WireError(
                 f"a message {_HEADER.unpack(self._header)} where {_HEADER.unpack(self._expected)} belongs"
             )
-        return done
+
+    def _advance(self, num_bytes: int) -> None:
+        while self.left and num_bytes >= len(self.left[0]):
+            num_bytes -= len(self.left.pop(0))
+        if num_bytes:
+            self.left[0] = self.left[0][num_bytes:]
 
 
-class Channel:
-    """One connection to each other rank, for collectives one after another."""
+def raw(tensor: torch.Tensor) -> memoryview:
+    """Returns the bytes of a contiguous CPU tensor, which they alias."""
+    # As bytes first: numpy has no bfloat16.
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+class MeshGroup:
+    """One connection to each other rank, for collectives one after another: a `ranks.Group`.
+
+    Tensors on a device take their way over the host, so several ranks may share one GPU.
+
+    Attributes:
+      rank: of this process.
+      world: how many ranks there are.
+      timeout_s: without a byte in either direction, after which a collective fails.
+      aborted: why nothing goes over it any more; empty before.
+    """
 
     def __init__(self, rank: int, peers: Mapping[int, socket.socket], timeout_s: float) -> None:
         """Takes the connections over.
@@ -202,41 +221,54 @@ class Channel:
         Args:
           rank: of this process.
           peers: connections by the rank at their other end.
-          timeout_s: without a byte in either direction, after which a collective fails.
+          timeout_s: see the attributes.
         """
         self.rank = rank
         self.world = len(peers) + 1
-        self._peers = dict(peers)
         self.timeout_s = timeout_s
+        self.aborted = ""
+        self._peers = dict(peers)
         self._number = 0
-        self._aborted = ""
-        self._parts: list[Channel] = []
+        self._parts: list[MeshGroup] = []
         for connection in self._peers.values():
             connection.setblocking(False)
-
-    @property
-    def aborted(self) -> str:
-        """Why nothing goes over it any more, or nothing."""
-        return self._aborted
 
     def connection(self, peer: int) -> socket.socket:
         """Returns the connection to a rank; it does not block."""
         return self._peers[peer]
 
-    def part(self, members: Sequence[int]) -> Channel:
-        """Returns a channel of some ranks over the same connections, numbered as they are listed.
+    def part(self, members: Sequence[int]) -> MeshGroup:
+        """Returns a group of some ranks over the same connections, numbered as they are listed.
 
         No two ranks may talk over this one and a part, or over two parts, at the same time.
         """
         peers = {index: self._peers[rank] for index, rank in enumerate(members) if rank != self.rank}
-        self._parts.append(Channel(list(members).index(self.rank), peers, self.timeout_s))
+        self._parts.append(MeshGroup(list(members).index(self.rank), peers, self.timeout_s))
         return self._parts[-1]
 
-    def exchange(
-        self,
-        sends: Mapping[int, Sequence[memoryview]],
-        receives: Mapping[int, Sequence[memoryview]],
+    def all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
     ) -> None:
+        """Sends each rank its run of ``sent``; ``received`` gets the runs of all, in rank order."""
+        self._swap(received, received_sizes, sent.cpu().split(sent_sizes))
+
+    def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> Callable[[], None]:
+        """Gathers every rank's equally long tensor; what it returns has nothing to wait for."""
+        self._swap(gathered, [mine.numel()] * self.world, [mine.cpu()] * self.world)
+        return lambda: None
+
+    def _swap(self, received: torch.Tensor, sizes: list[int], sent: Sequence[torch.Tensor]) -> None:
+        """Sends a tensor to each rank; ``received`` gets those of all, in rank order."""
+        target = received if received.device.type == "cpu" else torch.empty_like(received, device="cpu")
+        rows = target.split(sizes)
+        self.exchange(
+            {peer: raw(sent[peer]) for peer in self._peers}, {peer: raw(rows[peer]) for peer in self._peers}
+        )
+        rows[self.rank].copy_(sent[self.rank])
+        if target is not received:
+            received.copy_(target)
+
+    def exchange(self, sends: Mapping[int, memoryview], receives: Mapping[int, memoryview]) -> None:
         """Sends to and receives from several ranks at once; all of them call it for the same collective.
 
         Args:
@@ -246,134 +278,57 @@ class Channel:
           WireError: a peer is gone, silent, out of step, or `abort` was called.
         """
         self._number += 1
-        flows = {(peer, False): _Flow(self._number, views, incoming=False) for peer, views in sends.items()}
-        flows.update({(p, True): _Flow(self._number, views, incoming=True) for p, views in receives.items()})
+        flows = [_Flow(peer, self._number, view, incoming=False) for peer, view in sends.items()]
+        flows += [_Flow(peer, self._number, view, incoming=True) for peer, view in receives.items()]
         deadline = time.monotonic() + self.timeout_s
         while True:
-            if self._aborted:
-                raise WireError(self._aborted)
-            moved = [key for key in list(flows) if self._move(key, flows)]
+            if self.aborted:
+                raise WireError(self.aborted)
+            moved = [flow for flow in flows if self._moves(flow)]
+            flows = [flow for flow in flows if flow.left]
             if not flows:
                 return
             if moved:
                 deadline = time.monotonic() + self.timeout_s
                 continue
             if time.monotonic() > deadline:
-                silent = sorted({peer for peer, _ in flows})
+                silent = sorted({flow.peer for flow in flows})
                 raise WireError(f"ranks {silent} sent and took nothing for {self.timeout_s:g} s")
             self._wait(flows, deadline)
 
-    def _move(self, key: tuple[int, bool], flows: dict[tuple[int, bool], _Flow]) -> bool:
+    def _moves(self, flow: _Flow) -> bool:
         """Moves bytes of one flow; returns whether any moved."""
-        peer, incoming = key
-        connection = self._peers[peer]
         try:
-            done = flows[key].receive(connection) if incoming else flows[key].send(connection)
+            (flow.receive if flow.incoming else flow.send)(self._peers[flow.peer])
         except BlockingIOError:
             return False
         except (OSError, WireError) as error:
-            raise WireError(self._aborted or f"rank {peer}: {error}") from error
-        if done:
-            del flows[key]
+            raise WireError(self.aborted or f"rank {flow.peer}: {error}") from error
         return True
 
-    def _wait(self, flows: Mapping[tuple[int, bool], _Flow], deadline: float) -> None:
+    def _wait(self, flows: Sequence[_Flow], deadline: float) -> None:
+        events = dict.fromkeys(self._peers, 0)
+        for flow in flows:
+            events[flow.peer] |= select.POLLIN if flow.incoming else select.POLLOUT
         poller = select.poll()
-        idle = {}
         for peer, connection in self._peers.items():
-            events = (select.POLLIN if (peer, True) in flows else 0) | (
-                select.POLLOUT if (peer, False) in flows else 0
-            )
             # Who is done with this collective may still give the generation up; Linux alone tells.
-            poller.register(connection, events or _HANGUP)
-            if not events:
-                idle[connection.fileno()] = peer
-        for number, _ in poller.poll(1e3 * max(0.0, deadline - time.monotonic())):
-            if number in idle:
-                raise WireError(self._aborted or f"rank {idle[number]}: closed by the other side")
+            poller.register(connection, events[peer] or _HANGUP)
+        ready = {number for number, _ in poller.poll(1e3 * max(0.0, deadline - time.monotonic()))}
+        for peer, connection in self._peers.items():
+            if not events[peer] and connection.fileno() in ready:
+                raise WireError(self.aborted or f"rank {peer}: closed by the other side")
 
     def abort(self, reason: str) -> None:
         """Ends what is under way here and, as their connections close, at the peers. From any thread."""
-        for channel in (*self._parts, self):
-            channel._aborted = channel._aborted or reason
+        for group in (*self._parts, self):
+            group.aborted = group.aborted or reason
         for connection in self._peers.values():
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Closes the connections, once no thread uses them any more."""
-        self._aborted = self._aborted or "closed"
+        """Ends what is under way and closes the connections."""
+        self.abort("closed")
         for connection in self._peers.values():
             connection.close()
-
-
-def raw(tensor: torch.Tensor) -> memoryview:
-    """Returns the bytes of a contiguous CPU tensor, which they alias."""
-    if not tensor.numel():
-        return memoryview(b"")
-    # As bytes first: numpy has no bfloat16.
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-class MeshGroup:
-    """The collectives of the trainer over a channel: `ranks.Group`.
-
-    Tensors on a device take their way over the host, so several ranks may share one GPU.
-    """
-
-    def __init__(self, channel: Channel) -> None:
-        """Starts the thread that all-gathers go on in."""
-        self.channel = channel
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="foldfeed-gather")
-        self._parts: list[MeshGroup] = []
-
-    def all_to_all(
-        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
-    ) -> None:
-        """Sends each rank its run of ``sent``; ``received`` gets the runs of all, in rank order."""
-        target = received if received.device.type == "cpu" else torch.empty_like(received, device="cpu")
-        ours = sent.cpu().split(sent_sizes)
-        theirs = target.split(received_sizes)
-        mine = self.channel.rank
-        others = [rank for rank in range(self.channel.world) if rank != mine]
-        self.channel.exchange(
-            {rank: [raw(ours[rank])] for rank in others}, {rank: [raw(theirs[rank])] for rank in others}
-        )
-        theirs[mine].copy_(ours[mine])
-        if target is not received:
-            received.copy_(target)
-
-    def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> Callable[[], None]:
-        """Starts to gather every rank's equally long tensor; returns what waits for it."""
-        target = gathered if gathered.device.type == "cpu" else torch.empty_like(gathered, device="cpu")
-        own = mine.cpu()
-        rows = target.split(mine.numel())
-        rank = self.channel.rank
-        others = [other for other in range(self.channel.world) if other != rank]
-        future = self._thread.submit(
-            self.channel.exchange, {r: [raw(own)] for r in others}, {r: [raw(rows[r])] for r in others}
-        )
-
-        def wait() -> None:
-            future.result()
-            rows[rank].copy_(own)
-            if target is not gathered:
-                gathered.copy_(target)
-
-        return wait
-
-    def part(self, members: Sequence[int]) -> MeshGroup:
-        """Returns a group of some ranks over the same connections, see `Channel.part`."""
-        self._parts.append(MeshGroup(self.channel.part(members)))
-        return self._parts[-1]
-
-    def abort(self, reason: str) -> None:
-        """Ends what is under way."""
-        self.channel.abort(reason)
-
-    def close(self) -> None:
-        """Ends the threads and closes the connections."""
-        self.channel.abort("closed")
-        for group in (*self._parts, self):
-            group._thread.shutdown(wait=True)
-        self.channel.close()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from foldfeed.trainer.errors import CommunicationError, ExcludedError, TrainerError, WireError
-from foldfeed.trainer.groups.wire import Channel, frame
+from foldfeed.trainer.groups.wire import MeshGroup, frame
 from foldfeed.trainer.members.agreement import FolderRegister, Member, Register, Report, View, propose
 from foldfeed.trainer.members.peers import CONTROL, Peer, Peers
 from foldfeed.trainer.members.session import Session, folder_of
@@ -322,8 +322,8 @@ class Membership:
             if self._over >= view.generation:
                 self._end("a member left this generation already", 0.0)
 
-    def connect(self, names: tuple[str, ...]) -> list[Channel]:
-        """Makes the wires of the present generation, one channel by name, and the missing control ones.
+    def connect(self, names: tuple[str, ...]) -> list[MeshGroup]:
+        """Makes the wires of the present generation, one group by name, and the missing control ones.
 
         Raises:
           CommunicationError: a member cannot be reached; the ranks must meet anew.
@@ -346,10 +346,10 @@ class Membership:
             raise CommunicationError(
                 mine, f"the meeting of generation {view.generation}", str(error)
             ) from error
-        channels = [Channel(mine, found[name], self._limits.timeout_s) for name in names]
-        for channel in channels:
-            self.attach(channel)
-        return channels
+        groups = [MeshGroup(mine, found[name], self._limits.timeout_s) for name in names]
+        for group in groups:
+            self.attach(group)
+        return groups
 
     def attach(self, group: Abortable) -> None:
         """Lets the end of the present generation abort this, too."""

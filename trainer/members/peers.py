@@ -2,7 +2,7 @@
 
 Every two processes keep a connection of their own for this, apart from those that carry gradients: a death
 closes it (seen in milliseconds), a stopped process or a cut link falls silent (seen after `silent_s`, of
-which a beat is an eighth). One thread accepts, one listens and beats.
+which a beat is an eighth). One thread accepts (meeting.py), one listens and beats.
 
 Does not own: what messages mean, who is a member (membership.py). All state is behind one lock, which is
 never held while anything waits.
@@ -10,7 +10,6 @@ never held while anything waits.
 
 from __future__ import annotations
 
-import contextlib
 import selectors
 import socket
 import threading
@@ -19,15 +18,14 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from foldfeed.trainer.errors import WireError
-from foldfeed.trainer.groups.wire import Frames, dial, frame, greet
+from foldfeed.trainer.groups.meeting import Greeter
+from foldfeed.trainer.groups.wire import Frames, dial, frame
 from foldfeed.trainer.members.agreement import Member, Report
 
 # Of `silent_s`: so that a beat may be late without a false alarm.
 BEATS_PER_SILENCE = 8
 # The purpose of the connections that are listened to here; others carry gradients.
 CONTROL = "member"
-# After which a process that can accept nobody tries it again.
-ACCEPT_AGAIN_S = 0.2
 
 
 class Peer:
@@ -73,7 +71,7 @@ class Peers:
     """
 
     def __init__(self, uid: str, listener: socket.socket, key: bytes, silent_s: float, owner: Owner) -> None:
-        """Starts both threads.
+        """Begins to listen.
 
         Args:
           uid: of this process.
@@ -90,35 +88,15 @@ class Peers:
         self._silent_s = silent_s
         self._owner = owner
         self._closed = False
-        self._ended = threading.Event()
-        self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._wake, self._waker = socket.socketpair()
         self._selector.register(self._wake, selectors.EVENT_READ)
-        self._threads = [
-            threading.Thread(target=target, name=f"foldfeed-{name}", daemon=True)
-            for name, target in (("accept", self._accept), ("members", self._serve))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._serve, name="foldfeed-members", daemon=True)
+        self._thread.start()
+        fields = {"uid": str, "purpose": str, "generation": int}
+        self._greeter = Greeter(listener, key, silent_s, fields, self._greeted)
 
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                # The end, or no descriptor is left: until others close theirs, nobody can come.
-                self._ended.wait(ACCEPT_AGAIN_S)
-                continue
-            threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
-
-    def _receive(self, connection: socket.socket) -> None:
-        try:
-            hello = greet(connection, self._key, self._silent_s)
-            uid, purpose, generation = str(hello["uid"]), str(hello["purpose"]), int(hello["generation"])
-        except (WireError, KeyError, TypeError, ValueError):
-            connection.close()  # a stranger, or somebody who was cut off while greeting: they learn by this
-            return
+    def _greeted(self, connection: socket.socket, uid: str, purpose: str, generation: int) -> None:
         with self.lock:
             if self._closed:
                 connection.close()
@@ -213,13 +191,10 @@ class Peers:
         """Ends the threads and closes all connections."""
         with self.lock:
             self._closed = True
-        self._ended.set()
+        self._greeter.close()
         self._waker.send(b"\0")
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for connection in (self._listener, self._wake, self._waker, *self.wires.values()):
+        self._thread.join()
+        for connection in (self._wake, self._waker, *self.wires.values()):
             connection.close()
         for peer in self.known.values():
             peer.connection.close()

@@ -44,7 +44,7 @@ from foldfeed.trainer.errors import (
 from foldfeed.trainer.goodput import Ledger, Part, process_start
 from foldfeed.trainer.groups.ranks import SHARED, Group, Ranks, pick_device, speaker
 from foldfeed.trainer.groups.topology import own_place
-from foldfeed.trainer.groups.wire import Channel, MeshGroup
+from foldfeed.trainer.groups.wire import MeshGroup
 from foldfeed.trainer.members.agreement import View
 from foldfeed.trainer.members.membership import Limits, Membership
 from foldfeed.trainer.members.session import Session, new_session, publish, read_session
@@ -391,20 +391,19 @@ class ElasticRank(Process):
         self.lease.require()
         self.membership.require_current(first=first)
 
-    def _connect(self, view: View) -> tuple[Ranks, Channel]:
-        """Makes the groups of a generation; returns them, and the channel for states."""
+    def _connect(self, view: View) -> tuple[Ranks, MeshGroup]:
+        """Makes the groups of a generation; returns them, and the one for states."""
         assert self.membership is not None
         self._phases.setdefault("agree_s", 0.0)
-        channels = dict(zip(CHANNELS, self.membership.connect(CHANNELS), strict=True))
-        groups: list[Group] = [MeshGroup(channels[name]) for name in CHANNELS[:3]]
-        self._groups = groups
+        scatter, gather, control, states = self.membership.connect(CHANNELS)
+        self._groups = [scatter, gather, control, states]
         ranks = Ranks(
             rank=view.uids.index(self.membership.me.uid),
             world=len(view.members),
             device=self.alone.device,
-            scatter=groups[0],
-            gather=groups[1],
-            control=groups[2],
+            scatter=scatter,
+            gather=gather,
+            control=control,
             generation=view.generation,
         )
         if ranks.device.type == "cuda" and self.config.device != SHARED and ranks.world > 1:
@@ -413,7 +412,7 @@ class ElasticRank(Process):
                 self.membership.attach(group)
             self._groups += pair
             ranks = dataclasses.replace(ranks, scatter=pair[0], gather=pair[1])
-        return ranks, channels["state"]
+        return ranks, states
 
     def _compare(self, ranks: Ranks) -> list[dict[str, Any]]:
         """Returns what every rank says of itself.

@@ -18,7 +18,7 @@ from foldfeed.trainer.gradients.dyadic import Block, Division, repaired
 from foldfeed.trainer.groups import nccl
 from foldfeed.trainer.groups.ranks import Group, Ranks, TorchGroup, speaker
 from foldfeed.trainer.groups.topology import own_place, pair_up
-from foldfeed.trainer.groups.wire import Channel, raw
+from foldfeed.trainer.groups.wire import MeshGroup, raw
 from foldfeed.trainer.state.snapshot import extend_checksum
 from foldfeed.trainer.training.loop import Trainer
 
@@ -73,7 +73,7 @@ def divide_step(rows: Sequence[Mapping[str, Any]], num_shards: int) -> tuple[Div
 
 
 def transfer(
-    channel: Channel,
+    group: MeshGroup,
     trainer: Trainer,
     states: Sequence[Mapping[str, int]],
     places: Sequence[Sequence[str]],
@@ -96,7 +96,7 @@ def transfer(
     mine = [taker for taker, giver in pairs.items() if giver == ranks.rank]
     with ranks.guard("the transfer of the state"):
         if mine:
-            _move(channel, trainer.host_buffers(), sends=mine)
+            _move(group, trainer.host_buffers(), sends=mine)
         if ranks.rank in pairs:
             giver = pairs[ranks.rank]
             fresh = trainer.host_buffers()
@@ -105,7 +105,7 @@ def transfer(
             else:
                 # Neither the initial state any more, should this fail.
                 trainer.step = -1
-            if not _move(channel, fresh, receives=giver):
+            if not _move(group, fresh, receives=[giver]):
                 raise CommunicationError(
                     ranks.rank, "the transfer of the state", f"crc32c of rank {giver}'s state differs."
                 )
@@ -115,26 +115,27 @@ def transfer(
 
 
 def _move(
-    channel: Channel, buffers: Mapping[str, torch.Tensor], *, sends: Sequence[int] = (), receives: int = -1
+    group: MeshGroup,
+    buffers: Mapping[str, torch.Tensor],
+    *,
+    sends: Sequence[int] = (),
+    receives: Sequence[int] = (),
 ) -> bool:
     """Sends buffers to some ranks, or receives them from one; returns whether the checksums agree."""
-    sums = []
+
+    def move(view: memoryview) -> None:
+        group.exchange(dict.fromkeys(sends, view), dict.fromkeys(receives, view))
+
+    mine = b""
     for buffer in buffers.values():
         crc = 0
         for part in buffer.split(PART_NUMEL):
-            if not sends:
-                channel.exchange({}, {receives: [raw(part)]})
+            move(raw(part))
             crc = extend_checksum(crc, part)
-            if sends:
-                channel.exchange({taker: [raw(part)] for taker in sends}, {})
-        sums.append(crc.to_bytes(4, "little"))
-    mine = b"".join(sums)
-    if sends:
-        channel.exchange({taker: [memoryview(mine)] for taker in sends}, {})
-        return True
-    theirs = bytearray(len(mine))
-    channel.exchange({}, {receives: [memoryview(theirs)]})
-    return bytes(theirs) == mine
+        mine += crc.to_bytes(4, "little")
+    theirs = bytearray(mine if sends else len(mine))
+    move(memoryview(theirs))
+    return theirs == mine
 
 
 def nccl_groups(ranks: Ranks, host: str, timeout_s: float, preset: str) -> tuple[Group, Group]:
