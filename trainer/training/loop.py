@@ -26,6 +26,8 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
+from foldfeed.loader.batch import StepBatch
+from foldfeed.loader.meters.reports import scalars as loader_scalars
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.errors import DivergedError, RanksChangeError
 from foldfeed.trainer.goodput import Ledger, Part
@@ -44,7 +46,7 @@ from foldfeed.trainer.state.tiers import Saver
 from foldfeed.trainer.training.commit import Commit, ShardResult, combine, shard_scalars
 from foldfeed.trainer.training.held_out import HeldOut
 from foldfeed.trainer.training.metrics import Metrics, commit_scalars, memory_scalars
-from foldfeed.trainer.training.source import BatchSource, NoShards, SourceMeters, StepLike
+from foldfeed.trainer.training.source import Source
 from foldfeed.trainer.training.traces import StepTraces
 from foldfeed.trainer.training.watch import StackWatch, Stragglers, explain_skip
 
@@ -88,11 +90,10 @@ class Trainer:
         self,
         config: RunConfig,
         ranks: Ranks,
-        source: BatchSource,
+        source: Source,
         metrics: Metrics,
         task: Task,
         held_out: HeldOut | None = None,
-        meters: SourceMeters | None = None,
     ) -> None:
         """Builds the model with weights that depend on the seed alone.
 
@@ -103,7 +104,6 @@ class Trainer:
           metrics: where numbers go.
           task: gives model and loss.
           held_out: whose loss is looked at now and then.
-          meters: of the source; the first rank reports them.
         Raises:
           TrainerConfigError: more ranks than virtual shards.
           ReplicaMismatchError: the ranks built different layouts or weights.
@@ -111,12 +111,12 @@ class Trainer:
         config.check_world(ranks.world)
         self.config = config
         self.ranks = ranks
-        self.source = source
+        self.source = source.batches
         self.metrics = metrics
         self.task = task
         self.held_out = held_out
         # Only the first rank reports; the others need not add up.
-        self._meters = meters if ranks.is_first else None
+        self._meters = source.meters if ranks.is_first else None
         self.step = 0
         self.num_skipped = 0
         self.saved = 0
@@ -262,7 +262,7 @@ class Trainer:
         stopped = False
         usual = usual_division(self.config.data.num_shards, self.ranks.world)
         stragglers = Stragglers([len(shards) for shards in usual.shards])
-        nothing = [] if self._division.shards[self.ranks.rank] else [NoShards(self.step)]
+        nothing = [] if self._division.shards[self.ranks.rank] else [StepBatch(step=self.step, shards=[])]
         steps = itertools.chain(nothing, self.source)
         while self.step < self.config.steps and not stopped:
             watch.beat(self.step)
@@ -315,7 +315,7 @@ class Trainer:
             step=self.step, stopped=not finished, weights_digest=digest, num_skipped=self.num_skipped
         )
 
-    def train_step(self, batch: StepLike, data_s: float, save_failed: bool = False) -> tuple[Commit, Update]:
+    def train_step(self, batch: StepBatch, data_s: float, save_failed: bool = False) -> tuple[Commit, Update]:
         """Runs one step: shards, commit point, optimizer.
 
         Args:
@@ -414,7 +414,7 @@ class Trainer:
             "train/skipped": float(update.skipped),
             "train/num_skipped": float(self.num_skipped),
             **memory_scalars(self.ranks.device),
-            **({} if self._meters is None else self._meters.scalars()),
+            **({} if self._meters is None else loader_scalars(self._meters())),
         }
         self.metrics.log(self.step, scalars)
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from foldfeed.feature_store.storage import LocalBlobs
+from foldfeed.loader.meters.reports import table
 from foldfeed.trainer.config import RunConfig, digest_of
 from foldfeed.trainer.errors import (
     InvalidSnapshotError,
@@ -117,7 +118,7 @@ class Process:
             log_every=config.log_every,
             may_lead=may_lead,
         )
-        self.trainer = Trainer(config, ranks, source.batches, self.metrics, task, held_out, source.meters)
+        self.trainer = Trainer(config, ranks, source, self.metrics, task, held_out)
         self.header |= {"layout_hash": self.trainer.flat.layout_hash, "network": network_of(self.trainer)}
         self.lease = Lease(self.output, config.lease_s, self.metrics.say)
         self.saver: Saver | None = None
@@ -294,7 +295,7 @@ class Process:
     def _report(self, outcome: Outcome) -> None:
         """Prints how the run ended."""
         self._report_goodput("stopped" if outcome.stopped else "finished")
-        for line in self._meters.lines() if self._meters is not None else []:
+        for line in table(self._meters()) if self._meters is not None else []:
             self.metrics.say(line)
         if outcome.stopped:
             self.metrics.say(f"stopped by SIGTERM after step {outcome.step}; the same command continues")
