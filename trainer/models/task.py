@@ -31,7 +31,7 @@ from foldfeed.loader.recipe import CLUSTERED
 from foldfeed.trainer.config import EVOFORMER, DataConfig, ModelConfig, RunConfig
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.models.evoformer import EvoformerBlock
-from foldfeed.trainer.models.losses import Loss, PerSample, distogram_loss, masked_msa_loss
+from foldfeed.trainer.models.losses import Loss, distogram_loss, masked_msa_loss
 from foldfeed.trainer.models.model import MSA_CHANNELS, NUM_TOKENS, TARGET_CHANNELS, CompactEvoformer
 
 Features = Mapping[str, torch.Tensor]
@@ -173,7 +173,7 @@ class EvoformerTask(Task):
         return Loss.of(
             masked.values + self.config.distogram_weight * distances.values,
             masked.counted | distances.counted,
-            {"masked_msa": masked, "distogram": PerSample(distances.values, distances.counted)},
+            {"masked_msa": masked, "distogram": distances},
         )
 
 
