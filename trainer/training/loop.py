@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import time
@@ -248,13 +247,6 @@ class Trainer:
           RanksChangeError: a rank wants to join or to leave.
           ReplicaMismatchError: a rank's parameters or moments differ.
         """
-        try:
-            return self._run(saver, header, ledger, watch)
-        finally:
-            # A snapshot that an error has overtaken: what comes next may change the state.
-            saver.drop_snapshot()
-
-    def _run(self, saver: Saver, header: Mapping[str, Any], ledger: Ledger, watch: StackWatch) -> Outcome:
         saver.begin(self.step)
         # A look that lost a rank is taken again.
         self._look()
@@ -440,19 +432,18 @@ class Trainer:
             "world": self.ranks.world,
             "loader": self.source.state_dict(),
         }
-        self._saver = saver
-        state = self.host_buffers
-        if self.ranks.device.type == "cuda":
-            # On a stream of its own, or every kernel of the next step would wait for the copy.
-            ready = torch.cuda.current_stream(self.ranks.device).record_event()
-            state = functools.partial(self._host_buffers_beside, ready)
-        saver.begin_snapshot(manifest, state, step_s, memory=memory, disk=disk)
+        self._saver, device = saver, self.ranks.device
+        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
-    def _host_buffers_beside(self, ready: torch.cuda.Event) -> dict[str, torch.Tensor]:
-        """Returns `host_buffers` as they are at an event; they stay so until the snapshot has ended."""
-        with torch.cuda.stream(torch.cuda.Stream(self.ranks.device)):
-            torch.cuda.current_stream(self.ranks.device).wait_event(ready)
-            return self.host_buffers()
+        def state() -> dict[str, torch.Tensor]:
+            if ready is None:
+                return self.host_buffers()
+            # On a stream of its own, or every kernel of the next step would wait for the copy.
+            with torch.cuda.stream(torch.cuda.Stream(device)):
+                torch.cuda.current_stream(device).wait_event(ready)
+                return self.host_buffers()
+
+        saver.begin_snapshot(manifest, state, step_s, memory=memory, disk=disk)
 
     def _end_snapshot(self) -> None:
         """Ends the snapshot under way, before the state may change. A collective.

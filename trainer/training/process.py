@@ -246,6 +246,8 @@ class Process:
             outcome = self.trainer.run(self.saver, self.header, self.ledger, watch)
         finally:
             watch.stop()
+            # A snapshot that an error has overtaken: what comes next may change the state.
+            self.saver.drop_snapshot()
         ranks.first_does(lambda: self._conclude(outcome), "writing the result")
         self._report(outcome)
         return outcome
