@@ -258,8 +258,9 @@ def train_on(config: Any, task: Any, ranks: Any, quirks: dict[str, Any], held_ou
     from foldfeed.trainer.training.launch import train
     from foldfeed.trainer.training.source import Source
 
-    source = Source(SyntheticSource(config.data, config.seed, ranks, quirks), "f" * 16)
-    return train(config, task, ranks, source, held_out, Ledger(Path(config.output), active=ranks.is_first))
+    batches = SyntheticSource(config.data, config.seed, ranks, quirks)
+    ledger = Ledger(Path(config.output), active=ranks.is_first)
+    return train(config, task, ranks, Source(batches, "f" * 16, held_out=held_out), ledger)
 
 
 def case_train(ranks: Any, folder: Path, options: dict[str, Any]) -> Any:

@@ -24,7 +24,7 @@ from foldfeed.trainer.training.source import Source
 @contextlib.contextmanager
 def open_data(
     config: RunConfig, task: Task, recipe: Recipe, ranks: Ranks, local_rank: int, trace: str
-) -> Iterator[tuple[Source, HeldOut | None]]:
+) -> Iterator[Source]:
     """Opens the store and its loaders, whose threads end with the context; answers Prometheus meanwhile.
 
     Args:
@@ -34,7 +34,6 @@ def open_data(
       ranks: which part of a step is this rank's.
       local_rank: of this process on its node.
       trace: file for the loader's trace; of the first rank, others add their number; none when empty.
-    Returns: the source of batches, and the held-out records where the run looks at some.
     Raises:
       NotAStoreError: the URL holds no store.
       NameNotFoundError: the store has no such record set.
@@ -57,7 +56,7 @@ def open_data(
             held_out = HeldOut(looked_at, num_samples, task, ranks, config.seed)
         if config.metrics_port:
             stack.enter_context(_metrics_server(loader, config.metrics_port, local_rank, ranks))
-        yield Source(loader, trained.fingerprint, loader.meters), held_out
+        yield Source(loader, trained.fingerprint, loader.meters, held_out)
 
 
 def _loader(config: RunConfig, records: Store, recipe: Recipe, ranks: Ranks, trace: str = "") -> CropLoader:

@@ -31,7 +31,6 @@ from foldfeed.trainer.groups.ranks import SHARED, Ranks, joined, pick_device, sp
 from foldfeed.trainer.models.task import Task, load_task
 from foldfeed.trainer.training.compiling import settle
 from foldfeed.trainer.training.data import open_data
-from foldfeed.trainer.training.held_out import HeldOut
 from foldfeed.trainer.training.loop import Outcome, Trainer
 from foldfeed.trainer.training.process import Process, identity_before
 from foldfeed.trainer.training.source import Source
@@ -66,8 +65,8 @@ def run(config: RunConfig, task: Task | None = None) -> Outcome:
         pins=config.reducer in nccl.ORDERED,
     ) as ranks:
         ledger.mark(Part.INITIALIZATION)
-        with open_data(config, task, recipe, ranks, local_rank, config.loader_trace) as (source, held_out):
-            return train(config, task, ranks, source, held_out, ledger)
+        with open_data(config, task, recipe, ranks, local_rank, config.loader_trace) as source:
+            return train(config, task, ranks, source, ledger)
 
 
 def prepare_numerics(config: RunConfig) -> None:
@@ -82,21 +81,18 @@ def prepare_numerics(config: RunConfig) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def train(
-    config: RunConfig, task: Task, ranks: Ranks, source: Source, held_out: HeldOut | None, ledger: Ledger
-) -> Outcome:
+def train(config: RunConfig, task: Task, ranks: Ranks, source: Source, ledger: Ledger) -> Outcome:
     """Runs (or continues) the run in ``config.output`` over any source of batches.
 
     Args:
       config: settings.
       task: what is trained.
       ranks: the joined groups.
-      source: a loader, or anything that yields the same steps.
-      held_out: whose loss is looked at now and then.
+      source: a loader, or anything that yields the same steps, and what is held out.
       ledger: that has counted the time since the process started.
     """
     config = settle(config, task, ranks, identity_before, speaker(ranks.is_first))
-    process = Process(config, task, ranks, source, held_out, ledger)
+    process = Process(config, task, ranks, source, ledger)
     trainer = process.trainer
     try:
         opening = "opening the run's folder"

@@ -43,7 +43,6 @@ from foldfeed.trainer.rng import seed_initial_weights, seed_shard
 from foldfeed.trainer.state.snapshot import BUFFERS, EMA, Generation, checksum, replica_digest
 from foldfeed.trainer.state.tiers import Saver
 from foldfeed.trainer.training.commit import Commit, ShardResult, combine, shard_scalars
-from foldfeed.trainer.training.held_out import HeldOut
 from foldfeed.trainer.training.metrics import Metrics, commit_scalars, memory_scalars
 from foldfeed.trainer.training.source import Source
 from foldfeed.trainer.training.traces import StepTraces
@@ -92,17 +91,15 @@ class Trainer:
         source: Source,
         metrics: Metrics,
         task: Task,
-        held_out: HeldOut | None = None,
     ) -> None:
         """Builds the model with weights that depend on the seed alone.
 
         Args:
           config: settings.
           ranks: the joined groups.
-          source: of batches.
+          source: of batches, and who is looked at now and then.
           metrics: where numbers go.
           task: gives model and loss.
-          held_out: whose loss is looked at now and then.
         Raises:
           TrainerConfigError: more ranks than virtual shards.
           ReplicaMismatchError: the ranks built different layouts or weights.
@@ -113,7 +110,7 @@ class Trainer:
         self.source = source.batches
         self.metrics = metrics
         self.task = task
-        self.held_out = held_out
+        self.held_out = source.held_out
         # Only the first rank reports; the others need not add up.
         self._meters = source.meters if ranks.is_first else None
         self.step = 0

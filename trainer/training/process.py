@@ -46,7 +46,6 @@ from foldfeed.trainer.state.resume import (
 )
 from foldfeed.trainer.state.snapshot import RUN_FILE, SNAPSHOTS, SnapshotFolder, read_manifest
 from foldfeed.trainer.state.tiers import Saver, memory_folder
-from foldfeed.trainer.training.held_out import HeldOut
 from foldfeed.trainer.training.loop import Outcome, Trainer
 from foldfeed.trainer.training.metrics import Metrics
 from foldfeed.trainer.training.source import Source
@@ -79,7 +78,6 @@ class Process:
         task: Task,
         ranks: Ranks,
         source: Source,
-        held_out: HeldOut | None,
         ledger: Ledger,
         *,
         may_lead: bool = False,
@@ -91,7 +89,6 @@ class Process:
           task: what is trained.
           ranks: the joined groups.
           source: of batches.
-          held_out: whose loss is looked at now and then.
           ledger: that has counted the time since the process started; the rank that writes it writes metrics.
           may_lead: it may have to write metrics later.
         """
@@ -118,7 +115,7 @@ class Process:
             log_every=config.log_every,
             may_lead=may_lead,
         )
-        self.trainer = Trainer(config, ranks, source, self.metrics, task, held_out)
+        self.trainer = Trainer(config, ranks, source, self.metrics, task)
         self.header |= {"layout_hash": self.trainer.flat.layout_hash, "network": network_of(self.trainer)}
         self.lease = Lease(self.output, config.lease_s, self.metrics.say)
         self.saver: Saver | None = None

@@ -1,4 +1,4 @@
-"""What the training loop needs of a source of batches; the loader is one, tests have others."""
+"""What a run reads, and what its loop needs of a source of batches; the loader is one, tests have others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from foldfeed.loader.batch import StepBatch
+from foldfeed.trainer.training.held_out import HeldOut
 
 
 class BatchSource(Protocol):
@@ -32,14 +33,16 @@ class BatchSource(Protocol):
 
 
 class Source(NamedTuple):
-    """Where a rank's batches come from.
+    """What one rank of a run reads.
 
     Attributes:
-      batches: which can be divided anew.
+      batches: to train on; they can be divided anew.
       fingerprint: identity of the data behind them.
       meters: returns a loader's meters (`CropLoader.meters`); None where no loader makes the batches.
+      held_out: whose loss is looked at now and then; None for nobody's.
     """
 
     batches: BatchSource
     fingerprint: str
     meters: Callable[[], dict[str, Any]] | None = None
+    held_out: HeldOut | None = None
