@@ -133,7 +133,7 @@ def measure(
         sides = {}
         for fill in ways:
             source = SyntheticSource(config.data, config.seed, ranks, {})
-            metrics = Metrics(Path(folder), active=False, tensorboard=False, log_every=1)
+            metrics = Metrics(config, active=False)
             trainer = Trainer(config, ranks, Source(source, ""), metrics, load_task(config))
             sides[fill] = (trainer, iter(source))
         seconds: dict[bool, list[float]] = {way: [] for way in ways}

@@ -44,7 +44,7 @@ def replica_mismatch(ranks: Any, folder: Path) -> Any:
     """One bit of a weight flips on the second rank: the snapshot must not happen, and name that rank."""
     config = tiny_config(folder)
     source = SyntheticSource(config.data, config.seed, ranks, {})
-    metrics = Metrics(folder, active=False, tensorboard=False, log_every=1)
+    metrics = Metrics(config, active=False)
     trainer = Trainer(config, ranks, Source(source, ""), metrics, load_task(config))
     trainer.train_step(next(iter(source)), 0.0)
     snapshots = SnapshotFolder(folder / "desync", keep=1)
@@ -75,7 +75,7 @@ def other_layout(ranks: Any, folder: Path) -> str:
             raise NotImplementedError
 
     config = tiny_config(folder)
-    metrics = Metrics(folder, active=False, tensorboard=False, log_every=1)
+    metrics = Metrics(config, active=False)
     try:
         source = Source(SyntheticSource(config.data, config.seed, ranks, {}), "")
         Trainer(config, ranks, source, metrics, Odd())

@@ -108,13 +108,7 @@ class Process:
         ranks.require_equal(own.encode(), "settings and store")
         if config.deterministic:
             _require_one_environment(self.header["environment"], ranks)
-        self.metrics = Metrics(
-            self.output,
-            active=ledger.active,
-            tensorboard=config.tensorboard,
-            log_every=config.log_every,
-            may_lead=may_lead,
-        )
+        self.metrics = Metrics(config, active=ledger.active, may_lead=may_lead)
         self.trainer = Trainer(config, ranks, source, self.metrics, task)
         self.header |= {"layout_hash": self.trainer.flat.layout_hash, "network": network_of(self.trainer)}
         self.lease = Lease(self.output, config.lease_s, self.metrics.say)
