@@ -178,26 +178,29 @@ class EvoformerTask(Task):
 
 
 def load_task(config: RunConfig) -> Task:
-    """Returns the task that a run names.
+    """Returns the task that a run names; raises as `own_task`."""
+    return EvoformerTask(config.model) if config.task == EVOFORMER else own_task(config.task)
+
+
+def own_task(name: str) -> Task:
+    """Returns a task that somebody wrote, from ``FILE.py:NAME`` or ``MODULE:NAME``.
 
     Raises:
       TrainerConfigError: there is no such module, file or class, or it makes no task.
     """
-    if config.task == EVOFORMER:
-        return EvoformerTask(config.model)
-    place, _, name = config.task.rpartition(":")
-    if not place or not name:
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
         raise TrainerConfigError(
-            f"task {config.task!r} is neither {EVOFORMER} nor a place; give FILE.py:NAME or MODULE:NAME."
+            f"task {name!r} is neither {EVOFORMER} nor a place; give FILE.py:NAME or MODULE:NAME."
         )
     module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_name(place)
-    if not hasattr(module, name):
-        raise TrainerConfigError(f"task {config.task!r}: {place} has no {name!r}.")
-    made = getattr(module, name)
+    if not hasattr(module, attribute):
+        raise TrainerConfigError(f"task {name!r}: {place} has no {attribute!r}.")
+    made = getattr(module, attribute)
     task = made() if callable(made) else made
     if not isinstance(task, Task):
         raise TrainerConfigError(
-            f"task {config.task!r} gives {type(task).__name__}, not a foldfeed.trainer.Task; derive its "
+            f"task {name!r} gives {type(task).__name__}, not a foldfeed.trainer.Task; derive its "
             "class from Task, or name a function without arguments that returns one."
         )
     return task
