@@ -37,6 +37,7 @@ from foldfeed.trainer.models.task import load_task
 from foldfeed.trainer.training.launch import prepare_numerics
 from foldfeed.trainer.training.loop import Trainer
 from foldfeed.trainer.training.metrics import Metrics
+from foldfeed.trainer.training.source import Source
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from trainer_ranks import SyntheticSource, tiny_config
@@ -132,8 +133,9 @@ def measure(
         sides = {}
         for fill in ways:
             source = SyntheticSource(config.data, config.seed, ranks, {})
-            metrics = Metrics(Path(folder), active=False, tensorboard=False, log_every=1)
-            sides[fill] = (Trainer(config, ranks, source, metrics, load_task(config)), iter(source))
+            metrics = Metrics(config, active=False)
+            trainer = Trainer(config, ranks, Source(source, ""), metrics, load_task(config))
+            sides[fill] = (trainer, iter(source))
         seconds: dict[bool, list[float]] = {way: [] for way in ways}
         for _ in range(rounds):
             for fill, (trainer, steps) in sides.items():

@@ -35,17 +35,20 @@ def functions_of(module: str, names: Sequence[str]) -> Functions | None:
     Raises:
       ImportError: it was built and cannot be loaded.
     """
-    path = path_of(module)
-    if path is None:
+    # Not by asking for its spec first: while another thread loads it, there is a module without one.
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
         return None
-    found = importlib.import_module(module)
     if not all(hasattr(found, name) for name in names):
         # Nothing else shows it: the same numbers come, and more slowly.
         _log.warning(
             "%s was compiled from another version's C and is not used, so its work takes longer; install "
             "foldfeed again ('pip install --force-reinstall --no-deps foldfeed', in a clone "
             "'pip install -e .')",
-            path,
+            found.__file__,
         )
         return None
     return tuple(getattr(found, name) for name in names)

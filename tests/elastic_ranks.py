@@ -298,7 +298,7 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
     alone = Ranks(rank=0, world=1, device=torch.device("cpu"))
     source = divisible_source(config, scenario.get("pause_s", 0.0))
     ledger = Ledger(folder, active=founds)
-    rank = ElasticRank(config, plan, alone, Source(source, "f" * 16), load_task(config), None, ledger)
+    rank = ElasticRank(config, plan, alone, Source(source, "f" * 16), load_task(config), ledger)
     if shard_s := scenario.get("shard_s", 0.0):
         loss = rank.trainer.task.loss
         rank.trainer.task.loss = lambda *given: (time.sleep(shard_s), loss(*given))[1]  # type: ignore[method-assign]

@@ -18,6 +18,7 @@ from foldfeed.trainer.state.snapshot import SnapshotFolder
 from foldfeed.trainer.state.tiers import Saver
 from foldfeed.trainer.training.loop import Trainer
 from foldfeed.trainer.training.metrics import Metrics
+from foldfeed.trainer.training.source import Source
 
 
 def replaced_gradient(ranks: Any) -> str:
@@ -43,8 +44,8 @@ def replica_mismatch(ranks: Any, folder: Path) -> Any:
     """One bit of a weight flips on the second rank: the snapshot must not happen, and name that rank."""
     config = tiny_config(folder)
     source = SyntheticSource(config.data, config.seed, ranks, {})
-    metrics = Metrics(folder, active=False, tensorboard=False, log_every=1)
-    trainer = Trainer(config, ranks, source, metrics, load_task(config))
+    metrics = Metrics(config, active=False)
+    trainer = Trainer(config, ranks, Source(source, ""), metrics, load_task(config))
     trainer.train_step(next(iter(source)), 0.0)
     snapshots = SnapshotFolder(folder / "desync", keep=1)
     saver = Saver(snapshots, None, ranks, config.snapshots)
@@ -74,9 +75,10 @@ def other_layout(ranks: Any, folder: Path) -> str:
             raise NotImplementedError
 
     config = tiny_config(folder)
-    metrics = Metrics(folder, active=False, tensorboard=False, log_every=1)
+    metrics = Metrics(config, active=False)
     try:
-        Trainer(config, ranks, SyntheticSource(config.data, config.seed, ranks, {}), metrics, Odd())
+        source = Source(SyntheticSource(config.data, config.seed, ranks, {}), "")
+        Trainer(config, ranks, source, metrics, Odd())
     except ReplicaMismatchError as error:
         return str(error)
     return "nothing was raised"

@@ -176,3 +176,12 @@ def test_without_the_compiled_form_plans_are_the_same(without, name, row_order):
         ):
             assert found.dtype == expected.dtype
             assert np.array_equal(found, expected)
+
+
+@compiled
+def test_a_form_that_another_thread_is_loading_is_found(monkeypatch):
+    """The interpreter enters a compiled module before it has its spec, and find_spec refuses such a one."""
+    module = "foldfeed.loader.order._draw"
+    functions_of(module, ("few_2",))
+    monkeypatch.setattr(sys.modules[module], "__spec__", None)
+    assert functions_of(module, ("few_2",)) is not None

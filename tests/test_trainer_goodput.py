@@ -18,6 +18,7 @@ from test_trainer_cli import TINY
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer import goodput
+from foldfeed.trainer.config import DataConfig, RunConfig
 from foldfeed.trainer.errors import TrainerError
 from foldfeed.trainer.goodput import GOODPUT_FILE, Ledger, Part, account
 from foldfeed.trainer.training.metrics import Metrics
@@ -213,7 +214,8 @@ def test_metrics_change_hands_and_hold_every_step_once(tmp_path: Path) -> None:
     scalars = dict.fromkeys(("loss_metrics/global_avg_loss", "grad_norm", "lr", "train/skipped"), 1.0)
     scalars |= dict.fromkeys(("throughput(samples/s)", "throughput(residues/s)"), 1.0)
     scalars |= dict.fromkeys(("time_metrics/data_loading(%)", "comm/exposed_ms"), 1.0)
-    one, two = (Metrics(tmp_path, active=first, tensorboard=False, log_every=9) for first in (True, False))
+    config = RunConfig(output=str(tmp_path), data=DataConfig(store="s"), tensorboard=False, log_every=9)
+    one, two = (Metrics(config, active=first) for first in (True, False))
     one.start(0)
     for step in (1, 2):
         one.log(step, scalars)

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from thread_ranks import on_threads
 from torch import nn
-from trainer_ranks import SyntheticSource, tiny_config, toy_model, toy_shard, train_synthetic
+from trainer_ranks import SyntheticSource, tiny_config, toy_model, toy_shard, train_on, train_synthetic
 
 from foldfeed.trainer.config import DataConfig, HeldOutConfig, ModelConfig, OptimizerConfig, RunConfig
 from foldfeed.trainer.errors import SnapshotMismatchError, TrainerConfigError
@@ -32,7 +32,7 @@ from foldfeed.trainer.rng import seed_shard
 from foldfeed.trainer.state.resume import environment
 from foldfeed.trainer.state.snapshot import read_generation
 from foldfeed.trainer.training.compiling import settle, why_not
-from foldfeed.trainer.training.launch import prepare_numerics, train
+from foldfeed.trainer.training.launch import prepare_numerics
 
 ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"))
 
@@ -174,8 +174,7 @@ def test_a_look_is_at_the_average_and_leaves_the_weights(tmp_path: Path) -> None
         held_out = HeldOutConfig(eval_set="sums", eval_every=1, eval_ema=ema)
         config = dataclasses.replace(config, model=ModelConfig(), held_out=held_out)
         prepare_numerics(config)
-        source, sums = SyntheticSource(config.data, config.seed, ALONE, {}), cast(Any, Sums())
-        digest = train(config, ALONE, source, "f" * 16, task=Small(), held_out=sums).weights_digest
+        digest = train_on(config, Small(), ALONE, {}, Sums()).weights_digest
         rows = (tmp_path / str(ema) / "metrics.jsonl").read_text().splitlines()
         looks = [row["eval/loss"] for row in map(json.loads, rows) if "eval/loss" in row]
         buffers = read_generation(tmp_path / str(ema) / "snapshots" / "step-00000003").buffers
@@ -190,8 +189,7 @@ def run_small(folder: Path, task: Task | None = None, **changes: Any) -> str:
     """Trains a small task alone; returns the digest of its weights."""
     config = dataclasses.replace(tiny_config(folder, **changes), model=ModelConfig())
     prepare_numerics(config)
-    source = SyntheticSource(config.data, config.seed, ALONE, {})
-    return train(config, ALONE, source, "f" * 16, task=task or Small()).weights_digest
+    return str(train_on(config, task or Small(), ALONE, {}).weights_digest)
 
 
 def test_the_average_goes_into_snapshots_and_out_of_them(tmp_path: Path) -> None:

@@ -234,7 +234,8 @@ QUIRKS = ("nan_at", "pause_s", "slow", "fill_memory", *SIGNALS)
 
 def train_synthetic(ranks: Any, folder: Path, **changes: Any) -> Any:
     """Runs `train` over the synthetic source."""
-    from foldfeed.trainer.training.launch import prepare_numerics, train
+    from foldfeed.trainer.models.task import load_task
+    from foldfeed.trainer.training.launch import prepare_numerics
 
     quirks = {name: changes.pop(name) for name in QUIRKS if name in changes}
     if "NODE" in (memory := changes.get("snapshots", {}).get("memory", "")):
@@ -248,7 +249,18 @@ def train_synthetic(ranks: Any, folder: Path, **changes: Any) -> Any:
 
         # Every new tensor is NaN until it is written: whatever reads it before makes the weights NaN.
         torch.utils.deterministic.fill_uninitialized_memory = True
-    return train(config, ranks, SyntheticSource(config.data, config.seed, ranks, quirks), "f" * 16)
+    return train_on(config, load_task(config), ranks, quirks)
+
+
+def train_on(config: Any, task: Any, ranks: Any, quirks: dict[str, Any], held_out: Any = None) -> Any:
+    """Runs `train` with a task over the synthetic source, with a ledger of its own."""
+    from foldfeed.trainer.goodput import Ledger
+    from foldfeed.trainer.training.launch import train
+    from foldfeed.trainer.training.source import Source
+
+    batches = SyntheticSource(config.data, config.seed, ranks, quirks)
+    ledger = Ledger(Path(config.output), active=ranks.is_first)
+    return train(config, task, ranks, Source(batches, "f" * 16, held_out=held_out), ledger)
 
 
 def case_train(ranks: Any, folder: Path, options: dict[str, Any]) -> Any:

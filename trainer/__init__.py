@@ -27,42 +27,26 @@ from foldfeed.trainer.config import (
 )
 from foldfeed.trainer.errors import (
     CommunicationError,
-    DependencyError,
     DivergedError,
-    ExcludedError,
-    GradientError,
-    InvalidSnapshotError,
     LeaseHeldError,
-    LeaseLostError,
-    MeetingPointError,
-    NoValidSnapshotError,
-    PeerError,
-    ReplicaMismatchError,
     SnapshotError,
-    SnapshotMismatchError,
     TrainerConfigError,
     TrainerError,
-    WireError,
 )
 
 if TYPE_CHECKING:
-    from foldfeed.trainer.gradients.flat import FlatParameters
-    from foldfeed.trainer.gradients.reducer import TreeReducer
     from foldfeed.trainer.models.losses import Loss, PerSample, distogram_loss, masked_msa_loss
     from foldfeed.trainer.models.model import CompactEvoformer
     from foldfeed.trainer.models.task import EvoformerTask, Task
     from foldfeed.trainer.training.launch import run
-    from foldfeed.trainer.training.loop import Outcome, Trainer
+    from foldfeed.trainer.training.loop import Outcome
 
 _HOMES = {
     "CompactEvoformer": "models.model",
     "EvoformerTask": "models.task",
-    "FlatParameters": "gradients.flat",
     "Loss": "models.losses",
     "Outcome": "training.loop",
     "PerSample": "models.losses",
-    "Trainer": "training.loop",
-    "TreeReducer": "gradients.reducer",
     "Task": "models.task",
     "distogram_loss": "models.losses",
     "masked_msa_loss": "models.losses",
@@ -73,35 +57,21 @@ __all__ = [
     "CommunicationError",
     "CompactEvoformer",
     "DataConfig",
-    "DependencyError",
     "DivergedError",
     "EvoformerTask",
-    "ExcludedError",
-    "FlatParameters",
-    "GradientError",
     "HeldOutConfig",
-    "InvalidSnapshotError",
     "LeaseHeldError",
-    "LeaseLostError",
     "Loss",
-    "MeetingPointError",
     "ModelConfig",
-    "NoValidSnapshotError",
     "OptimizerConfig",
     "Outcome",
-    "PeerError",
     "PerSample",
-    "ReplicaMismatchError",
     "RunConfig",
     "SnapshotConfig",
     "SnapshotError",
-    "SnapshotMismatchError",
     "Task",
-    "Trainer",
     "TrainerConfigError",
     "TrainerError",
-    "TreeReducer",
-    "WireError",
     "distogram_loss",
     "masked_msa_loss",
     "run",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
-import importlib.metadata
 import os
 import signal
 import sys
@@ -63,13 +62,6 @@ PARTS = ("data", "model", "optimizer", "snapshots", "held_out")
 RUN = [field.name for field in dataclasses.fields(RunConfig) if field.name not in (*GENERAL, *PARTS)]
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("foldfeed")
-    except importlib.metadata.PackageNotFoundError:
-        return "0+unknown (not installed)"
-
-
 @click.command(
     name="foldfeed.trainer",
     epilog=EPILOG,
@@ -93,7 +85,7 @@ def _version() -> str:
 )
 @options_of(ModelConfig, MODEL)
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
-@click.version_option(_version(), prog_name="foldfeed.trainer")
+@click.version_option(package_name="foldfeed", prog_name="foldfeed.trainer")
 @click.pass_context
 def command(context: click.Context, **options: Any) -> RunConfig:
     """Train the compact Evoformer, or a model of your own, on random crops of a feature store.

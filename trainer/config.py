@@ -12,18 +12,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.groups import nccl
 
 # The task that is built in.
 EVOFORMER = "evoformer"
-REDUCERS = ("tree", "hierarchical", "auto", "ring", "ddp")
-SCHEDULES = ("constant", "step", "linear", "cosine")
-PRECISIONS = ("fp32", "bf16")
-WIRES = ("fp32", "bf16", "bf16-between")
 # Steps between snapshots on disk when nothing is known about failures.
 DEFAULT_EVERY = 10
 # Of data and model, the settings that decide no number.
@@ -32,10 +29,7 @@ _NOT_NUMBERS = (
     *("cache_folder", "cache_gb", "cache_memory_mb", "cache_redis", "recompute"),
 )
 # Those that came later are named only where they differ from what all runs were before: old digests stay.
-_LATER = (
-    *("on_unreadable", "distogram_weight", "schedule", "decay_steps", "decay_factor", "ema_decay"),
-    "precision",
-)
+_LATER = ("on_unreadable", "distogram_weight", "schedule", "decay_steps", "decay_factor", "ema_decay")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -43,28 +37,37 @@ def _require(condition: bool, message: str) -> None:
         raise TrainerConfigError(message)
 
 
-def _require_positive(owner: object, names: Iterable[str]) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(value > 0, f"{name} is {value}; it must be greater than 0.")
+class _Rule(NamedTuple):
+    """What the value of a field must be; stands in the field's type."""
+
+    holds: Callable[[Any], bool]
+    text: str
 
 
-def _require_not_negative(owner: object, **meanings: str) -> None:
-    """Checks that values are 0 or more, by name; says what 0 means where it is given."""
-    for name, meaning in meanings.items():
-        value = getattr(owner, name)
-        _require(value >= 0, f"{name} is {value}; it must not be negative{meaning and f' (0: {meaning})'}.")
+def _not_negative(zero: str = "") -> _Rule:
+    """Returns the rule of values that are 0 or more; says what 0 means where that is given."""
+    return _Rule(lambda value: value >= 0, f"it must not be negative{zero and f' (0: {zero})'}")
 
 
-def _require_share(owner: object, names: Iterable[str]) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(0.0 <= value < 1.0, f"{name} is {value}; it must be in [0, 1).")
+_POSITIVE = _Rule(lambda value: value > 0, "it must be greater than 0")
+_PORT = _Rule(lambda value: 0 <= value <= 65535, "it must be a port, 1 to 65535, or 0 for none")
+_PRESET = _Rule(lambda value: value in nccl.CHOICES, f"choose one of {', '.join(nccl.CHOICES)}")
+PositiveInt = Annotated[int, _POSITIVE]
+PositiveFloat = Annotated[float, _POSITIVE]
+NotNegativeInt = Annotated[int, _not_negative()]
+NotNegativeFloat = Annotated[float, _not_negative()]
+Share = Annotated[float, _Rule(lambda value: 0.0 <= value < 1.0, "it must be in [0, 1)")]
 
 
-def _require_one_of(owner: object, name: str, choices: Sequence[str]) -> None:
-    value = getattr(owner, name)
-    _require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+def _check_fields(config: Any) -> None:
+    """Checks every field of a dataclass against the rules and the choices of its type."""
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        value, rules = getattr(config, name), getattr(hint, "__metadata__", ())
+        if typing.get_origin(hint) is Literal:
+            choices = typing.get_args(hint)
+            rules = (_Rule(choices.__contains__, f"choose one of {', '.join(choices)}"),)
+        for rule in rules:
+            _require(rule.holds(value), f"{name} is {value!r}; {rule.text}.")
 
 
 def _numbers(config: Any) -> dict[str, Any]:
@@ -102,34 +105,28 @@ class ModelConfig:
         more time, equal bits.
     """
 
-    c_m: int = 32
-    c_z: int = 16
-    c_e: int = 16
-    num_blocks: int = 2
-    num_extra_blocks: int = 1
-    num_heads: int = 4
-    c_opm: int = 8
-    c_tri: int = 16
-    transition_factor: int = 2
-    dropout_msa: float = 0.15
-    dropout_pair: float = 0.25
-    max_relative: int = 32
-    distogram_weight: float = 0.0
+    c_m: PositiveInt = 32
+    c_z: PositiveInt = 16
+    c_e: PositiveInt = 16
+    num_blocks: PositiveInt = 2
+    num_extra_blocks: PositiveInt = 1
+    num_heads: PositiveInt = 4
+    c_opm: PositiveInt = 8
+    c_tri: PositiveInt = 16
+    transition_factor: PositiveInt = 2
+    dropout_msa: Share = 0.15
+    dropout_pair: Share = 0.25
+    max_relative: PositiveInt = 32
+    distogram_weight: Annotated[float, _not_negative("no distances")] = 0.0
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive(self, ("c_m", "c_z", "c_e", "num_blocks", "num_heads", "c_opm", "c_tri"))
-        _require_positive(self, ("transition_factor", "max_relative"))
-        _require(
-            self.num_extra_blocks >= 1, f"num_extra_blocks is {self.num_extra_blocks}; it must be at least 1."
-        )
+        _check_fields(self)
         for name in ("c_m", "c_e"):
             value = getattr(self, name)
             _require(
                 value % self.num_heads == 0, f"{name} {value} does not divide by num_heads {self.num_heads}."
             )
-        _require_share(self, ("dropout_msa", "dropout_pair"))
-        _require_not_negative(self, distogram_weight="no distances")
 
     @classmethod
     def sized(cls, size: str, **overrides: Any) -> ModelConfig:
@@ -175,23 +172,20 @@ class OptimizerConfig:
       ema_decay: of the moving average of the weights (AlphaFold 2: 0.999); 0 for none.
     """
 
-    lr: float = 1e-3
-    warmup_steps: int = 10
-    max_norm: float = 1.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-6
-    weight_decay: float = 0.0
-    schedule: str = "constant"
+    lr: PositiveFloat = 1e-3
+    warmup_steps: NotNegativeInt = 10
+    max_norm: NotNegativeFloat = 1.0
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    eps: PositiveFloat = 1e-6
+    weight_decay: NotNegativeFloat = 0.0
+    schedule: Literal["constant", "step", "linear", "cosine"] = "constant"
     decay_steps: int = 0
-    decay_factor: float = 0.0
-    ema_decay: float = 0.0
+    decay_factor: Share = 0.0
+    ema_decay: Share = 0.0
 
     def __post_init__(self) -> None:
-        _require_positive(self, ("lr", "eps"))
-        _require_not_negative(self, warmup_steps="", max_norm="", weight_decay="")
-        _require_share(self, ("beta1", "beta2", "decay_factor", "ema_decay"))
-        _require_one_of(self, "schedule", SCHEDULES)
+        _check_fields(self)
         if self.schedule == "constant":
             for name in ("decay_steps", "decay_factor"):
                 value = getattr(self, name)
@@ -236,26 +230,24 @@ class DataConfig:
     store: str
     recipe: str = "af2"
     record_set: str = ""
-    crop_residues: int = 256
-    num_clusters: int = 128
-    num_extra: int = 1024
-    global_batch: int = 8
-    virtual_shards: int = 0
-    loader_threads: int = 2
-    prefetch_steps: int = 2
+    crop_residues: PositiveInt = 256
+    num_clusters: PositiveInt = 128
+    num_extra: PositiveInt = 1024
+    global_batch: PositiveInt = 8
+    virtual_shards: NotNegativeInt = 0
+    loader_threads: PositiveInt = 2
+    prefetch_steps: PositiveInt = 2
     cache_folder: str = ""
-    cache_gb: float = 0.0
-    cache_memory_mb: float = 0.0
+    cache_gb: NotNegativeFloat = 0.0
+    cache_memory_mb: NotNegativeFloat = 0.0
     cache_redis: str = ""
     on_unreadable: str = "stop"
 
     def __post_init__(self) -> None:
-        _require_not_negative(self, cache_gb="", cache_memory_mb="", virtual_shards="")
+        _check_fields(self)
         _require(
             bool(self.store), "store is empty; give the folder or URL that `foldfeed build --store` wrote."
         )
-        _require_positive(self, ("crop_residues", "num_clusters", "num_extra", "global_batch"))
-        _require_positive(self, ("loader_threads", "prefetch_steps"))
         _require(
             self.global_batch % self.num_shards == 0,
             f"global_batch {self.global_batch} does not divide by virtual_shards {self.num_shards}; "
@@ -280,13 +272,12 @@ class HeldOutConfig:
     """
 
     eval_set: str = ""
-    eval_every: int = 50
-    eval_samples: int = 0
+    eval_every: PositiveInt = 50
+    eval_samples: Annotated[int, _not_negative("every record once")] = 0
     eval_ema: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive(self, ("eval_every",))
-        _require_not_negative(self, eval_samples="every record once")
+        _check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,18 +301,18 @@ class SnapshotConfig:
     keep: int = 2
     resume: str = "auto"
     memory: str = "/dev/shm"
-    memory_every: int = 0
+    memory_every: NotNegativeInt = 0
     mirror: str = ""
     mtbf_s: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         _require(
             self.every >= -1,
             f"snapshot_every is {self.every}; it must be a number of steps, 0 (only at the end) or -1 "
             "(chosen).",
         )
-        for name, value in (("memory_every", self.memory_every), ("mtbf", self.mtbf_s)):
-            _require(value >= 0, f"{name} is {value}; it must not be negative.")
+        _require(self.mtbf_s >= 0, f"mtbf is {self.mtbf_s}; it must not be negative.")
         _require(
             not (self.mtbf_s and self.every >= 0 and (self.memory_every or self.memory == "none")),
             f"mtbf {self.mtbf_s:g} has no effect, because every interval is given; leave out --mtbf, "
@@ -384,7 +375,7 @@ class RunConfig:
 
     output: str
     task: str = EVOFORMER
-    steps: int = 100
+    steps: PositiveInt = 100
     seed: int = 0
     data: DataConfig
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -392,24 +383,25 @@ class RunConfig:
     snapshots: SnapshotConfig = dataclasses.field(default_factory=SnapshotConfig)
     held_out: HeldOutConfig = dataclasses.field(default_factory=HeldOutConfig)
     reducer: Literal["tree", "hierarchical", "auto", "ring", "ddp"] = "tree"
-    bucket_mb: float = 0.0
+    bucket_mb: Annotated[float, _not_negative("automatic")] = 0.0
     device: Literal["auto", "cpu", "cuda", "cuda-shared"] = "auto"
-    threads: int = 1
+    threads: PositiveInt = 1
     deterministic: bool = True
-    timeout_s: float = 120.0
-    log_every: int = 1
+    timeout_s: PositiveFloat = 120.0
+    log_every: PositiveInt = 1
     tensorboard: bool = True
-    max_skipped: int = 20
-    metrics_port: int = 0
+    max_skipped: Annotated[int, _not_negative("any number")] = 20
+    metrics_port: Annotated[int, _PORT] = 0
     loader_trace: str = ""
-    profile_step: int = 0
-    lease_s: float = 60.0
-    precision: str = "fp32"
+    profile_step: Annotated[int, _not_negative("none")] = 0
+    lease_s: PositiveFloat = 60.0
+    precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool | None = None
-    wire: str = "fp32"
-    nccl_preset: str = "auto"
+    wire: Literal["fp32", "bf16", "bf16-between"] = "fp32"
+    nccl_preset: Annotated[str, _PRESET] = "auto"
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         _require(bool(self.output), "output is empty; give a folder for snapshots and metrics.")
         _require(
             "://" not in self.output,
@@ -420,21 +412,10 @@ class RunConfig:
             self.task == EVOFORMER or self.model == ModelConfig(),
             f"sizes of the compact Evoformer are given, but the task is {self.task}; leave them out.",
         )
-        _require_positive(self, ("steps", "threads", "timeout_s", "log_every", "lease_s"))
-        _require_not_negative(self, max_skipped="any number", bucket_mb="automatic", profile_step="none")
         _require(
             self.profile_step <= self.steps,
             f"profile_step is {self.profile_step}, but the run has {self.steps} steps; give one of them.",
         )
-        _require(
-            0 <= self.metrics_port <= 65535,
-            f"metrics_port is {self.metrics_port}; it must be a port, 1 to 65535, or 0 for none.",
-        )
-        _require_one_of(self, "reducer", REDUCERS)
-        _require_one_of(self, "device", ("auto", "cpu", "cuda", "cuda-shared"))
-        _require_one_of(self, "precision", PRECISIONS)
-        _require_one_of(self, "wire", WIRES)
-        _require_one_of(self, "nccl_preset", nccl.CHOICES)
         _require(
             self.wire == "fp32" or self.reducer not in ("ring", "ddp"),
             f"wire {self.wire} does not go with reducer {self.reducer}, whose backend would add in bfloat16; "
@@ -473,7 +454,6 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings that decide the numbers, as JSON-able values."""
-        own = {name: value for name, value in _numbers(self).items() if name == "precision"}
         return {
             "seed": self.seed,
             "data": {**_numbers(self.data), "virtual_shards": self.data.num_shards},
@@ -482,7 +462,7 @@ class RunConfig:
             # These sum in the same tree, so a run may change between them.
             "reducer": "tree" if self.reducer in ("hierarchical", "auto") else self.reducer,
             "bucket_mb": self.bucket_mb,
-            **own,
+            **({} if self.precision == "fp32" else {"precision": self.precision}),
             **({"compile": True} if self.compile else {}),
             # Which messages are short changes no number.
             **({} if self.wire == "fp32" else {"wire": "bf16"}),

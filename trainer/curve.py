@@ -15,18 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
+from foldfeed.feature_store.looking.plots import ACCENT, BAR, CANVASES, INK, new_figure, write_figure
 from foldfeed.trainer.errors import TrainerConfigError, TrainerError
 from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.training.metrics import METRICS_FILE
 
 TRAINED, HELD_OUT = "loss_metrics/global_avg_loss", "eval/loss"
-CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG}
-COLORS = ("#2f6f9f", "#c8502b", "#4f8a4b", "#7a5aa6")
-INK, GRID = "#1f2933", "#d9dee4"
+COLORS = (BAR, ACCENT, "#4f8a4b", "#7a5aa6")
 # Steps on either side that the running median looks at.
 HALF_WINDOW = 10
 
@@ -91,8 +87,7 @@ def draw(curves: Sequence[Curve], target: Path) -> None:
     """
     if target.suffix not in CANVASES:
         raise TrainerConfigError(f"{target} is neither .png nor .svg; give one of those names.")
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_figure(7.0, 4.2)
     for curve, color in zip(curves, COLORS * len(curves), strict=False):
         axes.plot(*zip(*curve.trained, strict=True), color=color, alpha=0.25, linewidth=0.8)
         smooth = zip(*curve.smooth(), strict=True)
@@ -102,10 +97,8 @@ def draw(curves: Sequence[Curve], target: Path) -> None:
             axes.plot(*zip(*curve.held_out, strict=True), label=f"{curve.name}, held out", **dots)
     axes.set_xlabel("completed steps", color=INK)
     axes.set_ylabel("loss", color=INK)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    CANVASES[target.suffix](figure).print_figure(str(target), dpi=150)
+    write_figure(figure, target)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

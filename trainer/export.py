@@ -1,8 +1,8 @@
 """Weights of a snapshot as a safetensors file: ``python -m foldfeed.trainer.export RUN_OR_SNAPSHOT FILE``.
 
 The file holds the model's parameters (or their moving average) under their names, fp32, and where they come
-from as metadata. The
-snapshot is validated first; the layout is that of the model in its manifest, checked by the layout's hash.
+from as metadata. The snapshot is validated first; the layout is that of the model in its manifest, checked by
+the layout's hash.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import click
 import torch
 
 from foldfeed.feature_store.errors import MissingExtraError
-from foldfeed.trainer.config import EVOFORMER, DataConfig, ModelConfig, RunConfig
+from foldfeed.trainer.config import EVOFORMER, ModelConfig
 from foldfeed.trainer.errors import NoValidSnapshotError, SnapshotMismatchError, TrainerConfigError
 from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.gradients.flat import FlatParameters
-from foldfeed.trainer.models.task import EvoformerTask, Task, load_task
+from foldfeed.trainer.models.task import EvoformerTask, Task, own_task
 from foldfeed.trainer.state.snapshot import (
     EMA,
     MANIFEST,
@@ -42,7 +42,7 @@ def task_of(generation: Generation, task: str) -> Task:
     """
     known = generation.manifest["identity"]
     if task != EVOFORMER:
-        return load_task(RunConfig(output="none", data=DataConfig(store="none"), task=task))
+        return own_task(task)
     if "model" not in known:
         raise TrainerConfigError(
             f"{generation.path} was trained with the task {known['task']['class']!r}, not with the compact "

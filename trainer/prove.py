@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -28,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -137,6 +138,7 @@ def run_disturbed(launch: Launch, output: Path, faults: Sequence[Fault]) -> list
     kinds = [fault.kind for fault in faults]
     kills, joins = kinds.count("kill"), kinds.count("join")
     log = output.with_name(f"{output.name}.log")
+    recoveries: list[float] = []
     with contextlib.ExitStack() as stack:
         network = None
         if "cut" in kinds:
@@ -151,95 +153,101 @@ def run_disturbed(launch: Launch, output: Path, faults: Sequence[Fault]) -> list
             place=network.place if network is not None else None,
         )
         stack.callback(launcher.kill)
-        recoveries = Disturbance(launcher, output, network, faults).run(launch.limit_s, log)
+        disturbance = disturb(faults, launcher, output, network, recoveries)
+        deadline, num_left = time.monotonic() + launch.limit_s, len(faults)
+        launcher.start()
+        while (code := launcher.poll()) is None:
+            num_left = next(disturbance)
+            if time.monotonic() > deadline:
+                raise TrainerError(f"{output} hangs: not done after {launch.limit_s:.0f} s; see {log}")
+            time.sleep(POLL_S)
+    if code != 0:
+        raise TrainerError(f"the run in {output} ended with code {code}; see {log}")
+    if num_left:
+        raise TrainerError(
+            f"{num_left} faults did not happen or came too late in {output}; give more --steps"
+        )
     if faults:
         click.echo(account(output / GOODPUT_FILE).shards_line())
     return recoveries
 
 
-class Disturbance:
-    """Faults that happen to a run, one after another: the next one waits until the last was made good."""
+def disturb(
+    faults: Sequence[Fault],
+    launcher: Launcher,
+    output: Path,
+    network: Network | None,
+    recoveries: list[float],
+) -> Iterator[int]:
+    """Makes one fault after another happen; yields how many are left to be made good while it has to wait.
 
-    def __init__(
-        self, launcher: Launcher, output: Path, network: Network | None, faults: Sequence[Fault]
-    ) -> None:
-        self.recoveries: list[float] = []
-        self._launcher = launcher
-        self._output = output
-        self._network = network
-        self._waiting = list(faults)
-        # The present fault: its kind, when it happened, and what must come to pass.
-        self._pending: tuple[str, float, Callable[[], bool]] | None = None
-        self._amends: list[tuple[float, Callable[[], None]]] = []
+    Args:
+      faults: in their order; the next one waits until the last was made good.
+      launcher: of the run's ranks.
+      output: the run's folder.
+      network: of the ranks, where there are cuts.
+      recoveries: gets the seconds until each fault but a join was made good.
+    """
+    for number, fault in enumerate(faults):
+        num_left = len(faults) - number
+        while _last_step(output) < fault.after_step:
+            yield num_left
+        time.sleep(fault.delay_s)
+        while (hit := _hit(fault, launcher, output, network)) is None:
+            yield num_left
+        happened = time.monotonic()
+        while not hit.made_good():
+            yield num_left
+        recovered = time.monotonic()
+        if fault.kind != "join":
+            recoveries.append(recovered - happened)
+        if hit.amend is not None:
+            while time.monotonic() < recovered + AWAY_S:
+                yield num_left - 1
+            hit.amend()
+    while True:
+        yield 0
 
-    def run(self, limit_s: float, log: Path) -> list[float]:
-        """Runs to the end of the training; see `run_disturbed`."""
-        deadline = time.monotonic() + limit_s
-        self._launcher.start()
-        while (code := self._launcher.poll()) is None:
-            self._look()
-            if time.monotonic() > deadline:
-                raise TrainerError(f"{self._output} hangs: not done after {limit_s:.0f} s; see {log}")
-            time.sleep(POLL_S)
-        if code != 0:
-            raise TrainerError(f"the run in {self._output} ended with code {code}; see {log}")
-        left = len(self._waiting) + (self._pending is not None)
-        if left:
-            raise TrainerError(
-                f"{left} faults did not happen or came too late in {self._output}; give more --steps"
-            )
-        return self.recoveries
 
-    def _look(self) -> None:
-        now = time.monotonic()
-        if self._pending is not None and self._pending[2]():
-            kind, since, _ = self._pending
-            if kind != "join":
-                self.recoveries.append(now - since)
-            self._pending = None
-            self._amends = [(now + AWAY_S, amend) for _, amend in self._amends]
-        for due in [entry for entry in self._amends if self._pending is None and now >= entry[0]]:
-            self._amends.remove(due)
-            due[1]()
-        if self._pending is None and not self._amends and self._waiting:
-            fault = self._waiting[0]
-            if _last_step(self._output) >= fault.after_step:
-                time.sleep(fault.delay_s)
-                if self._happens(fault):
-                    self._waiting.pop(0)
+class Hit(NamedTuple):
+    """A fault that has happened.
 
-    def _happens(self, fault: Fault) -> bool:
-        """Makes a fault happen; returns False where it would end the run, or nobody is there for it."""
-        members = members_of(self._output)
-        if fault.kind == "join":
-            self._launcher.add()
-            there = {member.uid for member in members}
+    Attributes:
+      made_good: whether the run has got over it.
+      amend: takes it back, where that can be done.
+    """
 
-            def is_there() -> bool:
-                return any(member.uid not in there for member in members_of(self._output))
+    made_good: Callable[[], bool]
+    amend: Callable[[], None] | None = None
 
-            self._pending = "join", time.monotonic(), is_there
-            click.echo(f"  join: after step {_last_step(self._output)}")
-            return True
-        slots = {process.pid: slot for slot, process in self._launcher.processes.items()}
-        pids = [int(member.identity["pid"]) for member in members]
-        if len(pids) < 2 or any(self._launcher.processes[slots[pid]].poll() is not None for pid in pids):
-            return False
-        pid = pids[fault.rank % len(pids)]
-        if fault.kind == "cut":
-            assert self._network is not None
-            network, slot = self._network, slots[pid]
-            network.cut(slot)
-            self._amends.append((0.0, lambda: network.heal(slot)))
-        else:
-            os.kill(pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
-        if fault.kind == "stop":
-            self._amends.append((0.0, lambda: os.kill(pid, signal.SIGCONT)))
-        # The steps that were completed meanwhile are not the recovery.
-        step = _last_step(self._output)
-        self._pending = fault.kind, time.monotonic(), lambda: _last_step(self._output) > step
-        click.echo(f"  {fault.kind}: rank {pids.index(pid)} of {len(pids)} after step {step}")
-        return True
+
+def _hit(fault: Fault, launcher: Launcher, output: Path, network: Network | None) -> Hit | None:
+    """Makes a fault happen; returns None where it would end the run, or nobody is there for it."""
+    members = members_of(output)
+    if fault.kind == "join":
+        launcher.add()
+        there = {member.uid for member in members}
+        click.echo(f"  join: after step {_last_step(output)}")
+        return Hit(lambda: any(member.uid not in there for member in members_of(output)))
+    slots = {process.pid: slot for slot, process in launcher.processes.items()}
+    pids = [int(member.identity["pid"]) for member in members]
+    if len(pids) < 2 or any(launcher.processes[slots[pid]].poll() is not None for pid in pids):
+        return None
+    pid = pids[fault.rank % len(pids)]
+    amend = None
+    if fault.kind == "cut":
+        assert network is not None
+        network.cut(slots[pid])
+        amend = functools.partial(network.heal, slots[pid])
+    elif fault.kind == "stop":
+        os.kill(pid, signal.SIGSTOP)
+        amend = functools.partial(os.kill, pid, signal.SIGCONT)
+    else:
+        os.kill(pid, signal.SIGKILL)
+    # The steps that were completed meanwhile are not the recovery.
+    step = _last_step(output)
+    click.echo(f"  {fault.kind}: rank {pids.index(pid)} of {len(pids)} after step {step}")
+    return Hit(lambda: _last_step(output) > step, amend)
 
 
 def members_of(output: Path) -> tuple[Member, ...]:

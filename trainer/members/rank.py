@@ -59,7 +59,6 @@ from foldfeed.trainer.models.task import Task, load_task
 from foldfeed.trainer.training import launch
 from foldfeed.trainer.training.compiling import settle
 from foldfeed.trainer.training.data import open_data
-from foldfeed.trainer.training.held_out import HeldOut
 from foldfeed.trainer.training.loop import Outcome
 from foldfeed.trainer.training.process import Process, has_finished, identity_before, network_of
 from foldfeed.trainer.training.source import Source
@@ -94,8 +93,8 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
     config = settle(config, task, alone, identity_before, speaker(plan.founds))
     # A rank's number may change, a process's not.
     trace = f"{config.loader_trace}.process{os.getpid()}" if config.loader_trace else ""
-    with open_data(config, task, recipe, alone, plan.local_rank, trace) as (source, held_out):
-        return ElasticRank(config, plan, alone, source, task, held_out, ledger).train()
+    with open_data(config, task, recipe, alone, plan.local_rank, trace) as source:
+        return ElasticRank(config, plan, alone, source, task, ledger).train()
 
 
 class ElasticRank(Process):
@@ -108,7 +107,6 @@ class ElasticRank(Process):
         alone: Ranks,
         source: Source,
         task: Task,
-        held_out: HeldOut | None,
         ledger: Ledger,
     ) -> None:
         """Builds model and buffers; meets nobody yet.
@@ -119,10 +117,9 @@ class ElasticRank(Process):
           alone: this process without others.
           source: of batches.
           task: what is trained.
-          held_out: whose loss is looked at now and then.
           ledger: that has counted the time since the process started.
         """
-        super().__init__(config, task, alone, source, held_out, ledger, may_lead=True)
+        super().__init__(config, task, alone, source, ledger, may_lead=True)
         self.plan, self.alone = plan, alone
         self.trainer.check_peers = self._check_peers
         self.trainer.leaves_alone = plan.torchrun

@@ -45,8 +45,7 @@ class GatedAttention(nn.Module):
         """Returns (b, x, n, c)."""
         query, key, value = (self._split(part) for part in self.qkv(x_bxnc).chunk(3, dim=-1))
         mixed = _attend(query, key, value, bias).transpose(-2, -3).flatten(-2)
-        out: torch.Tensor = self.out(torch.sigmoid(self.gate(x_bxnc)) * mixed)
-        return out
+        return self.out(torch.sigmoid(self.gate(x_bxnc)) * mixed)
 
     def _split(self, x_bxnc: torch.Tensor) -> torch.Tensor:
         return x_bxnc.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
@@ -68,8 +67,7 @@ class RowAttentionWithPairBias(nn.Module):
         """Returns the update of the MSA representation, (b, s, r, m)."""
         pair_b1hij = self.pair_bias(self.norm_z(pair_bijz)).permute(0, 3, 1, 2).unsqueeze(1)
         keys_bs11r = MASKED * (1.0 - mask_bsr)[:, :, None, None, :]
-        update: torch.Tensor = self.attention(self.norm_m(msa_bsrm), pair_b1hij + keys_bs11r)
-        return update
+        return self.attention(self.norm_m(msa_bsrm), pair_b1hij + keys_bs11r)
 
 
 class ColumnAttention(nn.Module):
@@ -83,8 +81,7 @@ class ColumnAttention(nn.Module):
     def forward(self, msa_bsrm: torch.Tensor, mask_bsr: torch.Tensor) -> torch.Tensor:
         """Returns the update of the MSA representation, (b, s, r, m)."""
         keys_br11s = MASKED * (1.0 - mask_bsr.transpose(1, 2))[:, :, None, None, :]
-        update: torch.Tensor = self.attention(self.norm_m(msa_bsrm).transpose(1, 2), keys_br11s)
-        return update.transpose(1, 2)
+        return self.attention(self.norm_m(msa_bsrm).transpose(1, 2), keys_br11s).transpose(1, 2)
 
 
 class GlobalColumnAttention(nn.Module):
@@ -113,5 +110,4 @@ class GlobalColumnAttention(nn.Module):
         bias_br1s = MASKED * (1.0 - mask_brs1.transpose(-1, -2))
         mixed_brhd = _attend(query_brhd, key_brsd, value_brsd, bias_br1s)
         gated = torch.sigmoid(self.gate(msa)) * mixed_brhd.flatten(-2).unsqueeze(2)
-        out: torch.Tensor = self.out(gated)
-        return out.transpose(1, 2)
+        return self.out(gated).transpose(1, 2)

@@ -50,8 +50,7 @@ class Transition(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the update, same shape."""
-        update: torch.Tensor = self.narrow(torch.relu(self.widen(self.norm(x))))
-        return update
+        return self.narrow(torch.relu(self.widen(self.norm(x))))
 
 
 class OuterProductMean(nn.Module):
@@ -71,8 +70,7 @@ class OuterProductMean(nn.Module):
         # A count of rows: bfloat16 has no 257.
         with torch.autocast(mask_bsr.device.type, enabled=False):
             pairs_bij1 = torch.einsum("bsi,bsj->bij", mask_bsr, mask_bsr).unsqueeze(-1)
-        update: torch.Tensor = self.out(outer / (pairs_bij1 + 1e-3))
-        return update
+        return self.out(outer / (pairs_bij1 + 1e-3))
 
 
 class TriangleMultiplication(nn.Module):
@@ -94,8 +92,7 @@ class TriangleMultiplication(nn.Module):
         edges = torch.sigmoid(self.left_right_gate(pair)) * self.left_right(pair) * mask_bij.unsqueeze(-1)
         left, right = edges.chunk(2, dim=-1)
         triangles = torch.einsum(self.equation, left, right)
-        update: torch.Tensor = torch.sigmoid(self.gate(pair)) * self.out(self.norm_out(triangles))
-        return update
+        return torch.sigmoid(self.gate(pair)) * self.out(self.norm_out(triangles))
 
 
 class EvoformerBlock(nn.Module):

@@ -84,13 +84,7 @@ def masked_msa_loss(logits_bsrt: torch.Tensor, features: Mapping[str, torch.Tens
       logits_bsrt: (b, s, r, 23).
       features: ``true_msa`` int64 (b, s, r), ``bert_mask`` and ``msa_mask`` float (b, s, r).
     """
-    counted_bsr = features["bert_mask"] * features["msa_mask"]
-    flat = logits_bsrt.float().flatten(0, 2)
-    cross_entropy = nn.functional.cross_entropy(flat, features["true_msa"].flatten(), reduction="none")
-    # `where`, not a product: a position outside the mask may hold an infinity.
-    kept = torch.where(counted_bsr > 0, cross_entropy.view(counted_bsr.shape), torch.zeros_like(counted_bsr))
-    positions = counted_bsr.sum((1, 2))
-    return PerSample(kept.sum((1, 2)) / positions.clamp(min=1.0), positions > 0)
+    return _cross_entropy(logits_bsrt, features["true_msa"], features["bert_mask"] * features["msa_mask"])
 
 
 def distogram_loss(logits_bijd: torch.Tensor, features: Mapping[str, torch.Tensor]) -> PerSample:
@@ -102,14 +96,19 @@ def distogram_loss(logits_bijd: torch.Tensor, features: Mapping[str, torch.Tenso
       logits_bijd: (b, i, j, 64), symmetric in i and j.
       features: ``pseudo_beta`` float32 (b, r, 3), angstrom, and ``pseudo_beta_mask`` float32 (b, r).
     """
-    bins_bij = distance_bins(features["pseudo_beta"])
     mask = features["pseudo_beta_mask"]
     known_bij = mask[:, :, None] * mask[:, None, :]
-    flat = logits_bijd.float().flatten(0, 2)
-    cross_entropy = nn.functional.cross_entropy(flat, bins_bij.flatten(), reduction="none")
-    kept = torch.where(known_bij > 0, cross_entropy.view(known_bij.shape), torch.zeros_like(known_bij))
-    pairs = known_bij.sum((1, 2))
-    return PerSample(kept.sum((1, 2)) / pairs.clamp(min=1.0), pairs > 0)
+    return _cross_entropy(logits_bijd, distance_bins(features["pseudo_beta"]), known_bij)
+
+
+def _cross_entropy(logits: torch.Tensor, classes: torch.Tensor, mask: torch.Tensor) -> PerSample:
+    """Returns each sample's mean over a mask (b, x, y); logits are (b, x, y, class), classes (b, x, y)."""
+    flat = logits.float().flatten(0, 2)
+    errors = nn.functional.cross_entropy(flat, classes.flatten(), reduction="none").view(mask.shape)
+    # `where`, not a product: a position outside the mask may hold an infinity.
+    kept = torch.where(mask > 0, errors, torch.zeros_like(mask))
+    positions = mask.sum((1, 2))
+    return PerSample(kept.sum((1, 2)) / positions.clamp(min=1.0), positions > 0)
 
 
 def distance_bins(positions_br3: torch.Tensor) -> torch.Tensor:

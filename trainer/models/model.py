@@ -108,10 +108,8 @@ class CompactEvoformer(nn.Module):
     def _run(self, block: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.recompute and torch.is_grad_enabled():
             # It brings the random numbers back, too, so that dropout drops the same again.
-            found: tuple[torch.Tensor, torch.Tensor] = checkpoint(block, *inputs, use_reentrant=False)
-            return found
-        found = block(*inputs)
-        return found
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def _distances(self, pair_bijz: torch.Tensor) -> torch.Tensor | None:
         if self.distogram is None:
@@ -122,5 +120,4 @@ class CompactEvoformer(nn.Module):
     def _embed_extra(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         one_hot = nn.functional.one_hot(features["extra_msa"], NUM_TOKENS).to(torch.float32)
         deletions = torch.stack((features["extra_has_deletion"], features["extra_deletion_value"]), dim=-1)
-        embedded: torch.Tensor = self.extra_msa(torch.cat((one_hot, deletions), dim=-1))
-        return embedded.float()
+        return self.extra_msa(torch.cat((one_hot, deletions), dim=-1)).float()

@@ -31,7 +31,7 @@ from foldfeed.loader.recipe import CLUSTERED
 from foldfeed.trainer.config import EVOFORMER, DataConfig, ModelConfig, RunConfig
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.models.evoformer import EvoformerBlock
-from foldfeed.trainer.models.losses import Loss, PerSample, distogram_loss, masked_msa_loss
+from foldfeed.trainer.models.losses import Loss, distogram_loss, masked_msa_loss
 from foldfeed.trainer.models.model import MSA_CHANNELS, NUM_TOKENS, TARGET_CHANNELS, CompactEvoformer
 
 Features = Mapping[str, torch.Tensor]
@@ -173,31 +173,34 @@ class EvoformerTask(Task):
         return Loss.of(
             masked.values + self.config.distogram_weight * distances.values,
             masked.counted | distances.counted,
-            {"masked_msa": masked, "distogram": PerSample(distances.values, distances.counted)},
+            {"masked_msa": masked, "distogram": distances},
         )
 
 
 def load_task(config: RunConfig) -> Task:
-    """Returns the task that a run names.
+    """Returns the task that a run names; raises as `own_task`."""
+    return EvoformerTask(config.model) if config.task == EVOFORMER else own_task(config.task)
+
+
+def own_task(name: str) -> Task:
+    """Returns a task that somebody wrote, from ``FILE.py:NAME`` or ``MODULE:NAME``.
 
     Raises:
       TrainerConfigError: there is no such module, file or class, or it makes no task.
     """
-    if config.task == EVOFORMER:
-        return EvoformerTask(config.model)
-    place, _, name = config.task.rpartition(":")
-    if not place or not name:
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
         raise TrainerConfigError(
-            f"task {config.task!r} is neither {EVOFORMER} nor a place; give FILE.py:NAME or MODULE:NAME."
+            f"task {name!r} is neither {EVOFORMER} nor a place; give FILE.py:NAME or MODULE:NAME."
         )
     module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_name(place)
-    if not hasattr(module, name):
-        raise TrainerConfigError(f"task {config.task!r}: {place} has no {name!r}.")
-    made = getattr(module, name)
+    if not hasattr(module, attribute):
+        raise TrainerConfigError(f"task {name!r}: {place} has no {attribute!r}.")
+    made = getattr(module, attribute)
     task = made() if callable(made) else made
     if not isinstance(task, Task):
         raise TrainerConfigError(
-            f"task {config.task!r} gives {type(task).__name__}, not a foldfeed.trainer.Task; derive its "
+            f"task {name!r} gives {type(task).__name__}, not a foldfeed.trainer.Task; derive its "
             "class from Task, or name a function without arguments that returns one."
         )
     return task

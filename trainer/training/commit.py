@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from foldfeed.loader.batch import ShardBatch
 from foldfeed.trainer.models.losses import Loss
-from foldfeed.trainer.training.source import ShardLike
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +66,7 @@ class ShardResult(NamedTuple):
     num_residues: torch.Tensor
 
     @classmethod
-    def of(cls, shard: ShardLike, loss: Loss, parts: Sequence[str]) -> ShardResult:
+    def of(cls, shard: ShardBatch, loss: Loss, parts: Sequence[str]) -> ShardResult:
         """Returns the result of a shard; no value is read back from the device."""
         scalars = [loss.total.detach(), loss.num_samples, loss.per_sample.max()]
         for name in parts:

@@ -42,14 +42,9 @@ def settle(
     """
     if config.compile is not None:
         return config
-
-    def did() -> bool | None:
-        identity = before(config)
-        return None if identity is None else bool(identity.get("compile"))
-
-    did_before = ranks.first_does(did, "the choice of compiled blocks")
-    if did_before is not None or ranks.device.type != "cuda":
-        return dataclasses.replace(config, compile=bool(did_before))
+    identity = ranks.first_does(lambda: before(config), "the choice of compiled blocks")
+    if identity is not None or ranks.device.type != "cuda":
+        return dataclasses.replace(config, compile=bool(identity and identity.get("compile")))
     reasons = ranks.gather_json(why_not(config, task, ranks.device), "the trial of compiled blocks")
     reason = next((f"{text} (rank {rank})" for rank, text in enumerate(reasons) if text), "")
     why = f"not compiled: {reason}" if reason else "compiled: two compilations gave equal bits, twice each"

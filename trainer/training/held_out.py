@@ -10,8 +10,9 @@ Owns: the look. Does not own: when it happens (loop.py), the model and its loss 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import itertools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -23,16 +24,6 @@ from foldfeed.trainer.models.task import Task
 from foldfeed.trainer.rng import seed_look
 
 TOTAL = "loss"
-
-
-class Entry(NamedTuple):
-    """What one virtual shard of a look says of one loss; crosses the ranks as JSON."""
-
-    step: int
-    shard: int
-    name: str
-    total: float
-    num_samples: int
 
 
 class HeldOut:
@@ -76,16 +67,19 @@ class HeldOut:
         model.train(False)
         try:
             with torch.no_grad():
-                sums = list(self._entries(model))
+                sums = list(self._losses(model))
         finally:
             for module, training in modes:
                 module.training = training
             # Also ends the threads that would read ahead of what is wanted.
             self._loader.load_state_dict(self._start)
         rows = self._ranks.gather_json(sums, "the look at held-out records")
-        return _means([Entry(*entry) for row in rows for entry in row])
+        # Added up in the order of steps and shards, whichever rank they come from.
+        ordered = sorted(itertools.chain.from_iterable(rows), key=operator.itemgetter(0, 1))
+        return _means([losses for _, _, losses in ordered])
 
-    def _entries(self, model: nn.Module) -> Iterator[Entry]:
+    def _losses(self, model: nn.Module) -> Iterator[tuple[int, int, dict[str, tuple[float, int]]]]:
+        """Yields step, virtual shard, and of each loss the sum and the number of samples, by its name."""
         for _ in range(-(-self._num_samples // self._loader.order.global_batch)):
             batch = next(self._loader)
             for shard in batch.shards:
@@ -93,18 +87,16 @@ class HeldOut:
                 loss = self._task.loss(model, shard.features)
                 wanted = [sample < self._num_samples for sample in shard.samples]
                 mask = torch.tensor(wanted, device=loss.counted.device)
-                whole = PerSample(loss.per_sample, loss.counted)
-                for name, part in [(TOTAL, whole), *loss.parts.items()]:
-                    kept = part.counted & mask
-                    total, number = part.values[kept].sum(), kept.sum()
-                    yield Entry(batch.step, shard.v, name, float(total), int(number))
+                parts = {TOTAL: PerSample(loss.per_sample, loss.counted), **loss.parts}
+                kept = {name: part.values[part.counted & mask] for name, part in parts.items()}
+                sums = {name: (float(values.sum()), len(values)) for name, values in kept.items()}
+                yield batch.step, shard.v, sums
 
 
-def _means(entries: Sequence[Entry]) -> dict[str, float]:
-    """Adds up in the order of steps and shards, whichever rank an entry came from."""
-    sums: dict[str, float] = {}
+def _means(losses: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
+    totals: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for entry in sorted(entries, key=lambda entry: (entry.step, entry.shard)):
-        sums[entry.name] = sums.get(entry.name, 0.0) + entry.total
-        counts[entry.name] = counts.get(entry.name, 0) + entry.num_samples
-    return {name: sums[name] / counts[name] for name in sums if counts[name]}
+    for name, (total, number) in itertools.chain.from_iterable(found.items() for found in losses):
+        totals[name] = totals.get(name, 0.0) + total
+        counts[name] = counts.get(name, 0) + number
+    return {name: total / counts[name] for name, total in totals.items() if counts[name]}

@@ -31,10 +31,9 @@ from foldfeed.trainer.groups.ranks import SHARED, Ranks, joined, pick_device, sp
 from foldfeed.trainer.models.task import Task, load_task
 from foldfeed.trainer.training.compiling import settle
 from foldfeed.trainer.training.data import open_data
-from foldfeed.trainer.training.held_out import HeldOut
 from foldfeed.trainer.training.loop import Outcome, Trainer
 from foldfeed.trainer.training.process import Process, identity_before
-from foldfeed.trainer.training.source import BatchSource, Source, SourceMeters
+from foldfeed.trainer.training.source import Source
 
 
 def run(config: RunConfig, task: Task | None = None) -> Outcome:
@@ -66,9 +65,8 @@ def run(config: RunConfig, task: Task | None = None) -> Outcome:
         pins=config.reducer in nccl.ORDERED,
     ) as ranks:
         ledger.mark(Part.INITIALIZATION)
-        with open_data(config, task, recipe, ranks, local_rank, config.loader_trace) as (found, held_out):
-            batches, fingerprint, meters = found
-            return train(config, ranks, batches, fingerprint, ledger, meters, task=task, held_out=held_out)
+        with open_data(config, task, recipe, ranks, local_rank, config.loader_trace) as source:
+            return train(config, task, ranks, source, ledger)
 
 
 def prepare_numerics(config: RunConfig) -> None:
@@ -83,33 +81,18 @@ def prepare_numerics(config: RunConfig) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def train(
-    config: RunConfig,
-    ranks: Ranks,
-    source: BatchSource,
-    fingerprint: str,
-    ledger: Ledger | None = None,
-    meters: SourceMeters | None = None,
-    *,
-    task: Task | None = None,
-    held_out: HeldOut | None = None,
-) -> Outcome:
+def train(config: RunConfig, task: Task, ranks: Ranks, source: Source, ledger: Ledger) -> Outcome:
     """Runs (or continues) the run in ``config.output`` over any source of batches.
 
     Args:
       config: settings.
+      task: what is trained.
       ranks: the joined groups.
-      source: a loader, or anything that yields the same steps.
-      fingerprint: identity of the data behind the source.
-      ledger: that has counted the time since the process started; a new one when None.
-      meters: of the source, for metrics and the table at the end.
-      task: what is trained; the one that the settings name when None.
-      held_out: whose loss is looked at now and then.
+      source: a loader, or anything that yields the same steps, and what is held out.
+      ledger: that has counted the time since the process started.
     """
-    task = task or load_task(config)
     config = settle(config, task, ranks, identity_before, speaker(ranks.is_first))
-    ledger = ledger or Ledger(Path(config.output), active=ranks.is_first)
-    process = Process(config, task, ranks, Source(source, fingerprint, meters), held_out, ledger)
+    process = Process(config, task, ranks, source, ledger)
     trainer = process.trainer
     try:
         opening = "opening the run's folder"

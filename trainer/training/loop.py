@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import time
@@ -26,6 +25,8 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
+from foldfeed.loader.batch import StepBatch
+from foldfeed.loader.meters.reports import scalars as loader_scalars
 from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.errors import DivergedError, RanksChangeError
 from foldfeed.trainer.goodput import Ledger, Part
@@ -42,9 +43,8 @@ from foldfeed.trainer.rng import seed_initial_weights, seed_shard
 from foldfeed.trainer.state.snapshot import BUFFERS, EMA, Generation, checksum, replica_digest
 from foldfeed.trainer.state.tiers import Saver
 from foldfeed.trainer.training.commit import Commit, ShardResult, combine, shard_scalars
-from foldfeed.trainer.training.held_out import HeldOut
 from foldfeed.trainer.training.metrics import Metrics, commit_scalars, memory_scalars
-from foldfeed.trainer.training.source import BatchSource, NoShards, SourceMeters, StepLike
+from foldfeed.trainer.training.source import Source
 from foldfeed.trainer.training.traces import StepTraces
 from foldfeed.trainer.training.watch import StackWatch, Stragglers, explain_skip
 
@@ -88,22 +88,18 @@ class Trainer:
         self,
         config: RunConfig,
         ranks: Ranks,
-        source: BatchSource,
+        source: Source,
         metrics: Metrics,
         task: Task,
-        held_out: HeldOut | None = None,
-        meters: SourceMeters | None = None,
     ) -> None:
         """Builds the model with weights that depend on the seed alone.
 
         Args:
           config: settings.
           ranks: the joined groups.
-          source: of batches.
+          source: of batches, and who is looked at now and then.
           metrics: where numbers go.
           task: gives model and loss.
-          held_out: whose loss is looked at now and then.
-          meters: of the source; the first rank reports them.
         Raises:
           TrainerConfigError: more ranks than virtual shards.
           ReplicaMismatchError: the ranks built different layouts or weights.
@@ -111,12 +107,12 @@ class Trainer:
         config.check_world(ranks.world)
         self.config = config
         self.ranks = ranks
-        self.source = source
+        self.source = source.batches
         self.metrics = metrics
         self.task = task
-        self.held_out = held_out
+        self.held_out = source.held_out
         # Only the first rank reports; the others need not add up.
-        self._meters = meters if ranks.is_first else None
+        self._meters = source.meters if ranks.is_first else None
         self.step = 0
         self.num_skipped = 0
         self.saved = 0
@@ -248,13 +244,6 @@ class Trainer:
           RanksChangeError: a rank wants to join or to leave.
           ReplicaMismatchError: a rank's parameters or moments differ.
         """
-        try:
-            return self._run(saver, header, ledger, watch)
-        finally:
-            # A snapshot that an error has overtaken: what comes next may change the state.
-            saver.drop_snapshot()
-
-    def _run(self, saver: Saver, header: Mapping[str, Any], ledger: Ledger, watch: StackWatch) -> Outcome:
         saver.begin(self.step)
         # A look that lost a rank is taken again.
         self._look()
@@ -262,7 +251,7 @@ class Trainer:
         stopped = False
         usual = usual_division(self.config.data.num_shards, self.ranks.world)
         stragglers = Stragglers([len(shards) for shards in usual.shards])
-        nothing = [] if self._division.shards[self.ranks.rank] else [NoShards(self.step)]
+        nothing = [] if self._division.shards[self.ranks.rank] else [StepBatch(step=self.step, shards=[])]
         steps = itertools.chain(nothing, self.source)
         while self.step < self.config.steps and not stopped:
             watch.beat(self.step)
@@ -315,7 +304,7 @@ class Trainer:
             step=self.step, stopped=not finished, weights_digest=digest, num_skipped=self.num_skipped
         )
 
-    def train_step(self, batch: StepLike, data_s: float, save_failed: bool = False) -> tuple[Commit, Update]:
+    def train_step(self, batch: StepBatch, data_s: float, save_failed: bool = False) -> tuple[Commit, Update]:
         """Runs one step: shards, commit point, optimizer.
 
         Args:
@@ -414,7 +403,7 @@ class Trainer:
             "train/skipped": float(update.skipped),
             "train/num_skipped": float(self.num_skipped),
             **memory_scalars(self.ranks.device),
-            **({} if self._meters is None else self._meters.scalars()),
+            **({} if self._meters is None else loader_scalars(self._meters())),
         }
         self.metrics.log(self.step, scalars)
 
@@ -440,19 +429,18 @@ class Trainer:
             "world": self.ranks.world,
             "loader": self.source.state_dict(),
         }
-        self._saver = saver
-        state = self.host_buffers
-        if self.ranks.device.type == "cuda":
-            # On a stream of its own, or every kernel of the next step would wait for the copy.
-            ready = torch.cuda.current_stream(self.ranks.device).record_event()
-            state = functools.partial(self._host_buffers_beside, ready)
-        saver.begin_snapshot(manifest, state, step_s, memory=memory, disk=disk)
+        self._saver, device = saver, self.ranks.device
+        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
-    def _host_buffers_beside(self, ready: torch.cuda.Event) -> dict[str, torch.Tensor]:
-        """Returns `host_buffers` as they are at an event; they stay so until the snapshot has ended."""
-        with torch.cuda.stream(torch.cuda.Stream(self.ranks.device)):
-            torch.cuda.current_stream(self.ranks.device).wait_event(ready)
-            return self.host_buffers()
+        def state() -> dict[str, torch.Tensor]:
+            if ready is None:
+                return self.host_buffers()
+            # On a stream of its own, or every kernel of the next step would wait for the copy.
+            with torch.cuda.stream(torch.cuda.Stream(device)):
+                torch.cuda.current_stream(device).wait_event(ready)
+                return self.host_buffers()
+
+        saver.begin_snapshot(manifest, state, step_s, memory=memory, disk=disk)
 
     def _end_snapshot(self) -> None:
         """Ends the snapshot under way, before the state may change. A collective.

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from foldfeed.trainer.config import RunConfig
 from foldfeed.trainer.errors import DependencyError, TrainerError
 from foldfeed.trainer.training.commit import Commit
 
@@ -34,27 +35,23 @@ class Metrics:
       last: the newest step and its scalars (not finite ones as None), on every rank.
     """
 
-    def __init__(
-        self, folder: Path, *, active: bool, tensorboard: bool, log_every: int, may_lead: bool = False
-    ) -> None:
+    def __init__(self, config: RunConfig, *, active: bool, may_lead: bool = False) -> None:
         """Keeps the settings; `start` opens the files.
 
         Args:
-          folder: of the run.
+          config: where the run's folder is, what goes there, and how often a line is said.
           active: whether this rank writes.
-          tensorboard: write its scalars, too.
-          log_every: steps between console lines.
           may_lead: it may have to write later (`lead`), without a wait for imports.
 
         Raises:
           DependencyError: TensorBoard was asked for and is not installed.
         """
-        self._folder = folder
+        self._folder = Path(config.output)
+        self._config = config
         self.active = active
-        self._log_every = log_every
         self._file: Any = None
         self._writer: Any = None
-        self._writer_class = _summary_writer() if (active or may_lead) and tensorboard else None
+        self._writer_class = _summary_writer() if (active or may_lead) and config.tensorboard else None
         self.last: tuple[int, dict[str, float | None]] = (0, {})
 
     def start(self, step: int) -> None:
@@ -105,7 +102,7 @@ class Metrics:
         if not self.active:
             return
         self.note(step, scalars)
-        if step % self._log_every == 0 or step == 1:
+        if step % self._config.log_every == 0 or step == 1:
             self.say(console_line(step, scalars))
 
     def note(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from foldfeed.feature_store.storage import LocalBlobs
+from foldfeed.loader.meters.reports import table
 from foldfeed.trainer.config import RunConfig, digest_of
 from foldfeed.trainer.errors import (
     InvalidSnapshotError,
@@ -45,7 +46,6 @@ from foldfeed.trainer.state.resume import (
 )
 from foldfeed.trainer.state.snapshot import RUN_FILE, SNAPSHOTS, SnapshotFolder, read_manifest
 from foldfeed.trainer.state.tiers import Saver, memory_folder
-from foldfeed.trainer.training.held_out import HeldOut
 from foldfeed.trainer.training.loop import Outcome, Trainer
 from foldfeed.trainer.training.metrics import Metrics
 from foldfeed.trainer.training.source import Source
@@ -78,7 +78,6 @@ class Process:
         task: Task,
         ranks: Ranks,
         source: Source,
-        held_out: HeldOut | None,
         ledger: Ledger,
         *,
         may_lead: bool = False,
@@ -90,7 +89,6 @@ class Process:
           task: what is trained.
           ranks: the joined groups.
           source: of batches.
-          held_out: whose loss is looked at now and then.
           ledger: that has counted the time since the process started; the rank that writes it writes metrics.
           may_lead: it may have to write metrics later.
         """
@@ -110,14 +108,8 @@ class Process:
         ranks.require_equal(own.encode(), "settings and store")
         if config.deterministic:
             _require_one_environment(self.header["environment"], ranks)
-        self.metrics = Metrics(
-            self.output,
-            active=ledger.active,
-            tensorboard=config.tensorboard,
-            log_every=config.log_every,
-            may_lead=may_lead,
-        )
-        self.trainer = Trainer(config, ranks, source.batches, self.metrics, task, held_out, source.meters)
+        self.metrics = Metrics(config, active=ledger.active, may_lead=may_lead)
+        self.trainer = Trainer(config, ranks, source, self.metrics, task)
         self.header |= {"layout_hash": self.trainer.flat.layout_hash, "network": network_of(self.trainer)}
         self.lease = Lease(self.output, config.lease_s, self.metrics.say)
         self.saver: Saver | None = None
@@ -245,6 +237,8 @@ class Process:
             outcome = self.trainer.run(self.saver, self.header, self.ledger, watch)
         finally:
             watch.stop()
+            # A snapshot that an error has overtaken: what comes next may change the state.
+            self.saver.drop_snapshot()
         ranks.first_does(lambda: self._conclude(outcome), "writing the result")
         self._report(outcome)
         return outcome
@@ -294,7 +288,7 @@ class Process:
     def _report(self, outcome: Outcome) -> None:
         """Prints how the run ended."""
         self._report_goodput("stopped" if outcome.stopped else "finished")
-        for line in self._meters.lines() if self._meters is not None else []:
+        for line in table(self._meters()) if self._meters is not None else []:
             self.metrics.say(line)
         if outcome.stopped:
             self.metrics.say(f"stopped by SIGTERM after step {outcome.step}; the same command continues")

@@ -1,55 +1,18 @@
-"""What the training loop needs of a source of batches; the loader is one, tests have others.
-
-Shapes only: nothing here reads or trains.
-"""
+"""What a run reads, and what its loop needs of a source of batches; the loader is one, tests have others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import torch
-
-
-class ShardLike(Protocol):
-    """One virtual shard of a step, as the loader makes it."""
-
-    @property
-    def v(self) -> int:
-        """Its number, 0 .. V-1."""
-
-    @property
-    def samples(self) -> Sequence[int]:
-        """Global sample numbers, one per leading index of the features."""
-
-    @property
-    def features(self) -> Mapping[str, torch.Tensor]:
-        """Tensors with a leading sample axis."""
-
-
-class StepLike(Protocol):
-    """This rank's part of a step."""
-
-    @property
-    def step(self) -> int:
-        """Number of the step, from 0."""
-
-    @property
-    def shards(self) -> Sequence[ShardLike]:
-        """This rank's virtual shards, ascending."""
-
-
-class NoShards(NamedTuple):
-    """A step of which this rank computes nothing."""
-
-    step: int
-    shards: tuple[ShardLike, ...] = ()
+from foldfeed.loader.batch import StepBatch
+from foldfeed.trainer.training.held_out import HeldOut
 
 
 class BatchSource(Protocol):
     """What the loop needs of a loader."""
 
-    def __iter__(self) -> Iterator[StepLike]:
+    def __iter__(self) -> Iterator[StepBatch]:
         """Returns an endless iterator of steps."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -69,27 +32,17 @@ class BatchSource(Protocol):
         """
 
 
-class SourceMeters(NamedTuple):
-    """What a source of batches says about itself.
-
-    Attributes:
-      scalars: returns numbers for a step's metrics, by name.
-      lines: returns a table for the end of a run.
-    """
-
-    scalars: Callable[[], dict[str, float]]
-    lines: Callable[[], list[str]]
-
-
 class Source(NamedTuple):
-    """Where a rank's batches come from.
+    """What one rank of a run reads.
 
     Attributes:
-      batches: which can be divided anew.
+      batches: to train on; they can be divided anew.
       fingerprint: identity of the data behind them.
-      meters: of the batches.
+      meters: returns a loader's meters (`CropLoader.meters`); None where no loader makes the batches.
+      held_out: whose loss is looked at now and then; None for nobody's.
     """
 
     batches: BatchSource
     fingerprint: str
-    meters: SourceMeters | None = None
+    meters: Callable[[], dict[str, Any]] | None = None
+    held_out: HeldOut | None = None

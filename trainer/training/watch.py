@@ -54,9 +54,8 @@ class Stragglers:
         """
         self._num_shards = list(num_shards)
         self._window_steps = window_steps
-        self._sums = [[0.0] * len(num_shards) for _ in PHASES]
-        self._seconds = 0.0
-        self._count = 0
+        # Of the window: seconds of each rank in each phase, and of the whole step.
+        self._steps: list[tuple[tuple[Sequence[float], Sequence[float]], float]] = []
         self._named: tuple[int, int] | None = None
 
     def feed(self, data_s: Sequence[float], compute_s: Sequence[float], step_s: float) -> str:
@@ -67,12 +66,10 @@ class Stragglers:
           compute_s: seconds each rank ran forward and backward.
           step_s: of the whole step.
         """
-        for rank, (data, compute) in enumerate(zip(data_s, compute_s, strict=True)):
-            self._sums[0][rank] += data
-            self._sums[1][rank] += compute
-        self._seconds += step_s
-        self._count += 1
-        if self._count < self._window_steps or len(self._num_shards) < 2:
+        if len(self._num_shards) < 2:
+            return ""
+        self._steps.append(((data_s, compute_s), step_s))
+        if len(self._steps) < self._window_steps:
             return ""
         found = self._judge()
         line = ""
@@ -81,24 +78,24 @@ class Stragglers:
             ratio = f"{mine / others:.1f} times as long as" if others > 1e-3 * mine else "unlike"
             line = (
                 f"straggler: rank {rank} {PHASES[phase]} {ratio} the others "
-                f"({mine:.3f} s a step against {others:.3f} s, over {self._count} steps)"
+                f"({mine:.3f} s a step against {others:.3f} s, over {self._window_steps} steps)"
             )
         self._named = None if found is None else found[:2]
-        self._sums = [[0.0] * len(self._num_shards) for _ in PHASES]
-        self._seconds, self._count = 0.0, 0
+        self._steps = []
         return line
 
     def _judge(self) -> tuple[int, int, float, float] | None:
         """Returns (phase, rank, its seconds, the others' median for as much work) of the worst one."""
         worst: tuple[int, int, float, float] | None = None
-        for phase, sums in enumerate(self._sums):
-            # Seconds per virtual shard; waiting does not depend on how many there are.
-            work = self._num_shards if phase == 1 else [1] * len(sums)
-            rates = [seconds / self._count / units for seconds, units in zip(sums, work, strict=True)]
+        step_s = statistics.fmean(step_s for _, step_s in self._steps)
+        # Waiting does not depend on how many virtual shards there are.
+        for phase, work in enumerate(([1] * len(self._num_shards), self._num_shards)):
+            by_rank = zip(*(phases[phase] for phases, _ in self._steps), strict=True)
+            rates = [statistics.fmean(found) / units for found, units in zip(by_rank, work, strict=True)]
             rank = max(range(len(rates)), key=rates.__getitem__)
             others = statistics.median(rates[:rank] + rates[rank + 1 :])
             excess_s = (rates[rank] - others) * work[rank]
-            if rates[rank] < SLOW_RATIO * others or excess_s < SLOW_SHARE * self._seconds / self._count:
+            if rates[rank] < SLOW_RATIO * others or excess_s < SLOW_SHARE * step_s:
                 continue
             if worst is None or excess_s > worst[2] - worst[3]:
                 worst = (phase, rank, rates[rank] * work[rank], others * work[rank])
