@@ -126,6 +126,18 @@ def test_a_writer_that_was_stopped_publishes_nothing_and_comes_back(
     assert len(lost) == 1
 
 
+def test_a_writer_that_was_left_out_begins_again_when_the_others_are_gone(
+    nursery: Nursery, undisturbed: str
+) -> None:
+    """It waits for none of the first ranks, nor for a lease of its own, and its ledger has no hole."""
+    faults = [fault(0, 4, "forward", "STOP"), fault(1, 5, "forward", generation=2)]
+    found = nursery.run(ranks=2, steps=STEPS, pause_s=0.3, silent_s=1.0, faults=faults)
+    members = check(found, undisturbed, [0, -9])
+    assert members[-1] == [0]
+    assert [line["event"] for line in found["ledger"]].count("start") == 2
+    assert "1 of 2 ranks came within 5 s" in found["said"]
+
+
 def test_a_rank_whose_link_is_cut_is_left_out_and_comes_back(nursery: Nursery, undisturbed: str) -> None:
     """Every rank is a machine of its own; no connection of the one that is cut off closes."""
     network = Network(3)

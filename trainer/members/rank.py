@@ -141,7 +141,7 @@ class ElasticRank(Process):
             # All is built; the launcher wakes it when a rank is needed.
             os.kill(os.getpid(), signal.SIGSTOP)
         try:
-            view = self._found() if self.plan.founds else self._join(refounds=self.plan.may_found)
+            view = self._found() if self.plan.founds else self._join()
             if view is None:
                 return None
             with launch.stop_on_sigterm(self.trainer):
@@ -227,7 +227,11 @@ class ElasticRank(Process):
         # Writes under way end by themselves and publish nothing: this rank is not first any more.
         self.saver = None
         self._follow()
-        return self._join(refounds=True)
+        self.ledger.follow()
+        # If it begins the run again, then as a replacement does, not as one of the first ranks.
+        self._begins = False
+        self.plan = dataclasses.replace(self.plan, founds=False, refounds=True)
+        return self._join()
 
     def _part(self) -> None:
         """Gives the wires of a generation back: first they are cut, so that no thread is left in them."""
@@ -242,7 +246,7 @@ class ElasticRank(Process):
         """Opens the run's folder and waits for the others."""
         self.metrics.active = True
         self.header["run_id"] = self.claim()
-        self.ledger.active = self._begins = True
+        self._begins = True
         session = new_session(self.output)
         (membership := self._membership(session)).found()
         publish(self.output, session)
@@ -271,11 +275,10 @@ class ElasticRank(Process):
             self.ledger.start(self.trainer.step, ranks.world)
         self._begins = False
 
-    def _join(self, *, refounds: bool) -> View | None:
-        """Joins the session that lives in the folder; None when it finished without this rank.
+    def _join(self) -> View | None:
+        """Joins the session that lives in the folder, or begins the run again when all its ranks are gone.
 
-        Args:
-          refounds: to begin the run again when all its ranks are gone.
+        None when it finished without this rank.
         """
         deadline, tried = time.monotonic() + self.plan.wait_s, ""
         while True:
@@ -292,7 +295,7 @@ class ElasticRank(Process):
                 if has_finished(self.output, self.config) and read_session(self.output).name == tried:
                     print(f"the run in {self.output} has finished without this rank", flush=True)
                     return None
-            if refounds:
+            if self.plan.may_found:
                 # Of several that do, the lease lets one begin; the others find its session.
                 with contextlib.suppress(LeaseHeldError):
                     return self._found()

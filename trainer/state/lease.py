@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from foldfeed.feature_store.errors import StorageFullError
+from foldfeed.feature_store.storage import LocalBlobs
 from foldfeed.trainer.errors import LeaseHeldError, LeaseLostError
 
 LEASE_FILE = "run.lease"
@@ -64,12 +66,14 @@ class Lease:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + 2 * self.lease_s
+        # Of a run that went on without this process and that nobody is left of.
+        own = {"token": self._token, **identity()}
         while not self._create():
             holder = self._read()
             if holder is None:
                 continue
             age_s = self._age_s(self.path)
-            gone = is_gone(holder)
+            gone = is_gone(holder) or holder == own
             if not gone and age_s < self.lease_s:
                 if not wait or is_here(holder) or time.monotonic() > deadline:
                     raise LeaseHeldError(
@@ -83,9 +87,9 @@ class Lease:
                 continue
             if self._remove_stale(str(holder.get("token", "unknown"))):
                 why = "its process is gone" if gone else f"it was not renewed for {age_s:.0f} s"
-                self._say(
-                    f"took over the lease of process {holder.get('pid')} on {holder.get('host')}: {why}"
-                )
+                who = f"process {holder.get('pid')} on {holder.get('host')}"
+                if holder != own:
+                    self._say(f"took over the lease of {who}: {why}")
         self._start_to_beat()
 
     @property
@@ -123,13 +127,8 @@ class Lease:
         self._beat = threading.Thread(target=self._keep_fresh, name="lease", daemon=True)
         self._beat.start()
 
-    def _text(self) -> str:
-        return json.dumps({"token": self._token, **identity()}, indent=1) + "\n"
-
     def _sign(self) -> None:
-        temporary = self.path.with_name(f"{LEASE_FILE}.{secrets.token_hex(8)}")
-        temporary.write_text(self._text(), encoding="utf-8")
-        temporary.replace(self.path)
+        LocalBlobs(self.path.parent).write_atomic(LEASE_FILE, _signed(self._token))
 
     def _remove_stale(self, token: str) -> bool:
         """Removes a stale lease; returns whether it was this process that did.
@@ -175,14 +174,15 @@ class Lease:
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        self._token = secrets.token_hex(8)
+        token = secrets.token_hex(8)
         try:
-            with self.path.open("x", encoding="utf-8") as file:
-                file.write(self._text())
+            with self.path.open("xb") as file:
+                file.write(_signed(token))
                 file.flush()
                 os.fsync(file.fileno())
         except FileExistsError:
             return False
+        self._token = token
         return True
 
     def _read(self) -> dict[str, Any] | None:
@@ -209,18 +209,27 @@ class Lease:
             return 0.0  # gone meanwhile: not stale, and the next look sees it
 
     def _keep_fresh(self) -> None:
-        while not self._ended.wait(self.lease_s / BEATS_PER_LEASE):
+        beat_s = self.lease_s / BEATS_PER_LEASE
+        before = time.monotonic()
+        while not self._ended.wait(beat_s):
+            # A process that was stopped may have been left out, which its main thread finds out meanwhile.
+            was_stopped = time.monotonic() - before > 2 * beat_s
+            before = time.monotonic()
             # Whoever took the lease over is told by `require`; this thread has nobody to tell.
             # A network file system may fail for a moment, and the next beat tries again: one that is missed
             # says nothing, and a lease that was lost is found by `require`.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, StorageFullError):
                 holder = self._read()
                 if holder is not None and holder.get("token") not in (None, self._token):
                     return
-                if holder and any(holder.get(name) != value for name, value in identity().items()):
+                if holder and not was_stopped and holder != {"token": self._token, **identity()}:
                     self._sign()  # over that of a former first rank of this run, which woke up late
                 # The path is set to the file system's own time, not to this machine's.
                 os.utime(self.path)
+
+
+def _signed(token: str) -> bytes:
+    return json.dumps({"token": token, **identity()}, indent=1).encode() + b"\n"
 
 
 def identity() -> dict[str, Any]:
