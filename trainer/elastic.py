@@ -20,9 +20,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import IO, Any, NoReturn
@@ -37,6 +39,10 @@ VARIABLE = "FOLDFEED_ELASTIC"
 POLL_S = 0.05
 # For ranks that are not needed any more, after the run finished.
 LEAVE_S = 30.0
+NOT_BEGUN = (
+    "the run did not begin, because its first rank failed (its error is above); the others that were to join "
+    "it are ended. Ranks are added to a run that lives in --output with --join"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +53,9 @@ class Plan:
       founds: it begins the run; the others join it.
       refounds: it replaces a dead rank; when all are gone that it would join, it begins the run again, from
         its last snapshot.
+      launch: of the launcher that begins the run: its ranks join a run that one of them began, no other. "":
+        any.
+      begun: descriptor of a file that a rank which begins the run writes to, for its launcher; -1 for none.
       standby: it builds everything, then stops itself (SIGSTOP) until it is needed.
       ranks: to wait for at the beginning.
       max_ranks: ranks that train at once; more wait as spares. 0: all shards.
@@ -60,6 +69,8 @@ class Plan:
 
     founds: bool = True
     refounds: bool = False
+    launch: str = ""
+    begun: int = -1
     standby: bool = False
     ranks: int
     max_ranks: int = 0
@@ -73,6 +84,11 @@ class Plan:
     def may_found(self) -> bool:
         """Whether it begins the run where there is none, or none of its ranks is left."""
         return self.refounds or self.torchrun
+
+    @property
+    def begins(self) -> bool:
+        """Whether the others wait for it where there is no run."""
+        return self.founds or self.refounds
 
     @property
     def is_start(self) -> bool:
@@ -127,14 +143,17 @@ class Launcher:
         """
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.respawns = respawns
-        self._plan = plan
+        # Empty until one of these ranks has begun the run.
+        self._begun = tempfile.TemporaryFile()  # noqa: SIM115 - `kill` closes it
+        launch = secrets.token_hex(8) if plan.founds else ""
+        self._plan = dataclasses.replace(plan, launch=launch, begun=self._begun.fileno())
         self._arguments = list(arguments)
         self._ranks = ranks
         self._spares = spares
         self._standby: list[int] = []
+        self._plans: list[Plan] = []
         # Devices of dead ranks that are to be replaced, and of ranks to be added.
         self._missing: list[int] = []
-        self._devices: list[int] = []
         self._log = log
         self._place = place or (lambda slot: ([], plan.host))
         self._codes: dict[int, int] = {}
@@ -149,7 +168,6 @@ class Launcher:
 
     def _spawn(self, device: int, *, founds: bool = False, standby: bool = False) -> int:
         slot = len(self.processes)
-        self._devices.append(device)
         prefix, host = self._place(slot)
         plan = dataclasses.replace(
             self._plan,
@@ -159,12 +177,14 @@ class Launcher:
             host=host,
             local_rank=device,
         )
+        self._plans.append(plan)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, VARIABLE: json.dumps(dataclasses.asdict(plan))}
         self.processes[slot] = subprocess.Popen(
             [*prefix, sys.executable, "-m", "foldfeed.trainer", *self._arguments],
             env=environment,
             stdout=self._log,
             stderr=self._log,
+            pass_fds=[self._plan.begun],
         )
         return slot
 
@@ -193,12 +213,15 @@ class Launcher:
             code = process.poll()
             if code is not None and slot not in self._codes:
                 self._codes[slot] = code
+                if code > 0 and self._plans[slot].begins and not os.fstat(self._begun.fileno()).st_size:
+                    click.echo(NOT_BEGUN, err=True)
+                    return code
                 if slot in self._standby:
                     self._standby.remove(slot)
                 elif code < 0 and self.respawns > 0:
                     click.echo(f"rank in slot {slot} died of {signal.Signals(-code).name}", err=True)
                     self.respawns -= 1
-                    self._missing.append(self._devices[slot])
+                    self._missing.append(self._plans[slot].local_rank)
         running = [slot for slot in self.processes if slot not in self._codes and slot not in self._standby]
         if 0 in self._codes.values():
             return self._wind_down(running)
@@ -238,6 +261,7 @@ class Launcher:
             if process.poll() is None:
                 process.kill()
             process.wait()
+        self._begun.close()
 
 
 def run_ranks(launcher: Launcher) -> int:

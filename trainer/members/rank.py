@@ -230,7 +230,7 @@ class ElasticRank(Process):
         self.ledger.follow()
         # If it begins the run again, then as a replacement does, not as one of the first ranks.
         self._begins = False
-        self.plan = dataclasses.replace(self.plan, founds=False, refounds=True)
+        self.plan = dataclasses.replace(self.plan, founds=False, refounds=True, launch="")
         return self._join()
 
     def _part(self) -> None:
@@ -247,9 +247,12 @@ class ElasticRank(Process):
         self.metrics.active = True
         self.header["run_id"] = self.claim()
         self._begins = True
-        session = new_session(self.output)
+        # Ranks of the launcher that began the run may still be on their way.
+        session = new_session(self.output, self.plan.launch or read_session(self.output).launch)
         (membership := self._membership(session)).found()
         publish(self.output, session)
+        if self.plan.begun >= 0:
+            os.write(self.plan.begun, b".")
         ranks, wait_s = self.plan.ranks, self.plan.wait_s if self.plan.is_start else REFOUND_WAIT_S
         if (came := membership.gather(ranks, wait_s)) < ranks:
             self.metrics.say(f"{came} of {ranks} ranks came within {wait_s:g} s; the others may join later")
@@ -284,7 +287,7 @@ class ElasticRank(Process):
         while True:
             self.run_there()
             session = read_session(self.output)
-            if session.name not in ("", tried):
+            if session.name not in ("", tried) and self.plan.launch in ("", session.launch):
                 tried = session.name
                 membership = self._membership(session)
                 try:
