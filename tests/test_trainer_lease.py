@@ -273,7 +273,7 @@ def test_residues_per_second_count_residues_that_exist(tmp_path: Path, small_sto
 def test_the_ranks_of_an_elastic_run_hold_one_lease_after_another(tmp_path: Path) -> None:
     first, second, other = (lease_of(tmp_path, [], lease_s=0.6) for _ in range(3))
     first.take()
-    second.share(first.token)
+    second.token = first.token
     first.let_go()
     second.hold()
     second.require()
@@ -286,7 +286,7 @@ def test_the_ranks_of_an_elastic_run_hold_one_lease_after_another(tmp_path: Path
     while json.loads((tmp_path / LEASE_FILE).read_text())["pid"] != os.getpid():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    other.share("of another run")
+    other.token = "of another run"
     with pytest.raises(LeaseLostError):
         other.hold()
     second.release()

@@ -34,6 +34,7 @@ import click
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.options import options_of
+from foldfeed.trainer.processes import stat_of
 
 VARIABLE = "FOLDFEED_ELASTIC"
 POLL_S = 0.05
@@ -152,11 +153,11 @@ class Launcher:
         self._spares = spares
         self._standby: list[int] = []
         self._plans: list[Plan] = []
+        self._codes: dict[int, int] = {}
         # Devices of dead ranks that are to be replaced, and of ranks to be added.
         self._missing: list[int] = []
         self._log = log
         self._place = place or (lambda slot: ([], plan.host))
-        self._codes: dict[int, int] = {}
         self._deadline: float | None = None
 
     def start(self) -> None:
@@ -195,7 +196,8 @@ class Launcher:
 
     def _fill(self) -> None:
         while self._missing:
-            ready = [slot for slot in self._standby if _is_stopped(self.processes[slot].pid)]
+            # Stopped by a signal, which is their own.
+            ready = [slot for slot in self._standby if stat_of(self.processes[slot].pid)[:1] == ["T"]]
             if not ready and self._standby:
                 return
             device = self._missing.pop(0)
@@ -242,8 +244,9 @@ class Launcher:
 
     def _begin_again(self) -> int | None:
         """All ranks are gone: if they were killed, and may be replaced, the last snapshot goes on."""
-        if any(code > 0 for code in self._codes.values()) or not self._missing or not self._plan.founds:
-            return max(1, *self._codes.values())
+        codes = self._codes.values()
+        if max(codes) > 0 or not self._missing or not self._plan.founds:
+            return max(1, *codes)
         click.echo("all ranks are gone; the run goes on from its last snapshot", err=True)
         self._spawn(self._missing.pop(0), founds=True)
         return None
@@ -303,15 +306,6 @@ def become_rank(plan: Plan, arguments: Sequence[str]) -> NoReturn:
     os.environ[VARIABLE] = json.dumps(dataclasses.asdict(plan))
     # The same process, so that torchrun's signals and exit codes are the rank's.
     os.execv(sys.executable, [sys.executable, "-m", "foldfeed.trainer", *arguments])
-
-
-def _is_stopped(pid: int) -> bool:
-    """Returns whether a process of ours is stopped by a signal (proc(5): the state follows the name)."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            return file.read().rpartition(")")[2].split()[0] == "T"
-    except OSError:
-        return False
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -28,6 +28,7 @@ import click
 
 from foldfeed.trainer.errors import TrainerError
 from foldfeed.trainer.exit_code import exit_code
+from foldfeed.trainer.processes import START_TICKS, stat_of
 
 GOODPUT_FILE = "goodput.jsonl"
 
@@ -177,13 +178,11 @@ def _sum_up(entries: Sequence[Mapping[str, Any]]) -> Account:
 
 def process_start() -> float:
     """Returns when this process started, in seconds of the time of day; now, where /proc does not say."""
-    stat, uptime = Path("/proc/self/stat"), Path("/proc/uptime")
-    if not stat.exists() or not uptime.exists():
+    uptime = Path("/proc/uptime")
+    if not uptime.exists():
         return time.time()
-    # The name may hold spaces and brackets; the fields after it do not (proc(5): starttime is the 22nd).
-    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
-    age_s = float(uptime.read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - age_s
+    started_s = int(stat_of("self")[START_TICKS]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - float(uptime.read_text().split()[0]) + started_s
 
 
 class Ledger:

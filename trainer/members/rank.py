@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import signal
 import time
@@ -291,7 +290,7 @@ class ElasticRank(Process):
                 tried = session.name
                 membership = self._membership(session)
                 try:
-                    return membership.join(self.plan.wait_s, functools.partial(self._superseded, tried))
+                    return membership.join(self.plan.wait_s)
                 except ExcludedError:
                     membership.leave("nobody is there")
                     self.membership = None
@@ -309,9 +308,6 @@ class ElasticRank(Process):
                 )
             time.sleep(0.1)
 
-    def _superseded(self, session: str) -> bool:
-        return read_session(self.output).name != session
-
     def _membership(self, session: Session) -> Membership:
         shards = self.config.data.num_shards
         limits = Limits(
@@ -319,7 +315,7 @@ class ElasticRank(Process):
             timeout_s=self.config.timeout_s,
             max_members=min(self.plan.max_ranks or shards, shards),
         )
-        self.membership = Membership.of_session(self.output, session, self.plan.host, self._place, limits)
+        self.membership = Membership(self.output, session, self.plan.host, self._place, limits)
         return self.membership
 
     def _meet(self, view: View) -> Ranks:
@@ -346,7 +342,7 @@ class ElasticRank(Process):
         self.trainer.saved = donor["small"]["saved"] if view.generation == 1 else -1
         self._phases["transfer_s"] = time.monotonic() - started - self._phases["form_s"]
         self.ledger.mark(Part.TRANSFER)
-        self.lease.share(donor["lease"])
+        self.lease.token = donor["lease"]
         if ranks.is_first:
             self.lease.hold()
             self.metrics.lead(self.trainer.step, (donor["last"][0], donor["last"][1]))

@@ -26,6 +26,7 @@ from typing import Any
 from foldfeed.feature_store.errors import StorageFullError
 from foldfeed.feature_store.storage import LocalBlobs
 from foldfeed.trainer.errors import LeaseHeldError, LeaseLostError
+from foldfeed.trainer.processes import START_TICKS, STATE, boot_id, stat_of
 
 LEASE_FILE = "run.lease"
 # A holder may miss this many touches before it counts as dead.
@@ -38,6 +39,7 @@ class Lease:
     Attributes:
       path: of the file.
       lease_s: seconds without a touch after which a lease is stale.
+      token: of the lease, "" before there is one; the ranks of an elastic run have one together.
     """
 
     def __init__(self, folder: Path, lease_s: float, say: Callable[[str], None]) -> None:
@@ -51,7 +53,7 @@ class Lease:
         self.path = folder / LEASE_FILE
         self.lease_s = lease_s
         self._say = say
-        self._token = ""
+        self.token = ""
         self._ended = threading.Event()
         self._beat: threading.Thread | None = None
 
@@ -67,7 +69,7 @@ class Lease:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + 2 * self.lease_s
         # Of a run that went on without this process and that nobody is left of.
-        own = {"token": self._token, **identity()}
+        own = {"token": self.token, **identity()}
         while not self._create():
             holder = self._read()
             if holder is None:
@@ -76,13 +78,8 @@ class Lease:
             gone = is_gone(holder) or holder == own
             if not gone and age_s < self.lease_s:
                 if not wait or is_here(holder) or time.monotonic() > deadline:
-                    raise LeaseHeldError(
-                        str(self.path),
-                        str(holder.get("host")),
-                        int(holder.get("pid", 0)),
-                        age_s,
-                        self.lease_s,
-                    )
+                    host, pid = str(holder.get("host")), int(holder.get("pid", 0))
+                    raise LeaseHeldError(str(self.path), host, pid, age_s, self.lease_s)
                 time.sleep(self.lease_s / BEATS_PER_LEASE)
                 continue
             if self._remove_stale(str(holder.get("token", "unknown"))):
@@ -91,15 +88,6 @@ class Lease:
                 if holder != own:
                     self._say(f"took over the lease of {who}: {why}")
         self._start_to_beat()
-
-    @property
-    def token(self) -> str:
-        """Of the lease; the ranks of an elastic run have one together."""
-        return self._token
-
-    def share(self, token: str) -> None:
-        """Takes part in a lease that another rank of this run took."""
-        self._token = token
 
     def hold(self) -> None:
         """Keeps the shared lease fresh from now on; whoever is first does.
@@ -110,7 +98,7 @@ class Lease:
         if self._beat is not None:
             return
         holder = self._read()
-        if holder and holder.get("token") != self._token:
+        if holder and holder.get("token") != self.token:
             raise LeaseLostError(str(self.path), str(holder.get("host")))
         self._sign()
         self._start_to_beat()
@@ -128,7 +116,7 @@ class Lease:
         self._beat.start()
 
     def _sign(self) -> None:
-        LocalBlobs(self.path.parent).write_atomic(LEASE_FILE, _signed(self._token))
+        LocalBlobs(self.path.parent).write_atomic(LEASE_FILE, _signed(self.token))
 
     def _remove_stale(self, token: str) -> bool:
         """Removes a stale lease; returns whether it was this process that did.
@@ -161,7 +149,7 @@ class Lease:
           LeaseLostError: it is gone, or another run has taken it over.
         """
         holder = self._read()
-        if holder is None or holder.get("token") != self._token:
+        if holder is None or holder.get("token") != self.token:
             raise LeaseLostError(str(self.path), str((holder or {}).get("host", "nobody")))
 
     def release(self) -> None:
@@ -170,7 +158,7 @@ class Lease:
             return
         self.let_go()
         holder = self._read()
-        if holder is not None and holder.get("token") == self._token:
+        if holder is not None and holder.get("token") == self.token:
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
@@ -182,7 +170,7 @@ class Lease:
                 os.fsync(file.fileno())
         except FileExistsError:
             return False
-        self._token = token
+        self.token = token
         return True
 
     def _read(self) -> dict[str, Any] | None:
@@ -220,9 +208,9 @@ class Lease:
             # says nothing, and a lease that was lost is found by `require`.
             with contextlib.suppress(OSError, StorageFullError):
                 holder = self._read()
-                if holder is not None and holder.get("token") not in (None, self._token):
+                if holder is not None and holder.get("token") not in (None, self.token):
                     return
-                if holder and not was_stopped and holder != {"token": self._token, **identity()}:
+                if holder and not was_stopped and holder != {"token": self.token, **identity()}:
                     self._sign()  # over that of a former first rank of this run, which woke up late
                 # The path is set to the file system's own time, not to this machine's.
                 os.utime(self.path)
@@ -253,19 +241,13 @@ def is_gone(holder: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
     space = Path("/proc/self/ns/pid")
-    if not boot.exists() or not space.exists():
+    if not boot_id() or not space.exists():
         return f"unknown {secrets.token_hex(8)}"
-    return f"{boot.read_text().strip()} {space.stat().st_ino}"
+    return f"{boot_id()} {space.stat().st_ino}"
 
 
 def _start_of(pid: int) -> str:
     """Returns when a process started, in ticks since the boot; "" when there is none (or it is a zombie)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    # The name may hold spaces and brackets; the fields after it do not (proc(5): state is 3, starttime 22).
-    fields = text.rpartition(")")[2].split()
-    return "" if fields[0] in "ZX" else fields[19]
+    fields = stat_of(pid)
+    return fields[START_TICKS] if fields and fields[STATE] not in "ZX" else ""

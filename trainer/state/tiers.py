@@ -6,9 +6,9 @@
 
 Nothing changes the state between two updates, so it is summed up and copied by a thread while the next step
 computes (`Saver.begin_snapshot`); the comparison is made at that step's commit point. The training loop pays
-for it, and for what the thread then still has to do. Each tier has its own copy and its own thread that writes, so a
-slow disk never holds the memory tier up; a tier that is still writing when its next snapshot is due makes the
-loop wait. The memory tier survives the death of processes, not that of the machine; two
+for it, and for what the thread then still has to do. Each tier has its own copy and its own thread that
+writes, so a slow disk never holds the memory tier up; a tier that is still writing when its next snapshot is
+due makes the loop wait. The memory tier survives the death of processes, not that of the machine; two
 generations lie there, and the older one's files are written over, so one is whole at any moment. All ranks
 hold the same state, so every machine writes a whole copy without any traffic, and after the loss of a machine
 (or damage in its memory) its successor gets the generation from the memory of another one (resume.py).
@@ -36,6 +36,7 @@ from foldfeed.feature_store.errors import StorageFullError
 from foldfeed.trainer.config import SnapshotConfig
 from foldfeed.trainer.errors import SnapshotError
 from foldfeed.trainer.groups.ranks import Ranks
+from foldfeed.trainer.processes import boot_id
 from foldfeed.trainer.state.interval import Interval
 from foldfeed.trainer.state.mirror import Mirror
 from foldfeed.trainer.state.snapshot import SnapshotFolder, replica_digest, sum_and_copy
@@ -112,11 +113,10 @@ def prepare_memory(folder: SnapshotFolder | None, ranks: Ranks) -> bool:
     reason, place = "", ""
     root = folder.path.parent
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id")
         folder.path.mkdir(mode=0o700, exist_ok=True)
         found = folder.path.stat()
         # Tells machines, and mounts of one machine, apart.
-        place = f"{boot.read_text().strip() if boot.exists() else ''} {found.st_dev} {found.st_ino}"
+        place = f"{boot_id()} {found.st_dev} {found.st_ino}"
         if found.st_uid != os.geteuid():
             reason = f"{folder.path} belongs to another user"
     except OSError as error:
