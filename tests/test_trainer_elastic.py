@@ -128,6 +128,18 @@ def test_a_writer_that_was_stopped_publishes_nothing_and_comes_back(
     assert len(lost) == 1
 
 
+def test_a_first_rank_that_was_stopped_in_the_first_meeting_takes_no_file_back(
+    nursery: Nursery, undisturbed: str
+) -> None:
+    """It wakes up before it took metrics and ledger, which are another one's by then."""
+    faults = [fault(0, -1, "transferred", "STOP")]
+    found = nursery.run(ranks=3, steps=STEPS, pause_s=0.3, silent_s=1.0, faults=faults)
+    members = check(found, undisturbed, [0, 0, 0])
+    assert members[2] == members[1][1:]
+    assert members[-1] == [*members[1][1:], 0]
+    assert {line["step"] for line in found["ledger"] if line["event"] == "step"} == set(range(1, STEPS + 1))
+
+
 def test_a_writer_that_was_left_out_begins_again_when_the_others_are_gone(
     nursery: Nursery, undisturbed: str
 ) -> None:

@@ -164,7 +164,7 @@ class ElasticRank(Process):
             step = self.trainer.step
             try:
                 return self.work(self._meet(view))
-            except (CommunicationError, RanksChangeError, ReplicaMismatchError) as error:
+            except (CommunicationError, ExcludedError, RanksChangeError, ReplicaMismatchError) as error:
                 if isinstance(error, ReplicaMismatchError):
                     self._distrust(error)
                 self._fruitless = 0 if self.trainer.step > step else self._fruitless + 1
@@ -273,9 +273,6 @@ class ElasticRank(Process):
         self.restore(begun=begun)
         self.ledger.mark(Part.RESTORE)
         self._has_state = True
-        if self._begins:
-            self.ledger.start(self.trainer.step, ranks.world)
-        self._begins = False
 
     def _join(self) -> View | None:
         """Joins the session that lives in the folder, or begins the run again when all its ranks are gone.
@@ -344,6 +341,8 @@ class ElasticRank(Process):
         self.ledger.mark(Part.TRANSFER)
         self.lease.token = donor["lease"]
         if ranks.is_first:
+            # One that was stopped in this meeting may be left out by now, and its files another one's.
+            self.membership.require_current()
             self.lease.hold()
             self.metrics.lead(self.trainer.step, (donor["last"][0], donor["last"][1]))
         else:
@@ -414,6 +413,9 @@ class ElasticRank(Process):
         """Tells ledger and person who trains now, and what the change cost."""
         budget = {name: round(seconds, 4) for name, seconds in self._phases.items()}
         self.ledger.mark(Part.REFORM)
+        if self._begins:
+            self.ledger.start(self.trainer.step, ranks.world)
+        self._begins = False
         now = {"step": self.trainer.step, "world": ranks.world, "generation": view.generation}
         self.ledger.regroup(ranks.is_first, **now, **budget, **shards)
         costs = "  ".join(f"{name.removesuffix('_s')} {seconds:.3f} s" for name, seconds in budget.items())
