@@ -12,7 +12,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from concurrent.futures import wait
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from foldfeed.trainer.config import SnapshotConfig
 from foldfeed.trainer.groups.ranks import Ranks
 from foldfeed.trainer.state.interval import Interval
 from foldfeed.trainer.state.snapshot import BUFFERS, SnapshotFolder, read_generation
-from foldfeed.trainer.state.tiers import Capture, Saver, memory_folder
+from foldfeed.trainer.state.tiers import Saver, memory_folder
 
 
 def measure(parameters: int, rounds: int, step_s: float, disk: Path, memory: str) -> dict[str, float]:
@@ -45,15 +44,16 @@ def measure(parameters: int, rounds: int, step_s: float, disk: Path, memory: str
         for step in range(1, rounds + 3):
             for name, memory_too in (("memory", True), ("disk", False)):
                 started, cpu = time.perf_counter(), time.process_time()
-                sums = saver.stage(lambda: buffers, memory=memory_too, disk=not memory_too)
+                saver.begin_snapshot(
+                    {"step": step}, lambda: buffers, 0.0, memory=memory_too, disk=not memory_too
+                )
                 stall_s = timed(f"begin_{name}_s", started)
-                wait([sums], step_s)
+                saver.is_staged(step_s)
                 timed(f"stage_{name}_s", started)
                 # The step sleeps: cores are free, as where GPUs compute.
                 time.sleep(max(0.0, step_s - (time.perf_counter() - started)))
                 started = time.perf_counter()
-                found = Capture(manifest={"step": step}, buffers=None, checksums=sums.result())
-                saver.save(found, memory=memory_too, disk=not memory_too)
+                saver.end_snapshot()
                 stall_s += timed(f"end_{name}_s", started)
                 seconds.setdefault(f"stall_{name}_s", []).append(stall_s)
                 started = time.perf_counter()

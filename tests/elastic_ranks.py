@@ -109,6 +109,7 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
         rank is started), ``max_ranks``, ``limit_s``, ``config`` (changes of `tiny_config`), ``pause_s``;
         ``places``, of each process: its network namespace, address and port of the bridge (network.py);
         ``shard_s``, that each virtual shard sleeps; ``forgets``, whether ranks keep nothing of a broken step;
+        ``launches``, of each process a letter for its launcher;
         ``torchrun``, whether ranks are as torchrun starts them;
         ``nodes``, of each process, whose snapshots in memory are theirs alone; ``hosts``, a letter for that
         of each process; ``folder`` of an earlier run to go on with, ``lost`` nodes of it.
@@ -288,6 +289,7 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
     plan = Plan(
         founds=founds,
         refounds=number >= scenario["ranks"],
+        launch=scenario.get("launches", "a" * 16)[number],
         torchrun=torchrun,
         ranks=scenario["ranks"],
         max_ranks=scenario.get("max_ranks", 0),

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 from elastic_ranks import Nursery, ledger_error
+from test_trainer_cli import TINY
 
+from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer import cli, elastic
 from foldfeed.trainer.elastic import Plan
 from foldfeed.trainer.errors import TrainerConfigError
@@ -126,6 +128,30 @@ def test_a_writer_that_was_stopped_publishes_nothing_and_comes_back(
     assert len(lost) == 1
 
 
+def test_a_first_rank_that_was_stopped_in_the_first_meeting_takes_no_file_back(
+    nursery: Nursery, undisturbed: str
+) -> None:
+    """It wakes up before it took metrics and ledger, which are another one's by then."""
+    faults = [fault(0, -1, "transferred", "STOP")]
+    found = nursery.run(ranks=3, steps=STEPS, pause_s=0.3, silent_s=1.0, faults=faults)
+    members = check(found, undisturbed, [0, 0, 0])
+    assert members[2] == members[1][1:]
+    assert members[-1] == [*members[1][1:], 0]
+    assert {line["step"] for line in found["ledger"] if line["event"] == "step"} == set(range(1, STEPS + 1))
+
+
+def test_a_writer_that_was_left_out_begins_again_when_the_others_are_gone(
+    nursery: Nursery, undisturbed: str
+) -> None:
+    """It waits for none of the first ranks, nor for a lease of its own, and its ledger has no hole."""
+    faults = [fault(0, 4, "forward", "STOP"), fault(1, 5, "forward", generation=2)]
+    found = nursery.run(ranks=2, steps=STEPS, pause_s=0.3, silent_s=1.0, faults=faults)
+    members = check(found, undisturbed, [0, -9])
+    assert members[-1] == [0]
+    assert [line["event"] for line in found["ledger"]].count("start") == 2
+    assert "1 of 2 ranks came within 5 s" in found["said"]
+
+
 def test_a_rank_whose_link_is_cut_is_left_out_and_comes_back(nursery: Nursery, undisturbed: str) -> None:
     """Every rank is a machine of its own; no connection of the one that is cut off closes."""
     try:
@@ -228,6 +254,43 @@ def test_ranks_join_as_there_are_shards_for_them(nursery: Nursery, undisturbed: 
     assert len(members[-1]) == 4
     # The fifth one waited as a spare, and learnt that it was not needed.
     assert len({number for view in members for number in view}) == 4
+
+
+def test_ranks_of_another_launcher_do_not_join(nursery: Nursery, undisturbed: str) -> None:
+    """Nor do they begin a run of their own while that one lives."""
+    found = nursery.run(ranks=2, steps=STEPS, joins=[2, 2], launches="aaab", wait_s=4.0, pause_s=0.5)
+    members = check(found, undisturbed, [0, 0, 0, 1])
+    assert {number for view in members for number in view} == {0, 1, 2}
+    assert "process 3 ends with TrainerError: no run lives in" in found["said"]
+
+
+def test_a_second_launcher_in_a_live_folder_is_refused_as_a_whole(
+    tmp_path: Path, small_store: FeatureStore
+) -> None:
+    """Its first rank says why; the others, which would wait for long, are ended at once."""
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "foldfeed.trainer.elastic", "--ranks", "2", "--wait-s", "200", "--"]
+    command += ["--store", small_store.url, "--output", str(output), *TINY, "--no-tensorboard"]
+    with subprocess.Popen([*command, "--steps", "100000"], stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout is not None
+            for line in first.stdout:
+                if line.startswith("step:"):
+                    break
+            second = subprocess.run(
+                [*command, "--steps", "3"], capture_output=True, text=True, check=False, timeout=150
+            )
+            first.send_signal(signal.SIGTERM)
+            said = first.stdout.read()
+        finally:
+            first.terminate()
+    assert first.returncode == 0, said
+    assert second.returncode == 1
+    assert "a run lives in this --output" in second.stderr
+    assert "the run did not begin, because its first rank failed" in second.stderr
+    generations = [json.loads(path.read_text()) for path in output.glob("elastic/*/generation-*.json")]
+    assert max(len(view["members"]) for view in generations) == 2
+    assert len({member["uid"] for view in generations for member in view["members"]}) == 2
 
 
 def test_under_torchrun_whoever_comes_first_begins_and_who_is_asked_to_stop_leaves(

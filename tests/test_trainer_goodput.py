@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from elastic_ranks import ledger_error
 from hypothesis import given
 from hypothesis import strategies as st
 from test_trainer_cli import TINY
@@ -208,6 +210,66 @@ def test_the_ledger_changes_hands_while_the_run_goes_on(tmp_path: Path) -> None:
     assert [entry.get("step") for entry in lines_of(tmp_path / GOODPUT_FILE)] == [0, 1, 2, 2, 3, None]
     assert "1 changes of ranks" in found.lines()[0]
     one._file.close()
+
+
+@given(
+    ops=st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.sampled_from(["mark", "move", "step", "step", "lead", "lead", "begin", "left out"]),
+            st.floats(0, 9),
+        ),
+        max_size=40,
+    ),
+    ahead_s=st.tuples(*[st.sampled_from([0.0, -0.3, 7.0])] * 3),
+)
+def test_parts_sum_to_the_wall_time_whoever_writes_and_whatever_its_clock_says(
+    ops: list[tuple[int, str, float]], ahead_s: tuple[float, ...]
+) -> None:
+    """Three ranks that lead by turns, begin the run again, or wake up late and write on."""
+    seconds = [100.0]
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(time, "monotonic", lambda: seconds[0])
+        ledgers = []
+        for offset in ahead_s:
+            patch.setattr(time, "time", lambda offset=offset: seconds[0] + 1e6 + offset)
+            ledgers.append(Ledger(Path(folder), active=not ledgers))
+            seconds[0] += 1.0
+        try:
+            follow_many_hands(ledgers, ops, seconds)
+        finally:
+            for ledger in ledgers:
+                ledger.follow()
+
+
+def follow_many_hands(ledgers: list[Ledger], ops: list[tuple[int, str, float]], seconds: list[float]) -> None:
+    ledgers[0].mark(Part.STARTUP)
+    ledgers[0].start(step=0, world=3)
+    for rank, what, elapsed in [*ops, (1, "lead", 0.0)]:
+        seconds[0] += elapsed
+        ledger = ledgers[rank]
+        if what == "mark":
+            ledger.mark(Part.DATA)
+        elif what == "move":
+            ledger.move(Part.DATA, Part.SAVE, elapsed / 2)
+        elif what == "left out":
+            ledger.follow()
+        else:
+            ledger.mark(Part.PRODUCTIVE)
+            if what == "step":
+                ledger.step(1)
+            elif what == "begin":
+                ledger.start(step=0, world=3)
+            else:
+                # Who was first before may be stopped and know nothing of it.
+                ledger.regroup(True, step=1, world=1, generation=2)
+            lines = lines_of(ledger.path)
+            assert ledger_error(lines) * account(ledger.path).wall_s < 1e-3
+            times = [time for line in lines for time in (line.get("began", line["time"]), line["time"])]
+            assert times == sorted(times)
+    found = ledgers[1].end("finished")
+    assert found is not None
+    assert sum(found.parts.values()) == pytest.approx(found.wall_s, abs=1e-3)
 
 
 def test_metrics_change_hands_and_hold_every_step_once(tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_residues_per_second_count_residues_that_exist(tmp_path: Path, small_sto
 def test_the_ranks_of_an_elastic_run_hold_one_lease_after_another(tmp_path: Path) -> None:
     first, second, other = (lease_of(tmp_path, [], lease_s=0.6) for _ in range(3))
     first.take()
-    second.share(first.token)
+    second.token = first.token
     first.let_go()
     second.hold()
     second.require()
@@ -286,8 +286,28 @@ def test_the_ranks_of_an_elastic_run_hold_one_lease_after_another(tmp_path: Path
     while json.loads((tmp_path / LEASE_FILE).read_text())["pid"] != os.getpid():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    other.share("of another run")
+    other.token = "of another run"
     with pytest.raises(LeaseLostError):
         other.hold()
     second.release()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_was_left_out_may_begin_the_run_again_when_nobody_is_left(tmp_path: Path) -> None:
+    """It let the lease go that it had signed; a second run in the same process is another matter."""
+    said: list[str] = []
+    first = lease_of(tmp_path, said)
+    first.take()
+    former = first.token
+    first.let_go()
+    with pytest.raises(LeaseHeldError):
+        lease_of(tmp_path, said).take()
+    write_lease(tmp_path, token=former, host="far", machine="another")
+    with pytest.raises(LeaseHeldError):
+        first.take()
+    write_lease(tmp_path, token=former)
+    first.take()
+    assert first.token != former
+    first.require()
+    first.release()
+    assert said == []

@@ -136,6 +136,6 @@ def test_what_waits_is_replaced_by_newer_and_survives_its_removal(
         mirror.offer(generations / f"step-0000000{step}")
         shutil.rmtree(generations / f"step-0000000{step}")
     go_on.set()
-    mirror.close()
+    mirror.is_idle()
     assert names(str(copies)) == ["run.json", "step-00000004", "step-00000008"]
     assert read_generation(copies / "step-00000008").step == 4

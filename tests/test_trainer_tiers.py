@@ -29,8 +29,8 @@ from foldfeed.trainer.models.model import CompactEvoformer
 from foldfeed.trainer.state.interval import Interval, young_daly_s
 from foldfeed.trainer.state.mirror import Mirror
 from foldfeed.trainer.state.resume import newest_valid
-from foldfeed.trainer.state.snapshot import BUFFERS, SnapshotFolder, checksum, read_generation
-from foldfeed.trainer.state.tiers import Capture, Saver, memory_folder
+from foldfeed.trainer.state.snapshot import BUFFERS, SnapshotFolder, read_generation
+from foldfeed.trainer.state.tiers import Saver, memory_folder
 
 RUN = "aa"
 
@@ -52,13 +52,12 @@ def in_memory(tmp_path: Path) -> SnapshotFolder:
     return folder
 
 
-def capture(step: int, numel: int = 1001) -> Capture:
-    buffers = {name: torch.full((numel,), float(step)) for name in BUFFERS}
-    return Capture(
-        manifest={"step": step, "run_id": RUN},
-        buffers=buffers,
-        checksums={name: checksum(buffer) for name, buffer in buffers.items()},
-    )
+def save(saver: Saver, step: int, numel: int = 1001, *, memory: bool, disk: bool) -> dict[str, torch.Tensor]:
+    """Returns the state, which may change again."""
+    state = {name: torch.full((numel,), float(step)) for name in BUFFERS}
+    saver.begin_snapshot({"step": step, "run_id": RUN}, lambda: state, 0.0, memory=memory, disk=disk)
+    saver.end_snapshot()
+    return state
 
 
 def test_memory_is_a_double_buffer_whose_pages_are_written_over(tmp_path: Path) -> None:
@@ -207,7 +206,7 @@ def test_disks_and_uploads_may_take_longer_than_a_collective_waits(
         mirror = Mirror(str(tmp_path / "copies"), 9, lambda line: None)
         saver = Saver(disk, None, ranks, SnapshotConfig(memory="none"), mirror=mirror)
         for step in (1, 2):
-            saver.save(capture(step), memory=False, disk=True)
+            save(saver, step, memory=False, disk=True)
         saver.finish()
         return str(ranks.first_does(lambda: time.sleep(2.0) or "done", "a fetch", lasts=True))
 
@@ -220,9 +219,8 @@ def test_the_loop_may_change_the_state_while_it_is_written(tmp_path: Path) -> No
     saver = Saver(disk, memory, ALONE, SnapshotConfig(memory=str(tmp_path / "shm")))
     saver.begin(0)
     for step in range(1, 6):
-        state = capture(step, numel=300_000)
-        saver.save(state, memory=True, disk=step % 2 == 0)
-        for buffer in state.buffers.values():
+        state = save(saver, step, 300_000, memory=True, disk=step % 2 == 0)
+        for buffer in state.values():
             buffer.fill_(math.nan)
     saver.close()
     assert memory.steps() == [4, 5]
@@ -254,7 +252,7 @@ def test_memory_that_cannot_be_used_costs_only_speed_and_one_line(
         saver = Saver(disk, memory_folder(str(root), RUN), ALONE, config)
         saver.begin(0)
         for step in range(1, 5):
-            saver.save(capture(step, numel=30_000), memory=True, disk=step == 3)
+            save(saver, step, 30_000, memory=True, disk=step == 3)
         saver.finish()
         assert disk.steps() == [3]
         said = capsys.readouterr().out.splitlines()
@@ -274,8 +272,8 @@ def test_a_disk_that_fails_in_the_background_is_seen_and_raised(tmp_path: Path) 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        saver.save(capture(1), memory=False, disk=True)
-        saver._disk.close()
+        save(saver, 1, memory=False, disk=True)
+        saver._disk.is_idle()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert saver.failed
@@ -300,7 +298,7 @@ def test_a_chosen_interval_follows_the_cost_and_a_fixed_one_the_step_number() ->
     cheap = Interval(-1)
     cheap.begin(10)
     assert [step for step in range(11, 14) if cheap.is_due(step)] == [12, 13]
-    cheap.taken(12)
+    cheap.begin(12)
     cheap.learn(cost_s=0.1, step_s=0.5)
     assert cheap.steps == 200, "0.1 % of the time"
     busy = Interval(-1)

@@ -20,9 +20,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import IO, Any, NoReturn
@@ -32,11 +34,16 @@ import click
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.options import options_of
+from foldfeed.trainer.processes import stat_of
 
 VARIABLE = "FOLDFEED_ELASTIC"
 POLL_S = 0.05
 # For ranks that are not needed any more, after the run finished.
 LEAVE_S = 30.0
+NOT_BEGUN = (
+    "the run did not begin, because its first rank failed (its error is above); the others that were to join "
+    "it are ended. Ranks are added to a run that lives in --output with --join"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +54,9 @@ class Plan:
       founds: it begins the run; the others join it.
       refounds: it replaces a dead rank; when all are gone that it would join, it begins the run again, from
         its last snapshot.
+      launch: of the launcher that begins the run: its ranks join a run that one of them began, no other. "":
+        any.
+      begun: descriptor of a file that a rank which begins the run writes to, for its launcher; -1 for none.
       standby: it builds everything, then stops itself (SIGSTOP) until it is needed.
       ranks: to wait for at the beginning.
       max_ranks: ranks that train at once; more wait as spares. 0: all shards.
@@ -60,6 +70,8 @@ class Plan:
 
     founds: bool = True
     refounds: bool = False
+    launch: str = ""
+    begun: int = -1
     standby: bool = False
     ranks: int
     max_ranks: int = 0
@@ -73,6 +85,11 @@ class Plan:
     def may_found(self) -> bool:
         """Whether it begins the run where there is none, or none of its ranks is left."""
         return self.refounds or self.torchrun
+
+    @property
+    def begins(self) -> bool:
+        """Whether the others wait for it where there is no run."""
+        return self.founds or self.refounds
 
     @property
     def is_start(self) -> bool:
@@ -127,17 +144,20 @@ class Launcher:
         """
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.respawns = respawns
-        self._plan = plan
+        # Empty until one of these ranks has begun the run.
+        self._begun = tempfile.TemporaryFile()  # noqa: SIM115 - `kill` closes it
+        launch = secrets.token_hex(8) if plan.founds else ""
+        self._plan = dataclasses.replace(plan, launch=launch, begun=self._begun.fileno())
         self._arguments = list(arguments)
         self._ranks = ranks
         self._spares = spares
         self._standby: list[int] = []
+        self._plans: list[Plan] = []
+        self._codes: dict[int, int] = {}
         # Devices of dead ranks that are to be replaced, and of ranks to be added.
         self._missing: list[int] = []
-        self._devices: list[int] = []
         self._log = log
         self._place = place or (lambda slot: ([], plan.host))
-        self._codes: dict[int, int] = {}
         self._deadline: float | None = None
 
     def start(self) -> None:
@@ -149,7 +169,6 @@ class Launcher:
 
     def _spawn(self, device: int, *, founds: bool = False, standby: bool = False) -> int:
         slot = len(self.processes)
-        self._devices.append(device)
         prefix, host = self._place(slot)
         plan = dataclasses.replace(
             self._plan,
@@ -159,12 +178,14 @@ class Launcher:
             host=host,
             local_rank=device,
         )
+        self._plans.append(plan)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, VARIABLE: json.dumps(dataclasses.asdict(plan))}
         self.processes[slot] = subprocess.Popen(
             [*prefix, sys.executable, "-m", "foldfeed.trainer", *self._arguments],
             env=environment,
             stdout=self._log,
             stderr=self._log,
+            pass_fds=[self._plan.begun],
         )
         return slot
 
@@ -175,7 +196,8 @@ class Launcher:
 
     def _fill(self) -> None:
         while self._missing:
-            ready = [slot for slot in self._standby if _is_stopped(self.processes[slot].pid)]
+            # Stopped by a signal, which is their own.
+            ready = [slot for slot in self._standby if stat_of(self.processes[slot].pid)[:1] == ["T"]]
             if not ready and self._standby:
                 return
             device = self._missing.pop(0)
@@ -193,12 +215,15 @@ class Launcher:
             code = process.poll()
             if code is not None and slot not in self._codes:
                 self._codes[slot] = code
+                if code > 0 and self._plans[slot].begins and not os.fstat(self._begun.fileno()).st_size:
+                    click.echo(NOT_BEGUN, err=True)
+                    return code
                 if slot in self._standby:
                     self._standby.remove(slot)
                 elif code < 0 and self.respawns > 0:
                     click.echo(f"rank in slot {slot} died of {signal.Signals(-code).name}", err=True)
                     self.respawns -= 1
-                    self._missing.append(self._devices[slot])
+                    self._missing.append(self._plans[slot].local_rank)
         running = [slot for slot in self.processes if slot not in self._codes and slot not in self._standby]
         if 0 in self._codes.values():
             return self._wind_down(running)
@@ -219,8 +244,9 @@ class Launcher:
 
     def _begin_again(self) -> int | None:
         """All ranks are gone: if they were killed, and may be replaced, the last snapshot goes on."""
-        if any(code > 0 for code in self._codes.values()) or not self._missing or not self._plan.founds:
-            return max(1, *self._codes.values())
+        codes = self._codes.values()
+        if max(codes) > 0 or not self._missing or not self._plan.founds:
+            return max(1, *codes)
         click.echo("all ranks are gone; the run goes on from its last snapshot", err=True)
         self._spawn(self._missing.pop(0), founds=True)
         return None
@@ -238,6 +264,7 @@ class Launcher:
             if process.poll() is None:
                 process.kill()
             process.wait()
+        self._begun.close()
 
 
 def run_ranks(launcher: Launcher) -> int:
@@ -279,15 +306,6 @@ def become_rank(plan: Plan, arguments: Sequence[str]) -> NoReturn:
     os.environ[VARIABLE] = json.dumps(dataclasses.asdict(plan))
     # The same process, so that torchrun's signals and exit codes are the rank's.
     os.execv(sys.executable, [sys.executable, "-m", "foldfeed.trainer", *arguments])
-
-
-def _is_stopped(pid: int) -> bool:
-    """Returns whether a process of ours is stopped by a signal (proc(5): the state follows the name)."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            return file.read().rpartition(")")[2].split()[0] == "T"
-    except OSError:
-        return False
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -22,12 +22,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
 from foldfeed.trainer.errors import TrainerError
 from foldfeed.trainer.exit_code import exit_code
+from foldfeed.trainer.processes import START_TICKS, stat_of
 
 GOODPUT_FILE = "goodput.jsonl"
 
@@ -177,22 +178,22 @@ def _sum_up(entries: Sequence[Mapping[str, Any]]) -> Account:
 
 def process_start() -> float:
     """Returns when this process started, in seconds of the time of day; now, where /proc does not say."""
-    stat, uptime = Path("/proc/self/stat"), Path("/proc/uptime")
-    if not stat.exists() or not uptime.exists():
+    uptime = Path("/proc/uptime")
+    if not uptime.exists():
         return time.time()
-    # The name may hold spaces and brackets; the fields after it do not (proc(5): starttime is the 22nd).
-    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
-    age_s = float(uptime.read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - age_s
+    started_s = int(stat_of("self")[START_TICKS]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - float(uptime.read_text().split()[0]) + started_s
 
 
 class Ledger:
     """Times one process; the first rank's also writes.
 
-    Between two calls of `mark` every second belongs to the second call's name.
+    Between two calls of `mark` every second belongs to the second call's name. Invariant: what is counted and
+    not written yet is the time from the last line (or the start of the process) to the last mark, and the
+    time of a line is never before that of the line above it, whichever process wrote that one.
 
     Attributes:
-      active: whether this rank writes.
+      active: whether this rank begins the run, and so writes at first.
     """
 
     def __init__(self, folder: Path, *, active: bool, began: float | None = None) -> None:
@@ -200,17 +201,17 @@ class Ledger:
 
         Args:
           folder: of the run.
-          active: whether this rank writes.
+          active: see the class.
           began: when the process started; now when None.
         """
         self.path = folder / GOODPUT_FILE
         self.active = active
         self._clock = time.time() - time.monotonic()
-        self._began = self._now() if began is None else began
-        self._marked = self._began
-        self._written = self._began
+        self._marked = self._now() if began is None else began
+        # Where the next line begins: when the last one was written, or would have been by the first rank.
+        self._written = self._marked
         self._parts: dict[str, float] = {}
-        self._file: Any = None
+        self._file: BinaryIO | None = None
 
     def _now(self) -> float:
         return self._clock + time.monotonic()
@@ -228,19 +229,16 @@ class Ledger:
         self._parts[target] = self._parts.get(target, 0.0) + seconds
 
     def start(self, step: int, world: int) -> None:
-        """Opens the ledger of the run, after its folder was claimed.
+        """Opens the ledger of the run, after its folder was claimed. First rank only.
 
         Args:
           step: completed steps that the snapshot gave.
           world: number of ranks.
         """
-        if not self.active:
-            self._parts = {}
-            return
-        raw = self.path.read_bytes() if self.path.exists() else b""
+        raw = self._read()
         _whole_lines(self.path, raw)
         self._open(raw)
-        self._write("start", began=self._began, step=step, world=world)
+        self._write("start", began=self._written, step=step, world=world)
 
     def regroup(self, first: bool, **values: Any) -> None:
         """Notes that the ranks of an elastic run changed, after the times for it were marked.
@@ -250,34 +248,46 @@ class Ledger:
             former one that wakes up writes into one without a name.
           values: of the line: step, world, generation, why, and the budget of the recovery.
         """
-        self.active = first
-        self._began = self._written
-        if not first and self._file is not None:
+        if not first:
+            self.follow()
+        elif self._file is None:
+            self._open(self._read())
+        self._write("regroup", began=self._written, **values)
+
+    def follow(self) -> None:
+        """Leaves the file to another rank; this one counts on."""
+        if self._file is not None:
             self._file.close()
             self._file = None
-        elif first and self._file is None:
-            self._open(self.path.read_bytes() if self.path.exists() else b"")
-        self._write("regroup", began=self._began, **values)
+
+    def _read(self) -> bytes:
+        return self.path.read_bytes() if self.path.exists() else b""
 
     def _open(self, raw: bytes) -> None:
-        """Opens a copy of the ledger without a torn last line, and takes what it has counted out of ours."""
+        """Opens a copy of the ledger without a torn last line, and goes on from its last one."""
+        self.follow()
         stop = raw.rfind(b"\n") + 1
         if stop:
             (last,) = _whole_lines(self.path, raw[raw.rfind(b"\n", 0, stop - 1) + 1 : stop])
-            # A process that runs twice, or a clock that was set back: no second counts twice.
-            excess = last["time"] - self._began
-            for name in list(self._parts):
-                if excess <= 0:
-                    break
-                taken = min(excess, self._parts[name])
-                self._parts[name] -= taken
-                self._began += taken
-                excess -= taken
+            self._begin_after(last["time"])
         temporary = self.path.with_suffix(".tmp")
         self._file = temporary.open("wb")
         self._file.write(raw[:stop])
         self._file.flush()
         temporary.replace(self.path)
+
+    def _begin_after(self, last: float) -> None:
+        """Takes what the ledger has counted up to ``last`` out of ours: no second counts twice."""
+        for name, seconds in self._parts.items():
+            taken = min(seconds, max(0.0, last - self._written))
+            self._parts[name] -= taken
+            self._written += taken
+        # All was taken and it was not enough: the clock of whoever wrote it is ahead of ours, or ours was
+        # set back. Ours follows it, since only differences matter.
+        if (behind := last - self._written) > 0:
+            self._clock += behind
+            self._marked += behind
+            self._written += behind
 
     def step(self, step: int) -> None:
         """Writes what went by up to the end of a step, ``step`` completed ones."""
@@ -294,8 +304,7 @@ class Ledger:
         # What a run that failed did last was to wait for somebody who was gone.
         self.mark(Part.RECOVERY if reason == "failed" else Part.OTHER)
         self._write("end", reason=reason)
-        self._file.close()
-        self._file = None
+        self.follow()
         return account(self.path)
 
     def _write(self, event: str, **values: Any) -> None:

@@ -28,7 +28,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from foldfeed.trainer.errors import TrainerError
 from foldfeed.trainer.groups.topology import by_place
@@ -102,24 +102,14 @@ class Report:
     sees: frozenset[str]
 
 
-class Register(Protocol):
-    """Decides generations: the first claim of a number wins."""
-
-    def latest(self) -> View | None:
-        """Returns the generation with the highest number; None before the first."""
-
-    def claim(self, view: View) -> bool:
-        """Makes this generation the one with its number; returns False if there is one."""
-
-
 class FolderRegister:
-    """A folder that all ranks see."""
+    """A folder that all ranks see. It decides generations: the first claim of a number wins."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def latest(self) -> View | None:
-        """See `Register`.
+        """Returns the generation with the highest number; None before the first.
 
         Raises:
           TrainerError: the folder cannot be read.
@@ -134,7 +124,7 @@ class FolderRegister:
             raise TrainerError(f"the generations in {self._folder} cannot be read: {error!r}") from error
 
     def claim(self, view: View) -> bool:
-        """See `Register`.
+        """Makes this generation the one with its number; returns False if there is one.
 
         Raises:
           TrainerError: the folder cannot be written.

@@ -14,15 +14,15 @@ import dataclasses
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from foldfeed.trainer.errors import CommunicationError, ExcludedError, TrainerError, WireError
 from foldfeed.trainer.groups.wire import MeshGroup, frame
-from foldfeed.trainer.members.agreement import FolderRegister, Member, Register, Report, View, propose
+from foldfeed.trainer.members.agreement import FolderRegister, Member, Report, View, propose
 from foldfeed.trainer.members.peers import CONTROL, Peer, Peers
-from foldfeed.trainer.members.session import Session, folder_of
+from foldfeed.trainer.members.session import Session, folder_of, read_session
 from foldfeed.trainer.state.lease import identity, is_gone
 
 # How often the folder is looked at while the decision is awaited, if no message comes.
@@ -75,37 +75,9 @@ class Membership:
     """
 
     def __init__(
-        self, me: Member, listener: socket.socket, key: bytes, register: Register, limits: Limits
+        self, output: Path, session: Session, host: str, place: Sequence[str], limits: Limits
     ) -> None:
-        """Starts both threads.
-
-        Args:
-          me: this process, reached by the listener's port.
-          listener: listening; owned from here on.
-          key: that members of this run know.
-          register: decides generations.
-          limits: see there.
-        """
-        self.me = me
-        self.view = View(generation=-1, step=-1, members=())
-        self.ending = Ending(reason="", noticed=time.monotonic(), silent_s=0.0)
-        self._register = register
-        self._limits = limits
-        self._joiners: dict[str, Member] = {}
-        self._invited: dict[str, float] = {}
-        self._left: set[str] = set()
-        self._finished: set[str] = set()
-        self._over = -1
-        self._channels: list[Abortable] = []
-        self._said: Report | None = None
-        # Last: it begins to talk at once.
-        self._peers = Peers(me.uid, listener, key, limits.silent_s, self)
-
-    @classmethod
-    def of_session(
-        cls, output: Path, session: Session, host: str, place: Sequence[str], limits: Limits
-    ) -> Membership:
-        """Returns this process as one that may become a member.
+        """Makes this process one that may become a member, and starts both threads.
 
         Args:
           output: the run's folder.
@@ -115,14 +87,27 @@ class Membership:
           limits: see there.
         """
         listener = socket.create_server((host, 0), backlog=1024)
-        me = Member(
+        self.me = Member(
             uid=secrets.token_hex(8),
             host=host,
             port=listener.getsockname()[1],
             identity=identity(),
             place="/".join(place),
         )
-        return cls(me, listener, session.key, FolderRegister(folder_of(output, session)), limits)
+        self.view = View(generation=-1, step=-1, members=())
+        self.ending = Ending(reason="", noticed=time.monotonic(), silent_s=0.0)
+        self._output, self._session = output, session
+        self._register = FolderRegister(folder_of(output, session))
+        self._limits = limits
+        self._joiners: dict[str, Member] = {}
+        self._invited: dict[str, float] = {}
+        # Why they did, by uid.
+        self._left: dict[str, str] = {}
+        self._over = -1
+        self._channels: list[Abortable] = []
+        self._said: Report | None = None
+        # Last: it begins to talk at once.
+        self._peers = Peers(self.me.uid, listener, session.key, limits.silent_s, self)
 
     # ---------------------------------------------------------------- what peers say; the lock is held
 
@@ -139,10 +124,8 @@ class Membership:
             peer.report = Report(step=int(message["step"]), sees=frozenset(message["sees"]))
         elif kind == "bye":
             peer.bye = str(message["reason"])
-            self._left.add(peer.uid)
-            if peer.bye == "finished":
-                self._finished.add(peer.uid)
-            else:
+            self._left[peer.uid] = peer.bye
+            if peer.bye != "finished":
                 peer.doomed = time.monotonic() + FAILED_GRACE_S
         if kind in ("over", "report") and peer.uid in self.view.uids:
             self._over = max(self._over, int(message["generation"]))
@@ -190,12 +173,11 @@ class Membership:
                 self._peers.lock.wait(left)
             return len(self._joiners) + 1
 
-    def join(self, wait_s: float, superseded: Callable[[], bool]) -> View | None:
+    def join(self, wait_s: float) -> View | None:
         """Asks all members to take this process in, and waits for it, also as a spare.
 
         Args:
           wait_s: to look for a member.
-          superseded: whether another session has begun in the folder.
         Returns: the generation with this process; None when the run finished without it.
         Raises:
           ExcludedError: no member could be reached, for ``wait_s`` or because all are gone.
@@ -205,7 +187,7 @@ class Membership:
             try:
                 latest = self._register.latest()
             except TrainerError as error:
-                if superseded():
+                if self._is_superseded():
                     raise ExcludedError(-1, "another session has begun") from error
                 raise
             if latest is not None and self.me.uid in latest.uids:
@@ -216,16 +198,20 @@ class Membership:
             with self._peers.lock:
                 if self._peers.known:
                     deadline = time.monotonic() + wait_s
-                elif latest is not None and any(uid in self._finished for uid in latest.uids):
+                elif latest is not None and any(self._left.get(uid) == "finished" for uid in latest.uids):
                     return None
                 elif latest is not None and all(is_gone(dict(one.identity)) for one in latest.members):
                     raise ExcludedError(latest.generation, "its ranks are gone")
-                elif superseded():
+                elif self._is_superseded():
                     raise ExcludedError(-1, "another session has begun")
                 elif time.monotonic() > deadline:
                     number = latest.generation if latest is not None else -1
                     raise ExcludedError(number, f"no member could be reached for {wait_s:g} s")
                 self._peers.lock.wait(LOOK_S)
+
+    def _is_superseded(self) -> bool:
+        """Returns whether another session has begun in the folder."""
+        return read_session(self._output).name != self._session.name
 
     def _ask(self, member: Member) -> None:
         with self._peers.lock:
@@ -290,7 +276,7 @@ class Membership:
             if peer.report is not None and peer.generation == self.view.generation
         }
         lost = [member for member in self.view.members if member.uid not in live]
-        gone = self._left | {member.uid for member in lost if is_gone(dict(member.identity))}
+        gone = set(self._left) | {member.uid for member in lost if is_gone(dict(member.identity))}
         return propose(
             self.view,
             self.me.uid,

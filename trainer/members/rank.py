@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import signal
 import time
@@ -143,7 +142,7 @@ class ElasticRank(Process):
             # All is built; the launcher wakes it when a rank is needed.
             os.kill(os.getpid(), signal.SIGSTOP)
         try:
-            view = self._found() if self.plan.founds else self._join(refounds=self.plan.may_found)
+            view = self._found() if self.plan.founds else self._join()
             if view is None:
                 return None
             with launch.stop_on_sigterm(self.trainer):
@@ -167,7 +166,7 @@ class ElasticRank(Process):
             step = self.trainer.step
             try:
                 return self.work(self._meet(view))
-            except (CommunicationError, RanksChangeError, ReplicaMismatchError) as error:
+            except (CommunicationError, ExcludedError, RanksChangeError, ReplicaMismatchError) as error:
                 if isinstance(error, ReplicaMismatchError):
                     self._distrust(error)
                 self._fruitless = 0 if self.trainer.step > step else self._fruitless + 1
@@ -251,7 +250,11 @@ class ElasticRank(Process):
         # Writes under way end by themselves and publish nothing: this rank is not first any more.
         self.saver = None
         self._follow()
-        return self._join(refounds=True)
+        self.ledger.follow()
+        # If it begins the run again, then as a replacement does, not as one of the first ranks.
+        self._begins = False
+        self.plan = dataclasses.replace(self.plan, founds=False, refounds=True, launch="")
+        return self._join()
 
     def _part(self) -> None:
         """Gives the wires of a generation back: first they are cut, so that no thread is left in them."""
@@ -266,10 +269,13 @@ class ElasticRank(Process):
         """Opens the run's folder and waits for the others."""
         self.metrics.active = True
         self.header["run_id"] = self.claim()
-        self.ledger.active = self._begins = True
-        session = new_session(self.output)
+        self._begins = True
+        # Ranks of the launcher that began the run may still be on their way.
+        session = new_session(self.output, self.plan.launch or read_session(self.output).launch)
         (membership := self._membership(session)).found()
         publish(self.output, session)
+        if self.plan.begun >= 0:
+            os.write(self.plan.begun, b".")
         ranks, wait_s = self.plan.ranks, self.plan.wait_s if self.plan.is_start else REFOUND_WAIT_S
         if (came := membership.gather(ranks, wait_s)) < ranks:
             self.metrics.say(f"{came} of {ranks} ranks came within {wait_s:g} s; the others may join later")
@@ -291,32 +297,28 @@ class ElasticRank(Process):
         self.restore(begun=begun)
         self.ledger.mark(Part.RESTORE)
         self._has_state, self._doubt = True, None
-        if self._begins:
-            self.ledger.start(self.trainer.step, ranks.world)
-        self._begins = False
 
-    def _join(self, *, refounds: bool) -> View | None:
-        """Joins the session that lives in the folder; None when it finished without this rank.
+    def _join(self) -> View | None:
+        """Joins the session that lives in the folder, or begins the run again when all its ranks are gone.
 
-        Args:
-          refounds: to begin the run again when all its ranks are gone.
+        None when it finished without this rank.
         """
         deadline, tried = time.monotonic() + self.plan.wait_s, ""
         while True:
             self.run_there()
             session = read_session(self.output)
-            if session.name not in ("", tried):
+            if session.name not in ("", tried) and self.plan.launch in ("", session.launch):
                 tried = session.name
                 membership = self._membership(session)
                 try:
-                    return membership.join(self.plan.wait_s, functools.partial(self._superseded, tried))
+                    return membership.join(self.plan.wait_s)
                 except ExcludedError:
                     membership.leave("nobody is there")
                     self.membership = None
                 if has_finished(self.output, self.config) and read_session(self.output).name == tried:
                     print(f"the run in {self.output} has finished without this rank", flush=True)
                     return None
-            if refounds:
+            if self.plan.may_found:
                 # Of several that do, the lease lets one begin; the others find its session.
                 with contextlib.suppress(LeaseHeldError):
                     return self._found()
@@ -327,9 +329,6 @@ class ElasticRank(Process):
                 )
             time.sleep(0.1)
 
-    def _superseded(self, session: str) -> bool:
-        return read_session(self.output).name != session
-
     def _membership(self, session: Session) -> Membership:
         shards = self.config.data.num_shards
         limits = Limits(
@@ -337,7 +336,7 @@ class ElasticRank(Process):
             timeout_s=self.config.timeout_s,
             max_members=min(self.plan.max_ranks or shards, shards),
         )
-        self.membership = Membership.of_session(self.output, session, self.plan.host, self._place, limits)
+        self.membership = Membership(self.output, session, self.plan.host, self._place, limits)
         return self.membership
 
     def _meet(self, view: View) -> Ranks:
@@ -366,8 +365,10 @@ class ElasticRank(Process):
         self.trainer.saved = donor["small"]["saved"] if view.generation == 1 else -1
         self._phases["transfer_s"] = time.monotonic() - started - self._phases["form_s"]
         self.ledger.mark(Part.TRANSFER)
-        self.lease.share(donor["lease"])
+        self.lease.token = donor["lease"]
         if ranks.is_first:
+            # One that was stopped in this meeting may be left out by now, and its files another one's.
+            self.membership.require_current()
             self.lease.hold()
             self.metrics.lead(self.trainer.step, (donor["last"][0], donor["last"][1]))
         else:
@@ -437,6 +438,9 @@ class ElasticRank(Process):
         """Tells ledger and person who trains now, and what the change cost."""
         budget = {name: round(seconds, 4) for name, seconds in self._phases.items()}
         self.ledger.mark(Part.REFORM)
+        if self._begins:
+            self.ledger.start(self.trainer.step, ranks.world)
+        self._begins = False
         now = {"step": self.trainer.step, "world": ranks.world, "generation": view.generation}
         self.ledger.regroup(ranks.is_first, **now, **budget, **shards)
         costs = "  ".join(f"{name.removesuffix('_s')} {seconds:.3f} s" for name, seconds in budget.items())

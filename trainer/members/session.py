@@ -23,15 +23,16 @@ FILE = "session.json"
 
 
 class Session(NamedTuple):
-    """Name and key; both empty where there is no session yet."""
+    """Name, key, and the launcher that began the run, if one did; all empty where there is no session yet."""
 
-    name: str
-    key: bytes
+    name: str = ""
+    key: bytes = b""
+    launch: str = ""
 
 
-def new_session(output: Path) -> Session:
+def new_session(output: Path, launch: str) -> Session:
     """Makes the folder of a new session, which nobody can find before `publish`; removes older ones."""
-    session = Session(secrets.token_hex(8), secrets.token_bytes(32))
+    session = Session(secrets.token_hex(8), secrets.token_bytes(32), launch)
     # First, so that whoever finds its folder gone also finds that the session is not that one any more.
     (output / FOLDER / FILE).unlink(missing_ok=True)
     shutil.rmtree(output / FOLDER, ignore_errors=True)
@@ -49,7 +50,7 @@ def publish(output: Path, session: Session) -> None:
     temporary = output / FOLDER / f".{FILE}"
     number = os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600)
     with os.fdopen(number, "w", encoding="utf-8") as file:
-        json.dump({"session": session.name, "key": session.key.hex()}, file)
+        json.dump({"session": session.name, "key": session.key.hex(), "launch": session.launch}, file)
     temporary.replace(output / FOLDER / FILE)
 
 
@@ -62,8 +63,8 @@ def read_session(output: Path) -> Session:
     path = output / FOLDER / FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return Session(str(found["session"]), bytes.fromhex(found["key"]))
+        return Session(str(found["session"]), bytes.fromhex(found["key"]), str(found.get("launch", "")))
     except FileNotFoundError:
-        return Session("", b"")
+        return Session()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainerError(f"{path} cannot be read: {error!r}") from error

@@ -57,7 +57,7 @@ class Interval:
         self._last = 0
 
     def begin(self, step: int) -> None:
-        """Starts (or goes on) after ``step`` completed steps."""
+        """Counts from ``step`` completed steps: the run starts there, or a snapshot was taken."""
         self._last = step
 
     def is_due(self, step: int) -> bool:
@@ -68,10 +68,6 @@ class Interval:
         if self.chosen:
             return step - self._last >= self.steps
         return self.steps > 0 and step % self.steps == 0
-
-    def taken(self, step: int) -> None:
-        """Notes a snapshot after ``step`` completed steps."""
-        self._last = step
 
     def learn(self, cost_s: float, step_s: float, busy_s: float = 0.0) -> None:
         """Chooses the interval anew.

@@ -23,7 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from foldfeed.feature_store.errors import StorageFullError
+from foldfeed.feature_store.storage import LocalBlobs
 from foldfeed.trainer.errors import LeaseHeldError, LeaseLostError
+from foldfeed.trainer.processes import START_TICKS, STATE, boot_id, stat_of
 
 LEASE_FILE = "run.lease"
 # A holder may miss this many touches before it counts as dead.
@@ -36,6 +39,7 @@ class Lease:
     Attributes:
       path: of the file.
       lease_s: seconds without a touch after which a lease is stale.
+      token: of the lease, "" before there is one; the ranks of an elastic run have one together.
     """
 
     def __init__(self, folder: Path, lease_s: float, say: Callable[[str], None]) -> None:
@@ -49,7 +53,7 @@ class Lease:
         self.path = folder / LEASE_FILE
         self.lease_s = lease_s
         self._say = say
-        self._token = ""
+        self.token = ""
         self._ended = threading.Event()
         self._beat: threading.Thread | None = None
 
@@ -64,38 +68,26 @@ class Lease:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + 2 * self.lease_s
+        # Of a run that went on without this process and that nobody is left of.
+        own = {"token": self.token, **identity()}
         while not self._create():
             holder = self._read()
             if holder is None:
                 continue
             age_s = self._age_s(self.path)
-            gone = is_gone(holder)
+            gone = is_gone(holder) or holder == own
             if not gone and age_s < self.lease_s:
                 if not wait or is_here(holder) or time.monotonic() > deadline:
-                    raise LeaseHeldError(
-                        str(self.path),
-                        str(holder.get("host")),
-                        int(holder.get("pid", 0)),
-                        age_s,
-                        self.lease_s,
-                    )
+                    host, pid = str(holder.get("host")), int(holder.get("pid", 0))
+                    raise LeaseHeldError(str(self.path), host, pid, age_s, self.lease_s)
                 time.sleep(self.lease_s / BEATS_PER_LEASE)
                 continue
             if self._remove_stale(str(holder.get("token", "unknown"))):
                 why = "its process is gone" if gone else f"it was not renewed for {age_s:.0f} s"
-                self._say(
-                    f"took over the lease of process {holder.get('pid')} on {holder.get('host')}: {why}"
-                )
+                who = f"process {holder.get('pid')} on {holder.get('host')}"
+                if holder != own:
+                    self._say(f"took over the lease of {who}: {why}")
         self._start_to_beat()
-
-    @property
-    def token(self) -> str:
-        """Of the lease; the ranks of an elastic run have one together."""
-        return self._token
-
-    def share(self, token: str) -> None:
-        """Takes part in a lease that another rank of this run took."""
-        self._token = token
 
     def hold(self) -> None:
         """Keeps the shared lease fresh from now on; whoever is first does.
@@ -106,7 +98,7 @@ class Lease:
         if self._beat is not None:
             return
         holder = self._read()
-        if holder and holder.get("token") != self._token:
+        if holder and holder.get("token") != self.token:
             raise LeaseLostError(str(self.path), str(holder.get("host")))
         self._sign()
         self._start_to_beat()
@@ -123,13 +115,8 @@ class Lease:
         self._beat = threading.Thread(target=self._keep_fresh, name="lease", daemon=True)
         self._beat.start()
 
-    def _text(self) -> str:
-        return json.dumps({"token": self._token, **identity()}, indent=1) + "\n"
-
     def _sign(self) -> None:
-        temporary = self.path.with_name(f"{LEASE_FILE}.{secrets.token_hex(8)}")
-        temporary.write_text(self._text(), encoding="utf-8")
-        temporary.replace(self.path)
+        LocalBlobs(self.path.parent).write_atomic(LEASE_FILE, _signed(self.token))
 
     def _remove_stale(self, token: str) -> bool:
         """Removes a stale lease; returns whether it was this process that did.
@@ -162,7 +149,7 @@ class Lease:
           LeaseLostError: it is gone, or another run has taken it over.
         """
         holder = self._read()
-        if holder is None or holder.get("token") != self._token:
+        if holder is None or holder.get("token") != self.token:
             raise LeaseLostError(str(self.path), str((holder or {}).get("host", "nobody")))
 
     def release(self) -> None:
@@ -171,18 +158,19 @@ class Lease:
             return
         self.let_go()
         holder = self._read()
-        if holder is not None and holder.get("token") == self._token:
+        if holder is not None and holder.get("token") == self.token:
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        self._token = secrets.token_hex(8)
+        token = secrets.token_hex(8)
         try:
-            with self.path.open("x", encoding="utf-8") as file:
-                file.write(self._text())
+            with self.path.open("xb") as file:
+                file.write(_signed(token))
                 file.flush()
                 os.fsync(file.fileno())
         except FileExistsError:
             return False
+        self.token = token
         return True
 
     def _read(self) -> dict[str, Any] | None:
@@ -209,18 +197,27 @@ class Lease:
             return 0.0  # gone meanwhile: not stale, and the next look sees it
 
     def _keep_fresh(self) -> None:
-        while not self._ended.wait(self.lease_s / BEATS_PER_LEASE):
+        beat_s = self.lease_s / BEATS_PER_LEASE
+        before = time.monotonic()
+        while not self._ended.wait(beat_s):
+            # A process that was stopped may have been left out, which its main thread finds out meanwhile.
+            was_stopped = time.monotonic() - before > 2 * beat_s
+            before = time.monotonic()
             # Whoever took the lease over is told by `require`; this thread has nobody to tell.
             # A network file system may fail for a moment, and the next beat tries again: one that is missed
             # says nothing, and a lease that was lost is found by `require`.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, StorageFullError):
                 holder = self._read()
-                if holder is not None and holder.get("token") not in (None, self._token):
+                if holder is not None and holder.get("token") not in (None, self.token):
                     return
-                if holder and any(holder.get(name) != value for name, value in identity().items()):
+                if holder and not was_stopped and holder != {"token": self.token, **identity()}:
                     self._sign()  # over that of a former first rank of this run, which woke up late
                 # The path is set to the file system's own time, not to this machine's.
                 os.utime(self.path)
+
+
+def _signed(token: str) -> bytes:
+    return json.dumps({"token": token, **identity()}, indent=1).encode() + b"\n"
 
 
 def identity() -> dict[str, Any]:
@@ -244,19 +241,13 @@ def is_gone(holder: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
     space = Path("/proc/self/ns/pid")
-    if not boot.exists() or not space.exists():
+    if not boot_id() or not space.exists():
         return f"unknown {secrets.token_hex(8)}"
-    return f"{boot.read_text().strip()} {space.stat().st_ino}"
+    return f"{boot_id()} {space.stat().st_ino}"
 
 
 def _start_of(pid: int) -> str:
     """Returns when a process started, in ticks since the boot; "" when there is none (or it is a zombie)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    # The name may hold spaces and brackets; the fields after it do not (proc(5): state is 3, starttime 22).
-    fields = text.rpartition(")")[2].split()
-    return "" if fields[0] in "ZX" else fields[19]
+    fields = stat_of(pid)
+    return fields[START_TICKS] if fields and fields[STATE] not in "ZX" else ""

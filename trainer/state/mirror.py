@@ -77,11 +77,7 @@ class Mirror:
         if left_out is not None:
             left_out.close()
 
-    def close(self) -> None:
-        """Waits until what was offered is copied, or has failed."""
-        self.is_idle(None)
-
-    def is_idle(self, wait_s: float | None) -> bool:
+    def is_idle(self, wait_s: float | None = None) -> bool:
         """Returns whether what was offered is copied, or has failed, after waiting so long for it at most."""
         with self._lock:
             thread = self._thread

@@ -28,6 +28,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from foldfeed.feature_store.errors import StorageFullError
@@ -82,10 +83,8 @@ def replica_digest(checksums: Mapping[str, int]) -> bytes:
 
 def extend_checksum(crc: int, tensor: torch.Tensor) -> int:
     """Returns the crc32c of bytes whose own is ``crc`` and a contiguous CPU tensor's, one after the other."""
-    raw = tensor.detach().contiguous().numpy().view(np.uint8)
-    for start in range(0, len(raw), CHUNK_BYTES):
-        # An array is read where it lies: 11 GB/s on one core here, against 1.7 with a copy as bytes.
-        crc = google_crc32c.extend(crc, raw[start : start + CHUNK_BYTES])
+    for chunk in _chunks(tensor):
+        crc = google_crc32c.extend(crc, chunk)
     return crc
 
 
@@ -99,10 +98,14 @@ def sum_and_copy(source: torch.Tensor, copies: Sequence[torch.Tensor]) -> int:
     return crc
 
 
-def _chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
-    view = tensor.detach().contiguous().numpy().data.cast("B")
-    for start in range(0, len(view), CHUNK_BYTES):
-        yield view[start : start + CHUNK_BYTES]
+def _chunks(tensor: torch.Tensor) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yields a contiguous CPU tensor's bytes.
+
+    As arrays, which google_crc32c reads where they lie: 11 GB/s on one core here, 1.7 with a copy as bytes.
+    """
+    raw = tensor.detach().contiguous().numpy().view(np.uint8)
+    for start in range(0, len(raw), CHUNK_BYTES):
+        yield raw[start : start + CHUNK_BYTES]
 
 
 def _seal(manifest: Mapping[str, Any]) -> bytes:
@@ -175,7 +178,7 @@ class SnapshotFolder:
             self._make_room(temporary)
             for name, buffer in buffers.items():
                 _write_durably(temporary / f"{name}.f32", _chunks(buffer))
-            _write_durably(temporary / MANIFEST, [memoryview(_seal(whole))])
+            _write_durably(temporary / MANIFEST, [_seal(whole)])
             fsync_folder(temporary)
             self.before_write()
             self._retire(target)
@@ -265,7 +268,7 @@ def _read_buffer(path: Path, name: str, entry: Mapping[str, Any]) -> torch.Tenso
     buffer = torch.empty(int(entry["numel"]), dtype=torch.float32)
     with file.open("rb") as stream:
         for chunk in _chunks(buffer):
-            if stream.readinto(chunk) != len(chunk):
+            if stream.readinto(chunk.data) != len(chunk):
                 raise InvalidSnapshotError(str(path), f"{file.name} ended early")
     if f"{checksum(buffer):08x}" != entry["crc32c"]:
         raise InvalidSnapshotError(str(path), f"{file.name} fails its crc32c")

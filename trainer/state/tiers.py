@@ -5,10 +5,10 @@
                                                                          +--thread--> a URL (mirror.py)
 
 Nothing changes the state between two updates, so it is summed up and copied by a thread while the next step
-computes (`Saver.stage`); the comparison is made at that step's commit point. The training loop pays for it,
-and for what the thread then still has to do. Each tier has its own copy and its own thread that writes, so a
-slow disk never holds the memory tier up; a tier that is still writing when its next snapshot is due makes the
-loop wait. The memory tier survives the death of processes, not that of the machine; two
+computes (`Saver.begin_snapshot`); the comparison is made at that step's commit point. The training loop pays
+for it, and for what the thread then still has to do. Each tier has its own copy and its own thread that
+writes, so a slow disk never holds the memory tier up; a tier that is still writing when its next snapshot is
+due makes the loop wait. The memory tier survives the death of processes, not that of the machine; two
 generations lie there, and the older one's files are written over, so one is whole at any moment. All ranks
 hold the same state, so every machine writes a whole copy without any traffic, and after the loss of a machine
 (or damage in its memory) its successor gets the generation from the memory of another one (resume.py).
@@ -21,15 +21,14 @@ Invariant: one process per machine writes a memory tier, the first rank alone wr
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,6 +36,7 @@ from foldfeed.feature_store.errors import StorageFullError
 from foldfeed.trainer.config import SnapshotConfig
 from foldfeed.trainer.errors import SnapshotError
 from foldfeed.trainer.groups.ranks import Ranks
+from foldfeed.trainer.processes import boot_id
 from foldfeed.trainer.state.interval import Interval
 from foldfeed.trainer.state.mirror import Mirror
 from foldfeed.trainer.state.snapshot import SnapshotFolder, replica_digest, sum_and_copy
@@ -46,20 +46,46 @@ MEMORY_GENERATIONS = 2
 NO_MEMORY = "none"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Capture:
-    """The state after a step, compared on all ranks.
+class Job(threading.Thread):
+    """Work in a thread of its own, whose result or error is kept for whoever waits for it."""
 
-    Attributes:
-      manifest: JSON-able; has ``step``.
-      buffers: fp32 (numel,) on the CPU, by name; they may alias memory that the next step changes. None when
-        the tiers hold copies already (`Saver.stage`).
-      checksums: crc32c of each, taken from these buffers.
-    """
+    def __init__(self, name: str, work: Callable[[], Any]) -> None:
+        super().__init__(name=f"foldfeed-{name}")
+        self._work = work
+        self._found: Future[Any] = Future()
+        self.start()
+
+    def run(self) -> None:
+        """See `threading.Thread`."""
+        try:
+            self._found.set_result(self._work())
+        except BaseException as error:  # noqa: BLE001 - kept whole, raised by result()
+            self._found.set_exception(error)
+
+    def is_done(self, wait_s: float | None) -> bool:
+        """Returns whether the work is done, after waiting so long for it at most; None: as it takes."""
+        self.join(wait_s)
+        return not self.is_alive()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What the work met, once it is done."""
+        return self._found.exception() if self._found.done() else None
+
+    def result(self) -> Any:
+        """Waits; returns what the work did, or raises what it met."""
+        self.join()
+        return self._found.result()
+
+
+class Begun(NamedTuple):
+    """A snapshot under way: its manifest, which tiers it is for, steps' seconds, and the sums to come."""
 
     manifest: Mapping[str, Any]
-    buffers: Mapping[str, torch.Tensor] | None
-    checksums: Mapping[str, int]
+    memory: bool
+    disk: bool
+    step_s: float
+    checksums: Job
 
 
 def memory_folder(
@@ -87,11 +113,10 @@ def prepare_memory(folder: SnapshotFolder | None, ranks: Ranks) -> bool:
     reason, place = "", ""
     root = folder.path.parent
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id")
         folder.path.mkdir(mode=0o700, exist_ok=True)
         found = folder.path.stat()
         # Tells machines, and mounts of one machine, apart.
-        place = f"{boot.read_text().strip() if boot.exists() else ''} {found.st_dev} {found.st_ino}"
+        place = f"{boot_id()} {found.st_dev} {found.st_ino}"
         if found.st_uid != os.geteuid():
             reason = f"{folder.path} belongs to another user"
     except OSError as error:
@@ -117,7 +142,12 @@ def _say_off(ranks: Ranks, reason: str) -> None:
 
 
 class Lane:
-    """One tier's copy of the state and the thread that writes it."""
+    """One tier's copy of the state and the thread that writes it.
+
+    Attributes:
+      folder: where generations go.
+      write_s: seconds that the last write took.
+    """
 
     def __init__(self, folder: SnapshotFolder, name: str, after: Callable[[Path], None]) -> None:
         """Allocates nothing yet.
@@ -128,20 +158,16 @@ class Lane:
           after: called in the thread with the path of each published generation.
         """
         self.folder = folder
+        self.write_s = 0.0
         self._name = name
         self._after = after
-        # Seconds that the last write took.
-        self.write_s = 0.0
         self._copy: dict[str, torch.Tensor] = {}
-        self._result: Future[Path] | None = None
-        self._thread: threading.Thread | None = None
+        self._writing: Job | None = None
 
     @property
     def failure(self) -> BaseException | None:
         """What the last write met, once it has ended."""
-        if self._result is None or not self._result.done():
-            return None
-        return self._result.exception()
+        return self._writing.failure if self._writing is not None else None
 
     def room(self, name: str, buffer: torch.Tensor) -> torch.Tensor:
         """Returns where the copy of a buffer goes; nothing may be under way."""
@@ -149,32 +175,22 @@ class Lane:
             self._copy[name] = torch.empty_like(buffer, device="cpu")
         return self._copy[name]
 
-    def submit(self, capture: Capture) -> None:
-        """Copies the state, if that is not done, and starts to write it; waits for the write before.
+    def submit(self, manifest: Mapping[str, Any], checksums: Mapping[str, int]) -> None:
+        """Starts to write the copy; waits for the write before.
 
         Raises:
           StorageFullError, SnapshotError, LeaseLostError: of the write before.
         """
         self.wait()
-        for name, buffer in (capture.buffers or {}).items():
-            self.room(name, buffer).copy_(buffer)
-        result: Future[Path] = Future()
-        self._result = result
-        self._thread = threading.Thread(
-            target=self._write, args=(capture, result), name=f"foldfeed-{self._name}"
-        )
-        self._thread.start()
 
-    def _write(self, capture: Capture, result: Future[Path]) -> None:
-        started = time.monotonic()
-        try:
-            path = self.folder.write(capture.manifest, self._copy, capture.checksums)
+        def write() -> Path:
+            started = time.monotonic()
+            path = self.folder.write(manifest, self._copy, checksums)
             self.write_s = time.monotonic() - started
             self._after(path)
-        except BaseException as error:  # noqa: BLE001 - kept whole, raised by wait()
-            result.set_exception(error)
-        else:
-            result.set_result(path)
+            return path
+
+        self._writing = Job(self._name, write)
 
     def wait(self) -> Path | None:
         """Waits for the write under way; returns what it published, None when there was none.
@@ -182,22 +198,15 @@ class Lane:
         Raises:
           StorageFullError, SnapshotError, LeaseLostError: the write failed.
         """
-        self.close()
-        result, self._result = self._result, None
-        return None if result is None else result.result()
+        writing, self._writing = self._writing, None
+        return None if writing is None else writing.result()
 
-    def is_idle(self, wait_s: float) -> bool:
-        """Returns whether nothing is being written, after waiting so long for it at most."""
-        thread = self._thread
-        if thread is not None:
-            thread.join(wait_s)
-        return thread is None or not thread.is_alive()
+    def is_idle(self, wait_s: float | None = None) -> bool:
+        """Returns whether nothing is being written, after waiting so long for it at most.
 
-    def close(self) -> None:
-        """Waits for the write under way, whatever comes of it: another error is on its way already."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        Whatever became of the write is for `wait`; where nobody calls it another error is on its way already.
+        """
+        return self._writing is None or self._writing.is_done(wait_s)
 
 
 class Saver:
@@ -231,9 +240,7 @@ class Saver:
         self.disk = disk
         self._ranks = ranks
         self._memory_on = memory is not None
-        # A snapshot under way: its checksums, and what ends it.
-        self._staged: Future[Mapping[str, int]] | None = None
-        self._conclude: Callable[[Mapping[str, int], float], tuple[float, bool]]
+        self._begun: Begun | None = None
         # Seconds that staging and writing took in the background.
         self._busy_s = 0.0
         if before is not None:
@@ -259,7 +266,7 @@ class Saver:
     def settle_memory(self) -> None:
         """Waits for the write to memory that is under way, if any."""
         if self._memory is not None:
-            self._memory.close()
+            self._memory.is_idle()
 
     def begin(self, step: int) -> None:
         """Goes on after ``step`` completed steps; newer generations in memory are those that were refused."""
@@ -272,40 +279,6 @@ class Saver:
         """Returns whether a snapshot belongs after ``step`` steps: in memory, on disk. Equal on all ranks."""
         return self._memory_on and self._in_memory.is_due(step), self._on_disk.is_due(step)
 
-    def stage(
-        self, state: Callable[[], Mapping[str, torch.Tensor]], *, memory: bool, disk: bool
-    ) -> Future[Mapping[str, int]]:
-        """Starts to sum the state up and to copy it for the tiers that this rank writes.
-
-        Args:
-          state: gives buffers as in `Capture`; they must stay as they are until it is done.
-          memory: whether the copy is for memory.
-          disk: whether it is for the disk.
-        Returns: crc32c by name, later.
-        """
-        chosen = ((self._memory, memory), (self._disk if self._ranks.is_first else None, disk))
-        lanes = [lane for lane, wanted in chosen if lane is not None and wanted]
-        found: Future[Mapping[str, int]] = Future()
-
-        def work() -> None:
-            started = time.monotonic()
-            try:
-                for lane in lanes:
-                    # It reads the copy; what it met is raised by `save`.
-                    lane.close()
-                sums = {
-                    name: sum_and_copy(buffer, [lane.room(name, buffer) for lane in lanes])
-                    for name, buffer in state().items()
-                }
-                self._busy_s = time.monotonic() - started + sum(lane.write_s for lane in lanes)
-            except BaseException as error:  # noqa: BLE001 - kept whole, raised by result()
-                found.set_exception(error)
-            else:
-                found.set_result(sums)
-
-        threading.Thread(target=work, name="foldfeed-stage").start()
-        return found
-
     def begin_snapshot(
         self,
         manifest: Mapping[str, Any],
@@ -315,29 +288,32 @@ class Saver:
         memory: bool,
         disk: bool,
     ) -> None:
-        """Begins what `end_snapshot` ends, before the state changes.
+        """Starts to sum the state up and to copy it for the tiers that this rank writes; see `end_snapshot`.
 
         Args:
           manifest: JSON-able; has ``step``.
-          state: see `stage`.
+          state: gives fp32 (numel,) on the CPU, by name; they must stay as they are until the snapshot ends.
           step_s: of this rank's steps, to choose the next interval by; 0 not to.
           memory: whether it is for memory.
           disk: whether it is for the disk.
         """
-        # No staging of an earlier one is left: it was ended, or dropped.
-        self._staged = self.stage(state, memory=memory, disk=disk)
+        chosen = ((self._memory, memory), (self._disk if self._ranks.is_first else None, disk))
+        lanes = [lane for lane, wanted in chosen if lane is not None and wanted]
 
-        def conclude(checksums: Mapping[str, int], started: float) -> tuple[float, bool]:
-            digest = replica_digest(checksums)
-            self._ranks.require_equal(digest, f"parameters and moments after step {manifest['step']}")
-            named = {**manifest, "replica_digest": digest.hex()}
-            self.save(Capture(manifest=named, buffers=None, checksums=checksums), memory=memory, disk=disk)
-            stall_s = time.perf_counter() - started
-            if step_s:
-                self.learn(stall_s, step_s, disk=disk)
-            return stall_s, disk
+        def work() -> dict[str, int]:
+            started = time.monotonic()
+            for lane in lanes:
+                # It reads the copy; what it met is raised by `end_snapshot`.
+                lane.is_idle()
+            sums = {
+                name: sum_and_copy(buffer, [lane.room(name, buffer) for lane in lanes])
+                for name, buffer in state().items()
+            }
+            self._busy_s = time.monotonic() - started + sum(lane.write_s for lane in lanes)
+            return sums
 
-        self._conclude = conclude
+        # No earlier one is left: it was ended, or dropped.
+        self._begun = Begun(manifest, memory, disk, step_s, Job("stage", work))
 
     def end_snapshot(self) -> tuple[float, bool]:
         """Compares the state of a snapshot under way on all ranks, and starts to write it. A collective.
@@ -345,49 +321,52 @@ class Saver:
         Returns: seconds for which it held this rank up, and whether it goes to disk.
         Raises:
           ReplicaMismatchError: a rank's parameters or moments differ; nothing is written.
-        """
-        if self._staged is None:
-            return 0.0, False
-        started, staged = time.perf_counter(), self._staged
-        # It waits for the write before on ranks that write.
-        self._ranks.wait_for_all(lambda wait_s: bool(wait([staged], wait_s).done), "the copy of a snapshot")
-        checksums, self._staged = staged.result(), None
-        return self._conclude(checksums, started)
-
-    def drop_snapshot(self) -> None:
-        """Waits until the state may change, and forgets the snapshot under way, if any."""
-        if self._staged is not None:
-            wait([self._staged])
-            self._staged = None
-
-    def save(self, capture: Capture, *, memory: bool, disk: bool) -> None:
-        """Starts to write a captured state.
-
-        Raises:
           StorageFullError, SnapshotError, LeaseLostError: the disk's write before failed, on the first rank.
           PeerError: on the others.
         """
-        step = int(capture.manifest["step"])
-        if memory:
-            self._in_memory.taken(step)
-            self._save_in_memory(capture)
-        if disk:
-            self._on_disk.taken(step)
+        if (begun := self._begun) is None:
+            return 0.0, False
+        started = time.perf_counter()
+        # It waits for the write before on ranks that write.
+        self._ranks.wait_for_all(self.is_staged, "the copy of a snapshot")
+        self._begun = None
+        checksums, step = begun.checksums.result(), int(begun.manifest["step"])
+        digest = replica_digest(checksums)
+        self._ranks.require_equal(digest, f"parameters and moments after step {step}")
+        manifest = {**begun.manifest, "replica_digest": digest.hex()}
+        if begun.memory:
+            self._in_memory.begin(step)
+            self._save_in_memory(manifest, checksums)
+        if begun.disk:
+            self._on_disk.begin(step)
             self._await_disk()
-            self._ranks.first_does(lambda: self._disk.submit(capture), "the snapshot")
+            self._ranks.first_does(lambda: self._disk.submit(manifest, checksums), "the snapshot")
+        stall_s = time.perf_counter() - started
+        if begun.step_s:
+            self._learn(stall_s, begun.step_s, disk=begun.disk)
+        return stall_s, begun.disk
 
-    def _save_in_memory(self, capture: Capture) -> None:
+    def is_staged(self, wait_s: float | None = None) -> bool:
+        """Returns whether the state may change again, after waiting so long for it at most."""
+        return self._begun is None or self._begun.checksums.is_done(wait_s)
+
+    def drop_snapshot(self) -> None:
+        """Waits until the state may change, and forgets the snapshot under way, if any."""
+        self.is_staged()
+        self._begun = None
+
+    def _save_in_memory(self, manifest: Mapping[str, Any], checksums: Mapping[str, int]) -> None:
         if self._memory is None:
             return
         try:
-            self._memory.submit(capture)
+            self._memory.submit(manifest, checksums)
         except (StorageFullError, SnapshotError) as error:
             folder, self._memory = self._memory.folder, None
             shutil.rmtree(folder.path, ignore_errors=True)
             reason = "no space left" if isinstance(error, StorageFullError) else str(error).rstrip(".")
             _say_off(self._ranks, f"{folder.path}: {reason}")
 
-    def learn(self, cost_s: float, step_s: float, *, disk: bool) -> None:
+    def _learn(self, cost_s: float, step_s: float, *, disk: bool) -> None:
         """Chooses the next intervals from what the last snapshot cost. A collective where costs decide.
 
         Args:
@@ -441,10 +420,10 @@ class Saver:
 
     def close(self) -> None:
         """Lets writes under way end, after a failure; what is in memory stays for the restart."""
-        self._disk.close()
+        self._disk.is_idle()
         if self._mirror is not None:
-            self._mirror.close()
+            self._mirror.is_idle()
         if self._memory is not None:
-            self._memory.close()
+            self._memory.is_idle()
             if not self._memory.folder.steps():
                 shutil.rmtree(self._memory.folder.path, ignore_errors=True)
