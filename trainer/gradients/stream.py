@@ -34,6 +34,8 @@ from foldfeed.trainer.groups.wire import MeshGroup, raw
 
 # A rank that the system lets wait for tens of milliseconds shall not let the link run dry.
 WINDOW_BYTES, LEAST_SLOTS, MOST_SLOTS = 16 << 20, 2, 32
+# What is awaited of a message before the thread wakes: nothing can be added before all of it is there.
+WAKE_BYTES = 1 << 20
 # Of a message: twice the number of the bucket in this exchange, and one more where it is a sum; its bytes.
 _HEADER = struct.Struct("<QQ")
 _HANGUP = getattr(select, "POLLRDHUP", 0)
@@ -50,6 +52,7 @@ class _Peer:
         self.incoming, self.phase = [self.header], -1
         self.sent, self.come = [0, 0], [0, 0]
         self.events = -1
+        self.awaited = 1
 
     def queue(self, number: int, phase: int, views: list[memoryview]) -> None:
         """Puts a message behind those that wait to be sent."""
@@ -61,6 +64,13 @@ class _Peer:
         """Returns how many messages of what is under way have not come."""
         parts, sums = self.come
         return max(0, launched - parts) + launched - sums
+
+    def wake_at(self, num_bytes: int) -> None:
+        """Lets the poll wake for so many bytes, or a part of them that is worth it."""
+        awaited = min(WAKE_BYTES, num_bytes)
+        if awaited != self.awaited:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, awaited)
+            self.awaited = awaited
 
 
 def _advance(views: list[memoryview], num_bytes: int) -> None:
@@ -139,6 +149,7 @@ class StreamExchange:
                 offsets = range(0, len(blocks) * numel, numel) if b > a else ()
                 sent = self._raw_send[slot]
                 peer.waiting.append([sent[(at + a) * item : (at + b) * item] for at in offsets])
+                self._await(peer)
             self._step()
 
     def progress(self, wake: int) -> None:
@@ -225,33 +236,56 @@ class StreamExchange:
                 _advance(peer.outgoing[0][1], moved)
                 return
 
-    def _receive_from(self, peer: _Peer) -> None:
-        """Receives once what is there: the rest of a message, and the header of the next if one must come."""
-        body = peer.phase >= 0
-        # Not that of what a next collective sends.
-        if (
-            body
-            and len(peer.incoming) == 1
-            and peer.wants(self._launched) > (peer.come[peer.phase] < self._launched)
-        ):
-            peer.incoming.append(peer.header)
-        try:
-            num_bytes = peer.connection.recvmsg_into(peer.incoming)[0]
-        except BlockingIOError:
-            return
-        except OSError as error:
-            raise self._lost(peer, error) from error
-        if not num_bytes:
-            raise self._lost(peer, "closed by the other side")
-        left = len(peer.incoming[0])
-        if num_bytes < left:
-            peer.incoming[0] = peer.incoming[0][num_bytes:]
-            return
-        if body:
-            self._came(peer)
-            peer.incoming[0] = peer.header[num_bytes - left :]
-        if not len(peer.incoming[0]) or not body:
+    def _receive_from(self, peer: _Peer) -> bool:
+        """Receives what is there of what must come, and nothing of what a next collective sends.
+
+        Returns whether anything was.
+        """
+        moved = False
+        while (wanted := peer.wants(self._launched)) > 0:
+            body = peer.phase >= 0
+            if body and len(peer.incoming) == 1 and wanted > (peer.come[peer.phase] < self._launched):
+                # The header of the next one.
+                peer.incoming.append(peer.header)
+            try:
+                num_bytes = peer.connection.recvmsg_into(peer.incoming)[0]
+            except BlockingIOError:
+                break
+            except OSError as error:
+                raise self._lost(peer, error) from error
+            if not num_bytes:
+                raise self._lost(peer, "closed by the other side")
+            moved = True
+            left = len(peer.incoming[0])
+            if num_bytes < left:
+                peer.incoming[0] = peer.incoming[0][num_bytes:]
+                break
+            if body:
+                self._came(peer)
+                peer.incoming[0] = peer.header[num_bytes - left :]
+                if len(peer.incoming[0]):
+                    break
             self._announced(peer)
+        self._await(peer)
+        return moved
+
+    def _await(self, peer: _Peer) -> None:
+        """Sets when the poll wakes: nothing can be done before a message that must come is whole."""
+        if peer.phase >= 0:
+            peer.wake_at(len(peer.incoming[0]))
+            return
+        # Either may be the next, and parts of buckets that are not launched here may be before them.
+        lengths = [
+            self._length(peer, phase, self._buckets[number - self._done])
+            for phase, number in enumerate(peer.come)
+            if number < self._launched
+        ]
+        peer.wake_at(len(peer.incoming[0]) + min(lengths) if lengths else 1)
+
+    def _length(self, peer: _Peer, phase: int, bucket: Bucket) -> int:
+        """Returns the bytes of a message from a rank."""
+        start, stop = self._share(bucket, peer.rank if phase else self._ranks.rank)
+        return (stop - start) * self._wire.itemsize * (1 if phase else self._counts[peer.rank])
 
     def _came(self, peer: _Peer) -> None:
         peer.come[peer.phase] += 1
@@ -317,6 +351,10 @@ class StreamExchange:
             ready = dict(self._poller.poll(1e3 * max(0.0, deadline - time.monotonic())))
             if not ready and time.monotonic() > deadline:
                 silent = sorted(p.rank for p in self._peers if p.wants(self._launched) or p.outgoing)
+                # Less than is awaited may have come.
+                if any([self._receive_from(p) for p in self._peers if p.wants(self._launched)]):
+                    deadline = time.monotonic() + timeout_s
+                    continue
                 raise WireError(f"ranks {silent} sent and took nothing for {timeout_s:g} s")
             woken = ready.pop(wake, 0)
             for number, events in ready.items():
