@@ -352,7 +352,7 @@ class StreamExchange:
             if not ready and time.monotonic() > deadline:
                 silent = sorted(p.rank for p in self._peers if p.wants(self._launched) or p.outgoing)
                 # Less than is awaited may have come.
-                if any([self._receive_from(p) for p in self._peers if p.wants(self._launched)]):
+                if any(self._receive_from(p) for p in self._peers if p.wants(self._launched)):
                     deadline = time.monotonic() + timeout_s
                     continue
                 raise WireError(f"ranks {silent} sent and took nothing for {timeout_s:g} s")
