@@ -22,7 +22,9 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from foldfeed.trainer.errors import WireError
@@ -107,7 +109,7 @@ class StreamExchange:
         # Sums that were rounded wait here for the output; others are received into it.
         self._rounds = wire is not output.dtype
         self._sums = [self._room(ranks.world * self._rounds) for _ in range(self._slots)]
-        self._raw_output = raw(output)
+        self._raw_output, self._values_output = raw(output), output if self._rounds else output.numpy()
         self._buckets: deque[Bucket] = deque()
         # By number and rank, the bytes of parts that came before this rank had that bucket.
         self._early: dict[tuple[int, int], int] = {}
@@ -117,6 +119,11 @@ class StreamExchange:
     def _room(self, chunks: int) -> torch.Tensor:
         return torch.zeros(chunks * self._chunk, dtype=self._wire)
 
+    def _values(self, tensor: torch.Tensor) -> Any:
+        """Returns what a tensor is sliced, copied and added as."""
+        # A call of torch takes 20 to 50 us where its code has left the caches, with the GIL; numpy's a few.
+        return tensor if self._rounds else tensor.numpy()
+
     def divide(self, blocks: Sequence[Sequence[Block]]) -> None:
         """Allocates room for other blocks of the ranks, see `exchange.Exchange.divide`."""
         self._counts = [len(mine) for mine in blocks]
@@ -124,9 +131,10 @@ class StreamExchange:
         self._all_blocks = [block for mine in blocks for block in mine]
         self._in_order = self._all_blocks == sorted(self._all_blocks)
         sent, rows = self._ranks.world * self._counts[self._ranks.rank], len(self._all_blocks)
-        self._send = [self._room(sent) for _ in range(self._slots)]
-        self._rows = [self._room(rows) for _ in range(self._slots)]
-        self._raw_send, self._raw_rows = list(map(raw, self._send)), list(map(raw, self._rows))
+        rooms = [(self._room(sent), self._room(rows)) for _ in range(self._slots)]
+        self._raw_send, self._raw_rows = [raw(room) for room, _ in rooms], [raw(room) for _, room in rooms]
+        self._send = [self._values(room) for room, _ in rooms]
+        self._rows = [self._values(room) for _, room in rooms]
 
     def reduce(self, bucket: Bucket, blocks: Sequence[torch.Tensor]) -> None:
         """Begins one bucket, see `exchange.Exchange.reduce`; waits for a slot."""
@@ -135,12 +143,12 @@ class StreamExchange:
             number, self._launched = self._launched, self._launched + 1
             self._buckets.append(bucket)
             slot, numel, item = number % self._slots, bucket.numel, self._wire.itemsize
-            kept = self._send[slot][: len(blocks) * numel].view(len(blocks), numel)
-            for row, block in zip(kept, blocks, strict=True):
-                row.copy_(block)
             start, stop = self._share(bucket, self._ranks.rank)
-            first = self._before[self._ranks.rank]
-            self._rows_of(number, bucket)[first : first + len(blocks)].copy_(kept[:, start:stop])
+            rows, first = self._rows_of(number, bucket), self._before[self._ranks.rank]
+            for index, block in enumerate(blocks):
+                values = self._values(block)
+                self._send[slot][index * numel : (index + 1) * numel] = values
+                rows[first + index] = values[start:stop]
             for peer in self._peers:
                 expected = self._counts[peer.rank] * (stop - start) * item
                 if (length := self._early.pop((number, peer.rank), expected)) != expected:
@@ -170,17 +178,17 @@ class StreamExchange:
         chunk = -(-bucket.numel // self._ranks.world)
         return min(rank * chunk, bucket.numel), min((rank + 1) * chunk, bucket.numel)
 
-    def _rows_of(self, number: int, bucket: Bucket) -> torch.Tensor:
+    def _rows_of(self, number: int, bucket: Bucket) -> Any:
         """Returns the room for all ranks' blocks of this rank's share, a row each."""
         start, stop = self._share(bucket, self._ranks.rank)
         width, count = stop - start, len(self._all_blocks)
-        return self._rows[number % self._slots][: count * width].view(count, width)
+        return self._rows[number % self._slots][: count * width].reshape(count, width)
 
-    def _sum_of(self, number: int, bucket: Bucket) -> torch.Tensor:
+    def _sum_of(self, number: int, bucket: Bucket) -> Any:
         """Returns where the sum of a bucket comes together."""
         if self._rounds:
             return self._sums[number % self._slots][: bucket.numel]
-        return self._output[bucket.start : bucket.stop]
+        return self._values_output[bucket.start : bucket.stop]
 
     def _raw_sum(self, number: int, bucket: Bucket, rank: int) -> memoryview:
         """Returns the bytes of a rank's share of it."""
@@ -198,10 +206,11 @@ class StreamExchange:
             number, self._summed = self._summed, self._summed + 1
             bucket = self._buckets[number - self._done]
             start, stop = self._share(bucket, mine)
-            summed = sum_rows(
-                self._rows_of(number, bucket), self._all_blocks, self._num_shards, in_order=self._in_order
-            )
-            self._sum_of(number, bucket)[start:stop].copy_(summed)
+            # What overflows is for the step to find, as in torch.
+            with np.errstate(all="ignore"):
+                self._sum_of(number, bucket)[start:stop] = sum_rows(
+                    self._rows_of(number, bucket), self._all_blocks, self._num_shards, in_order=self._in_order
+                )
             view = self._raw_sum(number, bucket, mine)
             for peer in self._peers:
                 peer.queue(number, 1, [view])
