@@ -8,6 +8,11 @@ bytes: by the nominal rate, by the rate of payload in full segments, and that of
 one connection for each pair of nodes, the same bytes both ways at once, and nothing but the kernel at work.
 The last one is what is compared with. Bytes are counted by the kernel.
 
+All ways take turns, two steps each, so that a machine that slows down slows all of them. What was hidden is
+then said twice: by medians of times, and by the median over pairs of steps of the same turn (``paired``).
+Backward alone adds to gradients that nobody zeroes, nor does DDP here, while this reducer's step zeroes them;
+``compute_zeroed`` is backward alone with that.
+
 `--alone` times exchanges without a backward instead: the tree and the backend's ring (`--reducer ring`), each
 with its best of several bucket sizes, beside the plain streams; with wall time, CPU time and bytes.
 
@@ -21,35 +26,25 @@ import argparse
 import dataclasses
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from foldfeed.trainer.network import namespaces
+from shaped_links import Streams, shaped
 
 ROUNDS = 5
+# Of the comparison: turns of each way, and steps in each; where it only informs, one step.
+TURNS, STEPS = 3, 2
+CAPS_MB = (1, 2, 4, 25)
+# A bucket size of DDP that needs so much more than its best one gets no turns.
+DDP_MARGIN = 1.1
 # Bytes of a full segment on Ethernet and of its payload: headers of Ethernet, IPv4, TCP with timestamps.
 SEGMENT_BYTES, PAYLOAD_BYTES = 14 + 1500, 1500 - 20 - 32
-
-
-@contextmanager
-def shaped(number: int, mbit: int) -> Iterator[list[tuple[list[str], str]]]:
-    """Makes so many namespaces with shaped links; yields what runs a command in each, and its address."""
-    shape = ["tbf", "rate", f"{mbit}mbit", "burst", "512kb", "latency", "200ms"]
-    with namespaces(number) as network:
-        places = [network.place(slot) for slot in range(number)]
-        for enter, _ in places:
-            tc = [*enter, "tc", "qdisc", "add", "dev", "eth0", "root", *shape]
-            subprocess.run(tc, check=True, capture_output=True, timeout=30)
-        yield places
 
 
 def measure(number: int, mbit: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -85,45 +80,149 @@ def measure(number: int, mbit: int, arguments: argparse.Namespace) -> dict[str, 
         return dict(json.loads(found.read_text()))
 
 
-class Streams:
-    """Plain connections between all ranks, a thread for each direction: what the links give at best."""
+class Clock:
+    """Times steps on all ranks at once; what it found of each way is in ``results``."""
 
-    def __init__(self, rank: int, world: int, meet: Callable[[], object]) -> None:
-        subnet = os.environ["MASTER_ADDR"].rpartition(".")[0]
-        addresses = [(f"{subnet}.{other + 1}", 29572) for other in range(world)]
-        self._peers: dict[int, socket.socket] = {}
-        with socket.create_server(addresses[rank]) as listener:
-            meet()
-            for other in range(rank):
-                self._peers[other] = socket.create_connection(addresses[other])
-                self._peers[other].sendall(bytes([rank]))
-            while len(self._peers) < world - 1:
-                connection, _ = listener.accept()
-                self._peers[connection.recv(1)[0]] = connection
+    def __init__(self, ranks: Any) -> None:
+        self.ranks = ranks
+        self.results: dict[str, Any] = {}
 
-    def move(self, num_bytes: int) -> None:
-        """Sends so many bytes in all, evenly to all, and receives as many."""
-        each = num_bytes // len(self._peers)
-        threads = []
-        for connection in self._peers.values():
-            sent, received = bytes(each), bytearray(each)
-            threads.append(threading.Thread(target=connection.sendall, args=(sent,)))
-            threads.append(
-                threading.Thread(target=connection.recv_into, args=(received, each, socket.MSG_WAITALL))
-            )
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    def barrier(self) -> None:
+        """Waits for all."""
+        self.ranks.gather_floats([0.0], "a barrier")
 
-    def close(self) -> None:
-        """Closes them."""
-        for connection in self._peers.values():
-            connection.close()
+    def seconds(self, step: Callable[[], object]) -> float:
+        """Returns how long a step takes that all ranks begin together."""
+        self.barrier()
+        started = time.perf_counter()
+        step()
+        return time.perf_counter() - started
+
+    def timed(self, name: str, step: Callable[[], object]) -> None:
+        """Times one way by itself."""
+        first = self.seconds(step)
+        self.seconds(step)
+        cpu_s = time.process_time()
+        seconds = [self.seconds(step) for _ in range(ROUNDS)]
+        self.keep(name, first, seconds, (time.process_time() - cpu_s) / ROUNDS)
+
+    def keep(self, name: str, first: float, seconds: list[float], cpu_s: float) -> list[float]:
+        """Keeps the time of the first step, the median and the least of later ones, and CPU time.
+
+        Returns each step's seconds on the slowest rank.
+        """
+        mine = [statistics.median(seconds), first, min(seconds), cpu_s, *seconds]
+        rows = self.ranks.gather_floats(mine, "a time")
+        slowest = [max(column) for column in zip(*rows, strict=True)]
+        for key, value in zip(("", "_first", "_least"), slowest[:3], strict=True):
+            self.results[f"{name}{key}_ms"] = round(1e3 * value, 1)
+        self.results[f"{name}_cpu_ms"] = round(1e3 * sum(row[3] for row in rows), 1)
+        return slowest[4:]
+
+    def in_turn(self, ways: dict[str, Callable[[], object]], informing: set[str]) -> None:
+        """Times several ways in turns; ``pairs`` has every step's time, equally many of each way."""
+        firsts = {name: self.seconds(step) for name, step in ways.items()}
+        # DDP lays its buckets out anew for the second step.
+        again = {name: self.seconds(ways[name]) for name in ways if name.startswith("ddp")}
+        rows = self.ranks.gather_floats(list(again.values()), "the second steps")
+        again = dict(zip(again, map(max, zip(*rows, strict=True)), strict=True))
+        for name, seconds in again.items():
+            self.results[f"{name}_second_ms"] = round(1e3 * seconds, 1)
+        best = min(again.values(), default=0.0)
+        kept = [name for name in ways if name not in again or again[name] <= DDP_MARGIN * best]
+        times: dict[str, list[float]] = {name: [] for name in kept}
+        cpu_s = dict.fromkeys(kept, 0.0)
+        for _ in range(TURNS):
+            for name in kept:
+                for _ in range(1 if name in informing else STEPS):
+                    self.barrier()
+                    cpu_s[name] -= time.process_time()
+                    times[name].append(self.seconds(ways[name]))
+                    cpu_s[name] += time.process_time()
+        pairs = {}
+        for name, seconds in times.items():
+            slowest = self.keep(name, firsts[name], seconds, cpu_s[name] / len(seconds))
+            if name not in informing:
+                pairs[name] = [round(1e3 * value, 1) for value in slowest]
+        self.results["pairs"] = pairs
 
 
 def rank_main(found: str, layers: int, layer_mb: float, layer_ms: float, what: str) -> None:
     """One rank: times steps of every way of reducing, or exchanges alone."""
+    import torch
+
+    from foldfeed.trainer.groups.ranks import joined, world_from_environment
+
+    torch.set_num_threads(1)
+    rank, world, _ = world_from_environment()
+    pieces, numel = 16 * layers, int(layer_mb * 2**20 / 4 / 16)
+    with joined(rank=rank, world=world, device=torch.device("cpu"), timeout_s=60.0) as ranks:
+        clock = Clock(ranks)
+        streams = Streams(rank, world, clock.barrier)
+        total = 4 * pieces * numel
+
+        def move() -> None:
+            streams.move(2 * (world - 1) * total // world)
+
+        if what == "alone":
+            clock.timed("plain", move)
+            time_exchanges(clock, pieces * numel)
+        else:
+            time_steps(clock, pieces, numel, layer_ms / 1e3 / 16, move)
+        streams.close()
+    clock.results["gradient_mb"] = total / 2**20
+    if rank == 0:
+        Path(found).write_text(json.dumps(clock.results))
+
+
+def time_exchanges(clock: Clock, numel: int) -> None:
+    """Times the tree and the ring without a backward."""
+    import torch
+
+    from foldfeed.trainer.gradients.buckets import Bucket
+    from foldfeed.trainer.gradients.exchange import Exchange, elements_sent
+    from foldfeed.trainer.gradients.ring import RingExchange
+    from foldfeed.trainer.gradients.stream import tree_exchange
+
+    ranks, results, world = clock.ranks, clock.results, clock.ranks.world
+    values, output = torch.ones(numel), torch.zeros(numel)
+    for number in (8, 16, 32, 64):
+        size = numel // number
+        plan = [
+            Bucket(index=index, start=index * size, stop=(index + 1) * size, segments=range(1))
+            for index in range(number)
+        ]
+        ways: dict[str, Exchange] = {
+            "tree": tree_exchange(ranks, world, size, output),
+            "ring": RingExchange(ranks, output),
+        }
+        for name, way in ways.items():
+
+            def exchange_all(way: Exchange = way, plan: list[Bucket] = plan) -> None:
+                for bucket in plan:
+                    way.reduce(bucket, [values[bucket.start : bucket.stop]])
+                way.drain()
+
+            sent = _sent()
+            exchange_all()
+            # What is sent may still stand in the link's queue.
+            clock.barrier()
+            results[f"{name}_{number}_bytes"] = _sent() - sent
+            clock.timed(f"{name}_{number}", exchange_all)
+            assert bool((output == world).all()), "a wrong sum"
+    results["predicted_bytes"] = 4 * elements_sent(world, world, numel)[ranks.rank]
+
+
+def time_steps(clock: Clock, pieces: int, numel: int, piece_s: float, move: Callable[[], None]) -> None:
+    """Times steps: backward alone, this reducer in several ways, DDP with several sizes, plain streams.
+
+    Args:
+      clock: of this rank.
+      pieces: parameters.
+      numel: elements of each.
+      piece_s: that backward takes for each.
+      move: moves an exchange's bytes over plain streams.
+    """
     import torch
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
@@ -134,13 +233,8 @@ def rank_main(found: str, layers: int, layer_mb: float, layer_ms: float, what: s
     from foldfeed.trainer.gradients.flat import FlatParameters
     from foldfeed.trainer.gradients.probe import measure as measure_link
     from foldfeed.trainer.gradients.reducer import TreeReducer
-    from foldfeed.trainer.gradients.ring import RingExchange
     from foldfeed.trainer.gradients.stream import tree_exchange
     from foldfeed.trainer.gradients.transports import plan_for
-    from foldfeed.trainer.groups.ranks import joined, world_from_environment
-
-    torch.set_num_threads(1)
-    pieces, numel = 16, int(layer_mb * 2**20 / 4 / 16)
 
     class Slow(torch.autograd.Function):
         """Passes on; its backward sleeps and gives every piece of the layer a gradient of ones."""
@@ -153,140 +247,84 @@ def rank_main(found: str, layers: int, layer_mb: float, layer_ms: float, what: s
         @staticmethod
         def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             (weight,) = context.saved_tensors
-            time.sleep(layer_ms / 1e3 / pieces)
+            time.sleep(piece_s)
             return gradient, torch.ones_like(weight)
 
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weights = nn.ParameterList(nn.Parameter(torch.zeros(numel)) for _ in range(layers * pieces))
+            self.weights = nn.ParameterList(nn.Parameter(torch.zeros(numel)) for _ in range(pieces))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             for weight in self.weights:
                 x = Slow.apply(x, weight)
             return x.sum()
 
-    rank, world, _ = world_from_environment()
+    ranks, results, world = clock.ranks, clock.results, clock.ranks.world
     x = torch.ones(4, requires_grad=True)
-    results: dict[str, Any] = {}
-    with joined(rank=rank, world=world, device=torch.device("cpu"), timeout_s=60.0) as ranks:
+    # As a run on GPUs has it, here over gloo.
+    by_backend = dataclasses.replace(ranks, scatter=ranks.gather)
 
-        def timed(name: str, step: Callable[[], object]) -> None:
-            """Keeps the time of the first step, the median and the least of later ones, and CPU time."""
-            first = clock(step)
-            clock(step)
-            cpu_s = time.process_time()
-            seconds = [clock(step) for _ in range(ROUNDS)]
-            cpu_s = (time.process_time() - cpu_s) / ROUNDS
-            rows = ranks.gather_floats([statistics.median(seconds), first, min(seconds), cpu_s], "a time")
-            results[f"{name}_ms"] = round(1e3 * max(row[0] for row in rows), 1)
-            results[f"{name}_first_ms"] = round(1e3 * max(row[1] for row in rows), 1)
-            results[f"{name}_least_ms"] = round(1e3 * max(row[2] for row in rows), 1)
-            results[f"{name}_cpu_ms"] = round(1e3 * sum(row[3] for row in rows), 1)
+    def exchange(output: torch.Tensor, numel: int) -> Exchange:
+        return tree_exchange(ranks, world, numel, output)
 
-        def clock(step: Callable[[], object]) -> float:
-            ranks.gather_floats([0.0], "a barrier")
-            started = time.perf_counter()
-            step()
-            return time.perf_counter() - started
+    def backend_exchange(output: torch.Tensor, numel: int) -> Exchange:
+        return TreeExchange(by_backend, world, numel, output)
 
-        total = 4 * layers * pieces * numel
-        streams = Streams(rank, world, lambda: ranks.gather_floats([0.0], "a barrier"))
-        timed("plain", lambda: streams.move(2 * (world - 1) * total // world))
-        if what == "alone":
-            values, output = torch.ones(total // 4), torch.zeros(total // 4)
-            for number in (8, 16, 32, 64):
-                size = len(values) // number
-                plan = [
-                    Bucket(index=index, start=index * size, stop=(index + 1) * size, segments=range(1))
-                    for index in range(number)
-                ]
-                ways: dict[str, Exchange] = {
-                    "tree": tree_exchange(ranks, world, size, output),
-                    "ring": RingExchange(ranks, output),
-                }
-                for name, way in ways.items():
+    def short_exchange(output: torch.Tensor, numel: int) -> Exchange:
+        return tree_exchange(ranks, world, numel, output, torch.bfloat16)
 
-                    def exchange_all(way: Exchange = way, plan: list[Bucket] = plan) -> None:
-                        for bucket in plan:
-                            way.reduce(bucket, [values[bucket.start : bucket.stop]])
-                        way.drain()
+    reducers: list[TreeReducer] = []
 
-                    sent = _sent()
-                    exchange_all()
-                    # What is sent may still stand in the link's queue.
-                    ranks.gather_floats([0.0], "a barrier")
-                    results[f"{name}_{number}_bytes"] = _sent() - sent
-                    timed(f"{name}_{number}", exchange_all)
-                    assert bool((output == world).all()), "a wrong sum"
-            results["predicted_bytes"] = 4 * elements_sent(world, world, total // 4)[rank]
-            streams.close()
-            if rank == 0:
-                Path(found).write_text(json.dumps(results))
-            return
-        plain = Model()
-        timed("compute_alone", lambda: plain(x).backward())
-        flat = FlatParameters(Model())
-        sizes = [segment.padded for segment in flat.segments]
+    def reduced(name: str, buckets: list[Bucket]) -> Callable[[], None]:
+        """Returns a step by this reducer; notes its bytes."""
+        model = Model()
+        wire = torch.bfloat16 if name == "bf16" else torch.float32
+        make = {"bf16": short_exchange, "backend": backend_exchange}.get(name, exchange)
+        reducer = TreeReducer(FlatParameters(model), buckets, ranks, world, wire=wire, make_exchange=make)
+        reducers.append(reducer)
+        shard = owned_shards(world, world, ranks.rank).start
 
-        def exchange(output: torch.Tensor, numel: int) -> Exchange:
-            return tree_exchange(ranks, world, numel, output)
+        def ours() -> None:
+            reducer.begin()
+            with reducer.shard(shard):
+                model(x).backward()
+            reducer.finish([])
 
-        # As a run on GPUs has it, here over gloo.
-        by_backend = dataclasses.replace(ranks, scatter=ranks.gather)
+        sent = _sent()
+        ours()
+        results[f"tree_{name}_bytes"] = _sent() - sent
+        results[f"tree_{name}_buckets"] = len(buckets)
+        results[f"tree_{name}_predicted_bytes"] = wire.itemsize * sum(
+            elements_sent(world, world, bucket.numel)[ranks.rank] for bucket in buckets
+        )
+        return ours
 
-        def backend_exchange(output: torch.Tensor, numel: int) -> Exchange:
-            return TreeExchange(by_backend, world, numel, output)
+    plain, zeroed = Model(), Model()
+    flat = FlatParameters(zeroed)
 
-        def short_exchange(output: torch.Tensor, numel: int) -> Exchange:
-            return tree_exchange(ranks, world, numel, output, torch.bfloat16)
+    def zero_and_compute() -> None:
+        flat.zero_gradients()
+        zeroed(x).backward()
 
-        link, short_link = (measure_link(ranks, make, 1) for make in (exchange, short_exchange))
-        makers = {"bf16": short_exchange, "backend": backend_exchange}
-        fixed = plan_buckets(sizes, bucket_bytes=auto_bucket_bytes(total))
-        for name, buckets in (
-            ("planned", plan_for(link, sizes)),
-            ("backend", plan_for(link, sizes)),
-            ("fixed", fixed),
-            ("bf16", plan_for(short_link, sizes)),
-        ):
-            model = Model()
-            flat = FlatParameters(model)
-            wire = torch.bfloat16 if name == "bf16" else torch.float32
-            reducer = TreeReducer(
-                flat,
-                buckets,
-                ranks,
-                world,
-                wire=wire,
-                make_exchange=makers.get(name, exchange),
-            )
-            shard = owned_shards(world, world, rank).start
-
-            def ours(reducer: TreeReducer = reducer, model: nn.Module = model, shard: int = shard) -> None:
-                reducer.begin()
-                with reducer.shard(shard):
-                    model(x).backward()
-                reducer.finish([])
-
-            sent = _sent()
-            ours()
-            results[f"tree_{name}_bytes"] = _sent() - sent
-            timed(f"tree_{name}", ours)
-            results[f"tree_{name}_buckets"] = len(buckets)
-            results[f"tree_{name}_predicted_bytes"] = wire.itemsize * sum(
-                elements_sent(world, world, bucket.numel)[rank] for bucket in buckets
-            )
-            reducer.close()
-        for cap in (1, 2, 4, 25):
-            wrapped = DistributedDataParallel(Model(), bucket_cap_mb=cap, gradient_as_bucket_view=True)
-            timed(f"ddp_{cap}mb", lambda wrapped=wrapped: wrapped(x).backward())
-        timed("plain_again", lambda: streams.move(2 * (world - 1) * total // world))
-        streams.close()
+    sizes = [segment.padded for segment in flat.segments]
+    link, short_link = (measure_link(ranks, make, 1) for make in (exchange, short_exchange))
     results["link"] = {"latency_us": round(1e6 * link.latency_s, 1), "gbit_per_s": 8e-9 * link.bytes_per_s}
-    results["gradient_mb"] = total / 2**20
-    if rank == 0:
-        Path(found).write_text(json.dumps(results))
+    ways: dict[str, Callable[[], object]] = {
+        "compute_alone": lambda: plain(x).backward(),
+        "tree_planned": reduced("planned", plan_for(link, sizes)),
+    }
+    for cap in CAPS_MB:
+        wrapped = DistributedDataParallel(Model(), bucket_cap_mb=cap, gradient_as_bucket_view=True)
+        ways[f"ddp_{cap}mb"] = lambda wrapped=wrapped: wrapped(x).backward()
+    ways |= {"plain": move, "compute_zeroed": zero_and_compute}
+    fixed = plan_buckets(sizes, bucket_bytes=auto_bucket_bytes(4 * sum(sizes)))
+    ways["tree_backend"] = reduced("backend", plan_for(link, sizes))
+    ways["tree_fixed"] = reduced("fixed", fixed)
+    ways["tree_bf16"] = reduced("bf16", plan_for(short_link, sizes))
+    clock.in_turn(ways, informing={"tree_backend", "tree_fixed", "tree_bf16"})
+    for reducer in reducers:
+        reducer.close()
 
 
 def _sent() -> int:
@@ -297,22 +335,44 @@ def judge(found: dict[str, Any], number: int, mbit: int) -> dict[str, Any]:
     """Adds the closed forms and what of the exchange was hidden, by each of them and by the plain streams."""
     compute_ms, step_ms = found["compute_alone_ms"], found["tree_planned_ms"]
     nominal_ms = found["tree_planned_predicted_bytes"] * 8e-3 / mbit
-    plain_ms = min(found["plain_ms"], found["plain_again_ms"])
-    ddp_ms = min(found[f"ddp_{cap}mb_ms"] for cap in (1, 2, 4, 25))
+    ddp_ms = min(found[f"ddp_{cap}mb_ms"] for cap in CAPS_MB if f"ddp_{cap}mb_ms" in found)
     row = {**found, "nodes": number, "mbit": mbit, "step_to_best_ddp": round(step_ms / ddp_ms, 3)}
-    for name, wire_ms in (
-        ("nominal", nominal_ms),
-        ("headers", nominal_ms * SEGMENT_BYTES / PAYLOAD_BYTES),
-        ("plain", plain_ms),
+    for name, compute_of, wire_ms in (
+        ("nominal", compute_ms, nominal_ms),
+        ("headers", compute_ms, nominal_ms * SEGMENT_BYTES / PAYLOAD_BYTES),
+        ("plain", compute_ms, found["plain_ms"]),
+        ("plain_zeroed", found["compute_zeroed_ms"], found["plain_ms"]),
     ):
-        ideal_ms = max(compute_ms, wire_ms)
+        ideal_ms = max(compute_of, wire_ms)
         row[f"wire_{name}_ms"] = round(wire_ms, 1)
         row[f"ideal_{name}_ms"] = round(ideal_ms, 1)
         row[f"step_to_ideal_{name}"] = round(step_ms / ideal_ms, 3)
-        row[f"hidden_share_{name}"] = round((compute_ms + wire_ms - step_ms) / min(compute_ms, wire_ms), 3)
+        row[f"hidden_share_{name}"] = round((compute_of + wire_ms - step_ms) / min(compute_of, wire_ms), 3)
+    row["paired"] = judge_pairs(found["pairs"])
     row["bf16_bytes_to_fp32"] = round(found["tree_bf16_bytes"] / found["tree_planned_bytes"], 4)
     row["bytes_to_predicted"] = round(found["tree_planned_bytes"] / found["tree_planned_predicted_bytes"], 4)
     return row
+
+
+def judge_pairs(pairs: dict[str, list[float]]) -> dict[str, float]:
+    """Returns medians over steps that were taken in the same turn, of this step to others."""
+    steps = pairs["tree_planned"]
+    verdict = {}
+    for name, key in (("compute_alone", ""), ("compute_zeroed", "_zeroed")):
+        turns = list(zip(pairs[name], pairs["plain"], steps, strict=True))
+        hidden = [(compute + wire - step) / min(compute, wire) for compute, wire, step in turns]
+        verdict[f"hidden_share{key}"] = round(statistics.median(hidden), 3)
+        to_ideal = [step / max(compute, wire) for compute, wire, step in turns]
+        verdict[f"step_to_ideal{key}"] = round(statistics.median(to_ideal), 3)
+        beyond = [step - max(compute, wire) for compute, wire, step in turns]
+        verdict[f"beyond_ideal{key}_ms"] = round(statistics.median(beyond), 1)
+    # The size that does best by such pairs.
+    verdict["step_to_best_ddp"] = max(
+        round(statistics.median(step / other for step, other in zip(steps, pairs[name], strict=True)), 3)
+        for name in pairs
+        if name.startswith("ddp")
+    )
+    return verdict
 
 
 def judge_alone(found: dict[str, Any], number: int, mbit: int) -> dict[str, Any]:
@@ -329,6 +389,7 @@ def judge_alone(found: dict[str, Any], number: int, mbit: int) -> dict[str, Any]
 
 
 def _say(row: dict[str, Any]) -> str:
+    paired = row["paired"]
     return (
         f"step {row['tree_planned_ms']:.0f} ms in {row['tree_planned_buckets']} buckets, "
         f"{row['tree_planned_ms'] / row['tree_backend_ms']:.2f}x the backend's, "
@@ -338,6 +399,10 @@ def _say(row: dict[str, Any]) -> str:
             f"{100 * row[f'hidden_share_{name}']:.0f} % hidden"
             for name in ("nominal", "headers", "plain")
         )
+        + f"; in pairs: {paired['step_to_ideal']:.3f}x the ideal ({paired['beyond_ideal_ms']:.1f} ms more), "
+        f"{100 * paired['hidden_share']:.0f} % hidden, {paired['step_to_best_ddp']:.3f}x the best DDP; "
+        f"beside a backward that zeroes: {paired['step_to_ideal_zeroed']:.3f}x, "
+        f"{100 * paired['hidden_share_zeroed']:.0f} % hidden"
     )
 
 

@@ -188,6 +188,33 @@ def test_a_silent_a_lost_and_an_odd_peer_are_errors() -> None:
                 exchanges()
 
 
+def test_a_peer_is_not_silent_as_long_as_a_byte_comes() -> None:
+    """Over TCP, where the poll does not wake before a message is whole."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        theirs = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    group = MeshGroup(Channel(0, {1: ours}, 0.3))
+    output = torch.zeros(8)
+    exchange = StreamExchange(Ranks(rank=0, world=2, device=CPU, scatter=group), 2, 8, output)
+    part = struct.pack("<QQ4f", 0, 16, *[1.0] * 4)
+
+    def trickle() -> None:
+        for at in range(0, len(part), 4):
+            theirs.sendall(part[at : at + 4])
+            time.sleep(0.1)
+        theirs.sendall(struct.pack("<QQ4f", 1, 16, *[3.0] * 4))
+
+    with theirs, ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(trickle)
+        exchange.reduce(plan_of([0, 8])[0], [torch.ones(8)])
+        exchange.drain()
+        sent.result()
+    assert output.tolist() == [2.0] * 4 + [3.0] * 4
+    # Whatever comes next may be shorter.
+    assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+    group.close()
+
+
 def test_abort_ends_the_wait() -> None:
     with worlds(2) as ranks:
         exchange = StreamExchange(ranks[0], 2, 8, torch.zeros(8))

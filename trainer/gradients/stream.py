@@ -22,7 +22,9 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from foldfeed.trainer.errors import WireError
@@ -34,6 +36,8 @@ from foldfeed.trainer.groups.wire import MeshGroup, raw
 
 # A rank that the system lets wait for tens of milliseconds shall not let the link run dry.
 WINDOW_BYTES, LEAST_SLOTS, MOST_SLOTS = 16 << 20, 2, 32
+# What is awaited of a message before the thread wakes: nothing can be added before all of it is there.
+WAKE_BYTES = 1 << 20
 # Of a message: twice the number of the bucket in this exchange, and one more where it is a sum; its bytes.
 _HEADER = struct.Struct("<QQ")
 _HANGUP = getattr(select, "POLLRDHUP", 0)
@@ -50,6 +54,7 @@ class _Peer:
         self.incoming, self.phase = [self.header], -1
         self.sent, self.come = [0, 0], [0, 0]
         self.events = -1
+        self.awaited = 1
 
     def queue(self, number: int, phase: int, views: list[memoryview]) -> None:
         """Puts a message behind those that wait to be sent."""
@@ -61,6 +66,13 @@ class _Peer:
         """Returns how many messages of what is under way have not come."""
         parts, sums = self.come
         return max(0, launched - parts) + launched - sums
+
+    def wake_at(self, num_bytes: int) -> None:
+        """Lets the poll wake for so many bytes, or a part of them that is worth it."""
+        awaited = min(WAKE_BYTES, num_bytes)
+        if awaited != self.awaited:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, awaited)
+            self.awaited = awaited
 
 
 def _advance(views: list[memoryview], num_bytes: int) -> None:
@@ -97,7 +109,7 @@ class StreamExchange:
         # Sums that were rounded wait here for the output; others are received into it.
         self._rounds = wire is not output.dtype
         self._sums = [self._room(ranks.world * self._rounds) for _ in range(self._slots)]
-        self._raw_output = raw(output)
+        self._raw_output, self._values_output = raw(output), output if self._rounds else output.numpy()
         self._buckets: deque[Bucket] = deque()
         # By number and rank, the bytes of parts that came before this rank had that bucket.
         self._early: dict[tuple[int, int], int] = {}
@@ -107,6 +119,11 @@ class StreamExchange:
     def _room(self, chunks: int) -> torch.Tensor:
         return torch.zeros(chunks * self._chunk, dtype=self._wire)
 
+    def _values(self, tensor: torch.Tensor) -> Any:
+        """Returns what a tensor is sliced, copied and added as."""
+        # A call of torch takes 20 to 50 us where its code has left the caches, with the GIL; numpy's a few.
+        return tensor if self._rounds else tensor.numpy()
+
     def divide(self, blocks: Sequence[Sequence[Block]]) -> None:
         """Allocates room for other blocks of the ranks, see `exchange.Exchange.divide`."""
         self._counts = [len(mine) for mine in blocks]
@@ -114,9 +131,10 @@ class StreamExchange:
         self._all_blocks = [block for mine in blocks for block in mine]
         self._in_order = self._all_blocks == sorted(self._all_blocks)
         sent, rows = self._ranks.world * self._counts[self._ranks.rank], len(self._all_blocks)
-        self._send = [self._room(sent) for _ in range(self._slots)]
-        self._rows = [self._room(rows) for _ in range(self._slots)]
-        self._raw_send, self._raw_rows = list(map(raw, self._send)), list(map(raw, self._rows))
+        rooms = [(self._room(sent), self._room(rows)) for _ in range(self._slots)]
+        self._raw_send, self._raw_rows = [raw(room) for room, _ in rooms], [raw(room) for _, room in rooms]
+        self._send = [self._values(room) for room, _ in rooms]
+        self._rows = [self._values(room) for _, room in rooms]
 
     def reduce(self, bucket: Bucket, blocks: Sequence[torch.Tensor]) -> None:
         """Begins one bucket, see `exchange.Exchange.reduce`; waits for a slot."""
@@ -125,12 +143,12 @@ class StreamExchange:
             number, self._launched = self._launched, self._launched + 1
             self._buckets.append(bucket)
             slot, numel, item = number % self._slots, bucket.numel, self._wire.itemsize
-            kept = self._send[slot][: len(blocks) * numel].view(len(blocks), numel)
-            for row, block in zip(kept, blocks, strict=True):
-                row.copy_(block)
             start, stop = self._share(bucket, self._ranks.rank)
-            first = self._before[self._ranks.rank]
-            self._rows_of(number, bucket)[first : first + len(blocks)].copy_(kept[:, start:stop])
+            rows, first = self._rows_of(number, bucket), self._before[self._ranks.rank]
+            for index, block in enumerate(blocks):
+                values = self._values(block)
+                self._send[slot][index * numel : (index + 1) * numel] = values
+                rows[first + index] = values[start:stop]
             for peer in self._peers:
                 expected = self._counts[peer.rank] * (stop - start) * item
                 if (length := self._early.pop((number, peer.rank), expected)) != expected:
@@ -139,6 +157,7 @@ class StreamExchange:
                 offsets = range(0, len(blocks) * numel, numel) if b > a else ()
                 sent = self._raw_send[slot]
                 peer.waiting.append([sent[(at + a) * item : (at + b) * item] for at in offsets])
+                self._await(peer)
             self._step()
 
     def progress(self, wake: int) -> None:
@@ -159,17 +178,17 @@ class StreamExchange:
         chunk = -(-bucket.numel // self._ranks.world)
         return min(rank * chunk, bucket.numel), min((rank + 1) * chunk, bucket.numel)
 
-    def _rows_of(self, number: int, bucket: Bucket) -> torch.Tensor:
+    def _rows_of(self, number: int, bucket: Bucket) -> Any:
         """Returns the room for all ranks' blocks of this rank's share, a row each."""
         start, stop = self._share(bucket, self._ranks.rank)
         width, count = stop - start, len(self._all_blocks)
-        return self._rows[number % self._slots][: count * width].view(count, width)
+        return self._rows[number % self._slots][: count * width].reshape(count, width)
 
-    def _sum_of(self, number: int, bucket: Bucket) -> torch.Tensor:
+    def _sum_of(self, number: int, bucket: Bucket) -> Any:
         """Returns where the sum of a bucket comes together."""
         if self._rounds:
             return self._sums[number % self._slots][: bucket.numel]
-        return self._output[bucket.start : bucket.stop]
+        return self._values_output[bucket.start : bucket.stop]
 
     def _raw_sum(self, number: int, bucket: Bucket, rank: int) -> memoryview:
         """Returns the bytes of a rank's share of it."""
@@ -187,10 +206,11 @@ class StreamExchange:
             number, self._summed = self._summed, self._summed + 1
             bucket = self._buckets[number - self._done]
             start, stop = self._share(bucket, mine)
-            summed = sum_rows(
-                self._rows_of(number, bucket), self._all_blocks, self._num_shards, in_order=self._in_order
-            )
-            self._sum_of(number, bucket)[start:stop].copy_(summed)
+            # What overflows is for the step to find, as in torch.
+            with np.errstate(all="ignore"):
+                self._sum_of(number, bucket)[start:stop] = sum_rows(
+                    self._rows_of(number, bucket), self._all_blocks, self._num_shards, in_order=self._in_order
+                )
             view = self._raw_sum(number, bucket, mine)
             for peer in self._peers:
                 peer.queue(number, 1, [view])
@@ -225,33 +245,56 @@ class StreamExchange:
                 _advance(peer.outgoing[0][1], moved)
                 return
 
-    def _receive_from(self, peer: _Peer) -> None:
-        """Receives once what is there: the rest of a message, and the header of the next if one must come."""
-        body = peer.phase >= 0
-        # Not that of what a next collective sends.
-        if (
-            body
-            and len(peer.incoming) == 1
-            and peer.wants(self._launched) > (peer.come[peer.phase] < self._launched)
-        ):
-            peer.incoming.append(peer.header)
-        try:
-            num_bytes = peer.connection.recvmsg_into(peer.incoming)[0]
-        except BlockingIOError:
-            return
-        except OSError as error:
-            raise self._lost(peer, error) from error
-        if not num_bytes:
-            raise self._lost(peer, "closed by the other side")
-        left = len(peer.incoming[0])
-        if num_bytes < left:
-            peer.incoming[0] = peer.incoming[0][num_bytes:]
-            return
-        if body:
-            self._came(peer)
-            peer.incoming[0] = peer.header[num_bytes - left :]
-        if not len(peer.incoming[0]) or not body:
+    def _receive_from(self, peer: _Peer) -> bool:
+        """Receives what is there of what must come, and nothing of what a next collective sends.
+
+        Returns whether anything was.
+        """
+        moved = False
+        while (wanted := peer.wants(self._launched)) > 0:
+            body = peer.phase >= 0
+            if body and len(peer.incoming) == 1 and wanted > (peer.come[peer.phase] < self._launched):
+                # The header of the next one.
+                peer.incoming.append(peer.header)
+            try:
+                num_bytes = peer.connection.recvmsg_into(peer.incoming)[0]
+            except BlockingIOError:
+                break
+            except OSError as error:
+                raise self._lost(peer, error) from error
+            if not num_bytes:
+                raise self._lost(peer, "closed by the other side")
+            moved = True
+            left = len(peer.incoming[0])
+            if num_bytes < left:
+                peer.incoming[0] = peer.incoming[0][num_bytes:]
+                break
+            if body:
+                self._came(peer)
+                peer.incoming[0] = peer.header[num_bytes - left :]
+                if len(peer.incoming[0]):
+                    break
             self._announced(peer)
+        self._await(peer)
+        return moved
+
+    def _await(self, peer: _Peer) -> None:
+        """Sets when the poll wakes: nothing can be done before a message that must come is whole."""
+        if peer.phase >= 0:
+            peer.wake_at(len(peer.incoming[0]))
+            return
+        # Either may be the next, and parts of buckets that are not launched here may be before them.
+        lengths = [
+            self._length(peer, phase, self._buckets[number - self._done])
+            for phase, number in enumerate(peer.come)
+            if number < self._launched
+        ]
+        peer.wake_at(len(peer.incoming[0]) + min(lengths) if lengths else 1)
+
+    def _length(self, peer: _Peer, phase: int, bucket: Bucket) -> int:
+        """Returns the bytes of a message from a rank."""
+        start, stop = self._share(bucket, peer.rank if phase else self._ranks.rank)
+        return (stop - start) * self._wire.itemsize * (1 if phase else self._counts[peer.rank])
 
     def _came(self, peer: _Peer) -> None:
         peer.come[peer.phase] += 1
@@ -317,6 +360,10 @@ class StreamExchange:
             ready = dict(self._poller.poll(1e3 * max(0.0, deadline - time.monotonic())))
             if not ready and time.monotonic() > deadline:
                 silent = sorted(p.rank for p in self._peers if p.wants(self._launched) or p.outgoing)
+                # Less than is awaited may have come.
+                if any(self._receive_from(p) for p in self._peers if p.wants(self._launched)):
+                    deadline = time.monotonic() + timeout_s
+                    continue
                 raise WireError(f"ranks {silent} sent and took nothing for {timeout_s:g} s")
             woken = ready.pop(wake, 0)
             for number, events in ready.items():
