@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3_server import free_port
+from ports import free_port
 
 PASSWORD = "open-sesame"
 

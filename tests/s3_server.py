@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 ACCESS, SECRET = "tester", "secretkey"
 BUCKET = "bucket"
@@ -28,12 +29,6 @@ def server_binary() -> Path:
     if found is None:
         pytest.skip("no S3 server (versitygw): run `make s3-server`, or set FOLDFEED_S3_SERVER")
     return Path(found)
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 @contextlib.contextmanager

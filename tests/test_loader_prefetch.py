@@ -121,7 +121,7 @@ def test_an_interrupted_consumer_leaves_no_threads(monkeypatch):
 
 def test_waiting_is_measured():
     with StepPrefetcher(
-        lambda step: [lambda: time.sleep(0.03)],
+        lambda step: [lambda: time.sleep(0.1)],
         lambda step, parts: step,
         first_step=0,
         depth=1,

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 from trainer_options import SMALL_CROPS, SMALL_MODEL
-from trainer_ranks import free_port, rank_environment
+from trainer_ranks import rank_environment
 from warm_python import Program, run_module, run_programs
 
 from foldfeed.feature_store import FeatureStore

@@ -69,6 +69,7 @@ def test_parts_sum_to_the_wall_time_and_every_kept_step_counts_once(attempts: li
 
 
 def test_a_torn_line_is_cut_and_a_second_run_of_one_process_counts_no_second_twice(tmp_path: Path) -> None:
+    first = time.time() - 5
     for start in range(3):
         ledger = Ledger(tmp_path, active=True, began=time.time() - 5)
         ledger.mark(Part.STARTUP)
@@ -84,7 +85,7 @@ def test_a_torn_line_is_cut_and_a_second_run_of_one_process_counts_no_second_twi
             ledger._file.close()  # as a kill would
     found = account(tmp_path / GOODPUT_FILE)
     assert sum(found.parts.values()) == pytest.approx(found.wall_s, abs=1e-6)
-    assert 5.15 <= found.wall_s < 5.15 + 2
+    assert 5.15 <= found.wall_s <= time.time() - first
     assert found.starts == 3
 
 
@@ -96,7 +97,7 @@ def test_the_time_until_a_failure_is_noticed_belongs_to_the_failure(tmp_path: Pa
     found = ledger.end("failed")
     assert found is not None
     assert found.parts[Part.RECOVERY] >= 0.29
-    assert found.parts[Part.RECOVERY] == pytest.approx(found.wall_s, abs=0.1)
+    assert found.parts[Part.RECOVERY] + found.parts[Part.STARTUP] == pytest.approx(found.wall_s, abs=0.01)
 
 
 def test_a_damaged_ledger_and_none_at_all_are_named(

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from test_trainer_cli import TINY
-from trainer_ranks import free_port
 from warm_python import run_module
 
 from foldfeed.feature_store import FeatureStore
@@ -39,6 +39,13 @@ def write_lease(folder: Path, age_s: float = 0.0, **changed: object) -> Path:
     then = time.time() - age_s
     os.utime(path, (then, then))
     return path
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
 
 
 def test_a_second_run_is_refused_while_the_first_lives_and_not_afterwards(tmp_path: Path) -> None:
@@ -104,13 +111,16 @@ def test_a_restart_waits_for_a_holder_that_may_have_died_elsewhere(tmp_path: Pat
 
 
 def test_a_holder_keeps_its_lease_fresh(tmp_path: Path) -> None:
-    said: list[str] = []
-    first = lease_of(tmp_path, said, lease_s=0.6)
+    """Its file grows old, and is young again before another may take the run over."""
+    first = lease_of(tmp_path, [], lease_s=6.0)
+    path = tmp_path / LEASE_FILE
     first.take()
-    for _ in range(4):
-        time.sleep(0.3)
+    for _ in range(2):
+        old = time.time() - 4.0
+        os.utime(path, (old, old))
+        wait_for(lambda old=old: path.stat().st_mtime > old + 2.0)
         with pytest.raises(LeaseHeldError):
-            lease_of(tmp_path, said, lease_s=0.6).take()
+            lease_of(tmp_path, [], lease_s=6.0).take()
     first.release()
 
 
@@ -214,8 +224,8 @@ def test_a_short_run_of_which_every_step_was_skipped_is_no_success(
 
 
 def test_a_beat_that_fails_for_a_moment_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lease = lease_of(tmp_path, [], lease_s=0.6)
-    failures = []
+    lease = lease_of(tmp_path, [], lease_s=3.0)
+    failures: list[object] = []
 
     def failing(path: object) -> None:
         failures.append(path)
@@ -224,17 +234,15 @@ def test_a_beat_that_fails_for_a_moment_ends_nothing(tmp_path: Path, monkeypatch
     lease.take()
     with monkeypatch.context() as broken:
         broken.setattr(os, "utime", failing)
-        time.sleep(0.35)
-    assert failures
+        wait_for(lambda: bool(failures))
     then = (tmp_path / LEASE_FILE).stat().st_mtime
-    time.sleep(0.35)
-    assert (tmp_path / LEASE_FILE).stat().st_mtime > then
+    wait_for(lambda: (tmp_path / LEASE_FILE).stat().st_mtime > then)
     lease.release()
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path, small_store: FeatureStore) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", free_port()))
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -282,10 +290,7 @@ def test_the_ranks_of_an_elastic_run_hold_one_lease_after_another(tmp_path: Path
     second.require()
     # It woke up late and signed once more: the holder signs again with its next beat.
     write_lease(tmp_path, token=second.token, pid=1)
-    deadline = time.monotonic() + 10
-    while json.loads((tmp_path / LEASE_FILE).read_text())["pid"] != os.getpid():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: json.loads((tmp_path / LEASE_FILE).read_text())["pid"] == os.getpid())
     other.token = "of another run"
     with pytest.raises(LeaseLostError):
         other.hold()

@@ -11,10 +11,10 @@ import urllib.request
 
 import pytest
 import torch
+from ports import free_port
 from test_loader_meters import check_trace, parsed
 from test_loader_stream import build_store
 from test_trainer_cli import TINY
-from trainer_ranks import free_port
 
 from foldfeed.trainer.cli import main
 from foldfeed.trainer.config import DataConfig, RunConfig

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from ports import free_port
 from thread_ranks import on_threads
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from trainer_options import SMALL_CROPS
-from trainer_ranks import free_port, launch, rank_environment
+from trainer_ranks import launch, rank_environment
 from transport_sums import reduce_plan
 from warm_python import Program, run_programs
 

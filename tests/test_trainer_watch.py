@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,30 +42,38 @@ def test_a_straggler_is_named_once_with_its_phase() -> None:
     assert [Stragglers([8], 1).feed([1.0], [0.1], 1.1) for _ in range(3)] == [""] * 3
 
 
-def stuck_here(seconds: float) -> None:
-    time.sleep(seconds)
+def stuck_here(done: Callable[[], bool]) -> None:
+    """Blocks its thread until what is waited for happened; it has to, within ten seconds."""
+    deadline = time.monotonic() + 10
+    while not done():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def holds(path: Path, words: str) -> bool:
+    return path.exists() and words in path.read_text()
 
 
 def test_stacks_are_written_on_silence_once_and_on_the_signal(tmp_path: Path) -> None:
     said: list[str] = []
     before, running = signal.getsignal(signal.SIGUSR1), set(threading.enumerate())
-    watch = StackWatch(tmp_path, 1, 3, 1.0, said.append)
+    watch = StackWatch(tmp_path, 1, 3, 2.0, said.append)
     path = tmp_path / STACKS_FILE
     watch.start()
-    for step in range(6):
+    for step in range(10):
         watch.beat(step)
         time.sleep(0.2)
     assert not path.exists()
-    watch.beat(7)
-    stuck_here(2.0)
+    watch.beat(17)
+    stuck_here(lambda: holds(path, "==== rank 1 of 3"))
+    # As long again, and it is written no more.
+    time.sleep(1.8)
     assert path.read_text().count("==== rank 1 of 3") == 1
-    assert "step 7 began 1 s ago and has not ended" in path.read_text()
-    assert "stuck_here" in path.read_text()
+    assert re.search("step 17 began [1-9] s ago and has not ended", path.read_text())
+    assert "in stuck_here" in path.read_text()
     assert len(said) == 1
     os.kill(os.getpid(), signal.SIGUSR1)
-    deadline = time.monotonic() + 10
-    while ": SIGUSR1\n" not in path.read_text() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    stuck_here(lambda: holds(path, ": SIGUSR1\n"))
     assert path.read_text().count("====") == 2
     watch.stop()
     assert signal.getsignal(signal.SIGUSR1) == before
@@ -77,7 +87,7 @@ def test_the_main_thread_leads_however_many_others_there_are(tmp_path: Path) -> 
         thread.start()
     watch = StackWatch(tmp_path, 0, 2, 0.5, lambda line: None)
     watch.start()
-    stuck_here(1.0)
+    stuck_here(lambda: holds(tmp_path / STACKS_FILE, "MainThread"))
     watch.stop()
     end.set()
     for thread in others:
@@ -96,15 +106,12 @@ def test_a_folder_that_is_gone_is_said_and_the_watch_goes_on(tmp_path: Path) -> 
     watch = StackWatch(tmp_path / "run", 0, 2, 0.5, said.append)
     (tmp_path / "run").rmdir()
     watch.start()
-    stuck_here(1.0)
-    assert len(said) == 2
+    stuck_here(lambda: len(said) == 2)
     assert "step 0 began" in said[0]
     assert "the stacks cannot be written" in said[1]
     (tmp_path / "run").mkdir()
     os.kill(os.getpid(), signal.SIGUSR1)
-    deadline = time.monotonic() + 10
-    while not (tmp_path / "run" / STACKS_FILE).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    stuck_here((tmp_path / "run" / STACKS_FILE).exists)
     watch.stop()
     assert ": SIGUSR1\n" in (tmp_path / "run" / STACKS_FILE).read_text()
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import trainer_ranks
+from ports import free_port
 from trainer_ranks import NUM_TOY_STEPS, children_of, launch, toy_model, toy_shard
 
 WORLDS = (1, 2, 3, 4)
@@ -303,7 +304,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_weights_are_equal(
 def test_one_torchrun_per_node_makes_one_run(trained: dict[int, list[Any]], tmp_path: Path) -> None:
     """Two nodes of two ranks, each with a torchrun of its own, that meet at the first one's port."""
     options = {"runs": [{"output": str(tmp_path / "run")}]}
-    port = trainer_ranks.free_port()
+    port = free_port()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     nodes = []
     try:

@@ -13,13 +13,13 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
 from warm_python import Program, run_programs
 
 HERE = Path(__file__).resolve()
@@ -61,12 +61,6 @@ def launch(
         f"rank {r}: exit {c}\n{e}" for r, (c, e) in enumerate(zip(codes, errors, strict=True))
     )
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
