@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -33,46 +34,63 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from foldfeed.trainer.network import namespaces
-
+BRIDGE, PREFIX = f"ffo{os.getpid()}", f"ffo{os.getpid()}-"
+_counter = itertools.count(1)
 ROUNDS = 5
 # Bytes of a full segment on Ethernet and of its payload: headers of Ethernet, IPv4, TCP with timestamps.
 SEGMENT_BYTES, PAYLOAD_BYTES = 14 + 1500, 1500 - 20 - 32
 
 
+def run(*arguments: str) -> None:
+    """Runs a command of the system's network tools."""
+    subprocess.run(arguments, check=True, capture_output=True, timeout=30)
+
+
 @contextmanager
-def shaped(number: int, mbit: int) -> Iterator[list[tuple[list[str], str]]]:
-    """Makes so many namespaces with shaped links; yields what runs a command in each, and its address."""
-    shape = ["tbf", "rate", f"{mbit}mbit", "burst", "512kb", "latency", "200ms"]
-    with namespaces(number) as network:
-        places = [network.place(slot) for slot in range(number)]
-        for enter, _ in places:
-            tc = [*enter, "tc", "qdisc", "add", "dev", "eth0", "root", *shape]
-            subprocess.run(tc, check=True, capture_output=True, timeout=30)
-        yield places
+def namespaces(number: int, mbit: int) -> Iterator[list[str]]:
+    """Makes so many namespaces with shaped links; removes them at the end."""
+    # New names each time: the kernel takes links down in the background.
+    names = [f"{PREFIX}{next(_counter)}" for _ in range(number)]
+    try:
+        run("ip", "link", "add", BRIDGE, "type", "bridge")
+        run("ip", "link", "set", BRIDGE, "up")
+        for index, name in enumerate(names):
+            run("ip", "netns", "add", name)
+            run("ip", "link", "add", f"v{name}", "type", "veth", "peer", "name", "eth0", "netns", name)
+            run("ip", "link", "set", f"v{name}", "master", BRIDGE, "up")
+            run("ip", "-n", name, "addr", "add", f"10.77.9.{index + 1}/24", "dev", "eth0")
+            run("ip", "-n", name, "link", "set", "eth0", "up")
+            run("ip", "-n", name, "link", "set", "lo", "up")
+            shape = ["tbf", "rate", f"{mbit}mbit", "burst", "512kb", "latency", "200ms"]
+            run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "eth0", "root", *shape)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=30, check=False)
+        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, timeout=30, check=False)
 
 
 def measure(number: int, mbit: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs one rank in each namespace; returns what the first one measured."""
-    with shaped(number, mbit) as places, tempfile.TemporaryDirectory() as folder:
+    with namespaces(number, mbit) as names, tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "result.json"
         settings = [str(found), str(arguments.layers), str(arguments.layer_mb), str(arguments.layer_ms)]
         settings.append("alone" if arguments.alone else "step")
         ranks = [
             subprocess.Popen(
-                [*enter, sys.executable, __file__, "--rank", *settings],
+                ["ip", "netns", "exec", name, sys.executable, __file__, "--rank", *settings],
                 env={
                     **os.environ,
                     "RANK": str(index),
                     "WORLD_SIZE": str(number),
                     "LOCAL_RANK": "0",
-                    "MASTER_ADDR": places[0][1],
+                    "MASTER_ADDR": "10.77.9.1",
                     "MASTER_PORT": "29571",
                     "GLOO_SOCKET_IFNAME": "eth0",
                     "OMP_NUM_THREADS": "1",
                 },
             )
-            for index, (enter, _) in enumerate(places)
+            for index, name in enumerate(names)
         ]
         try:
             for rank in ranks:
@@ -89,8 +107,7 @@ class Streams:
     """Plain connections between all ranks, a thread for each direction: what the links give at best."""
 
     def __init__(self, rank: int, world: int, meet: Callable[[], object]) -> None:
-        subnet = os.environ["MASTER_ADDR"].rpartition(".")[0]
-        addresses = [(f"{subnet}.{other + 1}", 29572) for other in range(world)]
+        addresses = [(f"10.77.9.{other + 1}", 29572) for other in range(world)]
         self._peers: dict[int, socket.socket] = {}
         with socket.create_server(addresses[rank]) as listener:
             meet()
