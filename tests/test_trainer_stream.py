@@ -193,7 +193,7 @@ def test_a_peer_is_not_silent_as_long_as_a_byte_comes() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         theirs = socket.create_connection(listener.getsockname())
         ours, _ = listener.accept()
-    group = MeshGroup(Channel(0, {1: ours}, 0.3))
+    group = MeshGroup(0, {1: ours}, 0.6)
     output = torch.zeros(8)
     exchange = StreamExchange(Ranks(rank=0, world=2, device=CPU, scatter=group), 2, 8, output)
     part = struct.pack("<QQ4f", 0, 16, *[1.0] * 4)
