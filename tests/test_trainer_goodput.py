@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from elastic_ranks import ledger_error
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trainer_cli import TINY
 
@@ -213,6 +213,7 @@ def test_the_ledger_changes_hands_while_the_run_goes_on(tmp_path: Path) -> None:
     one._file.close()
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     ops=st.lists(
         st.tuples(
