@@ -108,6 +108,7 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
       scenario: ``ranks``, ``steps``; ``faults``, a list; ``respawns``, ``joins`` (steps after which one more
         rank is started), ``max_ranks``, ``limit_s``, ``config`` (changes of `tiny_config`), ``pause_s``;
         ``places``, of each process: its network namespace, address and port of the bridge (network.py);
+        ``silent_s`` of the plan and ``away_s`` in the place of `AWAY_S`;
         ``shard_s``, that each virtual shard sleeps; ``forgets``, whether ranks keep nothing of a broken step;
         ``launches``, of each process a letter for its launcher;
         ``torchrun``, whether ranks are as torchrun starts them;
@@ -117,6 +118,7 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
     for node in scenario.get("lost", ()):
         shutil.rmtree(folder / f"memory{node}")
     limit = time.monotonic() + scenario.get("limit_s", 60.0)
+    away_s = scenario.get("away_s", AWAY_S)
     respawns, joins = scenario.get("respawns", 0), sorted(scenario.get("joins", ()))
     joined = 0
     pids: dict[int, int] = {}
@@ -141,7 +143,7 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
                 # Who comes after the end finds that it is over; that is tested, too.
                 pids[len(pids)] = fork_rank(folder, scenario, len(pids))
             for number, since in list(stopped.items()):
-                if time.monotonic() - since > AWAY_S:
+                if time.monotonic() - since > away_s:
                     del stopped[number]
                     os.kill(pids[number], signal.SIGCONT)
             for path in folder.glob("cut-*"):
@@ -149,7 +151,7 @@ def run_scenario(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
                 if number not in cut:
                     set_link(scenario["places"][number], "down")
                     cut[number] = time.monotonic()
-                elif time.monotonic() - cut[number] > AWAY_S:
+                elif time.monotonic() - cut[number] > away_s:
                     set_link(scenario["places"][number], "up")
                     path.unlink()
             time.sleep(0.002)
@@ -294,7 +296,7 @@ def be_rank(folder: Path, scenario: dict[str, Any], number: int) -> int:
         ranks=scenario["ranks"],
         max_ranks=scenario.get("max_ranks", 0),
         host=host,
-        silent_s=scenario.get("silent_s", 2.0),
+        silent_s=scenario.get("silent_s", 5.0),
         wait_s=scenario.get("wait_s", 30.0),
     )
     alone = Ranks(rank=0, world=1, device=torch.device("cpu"))

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -146,13 +147,18 @@ def test_a_killed_copy_goes_on_and_reads_only_the_rest(tmp_path):
     source.mkdir()
     (source / "u.fasta").write_bytes(data)
     with range_server(source, tags=True, pause_s=0.02, sent=sent) as (url, _):
+        before = set(threading.enumerate())
         process = staging_process(f"{url}/u.fasta", tmp_path / "to")
         with process:
             line = wait_for(process, lambda words: words[0] == "copying" and int(words[2]) > len(data) // 2)
             process.send_signal(signal.SIGKILL)
         assert visible(tmp_path / "to") == []
         kept = int(line.split()[2]) - (1 << 16)
-        time.sleep(0.1)
+        # An answer that was under way is counted late.
+        deadline = time.monotonic() + 30
+        while set(threading.enumerate()) - before:
+            assert time.monotonic() < deadline, "the server still speaks to the process that was killed"
+            time.sleep(0.01)
         # A write that the note does not vouch for.
         (part,) = (tmp_path / "to").rglob("parts/u.fasta")
         with part.open("ab") as file:

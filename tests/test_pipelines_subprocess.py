@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import alive
 
 from foldfeed.pipelines.errors import CancelledError, ToolFailedError, ToolTimeoutError
 from foldfeed.pipelines.programs import subprocess_runner
@@ -23,16 +24,7 @@ from foldfeed.pipelines.programs.subprocess_runner import (
 SH = "/bin/sh"
 
 
-def alive(pid: int) -> bool:
-    """Returns whether a process runs (a zombie that nobody has collected yet does not)."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
-
-
-def wait_until(condition, seconds: float = 10.0) -> bool:
+def wait_until(condition, seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -80,9 +72,10 @@ def test_a_megabyte_of_chatter_does_not_stop_the_child(tmp_path):
 def test_timeout_kills_the_whole_group(tmp_path):
     script = f"echo $$ > {tmp_path}/pids; sleep 100 & echo $! >> {tmp_path}/pids; wait"
     started = time.monotonic()
-    with pytest.raises(ToolTimeoutError, match=r"did not end within 0\.5 s"):
-        run_program([SH, "-c", script], folder=tmp_path, timeout_s=0.5)
-    assert 0.5 <= time.monotonic() - started < 5
+    with pytest.raises(ToolTimeoutError, match=r"did not end within 1\.5 s"):
+        run_program([SH, "-c", script], folder=tmp_path, timeout_s=1.5)
+    # The programs would sleep for 100 s.
+    assert 1.5 <= time.monotonic() - started < 50
     pids = pids_in(tmp_path / "pids", 2)
     assert wait_until(lambda: not any(map(alive, pids)))
 
@@ -245,7 +238,7 @@ subprocess.run([sys.executable, {str(tmp_path / "worker.py")!r}], stderr=subproc
             (tool,) = pids_in(tmp_path / "pids", 1)
             assert alive(tool)
             engine.send_signal(signal.SIGKILL)
-        assert wait_until(lambda: not alive(worker), 20)
+        assert wait_until(lambda: not alive(worker))
     finally:
         engine.kill()
         engine.wait()

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 from apache_beam.portability.api import beam_fn_api_pb2_grpc as services
+from processes import alive
 
 FOLDER = Path(__file__).parents[1] / "deploy" / "spark"
 # What an executor does: it starts the boot script, here behind the runner's questions, and goes on.
@@ -33,13 +34,6 @@ names = ("CONTROL_API_SERVICE_DESCRIPTOR", "LOGGING_API_SERVICE_DESCRIPTOR")
 code = boot.supervise({**os.environ, **dict.fromkeys(names, url), "PIPELINE_OPTIONS": "{}"}, os.getppid())
 sys.exit(-code if code < 0 else code)
 """
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def gone(*pids: int) -> bool:

@@ -117,14 +117,19 @@ def test_a_writer_that_was_stopped_publishes_nothing_and_comes_back(
 ) -> None:
     """SIGSTOP just before a snapshot of the first rank is published; the others go on with another first."""
     found = nursery.run(
-        ranks=3, steps=STEPS, pause_s=0.4, silent_s=1.0, faults=[fault(0, 4, "snapshot", "STOP")]
+        ranks=3,
+        steps=STEPS,
+        pause_s=0.7,
+        silent_s=2.0,
+        away_s=4.2,
+        faults=[fault(0, 4, "snapshot", "STOP")],
     )
     members = check(found, undisturbed, [0, 0, 0])
     assert members[2] == members[1][1:]
     # Under another name, at the end of the ranks, and with the state of the others.
     assert members[-1] == [*members[1][1:], 0]
     assert "joining again" in found["said"]
-    lost = [line for line in found["ledger"] if line["event"] == "regroup" and line.get("detect_s", 0) >= 1.0]
+    lost = [line for line in found["ledger"] if line["event"] == "regroup" and line.get("detect_s", 0) >= 2.0]
     assert len(lost) == 1
 
 
@@ -166,8 +171,9 @@ def test_a_rank_whose_link_is_cut_is_left_out_and_comes_back(nursery: Nursery, u
             ranks=3,
             steps=STEPS,
             places=places,
-            pause_s=0.5,
-            silent_s=1.0,
+            pause_s=0.7,
+            silent_s=2.0,
+            away_s=4.2,
             faults=[fault(0, 3, "commit", "CUT")],
         )
     members = check(found, undisturbed, [0, 0, 0])

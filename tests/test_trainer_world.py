@@ -5,6 +5,7 @@ Worlds of two hide mistakes in the summation order (a + b = b + a), so 3 and 4 a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,7 +19,8 @@ import pytest
 import torch
 import trainer_ranks
 from ports import free_port
-from trainer_ranks import NUM_TOY_STEPS, children_of, launch, toy_model, toy_shard
+from processes import children_of
+from trainer_ranks import NUM_TOY_STEPS, launch, toy_model, toy_shard
 
 WORLDS = (1, 2, 3, 4)
 pytestmark = [pytest.mark.timeout(280), pytest.mark.slow]
@@ -254,14 +256,24 @@ def workers_by_rank(torchrun: subprocess.Popen[bytes]) -> dict[int, int]:
     """Returns the pid of each rank that this torchrun started."""
     found = {}
     for pid in children_of(torchrun.pid):
-        environment = dict(
-            entry.split("=", 1)
-            for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")
-            if "=" in entry
-        )
+        try:
+            entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)
         if "TORCHELASTIC_RUN_ID" in environment:
             found[int(environment["RANK"])] = pid
     return found
+
+
+def end(torchrun: subprocess.Popen[bytes]) -> None:
+    """Kills a torchrun that runs, and its ranks."""
+    if torchrun.poll() is None:
+        for pid in children_of(torchrun.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        torchrun.kill()
+    torchrun.wait()
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_weights_are_equal(
@@ -289,10 +301,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_weights_are_equal(
             os.kill(workers_by_rank(torchrun)[2], signal.SIGKILL)
             code = torchrun.wait(max(1.0, deadline - time.monotonic()))
         finally:
-            for pid in [*(children_of(torchrun.pid) if torchrun.poll() is None else []), torchrun.pid]:
-                if torchrun.poll() is None:
-                    os.kill(pid, signal.SIGKILL)
-            torchrun.wait()
+            end(torchrun)
     said = (tmp_path / "log").read_text()
     assert code == 0, said
     assert "resumed: step 4" in said
@@ -319,10 +328,7 @@ def test_one_torchrun_per_node_makes_one_run(trained: dict[int, list[Any]], tmp_
         codes = [node.wait(150) for node in nodes]
     finally:
         for node in nodes:
-            for pid in [*(children_of(node.pid) if node.poll() is None else []), node.pid]:
-                if node.poll() is None:
-                    os.kill(pid, signal.SIGKILL)
-            node.wait()
+            end(node)
     assert codes == [0, 0], "".join((tmp_path / f"log{node}").read_text() for node in range(2))
     for rank in range(4):
         (result,) = json.loads((tmp_path / f"rank{rank}.json").read_text())

@@ -75,12 +75,6 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
     }
 
 
-def children_of(pid: int) -> list[int]:
-    """Returns the direct children of a process we started."""
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in listed.split()]
-
-
 # ---------------------------------------------------------------- the ranks' side
 
 
