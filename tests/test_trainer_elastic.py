@@ -138,7 +138,7 @@ def test_a_first_rank_that_was_stopped_in_the_first_meeting_takes_no_file_back(
 ) -> None:
     """It wakes up before it took metrics and ledger, which are another one's by then."""
     faults = [fault(0, -1, "transferred", "STOP")]
-    found = nursery.run(ranks=3, steps=STEPS, pause_s=0.4, faults=faults)
+    found = nursery.run(ranks=3, steps=STEPS, pause_s=0.7, silent_s=2.0, away_s=4.2, faults=faults)
     members = check(found, undisturbed, [0, 0, 0])
     assert members[2] == members[1][1:]
     assert sorted(members[-1]) == [0, 1, 2]

@@ -37,6 +37,9 @@ STATISTICS_COLUMNS = ("record_id", "length", "depth")
 KEY_COLUMNS = ("record_id", "fingerprint", "part_id")
 # Few distinct values: a dictionary pays. The other strings are all different.
 _DICTIONARY_COLUMNS = ["part_id", "job_id", "extra", "description"]
+# Of a file that Arrow's threads decode. One of them may be the last to hold Python's bytes, and if the
+# interpreter ends just then, it aborts the process: so may a program that reads little and ends.
+_THREADED_BYTES = 1 << 20
 _READ_THREADS = 4
 
 
@@ -109,9 +112,13 @@ def read_file(blobs: Blobs, name: str, columns: Sequence[str] | None) -> pa.Tabl
     Raises:
       CorruptDataError: see `read_checked`.
     """
-    file = pq.ParquetFile(pa.BufferReader(read_checked(blobs, name)))
+    data = read_checked(blobs, name)
+    file = pq.ParquetFile(pa.BufferReader(data))
     there = file.schema_arrow.names
-    return file.read(columns=there if columns is None else [name for name in columns if name in there])
+    return file.read(
+        columns=there if columns is None else [name for name in columns if name in there],
+        use_threads=len(data) > _THREADED_BYTES,
+    )
 
 
 def read_files(blobs: Blobs, names: Sequence[str], schema: pa.Schema) -> pa.Table:
