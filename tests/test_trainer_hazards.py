@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -147,20 +148,45 @@ def test_a_graph_of_the_gradients_is_refused_and_an_error_in_a_hook_comes_out() 
     reducer.close()
 
 
+def reducer_after_a_step() -> TreeReducer:
+    flat = FlatParameters(model := nn.Linear(6, 3))
+    buckets = plan_buckets([s.padded for s in flat.segments], bucket_bytes=10**6)
+    reducer = TreeReducer(flat, buckets, ALONE, 1)
+    reducer.begin()
+    with reducer.shard(0):
+        model(torch.ones(1, 6)).sum().backward()
+    reducer.finish([])
+    return reducer
+
+
 def test_a_reducer_that_was_closed_holds_no_descriptors() -> None:
     """A run whose ranks change makes a new one each time, and the old ones are collected late."""
-    flat = FlatParameters(nn.Linear(6, 3))
-    buckets = plan_buckets([s.padded for s in flat.segments], bucket_bytes=10**6)
+    reducer_after_a_step().close()
     before = len(os.listdir("/proc/self/fd"))
     gc.disable()
     try:
         for _ in range(3):
-            reducer = TreeReducer(flat, buckets, ALONE, 1)
+            reducer = reducer_after_a_step()
+            assert len(os.listdir("/proc/self/fd")) == before + 2
             reducer.close()
             reducer.close()
-        assert len(os.listdir("/proc/self/fd")) == before
+            assert len(os.listdir("/proc/self/fd")) == before
     finally:
         gc.enable()
+
+
+def test_a_reducer_has_a_thread_from_its_first_step_until_it_is_closed() -> None:
+    """A run that ends before its first step has nothing to close."""
+    running = set(threading.enumerate())
+    flat = FlatParameters(nn.Linear(6, 3))
+    idle = TreeReducer(flat, plan_buckets([s.padded for s in flat.segments], bucket_bytes=64), ALONE, 1)
+    assert set(threading.enumerate()) == running
+    idle.close()
+    reducer = reducer_after_a_step()
+    (thread,) = set(threading.enumerate()) - running
+    reducer.close(wait=False)
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 def test_ranks_that_take_other_branches_agree() -> None:

@@ -139,12 +139,9 @@ class TreeReducer:
         self._tasks: deque[Callable[[], float]] = deque()
         self._num_tasks, self._seconds = 0, queue.SimpleQueue[float]()
         self._closed = False
-        # A byte for each task that was not begun: it ends `Exchange.progress`, which waits in that thread.
-        self._wake, self._waker = os.pipe()
-        self._pipe = [weakref.finalize(self, os.close, end) for end in (self._wake, self._waker)]
-        # A daemon, because after a failure it may be stuck with peers that are gone, see `close`.
-        self._thread = threading.Thread(target=self._work, name="foldfeed-reducer", daemon=True)
-        self._thread.start()
+        # Of the pipe with a byte for each task: what the thread reads, and what `_submit` writes.
+        self._wake = self._waker = -1
+        self._thread: threading.Thread | None = None
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._hook(position))
             for position, param in enumerate(flat.parameters)
@@ -300,16 +297,27 @@ class TreeReducer:
         self._submit(functools.partial(self._run, self._buckets[index], events))
 
     def _submit(self, task: Callable[[], float]) -> None:
+        if self._closed:
+            # A device's backward that was broken off is still in a hook.
+            return
+        if self._thread is None:
+            self._start()
         self._num_tasks += 1
         self._tasks.append(task)
         os.write(self._waker, b"t")
 
-    def _work(self) -> None:
-        """Runs tasks in the communication thread until `close`."""
-        while os.read(self._wake, 1) == b"t":
-            task = self._tasks.popleft()
-            if not self._closed:
-                self._seconds.put(task())
+    def _start(self) -> None:
+        self._wake, self._waker = os.pipe()
+        # With the pipe the thread ends.
+        self._end = weakref.finalize(self, os.close, self._waker)
+        # A daemon, because after a failure it may be stuck with peers that are gone, see `close`.
+        self._thread = threading.Thread(
+            target=_work,
+            args=(self._wake, self._tasks, self._seconds),
+            name="foldfeed-reducer",
+            daemon=True,
+        )
+        self._thread.start()
 
     def _run(self, bucket: Bucket, events: Sequence[Any]) -> float:
         """Exchanges one bucket; runs in the communication thread. Returns the seconds it took."""
@@ -431,19 +439,30 @@ class TreeReducer:
         """
         for hook in self._hooks:
             hook.remove()
-        if not self._closed:
+        self._tasks.clear()
+        with self._lock:
             self._closed = True
-            os.write(self._waker, b"e")
-        if wait:
+            if self._thread is not None:
+                self._end()
+        if wait and self._thread is not None:
             self._thread.join()
-            # Hooks and reducer hold each other, so it may be long until they are collected. The lock, because
-            # a device's backward that was broken off may still be in a hook.
-            with self._lock:
-                for end in self._pipe:
-                    end()
         if wait and self._side is not None:
             # What is still on its way into buffers must not find them in other hands.
             torch.cuda.current_stream(self._ranks.device).wait_stream(self._side)
+
+
+def _work(wake: int, tasks: deque[Callable[[], float]], seconds: queue.SimpleQueue[float]) -> None:
+    """Runs tasks in the communication thread, one for each byte of a pipe, until its other end is closed."""
+    try:
+        while os.read(wake, 1):
+            try:
+                task = tasks.popleft()
+            except IndexError:
+                # `close` dropped it.
+                continue
+            seconds.put(task())
+    finally:
+        os.close(wake)
 
 
 def _span(name: str) -> contextlib.AbstractContextManager[object]:
