@@ -29,7 +29,6 @@ import os
 import queue
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -308,8 +307,6 @@ class TreeReducer:
 
     def _start(self) -> None:
         self._wake, self._waker = os.pipe()
-        # With the pipe the thread ends.
-        self._end = weakref.finalize(self, os.close, self._waker)
         # A daemon, because after a failure it may be stuck with peers that are gone, see `close`.
         self._thread = threading.Thread(
             target=_work,
@@ -441,9 +438,10 @@ class TreeReducer:
             hook.remove()
         self._tasks.clear()
         with self._lock:
+            if self._thread is not None and not self._closed:
+                # With the pipe the thread ends.
+                os.close(self._waker)
             self._closed = True
-            if self._thread is not None:
-                self._end()
         if wait and self._thread is not None:
             self._thread.join()
         if wait and self._side is not None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import select
 import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -32,15 +31,12 @@ from foldfeed.trainer.gradients.buckets import Bucket
 from foldfeed.trainer.gradients.dyadic import Block, blocks_of_ranks
 from foldfeed.trainer.gradients.exchange import Exchange, TreeExchange, sum_rows
 from foldfeed.trainer.groups.ranks import Ranks
-from foldfeed.trainer.groups.wire import MeshGroup, raw
+from foldfeed.trainer.groups.wire import HANGUP, HEADER, MeshGroup, advance, raw
 
 # A rank that the system lets wait for tens of milliseconds shall not let the link run dry.
 WINDOW_BYTES, LEAST_SLOTS, MOST_SLOTS = 16 << 20, 2, 32
 # What is awaited of a message before the thread wakes: nothing can be added before all of it is there.
 WAKE_BYTES = 1 << 20
-# Of a message: twice the number of the bucket in this exchange, and one more where it is a sum; its bytes.
-_HEADER = struct.Struct("<QQ")
-_HANGUP = getattr(select, "POLLRDHUP", 0)
 
 
 class _Peer:
@@ -50,7 +46,7 @@ class _Peer:
         self.rank, self.connection = rank, connection
         self.outgoing: deque[tuple[int, list[memoryview]]] = deque()
         self.waiting: deque[list[memoryview]] = deque()
-        self.header = memoryview(bytearray(_HEADER.size))
+        self.header = memoryview(bytearray(HEADER.size))
         self.incoming, self.phase = [self.header], -1
         self.sent, self.come = [0, 0], [0, 0]
         self.events = -1
@@ -59,7 +55,8 @@ class _Peer:
     def queue(self, number: int, phase: int, views: list[memoryview]) -> None:
         """Puts a message behind those that wait to be sent."""
         length = sum(map(len, views))
-        header = memoryview(_HEADER.pack(2 * number + phase, length))
+        # Twice the number of the bucket in this exchange, and one more where it is a sum.
+        header = memoryview(HEADER.pack(2 * number + phase, length))
         self.outgoing.append((phase, [header, *filter(len, views)]))
 
     def wants(self, launched: int) -> int:
@@ -73,14 +70,6 @@ class _Peer:
         if awaited != self.awaited:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, awaited)
             self.awaited = awaited
-
-
-def _advance(views: list[memoryview], num_bytes: int) -> None:
-    """Drops so many bytes in place."""
-    while views and num_bytes >= len(views[0]):
-        num_bytes -= len(views.pop(0))
-    if num_bytes:
-        views[0] = views[0][num_bytes:]
 
 
 class StreamExchange:
@@ -242,7 +231,7 @@ class StreamExchange:
                 moved -= length
                 peer.sent[peer.outgoing.popleft()[0]] += 1
             if moved:
-                _advance(peer.outgoing[0][1], moved)
+                advance(peer.outgoing[0][1], moved)
                 return
 
     def _receive_from(self, peer: _Peer) -> bool:
@@ -302,7 +291,7 @@ class StreamExchange:
 
     def _announced(self, peer: _Peer) -> None:
         """Finds the place of the message whose header has come."""
-        name, length = _HEADER.unpack(peer.header)
+        name, length = HEADER.unpack(peer.header)
         number, phase = divmod(name, 2)
         expected, view, count = -1, memoryview(b""), self._counts[peer.rank]
         if number == peer.come[phase] < self._launched:
@@ -355,7 +344,7 @@ class StreamExchange:
                 )
                 if events != peer.events:
                     # Who is done may still give the generation up; Linux alone tells.
-                    self._poller.register(number, events or _HANGUP)
+                    self._poller.register(number, events or HANGUP)
                     peer.events = events
             ready = dict(self._poller.poll(1e3 * max(0.0, deadline - time.monotonic())))
             if not ready and time.monotonic() > deadline:

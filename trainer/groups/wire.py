@@ -35,9 +35,9 @@ DIGEST_BYTES = 32
 MESSAGE_BYTES = 1 << 22
 GREETING_BYTES = 1 << 16
 _LENGTH = struct.Struct("<I")
-_HANGUP = getattr(select, "POLLRDHUP", 0)
-# Of a part of a collective: its number in the group, its bytes.
-_HEADER = struct.Struct("<QQ")
+HANGUP = getattr(select, "POLLRDHUP", 0)
+# Of a part of a collective (its number in the group) or a message of gradients (stream.py): number, bytes.
+HEADER = struct.Struct("<QQ")
 
 
 def frame(message: Mapping[str, Any]) -> bytes:
@@ -170,13 +170,13 @@ class _Flow:
     def __init__(self, peer: int, number: int, view: memoryview, *, incoming: bool) -> None:
         self.peer = peer
         self.incoming = incoming
-        self._expected = _HEADER.pack(number, len(view))
-        self._header = bytearray(_HEADER.size) if incoming else bytearray(self._expected)
+        self._expected = HEADER.pack(number, len(view))
+        self._header = bytearray(HEADER.size) if incoming else bytearray(self._expected)
         self.left = [memoryview(self._header), view]
 
     def send(self, connection: socket.socket) -> None:
         """Sends what fits."""
-        self._advance(connection.sendmsg(self.left))
+        advance(self.left, connection.sendmsg(self.left))
 
     def receive(self, connection: socket.socket) -> None:
         """Receives what is there."""
@@ -184,17 +184,19 @@ class _Flow:
         num_bytes = connection.recv_into(self.left[0])
         if not num_bytes:
             raise WireError("closed by the other side")
-        self._advance(num_bytes)
+        advance(self.left, num_bytes)
         if is_header and len(self.left) < 2 and self._header != self._expected:
             raise WireError(
-                f"a message {_HEADER.unpack(self._header)} where {_HEADER.unpack(self._expected)} belongs"
+                f"a message {HEADER.unpack(self._header)} where {HEADER.unpack(self._expected)} belongs"
             )
 
-    def _advance(self, num_bytes: int) -> None:
-        while self.left and num_bytes >= len(self.left[0]):
-            num_bytes -= len(self.left.pop(0))
-        if num_bytes:
-            self.left[0] = self.left[0][num_bytes:]
+
+def advance(views: list[memoryview], num_bytes: int) -> None:
+    """Drops so many bytes in place."""
+    while views and num_bytes >= len(views[0]):
+        num_bytes -= len(views.pop(0))
+    if num_bytes:
+        views[0] = views[0][num_bytes:]
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
@@ -313,7 +315,7 @@ class MeshGroup:
         poller = select.poll()
         for peer, connection in self._peers.items():
             # Who is done with this collective may still give the generation up; Linux alone tells.
-            poller.register(connection, events[peer] or _HANGUP)
+            poller.register(connection, events[peer] or HANGUP)
         ready = {number for number, _ in poller.poll(1e3 * max(0.0, deadline - time.monotonic()))}
         for peer, connection in self._peers.items():
             if not events[peer] and connection.fileno() in ready:
