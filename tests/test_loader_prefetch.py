@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import wait_until
 
 from foldfeed.loader import LoaderConfigError, LoaderUseError
 from foldfeed.loader.prefetch import StepPrefetcher
@@ -17,13 +18,6 @@ from foldfeed.loader.reading.early_start import SlowFirst
 
 def loader_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("foldfeed-")]
-
-
-def wait_until(condition, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])

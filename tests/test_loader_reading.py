@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import alive, children_of
 from test_loader_stream import RECIPE, assert_equal, build_store, by_sample, make_loader, take
+from waiting import wait_until
 
 from foldfeed.feature_store import CorruptDataError
 from foldfeed.loader import LoaderConfigError, LoaderUseError, ReadingProcessError, Recipe, SampleError
@@ -46,13 +47,6 @@ def store(tmp_path_factory):
 def truth(store):
     with make_loader(store) as loader:
         return {g: loader.sample(g) for g in range(48)}
-
-
-def wait_until(condition, seconds: float = 60.0) -> None:
-    stop = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < stop, "it did not happen in time"
-        time.sleep(0.02)
 
 
 @settings(max_examples=200, deadline=None)

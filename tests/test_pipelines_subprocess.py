@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import alive
+from waiting import wait_until
 
 from foldfeed.pipelines.errors import CancelledError, ToolFailedError, ToolTimeoutError
 from foldfeed.pipelines.programs import subprocess_runner
@@ -22,15 +23,6 @@ from foldfeed.pipelines.programs.subprocess_runner import (
 )
 
 SH = "/bin/sh"
-
-
-def wait_until(condition, seconds: float = 60.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def pids_in(path: Path, count: int) -> list[int]:

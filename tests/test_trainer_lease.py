@@ -10,12 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from test_trainer_cli import TINY
+from waiting import wait_until
 from warm_python import run_module
 
 from foldfeed.feature_store import FeatureStore
@@ -39,13 +39,6 @@ def write_lease(folder: Path, age_s: float = 0.0, **changed: object) -> Path:
     then = time.time() - age_s
     os.utime(path, (then, then))
     return path
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def test_a_second_run_is_refused_while_the_first_lives_and_not_afterwards(tmp_path: Path) -> None:
@@ -118,7 +111,7 @@ def test_a_holder_keeps_its_lease_fresh(tmp_path: Path) -> None:
     for _ in range(2):
         old = time.time() - 4.0
         os.utime(path, (old, old))
-        wait_for(lambda old=old: path.stat().st_mtime > old + 2.0)
+        wait_until(lambda old=old: path.stat().st_mtime > old + 2.0, 30.0)
         with pytest.raises(LeaseHeldError):
             lease_of(tmp_path, [], lease_s=6.0).take()
     first.release()
@@ -234,9 +227,9 @@ def test_a_beat_that_fails_for_a_moment_ends_nothing(tmp_path: Path, monkeypatch
     lease.take()
     with monkeypatch.context() as broken:
         broken.setattr(os, "utime", failing)
-        wait_for(lambda: bool(failures))
+        wait_until(lambda: bool(failures), 30.0)
     then = (tmp_path / LEASE_FILE).stat().st_mtime
-    wait_for(lambda: (tmp_path / LEASE_FILE).stat().st_mtime > then)
+    wait_until(lambda: (tmp_path / LEASE_FILE).stat().st_mtime > then, 30.0)
     lease.release()
 
 
@@ -290,7 +283,7 @@ def test_the_ranks_of_an_elastic_run_hold_one_lease_after_another(tmp_path: Path
     second.require()
     # It woke up late and signed once more: the holder signs again with its next beat.
     write_lease(tmp_path, token=second.token, pid=1)
-    wait_for(lambda: json.loads((tmp_path / LEASE_FILE).read_text())["pid"] == os.getpid())
+    wait_until(lambda: json.loads((tmp_path / LEASE_FILE).read_text())["pid"] == os.getpid(), 30.0)
     other.token = "of another run"
     with pytest.raises(LeaseLostError):
         other.hold()
