@@ -10,8 +10,9 @@ The last one is what is compared with. Bytes are counted by the kernel.
 
 All ways take turns, two steps each, so that a machine that slows down slows all of them. What was hidden is
 then said twice: by medians of times, and by the median over pairs of steps of the same turn (``paired``).
-Backward alone adds to gradients that nobody zeroes, nor does DDP here, while this reducer's step zeroes them;
-``compute_zeroed`` is backward alone with that.
+Backward alone adds to gradients that nobody zeroes. A training step begins with zeroed ones: this reducer's
+fills its buffer, DDP's drops them (``zero_grad()``); ``compute_zeroed`` is backward alone with this reducer's
+zeroing, so what it has left over the step is the exchange's.
 
 `--alone` times exchanges without a backward instead: the tree and the backend's ring (`--reducer ring`), each
 with its best of several bucket sizes, beside the plain streams; with wall time, CPU time and bytes.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -302,6 +304,10 @@ def time_steps(clock: Clock, pieces: int, numel: int, piece_s: float, move: Call
         )
         return ours
 
+    def theirs(wrapped: nn.Module) -> None:
+        wrapped.zero_grad()
+        wrapped(x).backward()
+
     plain, zeroed = Model(), Model()
     flat = FlatParameters(zeroed)
 
@@ -318,7 +324,7 @@ def time_steps(clock: Clock, pieces: int, numel: int, piece_s: float, move: Call
     }
     for cap in CAPS_MB:
         wrapped = DistributedDataParallel(Model(), bucket_cap_mb=cap, gradient_as_bucket_view=True)
-        ways[f"ddp_{cap}mb"] = lambda wrapped=wrapped: wrapped(x).backward()
+        ways[f"ddp_{cap}mb"] = functools.partial(theirs, wrapped)
     ways |= {"plain": move, "compute_zeroed": zero_and_compute}
     fixed = plan_buckets(sizes, bucket_bytes=auto_bucket_bytes(4 * sum(sizes)))
     ways["tree_backend"] = reduced("backend", plan_for(link, sizes))
