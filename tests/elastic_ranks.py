@@ -51,8 +51,11 @@ PHASES = {
     "transfer": ("members.rank", "transfer", "before"),
     "transferred": ("members.rank", "transfer", "after"),
 }
-# Where ranks that hold equal bits never are.
-ODD_PHASES = {"vote": ("groups.ranks", "odd_ranks", "before")}
+# Where ranks never are that hold equal bits, or whose first meeting is over.
+ODD_PHASES = {
+    "vote": ("groups.ranks", "odd_ranks", "before"),
+    "measure": ("gradients.transports", "measure", "before"),
+}
 
 
 # ---------------------------------------------------------------- the test's side

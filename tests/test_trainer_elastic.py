@@ -82,6 +82,16 @@ def test_the_first_rank_dies_amid_a_collective_and_is_replaced(nursery: Nursery,
     # It got the state from a rank behind the same switch.
     gave = dict(re.findall(r"rank (\d+) got the state of step \d+ from rank (\d+)", found["said"]))
     assert members[-1][int(gave["3"])] in (2, 3)
+    # The link is measured once; who comes later plans by it as the others do.
+    assert found["said"].count("gradients travel by tree: measured ") == 1
+
+
+def test_a_rank_that_dies_while_the_link_is_measured_is_left_out(nursery: Nursery, undisturbed: str) -> None:
+    found = nursery.run(ranks=3, steps=STEPS, faults=[fault(0, -1, "measure"), fault(2, 3, "hook")])
+    members = check(found, undisturbed, [-9, 0, -9])
+    assert [len(view) for view in members] == [1, 3, 2, 1]
+    # Those that are left measure it; the last one knows it.
+    assert found["said"].count("gradients travel by tree: measured ") == 1
 
 
 def test_two_of_four_die_at_once_and_nobody_comes(nursery: Nursery, undisturbed: str) -> None:

@@ -5,9 +5,9 @@
     auto           measures both where nodes have several ranks, and takes the quicker one
     ring           the backend's all-reduce (ring.py): bits depend on the number of ranks
 
-Owns the choice. It is made once a run starts and costs a few exchanges; an elastic run makes it anew, without
-measuring, for each generation of ranks. A snapshot only names it, because the first three give the same bits
-under any plan.
+Owns the choice. It is made once a run starts and costs a few exchanges. An elastic run measures the link in
+its first generation of ranks and plans the later ones by that; it takes the transport that was asked for, the
+tree for ``auto``. A snapshot only names it, because the first three give the same bits under any plan.
 """
 
 from __future__ import annotations
@@ -43,21 +43,26 @@ class Transport(NamedTuple):
       buckets: the plan.
       make: makes its exchange.
       why: one line for people.
+      link: that the plan is for; None where none was measured.
     """
 
     name: str
     buckets: Sequence[Bucket]
     make: MakeExchange
     why: str
+    link: Link | None
 
 
-def choose(config: RunConfig, ranks: Ranks, segments: Sequence[Segment]) -> Transport:
+def choose(
+    config: RunConfig, ranks: Ranks, segments: Sequence[Segment], known: Link | None = None
+) -> Transport:
     """Returns the transport of a run. A collective.
 
     Args:
       config: which transport, and the limit of a bucket if one is given.
       ranks: the run.
       segments: the flat buffer's.
+      known: link that an earlier generation of an elastic run measured; equal on all ranks.
     Raises:
       TrainerConfigError: a hierarchical exchange of one node, or of nodes that have one rank each; or only
         some ranks know their place.
@@ -68,23 +73,22 @@ def choose(config: RunConfig, ranks: Ranks, segments: Sequence[Segment]) -> Tran
     usual = plan_buckets(sizes, bucket_bytes=given or auto_bucket_bytes(4 * sum(sizes)))
     if config.reducer == "ring":
         # Its bits depend on the plan, so that must not depend on a measurement.
-        return Transport("ring", usual, lambda output, numel: RingExchange(ranks, output), "")
-    # The ranks of an elastic run meet anew in less time than a measurement takes.
-    measures = ranks.world > 1 and not ranks.generation
-    by_nodes = config.reducer == "hierarchical" or (config.reducer == "auto" and measures)
-    nodes = find_nodes(ranks) if by_nodes and ranks.world > 1 else []
-    if not measures and fits(nodes):
-        why = f"{len(nodes)} nodes have {'+'.join(str(len(node)) for node in nodes)} ranks"
-        return Transport("hierarchical", usual, _hierarchical(config, ranks, nodes), why)
-    if not measures:
-        return Transport("tree", usual, _tree(config, ranks), "")
+        return Transport("ring", usual, lambda output, numel: RingExchange(ranks, output), "", None)
+    if ranks.world == 1:
+        return Transport("tree", usual, _tree(config, ranks), "", known)
+    by_nodes = config.reducer == "hierarchical" or (config.reducer == "auto" and not ranks.generation)
+    nodes = find_nodes(ranks) if by_nodes else []
     makers = _candidates(config, ranks, nodes)
     num_blocks = len(blocks_of_ranks(config.data.num_shards, ranks.world)[ranks.rank])
-    links = {name: measure(ranks, make, num_blocks) for name, make in makers.items()}
+    # The ranks of an elastic run meet again in less time than a measurement takes.
+    links = {name: known or measure(ranks, make, num_blocks) for name, make in makers.items()}
     plans = {name: usual if given else plan_for(link, sizes) for name, link in links.items()}
     costs = {name: sum(links[name].seconds(4 * bucket.numel) for bucket in plans[name]) for name in makers}
     name = min(costs, key=lambda candidate: costs[candidate])
-    return Transport(name, plans[name], makers[name], _explain(name, links, costs))
+    why = "" if known else _explain(name, links, costs)
+    if ranks.generation and name == "hierarchical":
+        why = f"{len(nodes)} nodes have {'+'.join(str(len(node)) for node in nodes)} ranks"
+    return Transport(name, plans[name], makers[name], why, links[name])
 
 
 def plan_for(link: Link, sizes: Sequence[int]) -> list[Bucket]:
@@ -133,7 +137,8 @@ def fits(nodes: Sequence[Sequence[int]]) -> bool:
 def _candidates(config: RunConfig, ranks: Ranks, nodes: Sequence[Sequence[int]]) -> dict[str, MakeExchange]:
     """Returns the transports to measure, by name."""
     makers: dict[str, MakeExchange] = {}
-    if config.reducer != "hierarchical":
+    # An elastic run has the tree while its nodes do not fit; and one transport, whose link is handed on.
+    if config.reducer != "hierarchical" or (ranks.generation and not fits(nodes)):
         makers["tree"] = _tree(config, ranks)
     elif not fits(nodes):
         sizes = sorted({len(node) for node in nodes})

@@ -41,6 +41,7 @@ from foldfeed.trainer.errors import (
     TrainerError,
 )
 from foldfeed.trainer.goodput import Ledger, Part, process_start
+from foldfeed.trainer.gradients.probe import Link
 from foldfeed.trainer.groups.ranks import SHARED, Group, Ranks, pick_device, speaker
 from foldfeed.trainer.groups.topology import own_place
 from foldfeed.trainer.groups.wire import MeshGroup
@@ -288,7 +289,8 @@ class ElasticRank(Process):
         self.metrics.active = ranks.is_first
         if ranks.is_first and not self.header["run_id"]:
             self.header["run_id"] = self.claim()
-        self.header["run_id"] = ranks.gather_json(self.header["run_id"], "opening the run's folder")[0]
+        claim = [self.header["run_id"], self.lease.token]
+        self.header["run_id"], self.lease.token = ranks.gather_json(claim, "opening the run's folder")[0]
         if self.saver is not None:
             self.saver.settle_memory()
         self.trainer.begin_again(ranks)
@@ -357,15 +359,8 @@ class ElasticRank(Process):
         row = transfer(state, self.trainer, smalls, places, ranks)
         donor = rows[row]
         self._has_state = True
-        self.header["run_id"] = donor["run_id"]
-        division, shards = divide_step(rows, self.config.data.num_shards)
-        self.trainer.meet(ranks, donor["small"], division)
-        self.header["network"] = network_of(self.trainer)
-        # What a first rank that is gone was about to write may be missing: all write once more at the end.
-        self.trainer.saved = donor["small"]["saved"] if view.generation == 1 else -1
-        self._phases["transfer_s"] = time.monotonic() - started - self._phases["form_s"]
-        self.ledger.mark(Part.TRANSFER)
-        self.lease.token = donor["lease"]
+        # At once: whoever is left should the first rank be lost may write.
+        self.header["run_id"], self.lease.token = donor["run_id"], donor["lease"]
         if ranks.is_first:
             # One that was stopped in this meeting may be left out by now, and its files another one's.
             self.membership.require_current()
@@ -373,6 +368,14 @@ class ElasticRank(Process):
             self.metrics.lead(self.trainer.step, (donor["last"][0], donor["last"][1]))
         else:
             self._follow()
+        division, shards = divide_step(rows, self.config.data.num_shards)
+        link = Link(**donor["link"]) if donor["link"] else None
+        self.trainer.meet(ranks, donor["small"], division, link)
+        self.header["network"] = network_of(self.trainer)
+        # What a first rank that is gone was about to write may be missing: all write once more at the end.
+        self.trainer.saved = donor["small"]["saved"] if view.generation == 1 else -1
+        self._phases["transfer_s"] = time.monotonic() - started - self._phases["form_s"]
+        self.ledger.mark(Part.TRANSFER)
         self._note(view, ranks, shards)
         self.renew_saver(ranks)
         if view.generation == 1:
@@ -429,6 +432,7 @@ class ElasticRank(Process):
             "last": self.metrics.last,
             "doubt": self._doubt,
             "place": self._place,
+            "link": dataclasses.asdict(self.trainer.link) if self.trainer.link else None,
         }
         rows = ranks.gather_json(mine, "the meeting of the ranks")
         require_equal_settings(rows, ranks.rank)

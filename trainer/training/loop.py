@@ -35,6 +35,7 @@ from foldfeed.trainer.gradients.ddp import DdpReducer
 from foldfeed.trainer.gradients.dyadic import Block, Division, usual_division
 from foldfeed.trainer.gradients.flat import FlatParameters
 from foldfeed.trainer.gradients.optimizer import FlatAdamW, Update
+from foldfeed.trainer.gradients.probe import Link
 from foldfeed.trainer.gradients.reducer import Reducer, TreeReducer
 from foldfeed.trainer.gradients.transports import choose, wire_dtype
 from foldfeed.trainer.groups.ranks import Ranks
@@ -75,6 +76,7 @@ class Trainer:
       flat: its buffers.
       buckets: the order in which the gradient's norm is summed; never changes.
       messages, transport: the buckets that are exchanged at once, and how; planned anew for other ranks.
+      link: between the ranks, as it was measured; None where it was not.
       step: completed steps.
       num_skipped: steps skipped so far.
       saved: completed steps of the newest snapshot on disk, as far as this rank knows.
@@ -141,6 +143,7 @@ class Trainer:
         ranks.require_equal(self.flat.layout_hash.encode(), "the parameter layout at the start")
         sums = {name: checksum(buffer) for name, buffer in self.host_buffers().items()}
         ranks.require_equal(replica_digest(sums), "the initial weights")
+        self.link: Link | None = None
         self.reducer = self._make_reducer()
         self._forward: nn.Module = self.reducer.wrap(self.model)
         for module in task.compiled(self.model) if config.compile else ():
@@ -172,24 +175,27 @@ class Trainer:
         assert isinstance(self.reducer, TreeReducer), "the ranks of others do not change"
         return [block for block, _ in self.reducer.finished()]
 
-    def meet(self, ranks: Ranks, state: Mapping[str, Any], division: Division) -> None:
-        """Goes on among other ranks: fresh message buffers, the same model and loader.
+    def meet(self, ranks: Ranks, state: Mapping[str, Any], division: Division, link: Link | None) -> None:
+        """Goes on among other ranks: fresh message buffers, the same model and loader. A collective.
 
         Args:
           ranks: the new ones.
           state: `small_state` of a rank that completed as many steps as this one.
           division: of the next step, equal on all ranks.
+          link: that an earlier generation measured, equal on all ranks; None: it is measured now.
         """
         before = self.reducer
         before.close()
+        self.ranks, self.link = ranks, link
+        # First: should it lose a rank, nothing of a broken step is given up.
+        reducer = self._make_reducer()
         kept = {shard for block in division.kept[ranks.rank] for shard in block.shards}
         results = self._results or {}
         self._results = {shard: results[shard] for shard in kept} if kept else None
-        self.ranks, self._division = ranks, division
+        self.reducer, self._division = reducer, division
         self.num_skipped = int(state["num_skipped"])
         self._not_finite_since = int(state["not_finite_since"])
         self._looked = int(state["looked"])
-        reducer = self.reducer = self._make_reducer()
         if division.repairs:
             assert isinstance(before, TreeReducer), before
             assert isinstance(reducer, TreeReducer), reducer
@@ -218,8 +224,8 @@ class Trainer:
         self.messages, self.transport = self.buckets, str(self.config.reducer)
         if self.config.reducer == "ddp":
             return DdpReducer(self.flat, self.ranks, num_shards, self._bucket_bytes)
-        found = choose(self.config, self.ranks, self.flat.segments)
-        self.messages, self.transport = list(found.buckets), found.name
+        found = choose(self.config, self.ranks, self.flat.segments, self.link)
+        self.messages, self.transport, self.link = list(found.buckets), found.name, found.link
         if found.why:
             self.metrics.say(f"gradients travel by {found.name}: {found.why}")
         return TreeReducer(
