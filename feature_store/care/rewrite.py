@@ -61,8 +61,9 @@ class LivePart:
 
 def live_parts(blobs: Blobs, rows: pa.Table) -> Iterator[LivePart]:
     """Yields the parts of index rows."""
-    per_part = rows.select(["part_id"]).append_column("tokens", _num_tokens(rows)).group_by("part_id")
-    for entry in per_part.aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist():
+    per_part = rows.select(["part_id"]).append_column("tokens", _num_tokens(rows))
+    by_part = per_part.group_by("part_id", use_threads=False)
+    for entry in by_part.aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist():
         part = PartReader(blobs, entry["part_id"])
         num_live = entry["tokens_count"]
         yield LivePart(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -26,6 +25,7 @@ from foldfeed.feature_store.index.log import AddedFile, Commit
 from foldfeed.feature_store.index.table import CONFIGURATION
 from foldfeed.feature_store.index.transactions import Index
 from foldfeed.feature_store.storage import Blobs
+from foldfeed.feature_store.storage.arrow_file import arrow_file
 from foldfeed.feature_store.store import named_tables, record_sets, splits
 
 _COMMIT = re.compile(r"(\d{20})\.json")
@@ -182,7 +182,7 @@ def check_checkpoints(blobs: Blobs, log: list[Commit]) -> Iterator[Problem]:
             yield Problem(where=where, reason="it is newer than the newest version")
             continue
         try:
-            table = pq.ParquetFile(io.BytesIO(blobs.read(where))).read()
+            table = pq.ParquetFile(arrow_file(blobs.read(where))).read()
             reason = _checkpoint_reason(table, log[: version + 1])
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             reason = f"it cannot be read ({error})"

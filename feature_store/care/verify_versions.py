@@ -101,7 +101,8 @@ def _unseen(seen: pa.Table, tables: Sequence[pa.Table]) -> pa.Table:
     rows = pa.concat_tables(tables)
     keys = pa.concat_tables([seen, rows.select(_IDENTITY)])
     positions = pa.array(np.arange(len(keys)))
-    keys = keys.append_column(_POSITION, positions).group_by(_IDENTITY).aggregate([(_POSITION, "min")])
+    keys = keys.append_column(_POSITION, positions).group_by(_IDENTITY, use_threads=False)
+    keys = keys.aggregate([(_POSITION, "min")])
     firsts = keys[f"{_POSITION}_min"].combine_chunks()
     return rows.filter(pc.is_in(positions.slice(len(seen)), value_set=firsts))
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import re
 from pathlib import Path
 
@@ -55,6 +54,7 @@ from foldfeed.feature_store.parsers.hit_names import (
     fit_species,
     species_of,
 )
+from foldfeed.feature_store.storage.arrow_file import arrow_file
 
 COLUMNS = ("sequence", "source_database", "pairing_key", "comment")
 # How Chai calls the file of a sequence.
@@ -159,8 +159,8 @@ def read_columns(data: bytes, where: str, max_bytes: int) -> dict[str, list[str]
       SourceFileError: not Parquet, a column missing, or one that is no text.
     """
     try:
-        _check_claims(pq.ParquetFile(io.BytesIO(data)), where, max_bytes)
-        file = pq.ParquetFile(io.BytesIO(data), read_dictionary=list(COLUMNS))
+        _check_claims(pq.ParquetFile(arrow_file(data)), where, max_bytes)
+        file = pq.ParquetFile(arrow_file(data), read_dictionary=list(COLUMNS))
         table = file.read(columns=list(COLUMNS), use_threads=False)
         return {name: _texts(table, name, where, max_bytes) for name in COLUMNS}
     except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from foldfeed.feature_store.errors import CorruptDataError
 from foldfeed.feature_store.parts.presence import missing_file
 from foldfeed.feature_store.storage import Blobs
+from foldfeed.feature_store.storage.arrow_file import arrow_file
 
 INDEX_FOLDER = "index"
 SUFFIX = ".parquet"
@@ -37,9 +38,6 @@ STATISTICS_COLUMNS = ("record_id", "length", "depth")
 KEY_COLUMNS = ("record_id", "fingerprint", "part_id")
 # Few distinct values: a dictionary pays. The other strings are all different.
 _DICTIONARY_COLUMNS = ["part_id", "job_id", "extra", "description"]
-# Of a file that Arrow's threads decode. One of them may be the last to hold Python's bytes, and if the
-# interpreter ends just then, it aborts the process: so may a program that reads little and ends.
-_THREADED_BYTES = 1 << 20
 _READ_THREADS = 4
 
 
@@ -113,12 +111,9 @@ def read_file(blobs: Blobs, name: str, columns: Sequence[str] | None) -> pa.Tabl
       CorruptDataError: see `read_checked`.
     """
     data = read_checked(blobs, name)
-    file = pq.ParquetFile(pa.BufferReader(data))
+    file = pq.ParquetFile(arrow_file(data))
     there = file.schema_arrow.names
-    return file.read(
-        columns=there if columns is None else [name for name in columns if name in there],
-        use_threads=len(data) > _THREADED_BYTES,
-    )
+    return file.read(columns=there if columns is None else [name for name in columns if name in there])
 
 
 def read_files(blobs: Blobs, names: Sequence[str], schema: pa.Schema) -> pa.Table:

@@ -25,6 +25,7 @@ from foldfeed.feature_store.errors import (
 from foldfeed.feature_store.index import sealed
 from foldfeed.feature_store.parts.presence import check_present
 from foldfeed.feature_store.storage import Blobs
+from foldfeed.feature_store.storage.arrow_file import arrow_file
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 SUFFIX = ".parquet"
@@ -94,7 +95,7 @@ def read(
         check_present(blobs, path)
         raise NameNotFoundError(kind, name, tuple(names(blobs, folder))) from error
     try:
-        table = pq.ParquetFile(io.BytesIO(data)).read()
+        table = pq.ParquetFile(arrow_file(data)).read()
         # Bytes that are no text would fail later and without a name.
         table.validate(full=True)
         about = sealed.check_seal(json.loads((table.schema.metadata or {})[METADATA_KEY]), path)

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from foldfeed.feature_store.storage import open_blobs
+from foldfeed.feature_store.storage.arrow_file import arrow_file
 from foldfeed.pipelines.costs import DatabaseCost
 from foldfeed.pipelines.programs.subprocess_runner import Usage
 from foldfeed.pipelines.searches.results import UnitReceipt
@@ -91,7 +92,7 @@ def join(results_url: str, paths: Iterable[str], job_id: str) -> tuple[pa.Table,
       job_id: of the job.
     """
     blobs = open_blobs(results_url)
-    tables = [pq.read_table(io.BytesIO(blobs.read(path)), schema=SCHEMA) for path in paths]
+    tables = [pq.read_table(arrow_file(blobs.read(path)), schema=SCHEMA) for path in paths]
     table = pa.concat_tables([SCHEMA.empty_table(), *tables]).sort_by([("record_id", "ascending")])
     path = f"jobs/{job_id}/ledger.parquet"
     blobs.write_atomic(path, _encode(table))
@@ -103,7 +104,7 @@ def read_all(results_url: str) -> pa.Table:
     blobs = open_blobs(results_url)
     paths = [f"jobs/{job_id}/ledger.parquet" for job_id in sorted(blobs.list("jobs"))]
     tables = [
-        pq.read_table(io.BytesIO(blobs.read(path)), schema=SCHEMA) for path in paths if blobs.exists(path)
+        pq.read_table(arrow_file(blobs.read(path)), schema=SCHEMA) for path in paths if blobs.exists(path)
     ]
     table = pa.concat_tables([SCHEMA.empty_table(), *tables])
     return table.group_by(SCHEMA.names, use_threads=False).aggregate([]).select(SCHEMA.names).cast(SCHEMA)
