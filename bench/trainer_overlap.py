@@ -343,11 +343,13 @@ def judge(found: dict[str, Any], number: int, mbit: int) -> dict[str, Any]:
     """Adds the closed forms and what of the exchange was hidden, by each of them and by the plain streams."""
     compute_ms, step_ms = found["compute_alone_ms"], found["tree_planned_ms"]
     nominal_ms = found["tree_planned_predicted_bytes"] * 8e-3 / mbit
+    headers_ms = nominal_ms * SEGMENT_BYTES / PAYLOAD_BYTES
     ddp_ms = min(found[f"ddp_{cap}mb_ms"] for cap in CAPS_MB if f"ddp_{cap}mb_ms" in found)
     row = {**found, "nodes": number, "mbit": mbit, "step_to_best_ddp": round(step_ms / ddp_ms, 3)}
     for name, compute_of, wire_ms in (
         ("nominal", compute_ms, nominal_ms),
-        ("headers", compute_ms, nominal_ms * SEGMENT_BYTES / PAYLOAD_BYTES),
+        ("headers", compute_ms, headers_ms),
+        ("headers_zeroed", found["compute_zeroed_ms"], headers_ms),
         ("plain", compute_ms, found["plain_ms"]),
         ("plain_zeroed", found["compute_zeroed_ms"], found["plain_ms"]),
     ):
@@ -408,7 +410,7 @@ def _say(row: dict[str, Any]) -> str:
         + "; ".join(
             f"{name}: {row[f'step_to_ideal_{name}']:.2f}x of {row[f'ideal_{name}_ms']:.0f} ms, "
             f"{100 * row[f'hidden_share_{name}']:.0f} % hidden"
-            for name in ("nominal", "headers", "plain")
+            for name in ("nominal", "headers", "headers_zeroed", "plain", "plain_zeroed")
         )
         + f"; in pairs: {paired['step_to_ideal']:.3f}x the ideal ({paired['beyond_ideal_ms']:.1f} ms more), "
         f"{100 * paired['hidden_share']:.0f} % hidden, {paired['step_to_best_ddp']:.3f}x the best DDP; "
