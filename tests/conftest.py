@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import faulthandler
+import gc
 import os
 import sys
 import threading
@@ -27,6 +28,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begins with the files that hold slow tests, so that the processes of `make test` end together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection() -> None:
+    """Imports the test files without rounds of the garbage collector: nothing of them is garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leaves the half million objects that were imported out of all later rounds."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 # Threads that outlived the tests, of all processes of `make test`.
@@ -68,6 +81,8 @@ def _keeps_alive(thread: threading.Thread) -> bool:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Ends a process that hangs after its last test, with the stacks of the threads that hold it up."""
+    # The interpreter takes its modules apart at its end; libraries tell of objects that are left then.
+    gc.unfreeze()
     # A process of `make test` that is done waits until the other one is.
     if hasattr(config, "workerinput"):
         return

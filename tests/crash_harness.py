@@ -9,6 +9,8 @@ this is in foldfeed itself.
 import contextlib
 import ctypes
 import dataclasses
+import gc
+import importlib
 import json
 import os
 import shutil
@@ -109,9 +111,10 @@ def scenarios() -> dict:
         part = write_part(root, records, settings)
         store.commit([part.part_id], job_id=job_id, **options)
 
-    # Imported once here, and not by every child.
-    with contextlib.suppress(ImportError):
-        import gemmi  # noqa: F401
+    # Imported once here, and not by every child; pyarrow imports pandas at its first array.
+    for name in ("gemmi", "pandas", "pyarrow.pandas_compat", "pyarrow.dataset", "pyarrow.acero"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
     def attach(root: Path) -> None:
         # Beside the stores of all kills: what is under the root counts as a step.
@@ -184,6 +187,9 @@ def _child(run, request: dict, report: int) -> None:
 def serve() -> None:
     """Answers requests until the input ends."""
     known = scenarios()
+    # What is there now is never garbage; looking at it would copy every page of it in every fork.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         read, write = os.pipe()
@@ -208,16 +214,19 @@ def _kill_after(child: int, seconds: float) -> None:
 
 def files_of(root: Path) -> set[str]:
     """Returns the paths of all files under a folder."""
-    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    return {path.removeprefix(f"{root}/") for path in _paths_of_files(root)}
 
 
 def bytes_of_parts(root: Path) -> dict[str, bytes]:
     """Returns the files of all parts by path."""
     return {
-        str(path.relative_to(root)): path.read_bytes()
-        for path in (root / "parts").rglob("*")
-        if path.is_file()
+        path.removeprefix(f"{root}/"): Path(path).read_bytes() for path in _paths_of_files(root / "parts")
     }
+
+
+def _paths_of_files(folder: Path) -> Iterator[str]:
+    for where, _, names in os.walk(folder):
+        yield from (f"{where}/{name}" for name in names)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """Small databases and helpers that several pipeline tests share."""
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -48,8 +52,21 @@ needs_hmmer = pytest.mark.skipif(bool(NO_HMMER), reason=NO_HMMER or "HMMER is th
 needs_hhsuite = pytest.mark.skipif(bool(NO_HHSUITE), reason=NO_HHSUITE or "HH-suite is there")
 
 
+def copy_databases(folder: Path) -> Path:
+    """Copies the demo's databases, which its script makes once a process, and returns their folder."""
+    shutil.copytree(_databases(), folder, dirs_exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _databases() -> Path:
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return make_databases(folder)
+
+
 def make_databases(folder: Path) -> Path:
-    """Runs the demo's script and returns its folder."""
+    """Runs the demo's script, which takes four seconds, and returns its folder."""
     script = ROOT / "deploy" / "demo" / "make_databases.py"
     words = [sys.executable, str(script), str(folder), "--examples", str(EXAMPLES)]
     subprocess.run(words, check=True, capture_output=True)

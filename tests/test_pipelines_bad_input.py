@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from pipelines_data import (
     GLOBINS,
     config_of,
+    copy_databases,
     first_on_path,
     globins,
-    make_databases,
     needs_hhsuite,
     needs_hmmer,
     stand_in,
@@ -164,7 +164,7 @@ def test_an_unreadable_file_beside_a_good_one(tmp_path, queries, content):
 
 @needs_hhsuite
 def test_a_query_too_long_for_hhblits_names_tool_and_limit(tmp_path):
-    database = make_databases(tmp_path / "databases") / "hhsuite" / "db"
+    database = copy_databases(tmp_path / "databases") / "hhsuite" / "db"
     queries = write_fasta(tmp_path / "q.fasta", {"huge": "ACDEFGHIKL" * 4000, **globins(1)})
     config = config_of(tmp_path, queries, [f"uniclust30={database}"], max_residues=50_000)
     report = run_build(config)

@@ -11,10 +11,10 @@ from pipelines_data import (
     GLOBINS,
     NO_HHSUITE,
     config_of,
+    copy_databases,
     dead_letters_file,
     first_on_path,
     globins,
-    make_databases,
     needs_hhsuite,
     needs_hmmer,
     stand_in,
@@ -53,7 +53,7 @@ LONGEST, LONGEST_PART = "7LESS_DROME", slice(280, 580)
 @pytest.fixture(scope="module")
 def databases(tmp_path_factory) -> Path:
     """The demo's databases and its queries, the longest cut."""
-    folder = make_databases(tmp_path_factory.mktemp("demo"))
+    folder = copy_databases(tmp_path_factory.mktemp("demo"))
     queries = folder / "queries.fasta"
     entries = [entry.partition("\n") for entry in queries.read_text().split(">")[1:]]
     sequences = {name: "".join(body.split()) for name, _, body in entries}

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from pipelines_data import make_databases, needs_hhsuite, needs_hmmer, tree_bytes
+from pipelines_data import copy_databases, make_databases, needs_hhsuite, needs_hmmer, tree_bytes
 
 from foldfeed.pipelines import DatabaseSpec, DeadLetter
 from foldfeed.pipelines.fasta import read_fasta
@@ -12,7 +12,8 @@ pytestmark = [pytest.mark.external_tool, needs_hmmer]
 
 
 def test_same_bytes_twice_and_nothing_done_when_up_to_date(tmp_path):
-    one, two = make_databases(tmp_path / "one"), make_databases(tmp_path / "two")
+    # One of another process, time and folder.
+    one, two = copy_databases(tmp_path / "one"), make_databases(tmp_path / "two")
     assert tree_bytes(one) == tree_bytes(two)
     times = {path: path.stat().st_mtime_ns for path in one.rglob("*")}
     make_databases(one)
@@ -23,7 +24,7 @@ def test_same_bytes_twice_and_nothing_done_when_up_to_date(tmp_path):
 
 
 def test_what_is_in_them(tmp_path):
-    folder = make_databases(tmp_path)
+    folder = copy_databases(tmp_path)
     for name in ("uniref90.fasta", "mgnify.fasta"):
         assert DatabaseSpec.parse(f"u={folder / name}").files()
     entries = list(read_fasta(str(folder / "queries.fasta")))
@@ -44,6 +45,6 @@ def test_what_is_in_them(tmp_path):
 
 @needs_hhsuite
 def test_the_hhsuite_database_is_one_that_a_build_takes(tmp_path):
-    database = DatabaseSpec.parse(f"u={make_databases(tmp_path) / 'hhsuite' / 'db'}")
+    database = DatabaseSpec.parse(f"u={copy_databases(tmp_path) / 'hhsuite' / 'db'}")
     assert database.tool == "hhblits"
     assert database.files()

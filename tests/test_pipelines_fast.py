@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("pyhmmer", reason="pip install 'foldfeed[fast]'")
 
-from pipelines_data import GLOBINS, config_of, globins, make_databases, needs_hmmer, tree_bytes, write_fasta
+from pipelines_data import GLOBINS, config_of, copy_databases, globins, needs_hmmer, tree_bytes, write_fasta
 from scan_data import RESIDUES, drawn
 
 from foldfeed.feature_store.errors import MissingExtraError
@@ -244,7 +244,7 @@ def test_a_database_that_changes_under_a_search_is_no_mixture(tmp_path, monkeypa
 
 def test_a_spoilt_database_makes_dead_letters_not_the_end_of_a_build(tmp_path):
     """A file that goes after the build looked at it: each query is answered for, whatever the engine."""
-    good = make_databases(tmp_path / "databases") / "uniref90.fasta"
+    good = copy_databases(tmp_path / "databases") / "uniref90.fasta"
     queries = write_fasta(tmp_path / "q.fasta", globins(2))
     for engine in ("binary", "fast"):
         bad = tmp_path / f"{engine}.fasta"
@@ -289,7 +289,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
 
 
 def test_a_build_with_the_fast_engine_makes_the_same_store(tmp_path):
-    folder = make_databases(tmp_path / "databases")
+    folder = copy_databases(tmp_path / "databases")
     database = folder / "uniref90.fasta"
     queries = write_fasta(tmp_path / "q.fasta", globins(4))
     said: dict[str, list[str]] = {"binary": [], "fast": []}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 from click.testing import CliRunner
-from pipelines_data import GLOBINS, globins, make_databases, needs_hhsuite, needs_hmmer, write_fasta
+from pipelines_data import GLOBINS, copy_databases, globins, needs_hhsuite, needs_hmmer, write_fasta
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.feature_store.cli.main import main
@@ -97,7 +97,7 @@ def test_compressed_files_count_as_their_text_and_cut_ones_are_refused(tmp_path)
 @pytest.mark.external_tool
 @needs_hhsuite
 def test_an_hhsuite_database_counts_alignments_and_columns(tmp_path):
-    prefix = make_databases(tmp_path) / "hhsuite" / "db"
+    prefix = copy_databases(tmp_path) / "hhsuite" / "db"
     manifest = make_manifest(DatabaseSpec.parse(f"bfd={prefix}"))
     entries = Path(f"{prefix}_a3m.ffdata").read_bytes().rstrip(b"\0").split(b"\0")
     assert manifest.num_sequences == len(entries)

@@ -1,7 +1,7 @@
 """A real build into a store of row order `permuted` says what the one in rank order says."""
 
 import pytest
-from pipelines_data import config_of, globins, make_databases, needs_hmmer, write_fasta
+from pipelines_data import config_of, copy_databases, globins, needs_hmmer, write_fasta
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, StoreSettingsError
 from foldfeed.pipelines import run_build
@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.external_tool, needs_hmmer]
 
 
 def test_a_build_into_a_permuted_store(tmp_path):
-    databases = make_databases(tmp_path / "databases")
+    databases = copy_databases(tmp_path / "databases")
     queries = write_fasta(tmp_path / "q.fasta", globins(2))
     given = [f"uniref90={databases / 'uniref90.fasta'}"]
     # Both find the same results, so the second one searches nothing.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -332,6 +334,7 @@ def compiles_here() -> Iterator[None]:
 def test_a_compiled_model_repeats_to_the_bit_and_names_its_compiler(tmp_path: Path) -> None:
     digests = [run_small(tmp_path / name, steps=3, compile=True) for name in "ab"]
     assert digests[0] == digests[1]
+    assert torch._inductor.config.deterministic
     found = json.loads((tmp_path / "a" / "run.json").read_text())
     assert found["identity"]["compile"] is True
     assert found["environment"]["compiler"]
@@ -348,6 +351,23 @@ def test_a_compiled_model_repeats_to_the_bit_and_names_its_compiler(tmp_path: Pa
     assert len(ends) == 1
     with pytest.raises(SnapshotMismatchError, match="compile True there, 'unset' now"):
         run_small(tmp_path / "a", steps=5, compile=False)
+
+
+def test_a_run_that_does_not_compile_does_not_load_the_compiler() -> None:
+    code = (
+        "import sys, torch\n"
+        "from foldfeed.trainer.config import DataConfig, OptimizerConfig, RunConfig\n"
+        "from foldfeed.trainer.gradients.buckets import plan_buckets\n"
+        "from foldfeed.trainer.gradients.optimizer import FlatAdamW\n"
+        "from foldfeed.trainer.training.launch import prepare_numerics\n"
+        "prepare_numerics(RunConfig(output='o', data=DataConfig(store='s')))\n"
+        "assert torch.are_deterministic_algorithms_enabled()\n"
+        "buckets = plan_buckets([16], bucket_bytes=64)\n"
+        "FlatAdamW(torch.ones(16), buckets, OptimizerConfig()).step(torch.ones(16), 1.0, 0)\n"
+        "assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 class Shown(Small):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 from records import make_record
 from torch import nn
 from trainer_options import SMALL_CROPS, SMALL_MODEL
+from trainer_ranks import rank_environment
+from warm_python import Program, run_programs
 
 from foldfeed.feature_store import FeatureStore, StoreSettings, write_part
 from foldfeed.trainer import Loss, Task, TrainerConfigError, curve, export
@@ -49,11 +50,20 @@ def train(store: FeatureStore, output: Path, *options: object, ranks: int = 1) -
     if ranks == 1:
         assert main(arguments) == 0
     else:
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-        command = [sys.executable, "-m", *torchrun, "foldfeed.trainer", *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-        assert done.returncode == 0, done.stderr
+        port = free_port()
+        output.mkdir()
+        programs = [
+            Program(
+                module="foldfeed.trainer",
+                arguments=arguments,
+                environment=rank_environment(rank, ranks, port),
+                stdout=output / f"rank{rank}.out",
+                stderr=output / f"rank{rank}.err",
+            )
+            for rank in range(ranks)
+        ]
+        codes = run_programs(programs, timeout_s=200)
+        assert codes == [0] * ranks, "".join(program.stderr.read_text() for program in programs)
     return metrics_of(output)
 
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.optim.adamw import adamw
 
 from foldfeed.trainer.config import OptimizerConfig
 from foldfeed.trainer.gradients.buckets import Bucket
@@ -61,20 +62,6 @@ class FlatAdamW:
         self.exp_avg_sq = torch.zeros_like(params)
         self.ema = params.clone() if config.ema_decay else None
         self._step = torch.zeros((), dtype=torch.float32, device=params.device)
-        self._adamw = torch.optim.AdamW(
-            [self._param],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        # The moments are ours, so that a snapshot reads and writes flat buffers.
-        self._adamw.state[self._param] = {
-            "step": self._step,
-            "exp_avg": self.exp_avg,
-            "exp_avg_sq": self.exp_avg_sq,
-        }
 
     @property
     def num_updates(self) -> int:
@@ -113,13 +100,32 @@ class FlatAdamW:
         # As torch.nn.utils.clip_grad_norm_: 1e-6 keeps the quotient finite.
         clip = min(1.0, self._config.max_norm / (norm + 1e-6)) if self._config.max_norm else 1.0
         gradient.mul_(clip / num_samples)
-        self._param.grad = gradient
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
+        self._apply(gradient, lr)
         if self.ema is not None:
             self.ema.lerp_(self._param, 1.0 - self._config.ema_decay)
         return Update(norm=norm, learning_rate=lr, skipped=False)
+
+    def _apply(self, gradient: torch.Tensor, lr: float) -> None:
+        # What torch.optim.AdamW's step does. The class itself would import torch's compiler, nine hundred
+        # modules and a second and a half of CPU, in every run; and the moments are ours, so that a snapshot
+        # reads and writes flat buffers.
+        with torch.no_grad():
+            adamw(
+                [self._param],
+                [gradient],
+                [self.exp_avg],
+                [self.exp_avg_sq],
+                [],
+                [self._step],
+                fused=True,
+                amsgrad=False,
+                beta1=self._config.beta1,
+                beta2=self._config.beta2,
+                lr=lr,
+                weight_decay=self._config.weight_decay,
+                eps=self._config.eps,
+                maximize=False,
+            )
 
     def norm(self, gradient: torch.Tensor) -> float:
         """Returns the 2-norm: fp64 sums of squares per bucket, added in bucket order."""

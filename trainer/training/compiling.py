@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -52,6 +52,16 @@ def settle(
     return dataclasses.replace(config, compile=not reason)
 
 
+def compile_blocks(modules: Iterable[torch.nn.Module]) -> None:
+    """Compiles modules in place, with kernels that repeat where the process asks for them."""
+    if torch.are_deterministic_algorithms_enabled():
+        # The compiler has a switch of its own, which `prepare_numerics` leaves alone: to set it is to import
+        # the compiler, a second and a half of CPU that other runs need not wait for.
+        torch.use_deterministic_algorithms(True)
+    for module in modules:
+        module.compile(dynamic=False)
+
+
 def why_not(config: RunConfig, task: Task, device: torch.device) -> str:
     """Returns what speaks against compiled blocks on a device; empty when they repeat to the bit."""
     features = task.example(config.data)
@@ -79,8 +89,7 @@ def _steps(config: RunConfig, task: Task, features: Features, device: torch.devi
     torch.compiler.reset()
     seed_initial_weights(config.seed)
     model = task.build().to(device)
-    for module in task.compiled(model):
-        module.compile(dynamic=False)
+    compile_blocks(task.compiled(model))
     found = []
     for _ in range(2):
         model.zero_grad(set_to_none=True)

@@ -75,7 +75,8 @@ def prepare_numerics(config: RunConfig) -> None:
     if config.deterministic:
         # cuBLAS reads this when it is first used; without it its workspaces make sums irreproducible.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        # As torch.use_deterministic_algorithms, without the compiler that it imports; see `compile_blocks`.
+        torch.set_deterministic_debug_mode("error")
         # Deterministic mode also fills every new tensor, 1,086 fills a shard instead of 87 on a GPU. It only
         # hides reads of memory that nobody wrote; a test compares the weights with and without it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

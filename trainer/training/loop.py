@@ -44,6 +44,7 @@ from foldfeed.trainer.rng import seed_initial_weights, seed_shard
 from foldfeed.trainer.state.snapshot import BUFFERS, EMA, Generation, checksum, replica_digest
 from foldfeed.trainer.state.tiers import Saver
 from foldfeed.trainer.training.commit import Commit, ShardResult, combine, shard_scalars
+from foldfeed.trainer.training.compiling import compile_blocks
 from foldfeed.trainer.training.metrics import Metrics, commit_scalars, memory_scalars
 from foldfeed.trainer.training.source import Source
 from foldfeed.trainer.training.traces import StepTraces
@@ -146,8 +147,8 @@ class Trainer:
         self.link: Link | None = None
         self.reducer = self._make_reducer()
         self._forward: nn.Module = self.reducer.wrap(self.model)
-        for module in task.compiled(self.model) if config.compile else ():
-            module.compile(dynamic=False)
+        if config.compile:
+            compile_blocks(task.compiled(self.model))
         self._traces = StepTraces(Path(config.output), config.profile_step, ranks.device)
 
     def begin_again(self, ranks: Ranks) -> None:
