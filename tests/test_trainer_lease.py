@@ -94,6 +94,29 @@ def test_another_machine_is_believed_until_its_lease_is_stale(tmp_path: Path, te
     assert "was not renewed for 61 s" in said[0]
 
 
+@pytest.mark.parametrize(
+    "changed", [{"pid": None}, {"pid": "abc"}, {"token": "../../a"}, {"token": "a\0"}, {"token": "a" * 300}]
+)
+def test_a_damaged_lease_becomes_stale_like_any_other(tmp_path: Path, changed: dict[str, object]) -> None:
+    write_lease(tmp_path, **changed)
+    with pytest.raises(LeaseHeldError, match="a run lives in this --output"):
+        lease_of(tmp_path, []).take()
+    write_lease(tmp_path, age_s=61, **changed)
+    lease = lease_of(tmp_path, said := [])
+    lease.take()
+    lease.release()
+    assert "it was not renewed for 61 s" in said[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lease_from_the_future_is_no_fresh_one(tmp_path: Path) -> None:
+    """Another machine's, in a folder that was copied with its times from where a clock was wrong."""
+    write_lease(tmp_path, age_s=-100_000, machine="another")
+    lease = lease_of(tmp_path, [])
+    lease.take()
+    lease.release()
+
+
 def test_a_restart_waits_for_a_holder_that_may_have_died_elsewhere(tmp_path: Path) -> None:
     write_lease(tmp_path, machine="another")
     said: list[str] = []
