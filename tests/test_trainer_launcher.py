@@ -1,4 +1,4 @@
-"""The launcher of an elastic run: what it refuses, and what becomes of its processes when it is killed."""
+"""Around an elastic run: what its launcher refuses, what outlives it, and who comes late."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 from test_trainer_cli import TINY
+from trainer_ranks import tiny_config
 from waiting import wait_until
 
 from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer import elastic
+from foldfeed.trainer.errors import TrainerError
 from foldfeed.trainer.processes import STATE, stat_of
+from foldfeed.trainer.training.process import RESULT_FILE, has_finished
 
 PARENT = 1
 
@@ -81,3 +84,14 @@ def test_numbers_of_processes_that_cannot_be_are_refused(
 ) -> None:
     assert elastic.main([*options, "--", "--store", "s", "--output", "o"]) == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"steps": "many"}', '{"steps": null}'])
+def test_a_damaged_result_is_named_to_a_rank_that_comes_late(tmp_path: Path, text: str) -> None:
+    config = tiny_config(tmp_path)
+    assert not has_finished(tmp_path, config)
+    (tmp_path / RESULT_FILE).write_text(text)
+    with pytest.raises(
+        TrainerError, match=r"result\.json is damaged .* a start without --join writes it anew"
+    ):
+        has_finished(tmp_path, config)

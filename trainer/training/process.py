@@ -348,7 +348,12 @@ def network_of(trainer: Trainer) -> dict[str, str]:
 def has_finished(output: Path, config: RunConfig) -> bool:
     """Returns whether a run's result is there, of as many steps as it is to have now."""
     path = output / RESULT_FILE
-    return path.exists() and int(json.loads(path.read_text(encoding="utf-8"))["steps"]) >= config.steps
+    try:
+        return path.exists() and int(json.loads(path.read_text(encoding="utf-8"))["steps"]) >= config.steps
+    except (ValueError, TypeError, KeyError) as error:
+        raise TrainerError(
+            f"{path} is damaged ({error!r}). Remove it; a start without --join writes it anew."
+        ) from error
 
 
 def _write_json(folder: Path, name: str, value: Any) -> None:
