@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -68,6 +69,34 @@ def test_a_launcher_that_is_killed_leaves_ranks_that_train_and_no_spare(
         assert wait_until(lambda: lines_of(metrics) > before + 2)
         os.kill(rank, signal.SIGTERM)
         assert wait_until(lambda: not lives(rank))
+
+
+def members_of(output: Path) -> list[int]:
+    """Returns the process numbers of the newest generation; none before the first."""
+    views = sorted(output.glob("elastic/*/generation-*.json"))
+    return [one["identity"]["pid"] for one in json.loads(views[-1].read_text())["members"]] if views else []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_the_only_rank_of_a_machine_is_replaced_while_those_of_others_go_on(
+    tmp_path: Path, small_store: FeatureStore
+) -> None:
+    """Of the launcher that began the run, and of one that joined it."""
+    output = tmp_path / "run"
+    with (
+        launched("--respawn", "2", store=small_store, output=output) as first,
+        launched("--respawn", "2", "--join", store=small_store, output=output) as second,
+    ):
+        assert wait_until(lambda: len(members_of(output)) == 2)
+        for launcher in (first, second):
+            (rank,) = children_of(launcher.pid)
+            os.kill(rank, signal.SIGKILL)
+            assert wait_until(lambda rank=rank: len(set(members_of(output)) - {rank}) == 2)
+            assert first.poll() is None
+            assert second.poll() is None
+        starts = [json.loads(line) for line in (output / "goodput.jsonl").read_text().splitlines()]
+        assert [line["event"] for line in starts].count("start") == 1
 
 
 @pytest.mark.parametrize(

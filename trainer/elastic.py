@@ -225,7 +225,7 @@ class Launcher:
             code = process.poll()
             if code is not None and slot not in self._codes:
                 self._codes[slot] = code
-                if code > 0 and self._plans[slot].begins and not os.fstat(self._begun.fileno()).st_size:
+                if code > 0 and self._plans[slot].begins and not self._has_begun:
                     click.echo(NOT_BEGUN, err=True)
                     return code
                 if slot in self._standby:
@@ -253,13 +253,21 @@ class Launcher:
         return None
 
     def _begin_again(self) -> int | None:
-        """All ranks are gone: if they were killed, and may be replaced, the last snapshot goes on."""
+        """All ranks of this machine are gone: if they were killed, and may be replaced, a new one comes.
+
+        Others may live elsewhere, so it begins the run only where nobody is left, or has begun it yet.
+        """
         codes = self._codes.values()
-        if max(codes) > 0 or not self._missing or not self._plan.founds:
+        if max(codes) > 0 or not self._missing:
             return max(1, *codes)
-        click.echo("all ranks are gone; the run goes on from its last snapshot", err=True)
-        self._spawn(self._missing.pop(0), founds=True)
+        elsewhere = "with ranks elsewhere, if there are any, or from its last snapshot"
+        click.echo(f"all ranks of this launcher are gone; the run goes on {elsewhere}", err=True)
+        self._spawn(self._missing.pop(0), founds=self._plan.founds and not self._has_begun)
         return None
+
+    @property
+    def _has_begun(self) -> bool:
+        return os.fstat(self._begun.fileno()).st_size > 0
 
     def terminate(self) -> None:
         """Asks all ranks to stop after their step, with a snapshot."""
