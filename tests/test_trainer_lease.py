@@ -181,6 +181,25 @@ def test_a_run_that_lost_its_lease_publishes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / LEASE_FILE).exists(), "the other run's lease stays"
 
 
+def test_a_folder_that_is_removed_while_its_run_lives_is_named(
+    tmp_path: Path, small_store: FeatureStore
+) -> None:
+    """Not the ledger, which is gone as well when the run tells where its time went."""
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "foldfeed.trainer", "--store", small_store.url, "--output", str(output)]
+    command += [*TINY, "--no-tensorboard", "--memory-snapshots", "none", "--steps", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert wait_until(lambda: (output / "snapshots" / "step-00000004").exists())
+            (output / LEASE_FILE).unlink()
+            (output / "goodput.jsonl").unlink()
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert "run.lease is gone or damaged" in said
+
+
 def test_two_trainers_in_one_output(tmp_path: Path, small_store: FeatureStore) -> None:
     """The second is refused by name; after a SIGKILL of the first it goes on at once, every step once."""
     arguments = ["--store", small_store.url, "--output", tmp_path / "run", *TINY, "--no-tensorboard"]

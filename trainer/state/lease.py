@@ -153,7 +153,7 @@ class Lease:
         """
         holder = self._read()
         if holder is None or holder.get("token") != self.token:
-            raise LeaseLostError(str(self.path), str((holder or {}).get("host", "nobody")))
+            raise LeaseLostError(str(self.path), str((holder or {}).get("host", "")))
 
     def release(self) -> None:
         """Gives the lease back, if it was taken and is still ours."""

@@ -275,8 +275,8 @@ class Process:
         """Ends what writes, after an error that is on its way already."""
         if self.saver is not None:
             self.saver.close()
-        # A full disk must not hide that error.
-        with contextlib.suppress(OSError):
+        # A full disk, or a ledger that was removed, must not hide that error.
+        with contextlib.suppress(OSError, TrainerError):
             self._report_goodput("failed")
 
     def _report_goodput(self, reason: str) -> None:
