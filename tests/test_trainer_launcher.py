@@ -40,11 +40,16 @@ def lines_of(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def launched(*options: str, store: FeatureStore, output: Path) -> Iterator[subprocess.Popen[bytes]]:
+def launched(
+    *options: str, store: FeatureStore, output: Path, said: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """Starts a launcher in a session of its own, all processes of which end with the test."""
     command = [sys.executable, "-m", "foldfeed.trainer.elastic", *options, "--"]
     command += ["--store", store.url, "--output", str(output), *TINY, "--no-tensorboard", "--steps", "100000"]
-    with subprocess.Popen(command, start_new_session=True) as process:
+    with (
+        open(said or os.devnull, "wb") as log,
+        subprocess.Popen(command, start_new_session=True, stderr=log) as process,
+    ):
         try:
             yield process
         finally:
@@ -69,6 +74,20 @@ def test_a_launcher_that_is_killed_leaves_ranks_that_train_and_no_spare(
         assert wait_until(lambda: lines_of(metrics) > before + 2)
         os.kill(rank, signal.SIGTERM)
         assert wait_until(lambda: not lives(rank))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_launcher_says_why_it_ends_when_a_rank_was_killed_that_none_replaces(
+    tmp_path: Path, small_store: FeatureStore
+) -> None:
+    output, said = tmp_path / "run", tmp_path / "said"
+    with launched(store=small_store, output=output, said=said) as launcher:
+        assert wait_until(lambda: lines_of(output / "metrics.jsonl") > 2)
+        os.kill(*children_of(launcher.pid), signal.SIGKILL)
+        assert launcher.wait(30) == 1
+    assert "rank in slot 0 died of SIGKILL" in said.read_text()
+    assert "were killed, and none is replaced (any more); the same command goes on" in said.read_text()
 
 
 def members_of(output: Path) -> list[int]:

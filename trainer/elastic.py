@@ -46,6 +46,10 @@ NOT_BEGUN = (
     "the run did not begin, because its first rank failed (its error is above); the others that were to join "
     "it are ended. Ranks are added to a run that lives in --output with --join"
 )
+NONE_LEFT = (
+    "all ranks of this launcher were killed, and none is replaced (any more); the same command goes on from "
+    "the last snapshot, or with --join beside ranks that live elsewhere"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,10 +234,11 @@ class Launcher:
                     return code
                 if slot in self._standby:
                     self._standby.pop(slot).close()
-                elif code < 0 and self.respawns > 0:
+                elif code < 0:
                     click.echo(f"rank in slot {slot} died of {signal.Signals(-code).name}", err=True)
-                    self.respawns -= 1
-                    self._missing.append(self._plans[slot].local_rank)
+                    if self.respawns > 0:
+                        self.respawns -= 1
+                        self._missing.append(self._plans[slot].local_rank)
         running = [slot for slot in self.processes if slot not in self._codes and slot not in self._standby]
         if 0 in self._codes.values():
             return self._wind_down(running)
@@ -259,6 +264,8 @@ class Launcher:
         """
         codes = self._codes.values()
         if max(codes) > 0 or not self._missing:
+            if max(codes) < 0:
+                click.echo(NONE_LEFT, err=True)
             return max(1, *codes)
         elsewhere = "with ranks elsewhere, if there are any, or from its last snapshot"
         click.echo(f"all ranks of this launcher are gone; the run goes on {elsewhere}", err=True)
