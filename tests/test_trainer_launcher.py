@@ -90,6 +90,46 @@ def test_a_launcher_says_why_it_ends_when_a_rank_was_killed_that_none_replaces(
     assert "were killed, and none is replaced (any more); the same command goes on" in said.read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    "module", [("foldfeed.trainer",), ("foldfeed.trainer.elastic", "--ranks", "2", "--")]
+)
+def test_a_run_outlives_who_reads_its_output(
+    tmp_path: Path, small_store: FeatureStore, module: tuple[str, ...]
+) -> None:
+    """As after Ctrl-C in a pipeline, whose `tee` is gone when the snapshot of the stop is written."""
+    metrics, said = tmp_path / "run" / "metrics.jsonl", tmp_path / "said"
+    command = [sys.executable, "-m", *module, "--store", small_store.url, "--output", str(tmp_path / "run")]
+    command += [
+        *TINY,
+        "--no-tensorboard",
+        "--snapshot-every",
+        "100000",
+        "--log-every",
+        "1",
+        "--steps",
+        "100000",
+    ]
+    with (
+        said.open("wb") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True) as process,
+    ):
+        try:
+            assert wait_until(lambda: lines_of(metrics) > 2)
+            assert process.stdout is not None
+            process.stdout.close()
+            before = lines_of(metrics)
+            assert wait_until(lambda: lines_of(metrics) > before + 5)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0, said.read_text()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert len(list(tmp_path.glob("run/snapshots/step-*"))) == 1
+    assert "nobody reads what this process prints any more; it goes on" in said.read_text()
+
+
 def members_of(output: Path) -> list[int]:
     """Returns the process numbers of the newest generation; none before the first."""
     views = sorted(output.glob("elastic/*/generation-*.json"))

@@ -37,6 +37,7 @@ import click
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.options import options_of
+from foldfeed.trainer.output import outlive_readers
 
 VARIABLE = "FOLDFEED_ELASTIC"
 POLL_S = 0.05
@@ -396,4 +397,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())
