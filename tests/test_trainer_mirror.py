@@ -85,6 +85,24 @@ def test_a_copy_that_is_damaged_or_cut_is_told_and_an_older_one_taken(
     assert not (tmp_path / "third" / "run.json").exists()
 
 
+def test_copies_that_give_no_run_leave_its_folder_to_another(
+    small_store: FeatureStore, tmp_path: Path, url: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing says of which run they are, or none is whole: the folder must not look like a run's then."""
+    whole = train(small_store, tmp_path / "first", url, 2)
+    blobs, output = open_blobs(url), tmp_path / "second"
+    run = blobs.read("run.json")
+    blobs.delete("run.json")
+    capfd.readouterr()
+    train(small_store, output, url, 2, code=1)
+    assert "holds snapshots of a run, but its run.json cannot be read" in capfd.readouterr().err
+    blobs.write_atomic("run.json", run)
+    blobs.write_atomic("step-00000002/params.f32", b"damaged")
+    train(small_store, output, url, 2, code=1)
+    assert "is valid on every rank" in capfd.readouterr().err
+    assert train(small_store, output, "", 2) == whole
+
+
 def test_a_newer_copy_that_is_damaged_does_not_push_the_next_one_out(
     small_store: FeatureStore, tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ from typing import BinaryIO, NamedTuple
 
 from foldfeed.feature_store.errors import StorageError
 from foldfeed.feature_store.storage import Blobs, LocalBlobs, open_blobs
-from foldfeed.trainer.errors import InvalidSnapshotError, NoValidSnapshotError
+from foldfeed.trainer.errors import InvalidSnapshotError, NoValidSnapshotError, TrainerError
 from foldfeed.trainer.state.snapshot import GENERATION, MANIFEST, RUN_FILE, SNAPSHOTS, read_generation
 
 
@@ -135,6 +135,7 @@ def fetch(url: str, output: Path, say: Callable[[str], None]) -> bool:
     Raises:
       StorageError: the URL cannot be read.
       NoValidSnapshotError: there are generations, and none validates.
+      TrainerError: there are, and nothing says of which run.
     """
     if (output / RUN_FILE).exists():
         return False
@@ -142,6 +143,13 @@ def fetch(url: str, output: Path, say: Callable[[str], None]) -> bool:
     names = _generations(blobs)
     if not names:
         return False
+    try:
+        run = blobs.read(RUN_FILE)
+    except OSError as error:
+        raise TrainerError(
+            f"{url} holds snapshots of a run, but its {RUN_FILE} cannot be read ({error.strerror or error}). "
+            "Restore it from a copy; or copy a snapshot to a disk and go on from it with --resume"
+        ) from error
     reasons = []
     for name in reversed(names):
         try:
@@ -150,7 +158,7 @@ def fetch(url: str, output: Path, say: Callable[[str], None]) -> bool:
             reasons.append(f"{name}: {error}")
             say(f"warning: {name} at {url} is no valid generation ({error}); trying an older one")
             continue
-        LocalBlobs(output).write_atomic(RUN_FILE, blobs.read(RUN_FILE))
+        LocalBlobs(output).write_atomic(RUN_FILE, run)
         say(f"fetched: {name} from {url}")
         return True
     raise NoValidSnapshotError(url, reasons)

@@ -154,7 +154,7 @@ class Process:
         if self.config.snapshots.mirror:
             fetch(self.config.snapshots.mirror, self.output, self.metrics.say)
         run_id = self.run_there()
-        if not run_id and (self.output / SNAPSHOTS).exists():
+        if not run_id and SnapshotFolder(self.output / SNAPSHOTS, self.config.snapshots.keep).steps():
             raise TrainerError(
                 f"{self.output} holds snapshots but no {RUN_FILE}: not a run's folder. Use another --output."
             )
