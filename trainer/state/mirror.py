@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from foldfeed.feature_store.errors import StorageError
+from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.storage import Blobs, LocalBlobs, open_blobs
 from foldfeed.trainer.errors import InvalidSnapshotError, NoValidSnapshotError, TrainerError
 from foldfeed.trainer.state.snapshot import GENERATION, MANIFEST, RUN_FILE, SNAPSHOTS, read_generation
@@ -94,17 +94,23 @@ class Mirror:
                     return
             try:
                 self._copy(open_blobs(self._url), offer)
-            except (StorageError, OSError) as error:
+            except (FoldfeedError, OSError) as error:
                 self._say(f"warning: {offer.name} was not copied to {self._url}: {error}")
             finally:
                 offer.close()
 
     def _copy(self, blobs: Blobs, offer: Offer) -> None:
         blobs.write_atomic(RUN_FILE, offer.run)
-        for name, file in offer.files.items():
-            if name != MANIFEST:
-                blobs.write_atomic(f"{offer.name}/{name}", file.read())
-        blobs.write_atomic(f"{offer.name}/{MANIFEST}", offer.files[MANIFEST].read())
+        names = [*(name for name in offer.files if name != MANIFEST), MANIFEST]
+        try:
+            for name in names:
+                blobs.write_atomic(f"{offer.name}/{name}", offer.files[name].read())
+        except (FoldfeedError, OSError):
+            # What there is of it would only take the next one's room. An earlier copy has its manifest.
+            with contextlib.suppress(FoldfeedError, OSError):
+                if not blobs.exists(f"{offer.name}/{MANIFEST}"):
+                    blobs.delete(offer.name)
+            raise
         self._say(f"copied: {offer.name} to {self._url}")
         # Later ones were refused, or left by a run that a start elsewhere went back of: they must not push
         # this one out.
