@@ -92,6 +92,24 @@ def test_a_launcher_says_why_it_ends_when_a_rank_was_killed_that_none_replaces(
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
+def test_more_ranks_than_the_run_takes_may_join_and_wait(tmp_path: Path, small_store: FeatureStore) -> None:
+    """Three come to one, and the run takes one of them: another one is there when that is killed."""
+    output = tmp_path / "run"
+    most = ("--max-ranks", "2")
+    with (
+        launched(*most, store=small_store, output=output) as first,
+        launched(*most, "--join", "--ranks", "3", store=small_store, output=output) as second,
+    ):
+        assert wait_until(lambda: len(members_of(output)) == 2)
+        (joined,) = set(members_of(output)) & set(children_of(second.pid))
+        os.kill(joined, signal.SIGKILL)
+        assert wait_until(lambda: len(set(members_of(output)) - {joined}) == 2)
+        assert first.poll() is None
+        assert second.poll() is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     "module", [("foldfeed.trainer",), ("foldfeed.trainer.elastic", "--ranks", "2", "--")]
 )

@@ -385,7 +385,8 @@ def command(
             f"torchrun has {os.environ['WORLD_SIZE']} ranks on several machines and restarts all when one "
             "dies. Start one on each machine, without --nnodes; or plain -m foldfeed.trainer."
         )
-    plan = Plan(founds=not join, ranks=wait_for or local_world or ranks, **limits)
+    # How many join says nothing of how many the run begins with; whoever is more than it takes is a spare.
+    plan = Plan(founds=not join, ranks=wait_for or local_world or (1 if join else ranks), **limits)
     if local_world:
         become_rank(plan, trainer)
     return run_ranks(Launcher(plan, trainer, ranks=ranks, spares=spares, respawns=respawn))
