@@ -23,6 +23,8 @@ from foldfeed.trainer.processes import STATE, stat_of
 from foldfeed.trainer.training.process import RESULT_FILE, has_finished
 
 PARENT = 1
+# They are killed, and would leave their snapshots in memory.
+ENDLESS = [*TINY, "--no-tensorboard", "--memory-snapshots", "none", "--steps", "100000"]
 
 
 def lives(pid: int) -> bool:
@@ -45,7 +47,7 @@ def launched(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Starts a launcher in a session of its own, all processes of which end with the test."""
     command = [sys.executable, "-m", "foldfeed.trainer.elastic", *options, "--"]
-    command += ["--store", store.url, "--output", str(output), *TINY, "--no-tensorboard", "--steps", "100000"]
+    command += ["--store", store.url, "--output", str(output), *ENDLESS]
     with (
         open(said or os.devnull, "wb") as log,
         subprocess.Popen(command, start_new_session=True, stderr=log) as process,
@@ -119,16 +121,7 @@ def test_a_run_outlives_who_reads_its_output(
     """As after Ctrl-C in a pipeline, whose `tee` is gone when the snapshot of the stop is written."""
     metrics, said = tmp_path / "run" / "metrics.jsonl", tmp_path / "said"
     command = [sys.executable, "-m", *module, "--store", small_store.url, "--output", str(tmp_path / "run")]
-    command += [
-        *TINY,
-        "--no-tensorboard",
-        "--snapshot-every",
-        "100000",
-        "--log-every",
-        "1",
-        "--steps",
-        "100000",
-    ]
+    command += [*ENDLESS, "--snapshot-every", "100000", "--log-every", "1"]
     with (
         said.open("wb") as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True) as process,
