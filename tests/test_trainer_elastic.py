@@ -419,5 +419,7 @@ def test_ctrl_c_in_a_terminal_leaves_ranks_to_the_launcher(monkeypatch: pytest.M
 def test_plans_that_cannot_work_are_refused() -> None:
     with pytest.raises(TrainerConfigError, match="max_ranks is 2, but the run begins with 3"):
         Plan(ranks=3, max_ranks=2)
+    with pytest.raises(TrainerConfigError, match="max_ranks is -1, but the run begins with 3"):
+        Plan(ranks=3, max_ranks=-1)
     with pytest.raises(TrainerConfigError, match="silent_s is 0; it must be positive"):
         Plan(ranks=3, silent_s=0)

@@ -111,6 +111,32 @@ def test_a_damaged_ledger_and_none_at_all_are_named(
     assert goodput.main([]) == 2
 
 
+START = {"event": "start", "time": 2.0, "began": 1.0, "step": 0, "world": 1, "parts": {"other": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        ({"time": "2.0"}, "'2.0' is no number"),
+        ({"parts": {"other": "1.0"}}, "'1.0' is no number"),
+        ({"parts": {"othes": 1.0}}, "othes is no part"),
+        ({"parts": [1.0]}, "no attribute"),
+        ({"step": None}, "None is no number"),
+        ({"event": "step", "began": None}, "None is no number"),
+        ({"event": "end"}, "'reason'"),
+    ],
+)
+def test_a_damaged_line_is_refused_before_a_step_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: dict[str, Any], why: str
+) -> None:
+    """Not with a traceback, and not by the account at the end of the run."""
+    (tmp_path / GOODPUT_FILE).write_text(json.dumps(START | damage) + "\n")
+    with pytest.raises(TrainerError, match=f"line 1 is damaged .*{why}.* Move the file away"):
+        Ledger(tmp_path, active=True).start(0, 1)
+    assert goodput.main([str(tmp_path)]) == 1
+    assert "line 1 is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_killed_run_accounts_for_the_time_it_lost(tmp_path: Path, small_store: FeatureStore) -> None:

@@ -94,6 +94,29 @@ def test_another_machine_is_believed_until_its_lease_is_stale(tmp_path: Path, te
     assert "was not renewed for 61 s" in said[0]
 
 
+@pytest.mark.parametrize(
+    "changed", [{"pid": None}, {"pid": "abc"}, {"token": "../../a"}, {"token": "a\0"}, {"token": "a" * 300}]
+)
+def test_a_damaged_lease_becomes_stale_like_any_other(tmp_path: Path, changed: dict[str, object]) -> None:
+    write_lease(tmp_path, **changed)
+    with pytest.raises(LeaseHeldError, match="a run lives in this --output"):
+        lease_of(tmp_path, []).take()
+    write_lease(tmp_path, age_s=61, **changed)
+    lease = lease_of(tmp_path, said := [])
+    lease.take()
+    lease.release()
+    assert "it was not renewed for 61 s" in said[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lease_from_the_future_is_no_fresh_one(tmp_path: Path) -> None:
+    """Another machine's, in a folder that was copied with its times from where a clock was wrong."""
+    write_lease(tmp_path, age_s=-100_000, machine="another")
+    lease = lease_of(tmp_path, [])
+    lease.take()
+    lease.release()
+
+
 def test_a_restart_waits_for_a_holder_that_may_have_died_elsewhere(tmp_path: Path) -> None:
     write_lease(tmp_path, machine="another")
     said: list[str] = []
@@ -156,6 +179,25 @@ def test_a_run_that_lost_its_lease_publishes_nothing(tmp_path: Path) -> None:
     assert folder.steps() == [1]
     lease.release()
     assert (tmp_path / LEASE_FILE).exists(), "the other run's lease stays"
+
+
+def test_a_folder_that_is_removed_while_its_run_lives_is_named(
+    tmp_path: Path, small_store: FeatureStore
+) -> None:
+    """Not the ledger, which is gone as well when the run tells where its time went."""
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "foldfeed.trainer", "--store", small_store.url, "--output", str(output)]
+    command += [*TINY, "--no-tensorboard", "--memory-snapshots", "none", "--steps", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert wait_until(lambda: (output / "snapshots" / "step-00000004").exists())
+            (output / LEASE_FILE).unlink()
+            (output / "goodput.jsonl").unlink()
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert "run.lease is gone or damaged" in said
 
 
 def test_two_trainers_in_one_output(tmp_path: Path, small_store: FeatureStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -85,6 +86,24 @@ def test_a_copy_that_is_damaged_or_cut_is_told_and_an_older_one_taken(
     assert not (tmp_path / "third" / "run.json").exists()
 
 
+def test_copies_that_give_no_run_leave_its_folder_to_another(
+    small_store: FeatureStore, tmp_path: Path, url: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing says of which run they are, or none is whole: the folder must not look like a run's then."""
+    whole = train(small_store, tmp_path / "first", url, 2)
+    blobs, output = open_blobs(url), tmp_path / "second"
+    run = blobs.read("run.json")
+    blobs.delete("run.json")
+    capfd.readouterr()
+    train(small_store, output, url, 2, code=1)
+    assert "holds snapshots of a run, but its run.json cannot be read" in capfd.readouterr().err
+    blobs.write_atomic("run.json", run)
+    blobs.write_atomic("step-00000002/params.f32", b"damaged")
+    train(small_store, output, url, 2, code=1)
+    assert "is valid on every rank" in capfd.readouterr().err
+    assert train(small_store, output, "", 2) == whole
+
+
 def test_a_newer_copy_that_is_damaged_does_not_push_the_next_one_out(
     small_store: FeatureStore, tmp_path: Path
 ) -> None:
@@ -109,6 +128,30 @@ def test_a_place_that_cannot_be_written_costs_the_copies_alone(
     said = capfd.readouterr().out
     assert f"warning: step-00000002 was not copied to {blocked}/copies" in said
     assert "warning: step-00000003 was not copied" in said
+
+
+def test_a_place_that_was_full_gets_the_next_copy(small_store: FeatureStore, tmp_path: Path) -> None:
+    """And what there was of the one that failed does not take its room."""
+    train(small_store, tmp_path / "run", "", 4)
+    snapshots, copies, said = tmp_path / "run" / "snapshots", tmp_path / "copies", list[str]()
+    size = sum(path.stat().st_size for path in (snapshots / "step-00000004").iterdir())
+    copies.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 4}", "tmpfs", str(copies)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        mirror = Mirror(str(copies), 2, said.append)
+        mirror.offer(snapshots / "step-00000002")
+        assert mirror.is_idle()
+        assert "warning: step-00000002 was not copied" in said[0]
+        assert "no space left" in said[0]
+        assert names(str(copies)) == ["run.json"]
+        subprocess.run([*mount[:3], "-o", "remount,size=64m", str(copies)], check=True)
+        mirror.offer(snapshots / "step-00000004")
+        assert mirror.is_idle()
+        assert names(str(copies)) == ["run.json", "step-00000004"]
+    finally:
+        subprocess.run(["umount", "-l", str(copies)], check=True)
 
 
 def test_what_waits_is_replaced_by_newer_and_survives_its_removal(

@@ -29,6 +29,7 @@ def test_faults_are_drawn_from_the_seed() -> None:
     [
         ("burn=1", "chaos 'burn=1' is not one of kill=NUMBER, stop=NUMBER, cut=NUMBER, join=NUMBER."),
         ("kill", "chaos 'kill' is not one of"),
+        ("kill=\u00b2", "chaos 'kill=\u00b2' is not one of"),
         ("kill=0", "proves nothing"),
         ("", "proves nothing"),
         ("kill=59", "59 faults need at least 61 steps"),
@@ -39,6 +40,24 @@ def test_chaos_that_cannot_be_is_refused(chaos: str, text: str, capsys: pytest.C
         prove.plan_faults(chaos, 4, 60, 1)
     assert prove.main(["--store", "s", "--chaos", chaos]) == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--ranks", "9"], "9 ranks share 8 virtual shards; every rank needs one"),
+        (["--ranks", "7", "--chaos", "join=3"], "10 ranks share 8 virtual shards; every rank needs one"),
+        (["--", "--reducer", "ring"], "--reducer ring cannot change its ranks"),
+        (["--", "--lr", "much"], "'--lr': 'much' is not a valid float"),
+    ],
+)
+def test_ranks_and_options_that_cannot_be_are_refused_before_any_process_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
+) -> None:
+    output = tmp_path / "proof"
+    assert prove.main(["--store", "s", "--output", str(output), *arguments]) == 2
+    assert text in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_a_machine_without_namespaces_refuses_cuts_and_says_why(

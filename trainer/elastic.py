@@ -17,11 +17,14 @@ Does not own: what a rank does (members/rank.py). Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import secrets
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,7 +37,7 @@ import click
 from foldfeed.trainer.errors import TrainerConfigError
 from foldfeed.trainer.exit_code import exit_code
 from foldfeed.trainer.options import options_of
-from foldfeed.trainer.processes import stat_of
+from foldfeed.trainer.output import outlive_readers
 
 VARIABLE = "FOLDFEED_ELASTIC"
 POLL_S = 0.05
@@ -43,6 +46,10 @@ LEAVE_S = 30.0
 NOT_BEGUN = (
     "the run did not begin, because its first rank failed (its error is above); the others that were to join "
     "it are ended. Ranks are added to a run that lives in --output with --join"
+)
+NONE_LEFT = (
+    "all ranks of this launcher were killed, and none is replaced (any more); the same command goes on from "
+    "the last snapshot, or with --join beside ranks that live elsewhere"
 )
 
 
@@ -57,7 +64,8 @@ class Plan:
       launch: of the launcher that begins the run: its ranks join a run that one of them began, no other. "":
         any.
       begun: descriptor of a file that a rank which begins the run writes to, for its launcher; -1 for none.
-      standby: it builds everything, then stops itself (SIGSTOP) until it is needed.
+      standby: descriptor of a socket to its launcher: it builds everything, says so there, and waits until it
+        is told that it is needed; it ends where the launcher is gone. -1 for a rank that is needed at once.
       ranks: to wait for at the beginning.
       max_ranks: ranks that train at once; more wait as spares. 0: all shards.
       host: address of this machine for the others.
@@ -72,7 +80,7 @@ class Plan:
     refounds: bool = False
     launch: str = ""
     begun: int = -1
-    standby: bool = False
+    standby: int = -1
     ranks: int
     max_ranks: int = 0
     host: str = "127.0.0.1"
@@ -100,7 +108,7 @@ class Plan:
         for name in ("ranks", "silent_s", "wait_s"):
             if not getattr(self, name) > 0:
                 raise TrainerConfigError(f"{name} is {getattr(self, name)}; it must be positive.")
-        if 0 < self.max_ranks < self.ranks:
+        if self.max_ranks and self.max_ranks < self.ranks:
             raise TrainerConfigError(
                 f"max_ranks is {self.max_ranks}, but the run begins with {self.ranks}; raise --max-ranks."
             )
@@ -151,7 +159,8 @@ class Launcher:
         self._arguments = list(arguments)
         self._ranks = ranks
         self._spares = spares
-        self._standby: list[int] = []
+        # The lines to spares that are not needed yet, by slot.
+        self._standby: dict[int, socket.socket] = {}
         self._plans: list[Plan] = []
         self._codes: dict[int, int] = {}
         # Devices of dead ranks that are to be replaced, and of ranks to be added.
@@ -165,15 +174,20 @@ class Launcher:
         for number in range(self._ranks):
             self._spawn(number, founds=self._plan.founds and number == 0)
         for _ in range(self._spares):
-            self._standby.append(self._spawn(0, standby=True))
+            self._spawn_spare()
 
-    def _spawn(self, device: int, *, founds: bool = False, standby: bool = False) -> int:
+    def _spawn_spare(self) -> None:
+        here, there = socket.socketpair()
+        with there:
+            self._standby[self._spawn(0, standby=there.fileno())] = here
+
+    def _spawn(self, device: int, *, founds: bool = False, standby: int = -1) -> int:
         slot = len(self.processes)
         prefix, host = self._place(slot)
         plan = dataclasses.replace(
             self._plan,
             founds=founds,
-            refounds=self._plan.founds and (standby or slot >= self._ranks),
+            refounds=self._plan.founds and (standby >= 0 or slot >= self._ranks),
             standby=standby,
             host=host,
             local_rank=device,
@@ -185,7 +199,7 @@ class Launcher:
             env=environment,
             stdout=self._log,
             stderr=self._log,
-            pass_fds=[self._plan.begun],
+            pass_fds=[self._plan.begun, *([standby] if standby >= 0 else [])],
         )
         return slot
 
@@ -196,18 +210,19 @@ class Launcher:
 
     def _fill(self) -> None:
         while self._missing:
-            # Stopped by a signal, which is their own.
-            ready = [slot for slot in self._standby if stat_of(self.processes[slot].pid)[:1] == ["T"]]
-            if not ready and self._standby:
+            ready, _, _ = select.select([*self._standby.values()], [], [], 0)
+            slots = [slot for slot, line in self._standby.items() if line in ready]
+            if not slots and self._standby:
                 return
             device = self._missing.pop(0)
-            if not ready:
+            if not slots:
                 self._spawn(device)
                 continue
-            self._standby.remove(ready[0])
-            self.processes[ready[0]].send_signal(signal.SIGCONT)
+            # One that has died just now is found, and replaced, like any other rank.
+            with self._standby.pop(slots[0]) as line, contextlib.suppress(ConnectionError):
+                line.sendall(b".")
             if self.respawns > len(self._standby):
-                self._standby.append(self._spawn(0, standby=True))
+                self._spawn_spare()
 
     def poll(self) -> int | None:
         """Looks after the ranks once; returns the exit code of the run when all have ended."""
@@ -215,15 +230,16 @@ class Launcher:
             code = process.poll()
             if code is not None and slot not in self._codes:
                 self._codes[slot] = code
-                if code > 0 and self._plans[slot].begins and not os.fstat(self._begun.fileno()).st_size:
+                if code > 0 and self._plans[slot].begins and not self._has_begun:
                     click.echo(NOT_BEGUN, err=True)
                     return code
                 if slot in self._standby:
-                    self._standby.remove(slot)
-                elif code < 0 and self.respawns > 0:
+                    self._standby.pop(slot).close()
+                elif code < 0:
                     click.echo(f"rank in slot {slot} died of {signal.Signals(-code).name}", err=True)
-                    self.respawns -= 1
-                    self._missing.append(self._plans[slot].local_rank)
+                    if self.respawns > 0:
+                        self.respawns -= 1
+                        self._missing.append(self._plans[slot].local_rank)
         running = [slot for slot in self.processes if slot not in self._codes and slot not in self._standby]
         if 0 in self._codes.values():
             return self._wind_down(running)
@@ -243,13 +259,23 @@ class Launcher:
         return None
 
     def _begin_again(self) -> int | None:
-        """All ranks are gone: if they were killed, and may be replaced, the last snapshot goes on."""
+        """All ranks of this machine are gone: if they were killed, and may be replaced, a new one comes.
+
+        Others may live elsewhere, so it begins the run only where nobody is left, or has begun it yet.
+        """
         codes = self._codes.values()
-        if max(codes) > 0 or not self._missing or not self._plan.founds:
+        if max(codes) > 0 or not self._missing:
+            if max(codes) < 0:
+                click.echo(NONE_LEFT, err=True)
             return max(1, *codes)
-        click.echo("all ranks are gone; the run goes on from its last snapshot", err=True)
-        self._spawn(self._missing.pop(0), founds=True)
+        elsewhere = "with ranks elsewhere, if there are any, or from its last snapshot"
+        click.echo(f"all ranks of this launcher are gone; the run goes on {elsewhere}", err=True)
+        self._spawn(self._missing.pop(0), founds=self._plan.founds and not self._has_begun)
         return None
+
+    @property
+    def _has_begun(self) -> bool:
+        return os.fstat(self._begun.fileno()).st_size > 0
 
     def terminate(self) -> None:
         """Asks all ranks to stop after their step, with a snapshot."""
@@ -264,6 +290,8 @@ class Launcher:
             if process.poll() is None:
                 process.kill()
             process.wait()
+        for line in self._standby.values():
+            line.close()
         self._begun.close()
 
 
@@ -309,12 +337,31 @@ def become_rank(plan: Plan, arguments: Sequence[str]) -> NoReturn:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--ranks", default=1, show_default=True, help="Ranks to start on this machine.")
+@click.option(
+    "--ranks", default=1, type=click.IntRange(1), show_default=True, help="Ranks to start on this machine."
+)
 @click.option("--join", is_flag=True, help="Join the run that lives in --output, instead of beginning one.")
-@click.option("--wait-for", default=0, help="Ranks to wait for before the first step; those of --ranks if 0.")
+@click.option(
+    "--wait-for",
+    default=0,
+    type=click.IntRange(0),
+    help="Ranks to wait for before the first step; those of --ranks if 0.",
+)
 @options_of(Plan, ["max_ranks"])
-@click.option("--respawn", default=0, show_default=True, help="How many dead ranks are replaced.")
-@click.option("--spares", default=0, show_default=True, help="Processes kept ready to replace dead ranks.")
+@click.option(
+    "--respawn",
+    default=0,
+    type=click.IntRange(0),
+    show_default=True,
+    help="How many dead ranks are replaced.",
+)
+@click.option(
+    "--spares",
+    default=0,
+    type=click.IntRange(0),
+    show_default=True,
+    help="Processes kept ready to replace dead ranks.",
+)
 @options_of(Plan, ["host", "silent_s", "wait_s"])
 @click.argument("trainer", nargs=-1, required=True)
 def command(
@@ -338,7 +385,8 @@ def command(
             f"torchrun has {os.environ['WORLD_SIZE']} ranks on several machines and restarts all when one "
             "dies. Start one on each machine, without --nnodes; or plain -m foldfeed.trainer."
         )
-    plan = Plan(founds=not join, ranks=wait_for or local_world or ranks, **limits)
+    # How many join says nothing of how many the run begins with; whoever is more than it takes is a spare.
+    plan = Plan(founds=not join, ranks=wait_for or local_world or (1 if join else ranks), **limits)
     if local_world:
         become_rank(plan, trainer)
     return run_ranks(Launcher(plan, trainer, ranks=ranks, spares=spares, respawns=respawn))
@@ -350,4 +398,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

@@ -154,7 +154,7 @@ class LeaseLostError(TrainerError):
 
     Attributes:
       path: the lease.
-      host: where the other one runs.
+      host: where the other one runs; "" where the lease is gone, or damaged.
     """
 
     def __init__(self, path: str, host: str) -> None:
@@ -163,6 +163,9 @@ class LeaseLostError(TrainerError):
         super().__init__(
             f"{path} is no longer ours but of {host}: this process did not renew it in time (was it "
             "stopped?). The other run goes on; use another --output for this one"
+            if host
+            else f"{path} is gone or damaged: somebody changed the folder, or another run had taken it over "
+            "and has ended. Nothing more is written; the same command goes on from what is there"
         )
 
 

@@ -68,6 +68,10 @@ class Part(enum.StrEnum):
         return part
 
 
+# What a line of an event must have besides its time, and its parts.
+NUMBERS = {"start": ("began", "step"), "regroup": ("began", "step", "generation"), "step": ("step",)}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Account:
     """A ledger summed up.
@@ -126,20 +130,32 @@ def account(path: Path) -> Account:
     return _sum_up(_whole_lines(path, raw))
 
 
-def _whole_lines(path: Path, raw: bytes) -> list[dict[str, Any]]:
-    """Returns the lines of a ledger; a torn last line was cut by a kill."""
+def _whole_lines(path: Path, raw: bytes, first: int = 1) -> list[dict[str, Any]]:
+    """Returns the lines of a ledger, from its ``first`` on; a torn last line was cut by a kill."""
     found = []
-    for number, line in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines(), 1):
+    for number, line in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines(), first):
         try:
             entry = json.loads(line)
-            entry["event"], entry["parts"], float(entry["time"])
-        except (ValueError, TypeError, KeyError) as error:
+            _require_sound(entry, begins=number == 1)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise TrainerError(
                 f"{path}, line {number} is damaged ({error!r}). Move the file away: the run goes on, and "
                 "accounts from then on."
             ) from error
         found.append(entry)
     return found
+
+
+def _require_sound(entry: Mapping[str, Any], *, begins: bool) -> None:
+    event, parts = entry["event"], entry["parts"]
+    needed = ["time", *NUMBERS.get(event, ()), *(["began"] if begins else [])]
+    for number in (*(entry[name] for name in needed), *parts.values()):
+        if not isinstance(number, (int, float)):
+            raise TypeError(f"{number!r} is no number")
+    if unknown := parts.keys() - set(map(str, Part)):
+        raise ValueError(f"{min(unknown)} is no part")
+    if event == "end":
+        entry["reason"]
 
 
 def _sum_up(entries: Sequence[Mapping[str, Any]]) -> Account:
@@ -268,7 +284,8 @@ class Ledger:
         self.follow()
         stop = raw.rfind(b"\n") + 1
         if stop:
-            (last,) = _whole_lines(self.path, raw[raw.rfind(b"\n", 0, stop - 1) + 1 : stop])
+            begin = raw.rfind(b"\n", 0, stop - 1) + 1
+            (last,) = _whole_lines(self.path, raw[begin:stop], 1 + raw.count(b"\n", 0, begin))
             self._begin_after(last["time"])
         temporary = self.path.with_suffix(".tmp")
         self._file = temporary.open("wb")

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from foldfeed.trainer import cli
 from foldfeed.trainer.elastic import Launcher, Plan
 from foldfeed.trainer.errors import TrainerConfigError, TrainerError
 from foldfeed.trainer.exit_code import exit_code
@@ -80,7 +81,7 @@ def plan_faults(chaos: str, ranks: int, steps: int, seed: int) -> list[Fault]:
     counts: dict[str, int] = {}
     for part in chaos.split(",") if chaos else []:
         kind, _, number = part.partition("=")
-        if kind not in KINDS or not number.isdigit():
+        if kind not in KINDS or not number.isdecimal():
             raise TrainerConfigError(
                 f"chaos {part!r} is not one of {', '.join(f'{name}=NUMBER' for name in KINDS)}."
             )
@@ -304,6 +305,8 @@ def command(chaos: str, seed: int, output: str, **options: Any) -> bool:
     for run in (undisturbed, disturbed):
         if run.exists():
             raise TrainerConfigError(f"{run} exists; give another --output.")
+    config = cli.command.invoke(cli.command.make_context("foldfeed.trainer", launch.arguments(undisturbed)))
+    config.check_elastic(launch.ranks + sum(fault.kind == "join" for fault in faults))
     folder.mkdir(parents=True, exist_ok=True)
     if any(fault.kind == "cut" for fault in faults):
         with namespaces(1):

@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import signal
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,7 +85,7 @@ def run(config: RunConfig, plan: Plan) -> Outcome | None:
     launch.prepare_numerics(config)
     device = pick_device(config.device, plan.local_rank, config.nccl_preset)
     alone = Ranks(rank=0, world=1, device=device)
-    if plan.standby and alone.device.type != "cpu":
+    if plan.standby >= 0 and alone.device.type != "cpu":
         raise TrainerConfigError(
             "--spares works on the CPU only: a spare cannot know whose GPU will be free."
         )
@@ -139,10 +139,9 @@ class ElasticRank(Process):
 
     def train(self) -> Outcome | None:
         """Runs until the last step, a stop that was asked for, or an error of this rank's own."""
-        if self.plan.standby:
-            # All is built; the launcher wakes it when a rank is needed.
-            os.kill(os.getpid(), signal.SIGSTOP)
         try:
+            if self.plan.standby >= 0 and not self._is_needed():
+                return None
             view = self._found() if self.plan.founds else self._join()
             if view is None:
                 return None
@@ -161,6 +160,15 @@ class ElasticRank(Process):
             self._part()
             self.lease.release()
             self.metrics.close()
+
+    def _is_needed(self) -> bool:
+        """Waits as a spare, with all built; returns False where the launcher, which would tell, is gone."""
+        with socket.socket(fileno=self.plan.standby) as launcher:
+            try:
+                launcher.sendall(b".")
+                return launcher.recv(1) != b""
+            except ConnectionError:
+                return False
 
     def _train(self, view: View | None) -> Outcome | None:
         while view is not None:

@@ -67,4 +67,6 @@ def read_session(output: Path) -> Session:
     except FileNotFoundError:
         return Session()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainerError(f"{path} cannot be read: {error!r}") from error
+        raise TrainerError(
+            f"{path} cannot be read: {error!r}. Remove it, if no rank of the run lives any more"
+        ) from error

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -31,6 +32,8 @@ from foldfeed.trainer.processes import START_TICKS, STATE, boot_id, stat_of
 LEASE_FILE = "run.lease"
 # A holder may miss this many touches before it counts as dead.
 BEATS_PER_LEASE = 6
+# It becomes part of a file's name.
+TOKEN = re.compile("[0-9a-z]{1,64}")
 
 
 class Lease:
@@ -150,7 +153,7 @@ class Lease:
         """
         holder = self._read()
         if holder is None or holder.get("token") != self.token:
-            raise LeaseLostError(str(self.path), str((holder or {}).get("host", "nobody")))
+            raise LeaseLostError(str(self.path), str((holder or {}).get("host", "")))
 
     def release(self) -> None:
         """Gives the lease back, if it was taken and is still ours."""
@@ -174,14 +177,16 @@ class Lease:
         return True
 
     def _read(self) -> dict[str, Any] | None:
-        """Returns what the file says; {} while its maker has not written it yet, None when there is none."""
+        """Returns what the file says; {} if it is damaged or not written yet, None when there is none."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except ValueError:
             return {}
-        return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict) or type(found.get("pid")) is not int:
+            return {}
+        return found if TOKEN.fullmatch(str(found.get("token", ""))) else {}
 
     def _age_s(self, path: Path) -> float:
         """Returns how long ago a file was touched, by the clock of the file system alone."""
@@ -192,7 +197,8 @@ class Lease:
         finally:
             probe.unlink(missing_ok=True)
         try:
-            return max(0.0, now - path.stat().st_mtime)
+            # A time ahead is not of this clock as it is now: it was set back, or the file was copied here.
+            return abs(now - path.stat().st_mtime)
         except FileNotFoundError:
             return 0.0  # gone meanwhile: not stale, and the next look sees it
 

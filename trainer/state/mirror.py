@@ -23,9 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from foldfeed.feature_store.errors import StorageError
+from foldfeed.feature_store.errors import FoldfeedError
 from foldfeed.feature_store.storage import Blobs, LocalBlobs, open_blobs
-from foldfeed.trainer.errors import InvalidSnapshotError, NoValidSnapshotError
+from foldfeed.trainer.errors import InvalidSnapshotError, NoValidSnapshotError, TrainerError
 from foldfeed.trainer.state.snapshot import GENERATION, MANIFEST, RUN_FILE, SNAPSHOTS, read_generation
 
 
@@ -94,17 +94,23 @@ class Mirror:
                     return
             try:
                 self._copy(open_blobs(self._url), offer)
-            except (StorageError, OSError) as error:
+            except (FoldfeedError, OSError) as error:
                 self._say(f"warning: {offer.name} was not copied to {self._url}: {error}")
             finally:
                 offer.close()
 
     def _copy(self, blobs: Blobs, offer: Offer) -> None:
         blobs.write_atomic(RUN_FILE, offer.run)
-        for name, file in offer.files.items():
-            if name != MANIFEST:
-                blobs.write_atomic(f"{offer.name}/{name}", file.read())
-        blobs.write_atomic(f"{offer.name}/{MANIFEST}", offer.files[MANIFEST].read())
+        names = [*(name for name in offer.files if name != MANIFEST), MANIFEST]
+        try:
+            for name in names:
+                blobs.write_atomic(f"{offer.name}/{name}", offer.files[name].read())
+        except (FoldfeedError, OSError):
+            # What there is of it would only take the next one's room. An earlier copy has its manifest.
+            with contextlib.suppress(FoldfeedError, OSError):
+                if not blobs.exists(f"{offer.name}/{MANIFEST}"):
+                    blobs.delete(offer.name)
+            raise
         self._say(f"copied: {offer.name} to {self._url}")
         # Later ones were refused, or left by a run that a start elsewhere went back of: they must not push
         # this one out.
@@ -135,6 +141,7 @@ def fetch(url: str, output: Path, say: Callable[[str], None]) -> bool:
     Raises:
       StorageError: the URL cannot be read.
       NoValidSnapshotError: there are generations, and none validates.
+      TrainerError: there are, and nothing says of which run.
     """
     if (output / RUN_FILE).exists():
         return False
@@ -142,6 +149,13 @@ def fetch(url: str, output: Path, say: Callable[[str], None]) -> bool:
     names = _generations(blobs)
     if not names:
         return False
+    try:
+        run = blobs.read(RUN_FILE)
+    except OSError as error:
+        raise TrainerError(
+            f"{url} holds snapshots of a run, but its {RUN_FILE} cannot be read ({error.strerror or error}). "
+            "Restore it from a copy; or copy a snapshot to a disk and go on from it with --resume"
+        ) from error
     reasons = []
     for name in reversed(names):
         try:
@@ -150,7 +164,7 @@ def fetch(url: str, output: Path, say: Callable[[str], None]) -> bool:
             reasons.append(f"{name}: {error}")
             say(f"warning: {name} at {url} is no valid generation ({error}); trying an older one")
             continue
-        LocalBlobs(output).write_atomic(RUN_FILE, blobs.read(RUN_FILE))
+        LocalBlobs(output).write_atomic(RUN_FILE, run)
         say(f"fetched: {name} from {url}")
         return True
     raise NoValidSnapshotError(url, reasons)

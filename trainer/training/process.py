@@ -154,7 +154,7 @@ class Process:
         if self.config.snapshots.mirror:
             fetch(self.config.snapshots.mirror, self.output, self.metrics.say)
         run_id = self.run_there()
-        if not run_id and (self.output / SNAPSHOTS).exists():
+        if not run_id and SnapshotFolder(self.output / SNAPSHOTS, self.config.snapshots.keep).steps():
             raise TrainerError(
                 f"{self.output} holds snapshots but no {RUN_FILE}: not a run's folder. Use another --output."
             )
@@ -275,8 +275,8 @@ class Process:
         """Ends what writes, after an error that is on its way already."""
         if self.saver is not None:
             self.saver.close()
-        # A full disk must not hide that error.
-        with contextlib.suppress(OSError):
+        # A full disk, or a ledger that was removed, must not hide that error.
+        with contextlib.suppress(OSError, TrainerError):
             self._report_goodput("failed")
 
     def _report_goodput(self, reason: str) -> None:
@@ -348,7 +348,12 @@ def network_of(trainer: Trainer) -> dict[str, str]:
 def has_finished(output: Path, config: RunConfig) -> bool:
     """Returns whether a run's result is there, of as many steps as it is to have now."""
     path = output / RESULT_FILE
-    return path.exists() and int(json.loads(path.read_text(encoding="utf-8"))["steps"]) >= config.steps
+    try:
+        return path.exists() and int(json.loads(path.read_text(encoding="utf-8"))["steps"]) >= config.steps
+    except (ValueError, TypeError, KeyError) as error:
+        raise TrainerError(
+            f"{path} is damaged ({error!r}). Remove it; a start without --join writes it anew."
+        ) from error
 
 
 def _write_json(folder: Path, name: str, value: Any) -> None:
