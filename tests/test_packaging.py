@@ -126,8 +126,8 @@ FLOORS = {
         ("gradients", "state"),
         ("export", "training"),
         ("members", "curve"),
-        ("cli", "prove"),
-        ("__main__",),
+        ("cli",),
+        ("prove", "__main__"),
     ),
 }
 
