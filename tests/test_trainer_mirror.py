@@ -36,10 +36,23 @@ def train(store: FeatureStore, output: Path, url: str, steps: int, code: int = 0
     return str(json.loads(result.read_text())["weights_digest"]) if result.exists() else ""
 
 
+@pytest.fixture
+def uploads_keep_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are too short for any network: without this, what is offered amid an upload may be left out."""
+    offer = Mirror.offer
+
+    def offer_in_time(mirror: Mirror, generation: Path) -> None:
+        mirror.is_idle()
+        offer(mirror, generation)
+
+    monkeypatch.setattr(Mirror, "offer", offer_in_time)
+
+
 def names(url: str) -> list[str]:
     return open_blobs(url).list("")
 
 
+@pytest.mark.usefixtures("uploads_keep_up")
 def test_a_run_goes_on_elsewhere_from_its_copies(
     small_store: FeatureStore, tmp_path: Path, url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,6 +73,7 @@ def test_a_run_goes_on_elsewhere_from_its_copies(
     assert not [thread.name for thread in threading.enumerate() if thread.name == "foldfeed-mirror"]
 
 
+@pytest.mark.usefixtures("uploads_keep_up")
 def test_a_copy_that_is_damaged_or_cut_is_told_and_an_older_one_taken(
     small_store: FeatureStore, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
