@@ -168,6 +168,28 @@ def test_a_writer_that_was_left_out_begins_again_when_the_others_are_gone(
     assert "1 of 2 ranks came within 5 s" in found["said"]
 
 
+def test_a_new_rank_goes_on_alone_when_the_one_that_took_it_in_is_stopped(
+    nursery: Nursery, undisturbed: str
+) -> None:
+    """It has neither state nor lease, and who has them lives, but is not to be waited for."""
+    faults = [fault(0, 2, "agreed", "STOP")]
+    found = nursery.run(ranks=1, steps=STEPS, joins=[2], pause_s=0.5, silent_s=2.0, away_s=7.0, faults=faults)
+    members = check(found, undisturbed, [0, 0], goes_back=True)
+    assert members[2:4] == [[0, 1], [1]]
+
+
+def test_a_rank_that_slept_through_the_end_of_its_session_joins_the_next_one(
+    nursery: Nursery, undisturbed: str
+) -> None:
+    faults = [fault(1, 2, "mid-stream", "STOP"), fault(0, 4, "hook")]
+    found = nursery.run(
+        ranks=2, steps=STEPS, respawns=1, pause_s=0.4, silent_s=2.0, away_s=6.0, faults=faults
+    )
+    members = check(found, undisturbed, [-9, 0, 0], goes_back=True)
+    assert members[0] == [2]
+    assert sorted(members[-1]) == [1, 2]
+
+
 def test_a_rank_whose_link_is_cut_is_left_out_and_comes_back(nursery: Nursery, undisturbed: str) -> None:
     """Every rank is a machine of its own; no connection of the one that is cut off closes."""
     try:

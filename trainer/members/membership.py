@@ -24,6 +24,7 @@ from foldfeed.trainer.members.agreement import FolderRegister, Member, Report, V
 from foldfeed.trainer.members.peers import CONTROL, Peer, Peers
 from foldfeed.trainer.members.session import Session, folder_of, read_session
 from foldfeed.trainer.state.lease import identity, is_gone
+from foldfeed.trainer.state.snapshot import RUN_FILE
 
 # How often the folder is looked at while the decision is awaited, if no message comes.
 LOOK_S = 0.1
@@ -184,12 +185,7 @@ class Membership:
         """
         deadline = time.monotonic() + wait_s
         while True:
-            try:
-                latest = self._register.latest()
-            except TrainerError as error:
-                if self._is_superseded():
-                    raise ExcludedError(-1, "another session has begun") from error
-                raise
+            latest = self._latest()
             if latest is not None and self.me.uid in latest.uids:
                 self._install(latest)
                 return latest
@@ -208,6 +204,21 @@ class Membership:
                     number = latest.generation if latest is not None else -1
                     raise ExcludedError(number, f"no member could be reached for {wait_s:g} s")
                 self._peers.lock.wait(LOOK_S)
+
+    def _latest(self) -> View | None:
+        """Returns the newest generation of this process's session.
+
+        Raises:
+          ExcludedError: all that this process knew are gone, and another session has begun.
+          TrainerError: the folder cannot be read.
+        """
+        try:
+            return self._register.latest()
+        except TrainerError as error:
+            # Where the whole run was removed, nobody is to begin it anew.
+            if self._is_superseded() and (self._output / RUN_FILE).exists():
+                raise ExcludedError(-1, "another session has begun") from error
+            raise
 
     def _is_superseded(self) -> bool:
         """Returns whether another session has begun in the folder."""
@@ -248,7 +259,7 @@ class Membership:
         with self._peers.lock:
             self._end("the ranks meet anew", 0.0)
         while True:
-            latest = self._register.latest()
+            latest = self._latest()
             if latest is not None and latest.generation > self.view.generation:
                 if self.me.uid not in latest.uids:
                     raise ExcludedError(latest.generation, "they had to take it for dead")
@@ -375,7 +386,7 @@ class Membership:
         Raises:
           ExcludedError: it may not.
         """
-        latest = self._register.latest()
+        latest = self._latest()
         # Not the generation that this process knows: the next one may be decided, with it still there.
         if latest is None or self.me.uid not in latest.uids[: 1 if first else None]:
             number = latest.generation if latest is not None else -1

@@ -280,7 +280,8 @@ class ElasticRank(Process):
         self.header["run_id"] = self.claim()
         self._begins = True
         # Ranks of the launcher that began the run may still be on their way.
-        session = new_session(self.output, self.plan.launch or read_session(self.output).launch)
+        launcher = self.plan.launch or read_session(self.output).launch
+        session = new_session(self.output, launcher, self.lease.token)
         (membership := self._membership(session)).found()
         publish(self.output, session)
         if self.plan.begun >= 0:
@@ -295,10 +296,6 @@ class ElasticRank(Process):
         """Goes to the newest valid snapshot, where nobody has the state in memory. A collective."""
         self.ledger.mark(Part.PREPARATION)
         self.metrics.active = ranks.is_first
-        if ranks.is_first and not self.header["run_id"]:
-            self.header["run_id"] = self.claim()
-        claim = [self.header["run_id"], self.lease.token]
-        self.header["run_id"], self.lease.token = ranks.gather_json(claim, "opening the run's folder")[0]
         if self.saver is not None:
             self.saver.settle_memory()
         self.trainer.begin_again(ranks)
@@ -315,10 +312,12 @@ class ElasticRank(Process):
         """
         deadline, tried = time.monotonic() + self.plan.wait_s, ""
         while True:
-            self.run_there()
             session = read_session(self.output)
-            if session.name not in ("", tried) and self.plan.launch in ("", session.launch):
+            run_id = self.run_there()
+            if run_id and session.name not in ("", tried) and self.plan.launch in ("", session.launch):
                 tried = session.name
+                # Whoever of its ranks is left may have to write.
+                self.header["run_id"], self.lease.token = run_id, session.lease
                 membership = self._membership(session)
                 try:
                     return membership.join(self.plan.wait_s)
@@ -367,8 +366,6 @@ class ElasticRank(Process):
         row = transfer(state, self.trainer, smalls, places, ranks)
         donor = rows[row]
         self._has_state = True
-        # At once: whoever is left should the first rank be lost may write.
-        self.header["run_id"], self.lease.token = donor["run_id"], donor["lease"]
         if ranks.is_first:
             # One that was stopped in this meeting may be left out by now, and its files another one's.
             self.membership.require_current()
@@ -435,8 +432,6 @@ class ElasticRank(Process):
             "settings": settings_of(self.header, self.config.deterministic),
             "small": small if self._has_state else {**small, "step": -1},
             "kept": self.trainer.kept() if self._has_state else None,
-            "run_id": self.header["run_id"],
-            "lease": self.lease.token,
             "last": self.metrics.last,
             "doubt": self._doubt,
             "place": self._place,

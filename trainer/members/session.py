@@ -23,16 +23,24 @@ FILE = "session.json"
 
 
 class Session(NamedTuple):
-    """Name, key, and the launcher that began the run, if one did; all empty where there is no session yet."""
+    """What ranks know together; all empty where there is no session yet.
+
+    Attributes:
+      name: of its folder.
+      key: by which they greet each other.
+      launch: of the launcher that began the run, if one did.
+      lease: token of the run's lease, for whoever is to write.
+    """
 
     name: str = ""
     key: bytes = b""
     launch: str = ""
+    lease: str = ""
 
 
-def new_session(output: Path, launch: str) -> Session:
+def new_session(output: Path, launch: str, lease: str) -> Session:
     """Makes the folder of a new session, which nobody can find before `publish`; removes older ones."""
-    session = Session(secrets.token_hex(8), secrets.token_bytes(32), launch)
+    session = Session(secrets.token_hex(8), secrets.token_bytes(32), launch, lease)
     # First, so that whoever finds its folder gone also finds that the session is not that one any more.
     (output / FOLDER / FILE).unlink(missing_ok=True)
     shutil.rmtree(output / FOLDER, ignore_errors=True)
@@ -50,7 +58,8 @@ def publish(output: Path, session: Session) -> None:
     temporary = output / FOLDER / f".{FILE}"
     number = os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600)
     with os.fdopen(number, "w", encoding="utf-8") as file:
-        json.dump({"session": session.name, "key": session.key.hex(), "launch": session.launch}, file)
+        found = {"session": session.name, "key": session.key.hex()}
+        json.dump({**found, "launch": session.launch, "lease": session.lease}, file)
     temporary.replace(output / FOLDER / FILE)
 
 
@@ -63,7 +72,8 @@ def read_session(output: Path) -> Session:
     path = output / FOLDER / FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return Session(str(found["session"]), bytes.fromhex(found["key"]), str(found.get("launch", "")))
+        told = (str(found.get(name, "")) for name in ("launch", "lease"))
+        return Session(str(found["session"]), bytes.fromhex(found["key"]), *told)
     except FileNotFoundError:
         return Session()
     except (OSError, ValueError, KeyError, TypeError) as error:
