@@ -8,10 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from processes import alive, children_of
 from test_trainer_cli import TINY
 from trainer_ranks import tiny_config
 from waiting import wait_until
@@ -19,22 +20,10 @@ from waiting import wait_until
 from foldfeed.feature_store import FeatureStore
 from foldfeed.trainer import elastic
 from foldfeed.trainer.errors import TrainerError
-from foldfeed.trainer.processes import STATE, stat_of
 from foldfeed.trainer.training.process import RESULT_FILE, has_finished
 
-PARENT = 1
 # They are killed, and would leave their snapshots in memory.
 ENDLESS = [*TINY, "--no-tensorboard", "--memory-snapshots", "none", "--steps", "100000"]
-
-
-def lives(pid: int) -> bool:
-    return stat_of(pid)[STATE : STATE + 1] not in ([], ["Z"])
-
-
-def children_of(pid: int) -> list[int]:
-    """Returns the processes that another one has started, the oldest first."""
-    numbers = sorted(int(path.name) for path in Path("/proc").glob("[0-9]*"))
-    return [number for number in numbers if stat_of(number)[PARENT : PARENT + 1] == [str(pid)]]
 
 
 def lines_of(path: Path) -> int:
@@ -45,12 +34,21 @@ def lines_of(path: Path) -> int:
 def launched(
     *options: str, store: FeatureStore, output: Path, said: Path | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts a launcher in a session of its own, all processes of which end with the test."""
-    command = [sys.executable, "-m", "foldfeed.trainer.elastic", *options, "--"]
-    command += ["--store", store.url, "--output", str(output), *ENDLESS]
+    """Starts a launcher, all processes of which end with the test."""
+    arguments = ["foldfeed.trainer.elastic", *options, "--", "--store", store.url, "--output", str(output)]
+    with running([*arguments, *ENDLESS], said) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def running(
+    module: Sequence[str], said: Path | None, stdout: int | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs a module in a session of its own, all processes of which end with the test."""
+    command = [sys.executable, "-m", *module]
     with (
         open(said or os.devnull, "wb") as log,
-        subprocess.Popen(command, start_new_session=True, stderr=log) as process,
+        subprocess.Popen(command, start_new_session=True, stdout=stdout, stderr=log) as process,
     ):
         try:
             yield process
@@ -71,11 +69,11 @@ def test_a_launcher_that_is_killed_leaves_ranks_that_train_and_no_spare(
         rank, spare = children_of(launcher.pid)
         launcher.kill()
         launcher.wait()
-        assert wait_until(lambda: not lives(spare))
+        assert wait_until(lambda: not alive(spare))
         before = lines_of(metrics)
         assert wait_until(lambda: lines_of(metrics) > before + 2)
         os.kill(rank, signal.SIGTERM)
-        assert wait_until(lambda: not lives(rank))
+        assert wait_until(lambda: not alive(rank))
 
 
 @pytest.mark.slow
@@ -120,23 +118,16 @@ def test_a_run_outlives_who_reads_its_output(
 ) -> None:
     """As after Ctrl-C in a pipeline, whose `tee` is gone when the snapshot of the stop is written."""
     metrics, said = tmp_path / "run" / "metrics.jsonl", tmp_path / "said"
-    command = [sys.executable, "-m", *module, "--store", small_store.url, "--output", str(tmp_path / "run")]
-    command += [*ENDLESS, "--snapshot-every", "100000", "--log-every", "1"]
-    with (
-        said.open("wb") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True) as process,
-    ):
-        try:
-            assert wait_until(lambda: lines_of(metrics) > 2)
-            assert process.stdout is not None
-            process.stdout.close()
-            before = lines_of(metrics)
-            assert wait_until(lambda: lines_of(metrics) > before + 5)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0, said.read_text()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    arguments = [*module, "--store", small_store.url, "--output", str(tmp_path / "run"), *ENDLESS]
+    arguments += ["--snapshot-every", "100000", "--log-every", "1"]
+    with running(arguments, said, stdout=subprocess.PIPE) as process:
+        assert wait_until(lambda: lines_of(metrics) > 2)
+        assert process.stdout is not None
+        process.stdout.close()
+        before = lines_of(metrics)
+        assert wait_until(lambda: lines_of(metrics) > before + 5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, said.read_text()
     assert len(list(tmp_path.glob("run/snapshots/step-*"))) == 1
     assert "nobody reads what this process prints any more; it goes on" in said.read_text()
 

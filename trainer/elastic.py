@@ -336,10 +336,13 @@ def become_rank(plan: Plan, arguments: Sequence[str]) -> NoReturn:
     os.execv(sys.executable, [sys.executable, "-m", "foldfeed.trainer", *arguments])
 
 
+def _count(name: str, text: str, least: int = 0) -> Any:
+    """Returns a decorator that adds an option for a number of processes."""
+    return click.option(f"--{name}", default=least, type=click.IntRange(least), show_default=True, help=text)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option(
-    "--ranks", default=1, type=click.IntRange(1), show_default=True, help="Ranks to start on this machine."
-)
+@_count("ranks", "Ranks to start on this machine.", least=1)
 @click.option("--join", is_flag=True, help="Join the run that lives in --output, instead of beginning one.")
 @click.option(
     "--wait-for",
@@ -348,20 +351,8 @@ def become_rank(plan: Plan, arguments: Sequence[str]) -> NoReturn:
     help="Ranks to wait for before the first step; those of --ranks if 0.",
 )
 @options_of(Plan, ["max_ranks"])
-@click.option(
-    "--respawn",
-    default=0,
-    type=click.IntRange(0),
-    show_default=True,
-    help="How many dead ranks are replaced.",
-)
-@click.option(
-    "--spares",
-    default=0,
-    type=click.IntRange(0),
-    show_default=True,
-    help="Processes kept ready to replace dead ranks.",
-)
+@_count("respawn", "How many dead ranks are replaced.")
+@_count("spares", "Processes kept ready to replace dead ranks.")
 @options_of(Plan, ["host", "silent_s", "wait_s"])
 @click.argument("trainer", nargs=-1, required=True)
 def command(

@@ -159,8 +159,9 @@ def read_columns(data: bytes, where: str, max_bytes: int) -> dict[str, list[str]
       SourceFileError: not Parquet, a column missing, or one that is no text.
     """
     try:
-        _check_claims(pq.ParquetFile(arrow_file(data)), where, max_bytes)
-        file = pq.ParquetFile(arrow_file(data), read_dictionary=list(COLUMNS))
+        source = arrow_file(data)
+        _check_claims(pq.ParquetFile(source), where, max_bytes)
+        file = pq.ParquetFile(source, read_dictionary=list(COLUMNS))
         table = file.read(columns=list(COLUMNS), use_threads=False)
         return {name: _texts(table, name, where, max_bytes) for name in COLUMNS}
     except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:

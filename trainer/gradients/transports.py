@@ -136,17 +136,18 @@ def fits(nodes: Sequence[Sequence[int]]) -> bool:
 
 def _candidates(config: RunConfig, ranks: Ranks, nodes: Sequence[Sequence[int]]) -> dict[str, MakeExchange]:
     """Returns the transports to measure, by name."""
-    makers: dict[str, MakeExchange] = {}
-    # An elastic run has the tree while its nodes do not fit; and one transport, whose link is handed on.
-    if config.reducer != "hierarchical" or (ranks.generation and not fits(nodes)):
-        makers["tree"] = _tree(config, ranks)
-    elif not fits(nodes):
+    two_level = fits(nodes)
+    if config.reducer == "hierarchical" and not two_level and not ranks.generation:
         sizes = sorted({len(node) for node in nodes})
         raise TrainerConfigError(
             f"--reducer hierarchical: nodes have {sizes} ranks of {ranks.world}; it needs several nodes, one "
             "of them with several ranks. Say where ranks stand (FOLDFEED_PLACE), or use --reducer tree."
         )
-    if fits(nodes):
+    makers: dict[str, MakeExchange] = {}
+    # An elastic run has the tree while its nodes do not fit; and one transport, whose link is handed on.
+    if config.reducer != "hierarchical" or not two_level:
+        makers["tree"] = _tree(config, ranks)
+    if two_level:
         makers["hierarchical"] = _hierarchical(config, ranks, nodes)
     return makers
 

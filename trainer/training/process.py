@@ -154,7 +154,8 @@ class Process:
         if self.config.snapshots.mirror:
             fetch(self.config.snapshots.mirror, self.output, self.metrics.say)
         run_id = self.run_there()
-        if not run_id and SnapshotFolder(self.output / SNAPSHOTS, self.config.snapshots.keep).steps():
+        snapshots = SnapshotFolder(self.output / SNAPSHOTS, self.config.snapshots.keep)
+        if not run_id and snapshots.steps():
             raise TrainerError(
                 f"{self.output} holds snapshots but no {RUN_FILE}: not a run's folder. Use another --output."
             )
@@ -165,7 +166,7 @@ class Process:
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "config": dataclasses.asdict(self.config),
         }
-        SnapshotFolder(self.output / SNAPSHOTS, self.config.snapshots.keep).sweep()
+        snapshots.sweep()
         _write_json(self.output, RUN_FILE, record)
         return run_id
 
